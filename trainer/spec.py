@@ -32,8 +32,12 @@ class MlpSpec(Frozen):
     hidden: Annotated[list[Annotated[int, Field(ge=1, le=65_536)]], Field(min_length=1, max_length=64)] = Field(
         [100, 100, 100], description="width of each hidden layer"
     )
-    activation: Literal["sigmoid", "tanh", "relu"] = Field("sigmoid", description="nonlinearity after each hidden layer")
-    init_std: float = Field(0.05, gt=0, le=10, description="standard deviation of the Gaussian that weights are drawn from")
+    activation: Literal["sigmoid", "tanh", "relu"] = Field(
+        "sigmoid", description="nonlinearity after each hidden layer"
+    )
+    init_std: float = Field(
+        0.05, gt=0, le=10, description="standard deviation of the Gaussian that weights are drawn from"
+    )
 
 
 class Mnist5kSpec(Frozen):
@@ -57,7 +61,9 @@ class SgdSpec(Frozen):
     name: Literal["sgd"] = "sgd"
     lr: float = Field(0.1, gt=0, le=1e6, description="learning rate")
     momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0, le=1e3, description="L2 penalty on weights; never on norm parameters or biases")
+    weight_decay: float = Field(
+        0.0, ge=0, le=1e3, description="L2 penalty on weights; never on norm parameters or biases"
+    )
 
 
 class JobSpec(Frozen):
@@ -96,7 +102,7 @@ class RunContext(Frozen):
     job_id: str
     attempt: int = Field(ge=1)
     name: str
-    folder: str = Field(description="absolute path of this attempt's files, on storage that all nodes share")
+    folder: str = Field(description="absolute path of the job's files, on storage that all nodes share")
     mlflow_url: str | None = None
     mlflow_run_id: str | None = None
 
@@ -129,9 +135,9 @@ class Task(Frozen):
     context: RunContext
 
 
-def attempt_folder(storage: Path, job_id: str, attempt: int) -> Path:
-    """Folder of one attempt's files under `storage`."""
-    return storage / job_id / f"attempt-{attempt}"
+def attempt_folder(job_folder: Path, attempt: int) -> Path:
+    """Folder of one attempt's own files, under the job's folder."""
+    return job_folder / f"attempt-{attempt}"
 
 
 LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"

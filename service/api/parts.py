@@ -1,0 +1,36 @@
+"""What the routes work with, made once when the API starts."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.engine.dispatcher import Dispatcher
+from service.engine.mlflow_runs import MlflowRuns
+from service.engine.ray_jobs import RayJobs
+from service.engine.run_files import RunFiles
+from service.store.comparisons import ComparisonStore
+from service.store.jobs import JobStore
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The service's parts."""
+
+    database: AsyncEngine
+    jobs: JobStore
+    comparisons: ComparisonStore
+    ray: RayJobs
+    mlflow: MlflowRuns
+    files: RunFiles
+    dispatcher: Dispatcher
+
+
+def parts_of(request: Request) -> Parts:
+    """Find the parts of the app that a request came to."""
+    parts: Parts = request.app.state.parts
+    return parts
+
+
+GivenParts = Annotated[Parts, Depends(parts_of)]

@@ -1,0 +1,115 @@
+"""The one mapping from error to HTTP: every error answers as problem details (RFC 9457)."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.exceptions import HTTPException
+
+from service.api.schemas import FieldError, Problem
+from service.domain.errors import Conflict, InvalidField, NotFound, ServiceError, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+STATUS: dict[type[ServiceError], HTTPStatus] = {
+    InvalidField: HTTPStatus.UNPROCESSABLE_ENTITY,
+    NotFound: HTTPStatus.NOT_FOUND,
+    Conflict: HTTPStatus.CONFLICT,
+    Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+}
+LONGEST_VALUE = 200
+"""Characters of a refused value that are sent back."""
+
+
+def answer(
+    status: HTTPStatus, detail: str, errors: Sequence[FieldError] = (), headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Make an answer of a problem."""
+    problem = Problem(title=status.phrase, status=status, detail=detail, errors=list(errors))
+    return JSONResponse(problem.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Map every error of `app`."""
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(SQLAlchemyError, _on_database_error)
+
+
+def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    errors = [
+        FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
+        for item in error.errors()
+    ]
+    detail = "; ".join(f"{item.field}: {item.takes}" for item in errors)
+    return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors)
+
+
+def _on_service_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    errors = (
+        [FieldError(field=error.field, value=_short(error.value), takes=error.takes)]
+        if isinstance(error, InvalidField)
+        else []
+    )
+    headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else None
+    return answer(STATUS[type(error)], str(error), errors, headers)
+
+
+def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return answer(HTTPStatus(error.status_code), str(error.detail), headers=dict(error.headers or {}))
+
+
+def _on_database_error(_: Request, error: Exception) -> JSONResponse:
+    detail = f"the database did not take the request: {type(error).__name__}"
+    return answer(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"})
+
+
+def _path(location: Sequence[str | int], body: Any) -> str:
+    """Write an error's location as a path into what the user sent.
+
+    pydantic puts the tag of a chosen alternative into the location; such a part does not exist in the body, and is left out.
+    """
+    where, *parts = location
+    if where != "body":
+        return ".".join(str(part) for part in parts)
+    path, place = "", body
+    for number, part in enumerate(parts):
+        is_last = number == len(parts) - 1
+        found = (isinstance(place, dict) and part in place) or (
+            isinstance(place, list) and isinstance(part, int) and part < len(place)
+        )
+        if found:
+            place = place[part]
+        elif not is_last:
+            continue
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path or "body"
+
+
+def _takes(item: dict[str, Any]) -> str:
+    message = str(item["msg"]).removeprefix("Value error, ")
+    match item["type"]:
+        case "missing":
+            return "this field is required"
+        case "extra_forbidden":
+            return "there is no such field"
+        case "json_invalid":
+            return f"the body must be JSON: {item['ctx']['error']}"
+        case "union_tag_invalid":
+            return f"its name takes one of {item['ctx']['expected_tags']}"
+    return message
+
+
+def _short(value: Any) -> Any:
+    """A value that may be sent back as JSON, cut where it is long."""
+    if isinstance(value, bool | int | float | None) and value == value and value not in (float("inf"), float("-inf")):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"

@@ -1,0 +1,65 @@
+"""Routes for comparisons."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Response
+
+from service.api.parts import GivenParts
+from service.api.schemas import ComparisonView, Report, SubmitComparison
+from service.domain.comparisons import Comparison, choose_baseline, describe, expand
+from service.domain.jobs import Job, new_id
+from service.engine.reports import report
+
+router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
+
+
+@router.post("", status_code=202)
+async def submit_comparison(body: SubmitComparison, parts: GivenParts, response: Response) -> ComparisonView:
+    """Store a comparison and one job for each point of its matrix, all or none."""
+    points = expand(body.spec, body.matrix)
+    now = datetime.now(UTC)
+    comparison = Comparison(
+        id=new_id("comparison"),
+        name=body.name,
+        matrix=body.matrix,
+        baseline=choose_baseline(body.matrix, body.baseline),
+        metric=body.metric,
+        target=body.target,
+        created_at=now,
+    )
+    jobs = [
+        Job(
+            id=new_id("job"),
+            name=describe(variant),
+            spec=spec,
+            reason="submitted by the user",
+            comparison_id=comparison.id,
+            variant=variant,
+            created_at=now,
+        )
+        for variant, spec in points
+    ]
+    await parts.comparisons.add(comparison, jobs)
+    parts.dispatcher.wake()
+    response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
+    return ComparisonView.of(comparison, jobs)
+
+
+@router.get("/{comparison_id}")
+async def show_comparison(comparison_id: str, parts: GivenParts) -> ComparisonView:
+    """Show a comparison and its jobs."""
+    comparison = await parts.comparisons.get(comparison_id)
+    return ComparisonView.of(comparison, await parts.jobs.of_comparison(comparison_id))
+
+
+@router.get("/{comparison_id}/report")
+async def report_comparison(
+    comparison_id: str,
+    parts: GivenParts,
+    curves: Annotated[bool, Query(description="include each run's curve")] = False,
+) -> Report:
+    """Compare the variants by what MLflow holds of their runs."""
+    comparison = await parts.comparisons.get(comparison_id)
+    jobs = await parts.jobs.of_comparison(comparison_id)
+    return Report.of(await report(comparison, jobs, parts.mlflow), with_curves=curves)

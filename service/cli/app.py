@@ -1,0 +1,213 @@
+"""The `syncbn` command."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from service.cli.client import ApiError, Client
+from service.cli.local import Connection, LocalStack, StackError, read_connection, run_until_stopped
+from service.cli.show import JobBars, jobs_table, report_table, save_plot
+
+app = typer.Typer(
+    no_args_is_help=True, help="Train with synchronised batch normalisation, and compare it with BN and no BN."
+)
+console = Console()
+
+DataDir = Annotated[Path, typer.Option(help="folder of the stack's data", envvar="SYNCBN_DATA_DIR")]
+Url = Annotated[
+    str | None, typer.Option(help="address of the API; default: that of the stack in --data-dir", envvar="SYNCBN_URL")
+]
+Token = Annotated[str | None, typer.Option(help="token for --url", envvar="SYNCBN_TOKEN")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the API's answer as JSON")]
+SpecFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="YAML file")]
+DEFAULT_DATA_DIR = Path(".syncbn")
+
+
+def main() -> None:
+    """Run the command; an error that has an explanation is told without a traceback."""
+    try:
+        app()
+    except (ApiError, StackError, OSError, yaml.YAMLError, TimeoutError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    keep: Annotated[bool, typer.Option("--keep", help="leave the servers up afterwards, until Ctrl-C")] = False,
+) -> None:
+    """Compare BN with no BN on real digits, on two workers, through the REST API."""
+    from service.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(data_dir, console, keep=keep))
+
+
+@app.command()
+def up(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port of the API; default: a free one")] = None,
+) -> None:
+    """Run Ray, MLflow and the API on this machine until told to stop."""
+    console.print(f"Starting Ray, MLflow and the API in {data_dir} …")
+
+    def tell(connection: Connection) -> None:
+        console.print(f"API docs: {connection.url}/docs")
+        console.print(f"MLflow:   {connection.mlflow_url}")
+        console.print(f"Token:    in {data_dir / 'connection.json'}")
+        console.print("Ctrl-C stops all of it.")
+
+    reason = run_until_stopped(LocalStack(data_dir, port=port), tell)
+    if reason is not None:
+        raise StackError(f"the stack has stopped: {reason}")
+    console.print("Stopped.")
+
+
+@app.command()
+def serve() -> None:
+    """Run the API and the dispatcher alone; database, Ray and MLflow are given by SYNCBN_* settings."""
+    import uvicorn
+
+    from service.api.app import make_app
+    from service.settings import Settings
+
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        names = [(str(item["loc"][0]).upper(), item["msg"]) for item in error.errors(include_url=False)]
+        told = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
+        raise typer.BadParameter(told, param_hint="settings") from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    uvicorn.run(
+        make_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
+    )
+
+
+@app.command()
+def submit(
+    spec: SpecFile,
+    name: Annotated[str | None, typer.Option(help="default: the file's name")] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit one job: a file with a JobSpec."""
+    with _client(data_dir, url, token) as client:
+        job = client.submit_job(name or spec.stem, _read_yaml(spec))
+        _print(job.model_dump(mode="json") if as_json else f"{job.id}: {job.state}")
+
+
+@app.command()
+def compare(
+    body: SpecFile,
+    wait: Annotated[bool, typer.Option(help="wait for the jobs and show the report")] = True,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Submit a comparison: a file with name, spec, matrix and, if you like, baseline, metric and target."""
+    with _client(data_dir, url, token) as client:
+        comparison = client.submit_comparison(_read_yaml(body))
+        console.print(f"{comparison.id}: {len(comparison.jobs)} jobs")
+        if wait:
+            with JobBars() as bars:
+                client.wait(comparison.id, float("inf"), bars.show)
+            console.print(report_table(client.report(comparison.id)))
+
+
+@app.command()
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs."""
+    with _client(data_dir, url, token) as client:
+        found = list(islice(client.jobs(), limit))
+    _print([job.model_dump(mode="json") for job in found] if as_json else jobs_table(found))
+
+
+@app.command()
+def show(job_id: str, data_dir: DataDir = DEFAULT_DATA_DIR, url: Url = None, token: Token = None) -> None:
+    """Show one job, and its timeline."""
+    with _client(data_dir, url, token) as client:
+        content = client.job(job_id).model_dump(mode="json")
+        console.print_json(json.dumps(content | {"events": client.events(job_id).model_dump(mode="json")["events"]}))
+
+
+@app.command()
+def logs(job_id: str, data_dir: DataDir = DEFAULT_DATA_DIR, url: Url = None, token: Token = None) -> None:
+    """Print the log of a job's last attempt."""
+    with _client(data_dir, url, token) as client:
+        typer.echo(client.logs(job_id), nl=False)
+
+
+@app.command()
+def cancel(job_id: str, data_dir: DataDir = DEFAULT_DATA_DIR, url: Url = None, token: Token = None) -> None:
+    """Ask for a job to be cancelled."""
+    with _client(data_dir, url, token) as client:
+        job = client.cancel(job_id)
+        console.print(f"{job.id}: {job.state}" + ("" if job.state.is_terminal else ", cancel requested"))
+
+
+@app.command()
+def report(
+    comparison_id: str,
+    plot: Annotated[Path | None, typer.Option(help="also draw the curves into this PNG file")] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a comparison's table."""
+    with _client(data_dir, url, token) as client:
+        found = client.report(comparison_id, curves=plot is not None)
+    _print(found.model_dump(mode="json") if as_json else report_table(found))
+    if plot is not None:
+        save_plot(found, plot)
+
+
+@contextmanager
+def _client(data_dir: Path, url: str | None, token: str | None) -> Iterator[Client]:
+    if url is None:
+        connection = read_connection(data_dir)
+        url, token = connection.url, connection.token
+    elif token is None:
+        raise typer.BadParameter("--url needs --token as well", param_hint="--token")
+    with Client(url, token) as client:
+        yield client
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text())
+    if not isinstance(content, dict):
+        raise typer.BadParameter(f"{path} holds no mapping", param_hint="file")
+    return content
+
+
+def _print(content: Any) -> None:
+    """Print lists and mappings as JSON, for programs; all else for people."""
+    if isinstance(content, list | dict):
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        console.print(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The main job from end to end: starts the stack, compares BN with no BN through the REST API, and shows what came out."""
+
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+
+from service.api.schemas import ComparisonView
+from service.cli.client import Client
+from service.cli.local import LocalStack, StackError, first_signal_interrupts
+from service.cli.show import JobBars, report_table, save_plot
+
+RECIPE = "fig1-activations.yaml"
+MOST_SECONDS = 1_800
+"""A machine that needs longer for the demo has something wrong with it."""
+
+
+def run_demo(data_dir: Path, console: Console, *, keep: bool) -> int:
+    """Run the demo and return the exit code: 0 if every job succeeded."""
+    began = time.monotonic()
+    recipe = yaml.safe_load(files("trainer").joinpath("recipes", RECIPE).read_text())
+    console.print(f"Starting Ray, MLflow and the API in {data_dir} …")
+    with first_signal_interrupts(), LocalStack(data_dir) as stack:
+        connection = stack.connection
+        console.print(
+            f"Ready after {time.monotonic() - began:.0f} s: {connection.url}/docs and {connection.mlflow_url}"
+        )
+        with Client(connection.url, connection.token) as client:
+            comparison = client.submit_comparison(recipe)
+            console.print(
+                f"Submitted {comparison.id}: {len(comparison.jobs)} jobs by POST {connection.url}/v1/comparisons"
+            )
+
+            with JobBars() as bars:
+
+                def watch(comparison: ComparisonView) -> None:
+                    bars.show(comparison)
+                    if reason := stack.wait(0):
+                        raise StackError(f"the stack has stopped: {reason}")
+
+                comparison = client.wait(comparison.id, MOST_SECONDS, watch)
+            report = client.report(comparison.id, curves=True)
+        console.print(report_table(report))
+        picture = data_dir / f"{comparison.name}.png"
+        save_plot(report, picture)
+        console.print(f"Plot of {report.metric} against steps: {picture}")
+        console.print(f"MLflow's runs: {comparison.mlflow_url}")
+        console.print(f"API docs:      {connection.url}/docs")
+        console.print(f"Done in {time.monotonic() - began:.0f} s.")
+        if keep:
+            console.print("The servers stay up until Ctrl-C.")
+            stack.wait()
+        else:
+            console.print(
+                "The servers stop now; `syncbn up` (or `syncbn demo --keep`) brings them back with these runs."
+            )
+    return 0 if all(job.state == "succeeded" for job in comparison.jobs) else 1

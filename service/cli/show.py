@@ -1,0 +1,121 @@
+"""Tables, bars and plots of what the API answers."""
+
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
+
+COLOURS = {
+    "queued": "dim",
+    "submitted": "cyan",
+    "running": "blue",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+
+
+class JobBars:
+    """A live bar per job of a comparison; use as a context manager, and `show` each look at it."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description:<28}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.completed:>6.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[speed]}"),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "JobBars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, comparison: ComparisonView) -> None:
+        """Bring the bars up to date."""
+        for job in comparison.jobs:
+            if job.id not in self._tasks:
+                self._tasks[job.id] = self._progress.add_task(job.name, total=job.spec.steps, state="", speed="")
+            done = job.progress.step if job.progress else 0
+            running = job.progress if job.state == "running" else None
+            speed = f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left" if running else ""
+            self._progress.update(self._tasks[job.id], completed=done, state=state_text(job), speed=speed)
+
+
+def state_text(job: JobView) -> str:
+    """A job's state in its colour; with the reason where it did not go well."""
+    text = f"[{COLOURS[job.state]}]{job.state}[/]"
+    return f"{text}: {job.reason}" if job.state == "failed" else text
+
+
+def jobs_table(jobs: list[JobView]) -> Table:
+    """A row per job."""
+    table = Table("job", "name", "state", "attempt", "step", "reason")
+    for job in jobs:
+        step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else "–"
+        table.add_row(job.id, job.name, f"[{COLOURS[job.state]}]{job.state}[/]", str(job.attempt), step, job.reason)
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """A row per variant."""
+    target = "–" if report.target is None else f"{report.target:.3g}"
+    origin = "" if report.target_is_given else " (the baseline's best)"
+    table = Table(title=f"{report.name}: steps to {report.metric} {target}{origin}; median and range over seeds")
+    for heading in (
+        "variant",
+        "runs",
+        f"steps to {target}",
+        f"best {report.metric}",
+        "final",
+        "ratio of steps",
+        "verdict",
+    ):
+        table.add_column(heading, justify="left" if heading in ("variant", "verdict") else "right")
+    for variant in report.variants:
+        table.add_row(
+            variant.label,
+            str(variant.n),
+            _spread(variant.steps_to_target, "{:,.0f}"),
+            _spread(variant.best, "{:.3f}"),
+            _spread(variant.final, "{:.3f}"),
+            _ratio(variant),
+            variant.verdict,
+        )
+    return table
+
+
+def _spread(spread: SpreadView | None, form: str) -> str:
+    if spread is None:
+        return "–"
+    low, middle, high = (form.format(value) for value in (spread.low, spread.median, spread.high))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def _ratio(variant: VariantReport) -> str:
+    return ("≥ " if variant.ratio_is_at_least else "") + _spread(variant.ratio, "{:.1f}×")
+
+
+def save_plot(report: Report, path: Path) -> None:
+    """Draw the metric against steps, a line per run and a colour per variant, as in Ioffe & Szegedy 2015, Figure 1 (a)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for number, variant in enumerate(report.variants):
+        for place, run in enumerate(variant.curves or []):
+            steps, values = zip(*run.points, strict=True) if run.points else ((), ())
+            axes.plot(steps, values, color=f"C{number}", alpha=0.8, label=variant.label if place == 0 else None)
+    if report.target is not None:
+        axes.axhline(report.target, color="grey", linestyle=":", label=f"target {report.target:.3g}")
+    axes.set(xlabel="step", ylabel=report.metric, title=report.name)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,27 @@
+"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Unavailable."""
+
+from typing import Any
+
+
+class ServiceError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class InvalidField(ServiceError):  # noqa: N818 - names say what is the case
+    """A field of a request holds a value that cannot be taken."""
+
+    def __init__(self, field: str, value: Any, takes: str) -> None:
+        super().__init__(f"{field}: {takes} (got {value!r})")
+        self.field, self.value, self.takes = field, value, takes
+
+
+class NotFound(ServiceError):  # noqa: N818
+    """No such job or comparison."""
+
+
+class Conflict(ServiceError):  # noqa: N818
+    """The request does not fit the state that the thing is in."""
+
+
+class Unavailable(ServiceError):  # noqa: N818
+    """Ray, MLflow or the database did not answer, or not in time; trying again may help."""

@@ -1,0 +1,105 @@
+"""From curves to a verdict: steps to a target, their spread over seeds, and ratios against the baseline; pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+Curve = Sequence[tuple[int, float]]
+"""A metric by step, in the order of steps."""
+
+Verdict = Literal["baseline", "faster", "slower", "no clear difference", "target not reached", "no data yet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Median and range over seeds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantResult:
+    """What a variant's runs show."""
+
+    n: int
+    """Runs with a curve."""
+    reached: int
+    """Runs that reached the target."""
+    steps_to_target: Spread | None
+    """Over the runs that reached it."""
+    best: Spread | None
+    final: Spread | None
+    ratio: Spread | None
+    """Steps of the baseline over this variant's, seed by seed: above 1 is faster."""
+    ratio_is_at_least: bool
+    """Whether some run of the baseline never reached the target, so that its last step stands in and the true ratio is larger."""
+    verdict: Verdict
+
+
+def steps_to_target(curve: Curve, target: float) -> int | None:
+    """First step at which the metric is at least `target`; None if it never is."""
+    return next((step for step, value in curve if value >= target), None)
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median and range of `values`; None if there are none."""
+    return Spread(median=median(values), low=min(values), high=max(values)) if values else None
+
+
+def default_target(baseline: Mapping[int, Curve]) -> float | None:
+    """The baseline's best value, median over its seeds: the target in Figure 3 of Ioffe & Szegedy 2015."""
+    best = spread([max(value for _, value in curve) for curve in baseline.values() if curve])
+    return best.median if best else None
+
+
+def compare(
+    runs: Mapping[int, Curve], baseline: Mapping[int, Curve], target: float | None, *, is_baseline: bool
+) -> VariantResult:
+    """Measure a variant's `runs` (curve by seed) against the baseline's.
+
+    Ratios are taken seed by seed. "faster" and "slower" are said only if the ratios of all seeds agree.
+    """
+    curves = {seed: curve for seed, curve in runs.items() if curve}
+    steps = {seed: steps_to_target(curve, target) for seed, curve in curves.items()} if target is not None else {}
+    reached = {seed: step for seed, step in steps.items() if step is not None}
+    ratios, is_at_least = _ratios(reached, baseline, target) if target is not None else ([], False)
+    ratio = spread(ratios)
+    return VariantResult(
+        n=len(curves),
+        reached=len(reached),
+        steps_to_target=spread(list(reached.values())),
+        best=spread([max(value for _, value in curve) for curve in curves.values()]),
+        final=spread([curve[-1][1] for curve in curves.values()]),
+        ratio=None if is_baseline else ratio,
+        ratio_is_at_least=is_at_least and not is_baseline,
+        verdict="baseline" if is_baseline else _verdict(len(curves), len(reached), ratio, is_at_least=is_at_least),
+    )
+
+
+def _ratios(reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float) -> tuple[list[float], bool]:
+    """Baseline's steps over the variant's for each seed that both have. Step 0 counts as 1: a ratio needs a divisor."""
+    ratios, is_at_least = [], False
+    for seed, steps in reached.items():
+        curve = baseline.get(seed)
+        if not curve:
+            continue
+        baseline_steps = steps_to_target(curve, target)
+        if baseline_steps is None:
+            baseline_steps, is_at_least = curve[-1][0], True
+        ratios.append(max(baseline_steps, 1) / max(steps, 1))
+    return ratios, is_at_least
+
+
+def _verdict(n: int, reached: int, ratio: Spread | None, *, is_at_least: bool) -> Verdict:
+    if n == 0 or (reached and ratio is None):
+        return "no data yet"
+    if reached < n or ratio is None:
+        return "target not reached"
+    if ratio.low > 1:
+        return "faster"
+    if ratio.high < 1 and not is_at_least:
+        return "slower"
+    return "no clear difference"

@@ -1,0 +1,158 @@
+"""The service's only door to MLflow: one run per job, under one parent run per comparison.
+
+Every call may be repeated: a run is looked up by the tag that carries our identifier before it is made.
+"""
+
+import asyncio
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+# MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from service.domain.comparisons import Comparison, describe
+from service.domain.errors import Unavailable
+from service.domain.jobs import Job, JobState
+from service.domain.statistics import Curve
+
+EXPERIMENT_OF_SINGLE_JOBS = "jobs"
+JOB_TAG, COMPARISON_TAG = "syncbn.job_id", "syncbn.comparison_id"
+MLFLOW_STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.FAILED: "FAILED", JobState.CANCELLED: "KILLED"}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunAddress:
+    """Where a run is found."""
+
+    run_id: str
+    url: str
+
+
+class MlflowRuns(Protocol):
+    """Runs as the service needs them. All calls raise Unavailable if MLflow does not answer in time."""
+
+    async def start_comparison(self, comparison: Comparison) -> RunAddress:
+        """Find or make a comparison's parent run, in the experiment named after it."""
+
+    async def start_job(self, job: Job, comparison: Comparison | None) -> RunAddress:
+        """Find or make a job's run, with its resolved spec as params, and tag it with the attempt."""
+
+    async def finish(self, run_id: str, state: JobState) -> None:
+        """Record a terminal state."""
+
+    async def curve(self, run_id: str, metric: str) -> Curve:
+        """Read a metric by step; empty if the run has none of that name."""
+
+    async def check(self) -> None:
+        """Ask for an answer."""
+
+
+class MlflowRunsOverHttp:
+    """MlflowRuns on a real MLflow server."""
+
+    def __init__(self, url: str, public_url: str, timeout_seconds: float) -> None:
+        self._client = MlflowClient(url)
+        self._url, self._public_url, self._timeout_seconds = url, public_url.rstrip("/"), timeout_seconds
+
+    async def start_comparison(self, comparison: Comparison) -> RunAddress:
+        """Find or make a comparison's parent run, in the experiment named after it."""
+        tags = {COMPARISON_TAG: comparison.id, "baseline": describe(comparison.baseline), "metric": comparison.metric}
+        return await self._call(lambda: self._start(comparison.name, comparison.name, COMPARISON_TAG, tags))
+
+    async def start_job(self, job: Job, comparison: Comparison | None) -> RunAddress:
+        """Find or make a job's run, with its resolved spec as params, and tag it with the attempt."""
+        spec = job.spec
+        tags = {
+            JOB_TAG: job.id,
+            "norm": spec.norm.value,
+            "seed": str(spec.seed),
+            "attempt": str(job.attempt),
+            "world_size": str(spec.num_workers),
+            "git_commit": git_commit(),
+        }
+        if comparison is not None:
+            tags |= {COMPARISON_TAG: comparison.id, "variant": describe(job.variant)}
+            if comparison.mlflow_run_id:
+                tags[MLFLOW_PARENT_RUN_ID] = comparison.mlflow_run_id
+        experiment = comparison.name if comparison else EXPERIMENT_OF_SINGLE_JOBS
+        params = flatten(spec.model_dump(mode="json"))
+        return await self._call(lambda: self._start(experiment, job.name, JOB_TAG, tags, params))
+
+    async def finish(self, run_id: str, state: JobState) -> None:
+        """Record a terminal state."""
+        await self._call(lambda: self._client.set_terminated(run_id, MLFLOW_STATUS[state]))
+
+    async def curve(self, run_id: str, metric: str) -> Curve:
+        """Read a metric by step; empty if the run has none of that name."""
+        history = await self._call(lambda: self._client.get_metric_history(run_id, metric))
+        return sorted({point.step: point.value for point in history}.items())
+
+    async def check(self) -> None:
+        """Ask for an answer."""
+        await self._call(lambda: self._client.search_experiments(max_results=1))
+
+    def _start(
+        self, experiment: str, name: str, key: str, tags: dict[str, str], params: dict[str, Any] | None = None
+    ) -> RunAddress:
+        experiment_id = self._experiment(experiment)
+        found = self._client.search_runs([experiment_id], f"tags.`{key}` = '{tags[key]}'", max_results=10)
+        # A job's run carries its comparison's tag too: the parent is the one that has no parent.
+        runs: list[Run] = [run for run in found if key == JOB_TAG or JOB_TAG not in run.data.tags]
+        run = runs[0] if runs else self._client.create_run(experiment_id, run_name=name, tags=tags)
+        run_id = str(run.info.run_id)
+        if runs:
+            self._client.update_run(run_id, status="RUNNING")
+            for tag, value in tags.items():
+                if run.data.tags.get(tag) != value:
+                    self._client.set_tag(run_id, tag, value)
+        for path, value in (params or {}).items():
+            if path not in run.data.params:
+                self._client.log_param(run_id, path, value)
+        return RunAddress(run_id, f"{self._public_url}/#/experiments/{experiment_id}/runs/{run_id}")
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            return str(self._client.create_experiment(name))
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+        return str(found.experiment_id)
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await asyncio.to_thread(work)
+        except (MlflowException, TimeoutError) as error:
+            raise Unavailable(f"MLflow at {self._url}: {error or 'did not answer in time'}") from error
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name nested fields by dotted paths: `optimizer.lr`."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@cache
+def git_commit() -> str:
+    """Commit of the installed code, for the record; `unknown` if it does not run from a checkout."""
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("SYNCBN_GIT_COMMIT", "unknown")

@@ -1,0 +1,111 @@
+"""The service's only door to Ray: submissions over the Ray Jobs REST API.
+
+HTTP rather than Ray's client class, because that has no time limits, and follows RAY_ADDRESS rather than the address it is given.
+"""
+
+import asyncio
+from typing import Any, Protocol
+
+import httpx
+
+from service.domain.errors import Unavailable
+from service.domain.lifecycle import RayStatus, Submission
+from service.domain.scheduling import Capacity
+from trainer.spec import JOB_VARIABLE, Task
+
+ENTRYPOINT = "python -m trainer"
+"""A shell line in Ray, hence the same for every job: what a user wrote travels in an environment variable."""
+SECONDS_TO_STOP = 10
+"""What a driver gets between SIGINT and SIGKILL."""
+
+
+class RayJobs(Protocol):
+    """Submissions as the dispatcher needs them. All calls raise Unavailable if Ray does not answer in time."""
+
+    async def submit(self, submission_id: str, task: Task) -> None:
+        """Hand a task to Ray; a submission that Ray already has is left as it is."""
+
+    async def find(self, submission_id: str) -> Submission | None:
+        """Ask for a submission; None if Ray does not know it."""
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask for a running submission to be stopped; one that has ended, or is unknown, is left alone."""
+
+    async def logs(self, submission_id: str) -> str:
+        """Read what the driver printed before its output went to the project's storage."""
+
+    async def capacity(self) -> Capacity:
+        """Sum up the resources of all live nodes."""
+
+
+class RayJobsOverHttp:
+    """RayJobs on a real cluster."""
+
+    def __init__(self, address: str, token: str | None, timeout_seconds: float) -> None:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._timeout_seconds = timeout_seconds
+        self._http = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout_seconds, trust_env=False)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def submit(self, submission_id: str, task: Task) -> None:
+        """Hand a task to Ray; a submission that Ray already has is left as it is."""
+        variables = {
+            JOB_VARIABLE: task.model_dump_json(),
+            # Ray Train stops its workers cleanly on SIGINT alone, and Ray's 3 seconds are too few for that.
+            "RAY_JOB_STOP_SIGNAL": "SIGINT",
+            "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_STOP),
+        }
+        body = {"entrypoint": ENTRYPOINT, "submission_id": submission_id, "runtime_env": {"env_vars": variables}}
+        answer = await self._call("POST", "/api/jobs/", json=body)
+        # Ray answers a repeated submission id with 500, like any other fault: look whether it has it.
+        if answer.is_error and await self.find(submission_id) is None:
+            raise Unavailable(
+                f"Ray refused {submission_id}: {answer.status_code} {answer.text.strip().splitlines()[-1:]}"
+            )
+
+    async def find(self, submission_id: str) -> Submission | None:
+        """Ask for a submission; None if Ray does not know it."""
+        answer = await self._call("GET", f"/api/jobs/{submission_id}")
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return None
+        content = self._content(answer)
+        return Submission(RayStatus(content["status"]), content.get("message") or "")
+
+    async def stop(self, submission_id: str) -> None:
+        """Ask for a running submission to be stopped; one that has ended, or is unknown, is left alone."""
+        answer = await self._call("POST", f"/api/jobs/{submission_id}/stop")
+        if answer.status_code != httpx.codes.NOT_FOUND:
+            self._content(answer)
+
+    async def logs(self, submission_id: str) -> str:
+        """Read what the driver printed before its output went to the project's storage."""
+        answer = await self._call("GET", f"/api/jobs/{submission_id}/logs")
+        return "" if answer.status_code == httpx.codes.NOT_FOUND else str(self._content(answer)["logs"])
+
+    async def capacity(self) -> Capacity:
+        """Sum up the resources of all live nodes."""
+        answer = self._content(await self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}))
+        nodes = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
+        totals = [node["resources_total"] for node in nodes]
+        return Capacity(
+            cpus=sum(total.get("CPU", 0) for total in totals), gpus=sum(total.get("GPU", 0) for total in totals)
+        )
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
+        try:
+            # httpx limits each wait on the network; this limits the call as a whole.
+            async with asyncio.timeout(self._timeout_seconds):
+                return await self._http.request(method, path, **arguments)
+        except (httpx.HTTPError, TimeoutError) as error:
+            raise Unavailable(
+                f"Ray at {self._http.base_url} did not answer: {error or type(error).__name__}"
+            ) from error
+
+    @staticmethod
+    def _content(answer: httpx.Response) -> Any:
+        if answer.is_error:
+            raise Unavailable(f"Ray answered {answer.status_code}: {answer.text.strip()[:200]}")
+        return answer.json()

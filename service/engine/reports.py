@@ -1,0 +1,26 @@
+"""Reading the curves of a comparison's runs from MLflow, and making its report of them."""
+
+import asyncio
+from collections.abc import Sequence
+
+from service.domain.comparisons import Comparison
+from service.domain.jobs import Job
+from service.domain.reports import ComparisonReport, make_report
+from service.domain.statistics import Curve
+from service.engine.mlflow_runs import MlflowRuns
+
+READS_AT_ONCE = 8
+
+
+async def report(comparison: Comparison, jobs: Sequence[Job], mlflow: MlflowRuns) -> ComparisonReport:
+    """Report on a comparison by what MLflow holds now."""
+    gate = asyncio.Semaphore(READS_AT_ONCE)
+
+    async def read(job: Job) -> Curve:
+        if job.mlflow_run_id is None:
+            return []
+        async with gate:
+            return await mlflow.curve(job.mlflow_run_id, comparison.metric)
+
+    curves = await asyncio.gather(*[read(job) for job in jobs])
+    return make_report(comparison, jobs, dict(zip([job.id for job in jobs], curves, strict=True)))

@@ -1,0 +1,42 @@
+"""What the service reads of a run's files: progress, outcome and log."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from service.domain.jobs import Job
+from trainer.spec import LOG_FILE, OUTCOME_FILE, PROGRESS_FILE, Outcome, Progress, attempt_folder
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class RunFiles:
+    """The files of all runs, under one folder that the cluster shares."""
+
+    def __init__(self, storage: Path) -> None:
+        self._storage = storage.resolve()
+
+    def job_folder(self, job: Job) -> Path:
+        """Folder of all attempts of a job."""
+        return self._storage / job.id
+
+    def progress(self, job: Job) -> Progress | None:
+        """Read how far the current attempt is; None if it has not said yet."""
+        return self._read(job, PROGRESS_FILE, Progress)
+
+    def outcome(self, job: Job) -> Outcome | None:
+        """Read how the current attempt ended; None if it has not written that."""
+        return self._read(job, OUTCOME_FILE, Outcome)
+
+    def log(self, job: Job, attempt: int) -> Path | None:
+        """Find an attempt's log; None if there is none."""
+        path = attempt_folder(self.job_folder(job), attempt) / LOG_FILE
+        return path if path.is_file() else None
+
+    def _read(self, job: Job, name: str, kind: type[T]) -> T | None:
+        path = attempt_folder(self.job_folder(job), job.attempt) / name
+        try:
+            return kind.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None

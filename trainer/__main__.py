@@ -1,0 +1,88 @@
+"""The driver: `python -m trainer` inside a Ray job (task in SYNCBN_JOB), `python -m trainer SPEC.yaml` by hand."""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from trainer.files import write_whole
+from trainer.spec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
+
+
+def main() -> int:
+    """Run one task and return the exit code: 0 succeeded, 1 failed, 2 not understood, 130 interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer", description="Train one spec on a local Ray, without the service."
+    )
+    parser.add_argument("spec", type=Path, nargs="?", help="YAML file with a JobSpec")
+    parser.add_argument("--output", type=Path, help="folder for log, metrics and model; default: runs/SPEC-TIME")
+    arguments = parser.parse_args()
+    try:
+        if arguments.spec is not None:
+            return _run(_task_of_file(arguments.spec, arguments.output), ray_address="local")
+        if JOB_VARIABLE not in os.environ:
+            parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
+        task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
+        _redirect_output(task)
+        return _run(task, ray_address=None)
+    except (OSError, yaml.YAMLError, ValidationError) as error:
+        print(f"python -m trainer: {_explain(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(task: Task, ray_address: str | None) -> int:
+    folder = _folder(task)
+    try:
+        from trainer.launch import run
+
+        outcome = run(task, ray_address=ray_address)
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome(state="failed", reason=f"driver: {type(error).__name__}: {error}")
+    write_whole(folder / OUTCOME_FILE, outcome)
+    print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
+    return 0 if outcome.state == "succeeded" else 1
+
+
+def _folder(task: Task) -> Path:
+    folder = attempt_folder(Path(task.context.folder), task.context.attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _task_of_file(path: Path, output: Path | None) -> Task:
+    spec = JobSpec.model_validate(yaml.safe_load(path.read_text()))
+    folder = (output or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    return Task(spec=spec, context=RunContext(job_id=path.stem, attempt=1, name=path.stem, folder=str(folder)))
+
+
+def _redirect_output(task: Task) -> None:
+    """Send this process's output, and the workers' that Ray passes on to it, to the project's storage: Ray keeps its own only
+    as long as the node lives.
+    """
+    log = _folder(task) / LOG_FILE
+    print(f"output goes to {log}", flush=True)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+def _explain(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors(include_url=False)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
