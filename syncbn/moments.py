@@ -1,0 +1,108 @@
+"""Count, mean and sum of squared deviations of each channel: measured on one rank, merged over many. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def reduced_dimensions(x: Tensor) -> tuple[int, ...]:
+    """Return the dimensions of a (N, C, *) tensor that statistics are taken over: all but the channels'."""
+    return (0, *range(2, x.dim()))
+
+
+def along_channels(vector: Tensor, x: Tensor) -> Tensor:
+    """View a (C,) vector so that it broadcasts against a (N, C, *) tensor."""
+    return vector.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Statistics of a set of values per channel, in float64 whatever the dtype of the values.
+
+    The count is a float64 tensor too and never has the dtype of a parameter: float16 ends at 65,504, while float64
+    counts exactly up to 2^53. An empty set has count, mean and m2 zero.
+    """
+
+    count: Tensor
+    """Number n of values in each channel; shape ()."""
+    mean: Tensor
+    """Mean of each channel; shape (C,)."""
+    m2: Tensor
+    """M2 = Σ(x - mean)² of each channel; shape (C,)."""
+
+    @property
+    def variance(self) -> Tensor:
+        """Biased variance M2 / n, which the values are normalised by; 0 for an empty set."""
+        return self.m2 / self.count.clamp(min=1)
+
+    @property
+    def unbiased_variance(self) -> Tensor:
+        """Unbiased variance M2 / (n - 1), which running statistics keep; 0 for fewer than two values."""
+        return self.m2 / (self.count - 1).clamp(min=1)
+
+    @classmethod
+    def measure(cls, x: Tensor) -> Moments:
+        """Measure a tensor in two passes: mean = Σx / n, then M2 = Σ(x - mean)².
+
+        Args:
+            x: floating point, shape (N, C, *); N and any of * may be 0, C may not. The result carries no gradient.
+        """
+        count = x.numel() // x.shape[1]
+        values = x.detach().to(torch.float64)
+        # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
+        mean = values.sum(reduced_dimensions(x)) / max(count, 1)
+        m2 = (values - along_channels(mean, x)).square_().sum(reduced_dimensions(x))
+        return cls(torch.full((), count, dtype=torch.float64, device=x.device), mean, m2)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Moments]) -> Moments:
+        """Merge the moments of disjoint sets into those of their union; empty sets change nothing.
+
+            n = Σᵢ nᵢ,   mean = Σᵢ nᵢ·meanᵢ / n,   M2 = Σᵢ (M2ᵢ + nᵢ·(meanᵢ - mean)²)
+
+        No term of M2 is negative, so its relative error stays that of float64 however far the means lie from zero.
+
+        Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", for any number of sets.
+        """
+        counts = torch.stack([part.count for part in parts]).unsqueeze(1)
+        means = torch.stack([part.mean for part in parts])
+        count = counts.sum()
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        within = torch.stack([part.m2 for part in parts]).sum(0)
+        between = (counts * (means - mean).square()).sum(0)
+        return cls(count, mean, within + between)
+
+    def pack(self) -> Tensor:
+        """Return the moments as one vector [n, mean, M2] of 2C + 1 elements, to be gathered and merged."""
+        return torch.cat([self.count.view(1), self.mean, self.m2])
+
+    @classmethod
+    def unpack(cls, vector: Tensor) -> Moments:
+        """Return the moments that `pack` made a vector of."""
+        mean, m2 = vector[1:].chunk(2)
+        return cls(vector[0], mean, m2)
+
+    def pack_sums(self) -> Tensor:
+        """Return one vector [n, n·mean, M2 + n·mean²] = [n, Σx, Σx²] of 2C + 1 elements.
+
+        The sets' vectors add up to the vector of their union; that of an empty set is zero.
+        """
+        total = self.count * self.mean
+        return torch.cat([self.count.view(1), total, self.m2 + total * self.mean])
+
+    @classmethod
+    def unpack_sums(cls, vector: Tensor) -> Moments:
+        """Return the moments behind a sum of `pack_sums` vectors: mean = Σx / n, M2 = Σx² - Σx·mean.
+
+        The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values
+        resolve. For float64 values `merge` is the exact way.
+        """
+        count = vector[0]
+        total, squares = vector[1:].chunk(2)
+        mean = total / count.clamp(min=1)
+        # Rounding can take the M2 of a constant channel below zero, and the root of that would be NaN.
+        return cls(count, mean, (squares - total * mean).clamp(min=0))

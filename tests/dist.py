@@ -1,0 +1,210 @@
+"""Runs a function on several gloo ranks of this machine and hands back what each of them returns.
+
+The ranks are spawned once and serve all tests. Each call gives them a new default process group, so that nothing is left
+of the call before. Ranks that do not answer are killed, and the next call spawns new ones.
+"""
+
+import atexit
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing import connection, get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+START_SECONDS = 120.0
+"""Time limit for spawning ranks, which import torch; a call's own time limit begins after it."""
+
+
+def run_on_ranks(
+    function: Callable[..., Any], world_size: int, *arguments: Any, timeout_seconds: float = 60.0
+) -> list[Any]:
+    """Call a function on each of `world_size` ranks and return the results in the order of the ranks.
+
+    Args:
+        function: can be pickled; is called as function(*arguments) with torch.distributed initialised, one thread, warnings
+            as errors and torch's generator seeded alike on every rank. What it returns can be pickled too.
+        world_size: number of ranks.
+        arguments: the same for every rank, which picks its own by torch.distributed.get_rank().
+        timeout_seconds: limit for the whole call and for each collective in it.
+
+    Raises:
+        The error of the rank that failed first, with that rank's traceback as a note.
+        TimeoutError: ranks did not answer in time, though none failed.
+    """
+    return _POOL.run(function, world_size, arguments, timeout_seconds)
+
+
+@dataclass
+class Reply:
+    """What a rank answers: a result, or the error that it met and when."""
+
+    result: Any = None
+    error: BaseException | None = None
+    seconds: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A spawned process and the parent's end of the pipe to it."""
+
+    process: BaseProcess
+    channel: connection.Connection
+
+
+class Pool:
+    """Ranks spawned as they are needed, and kept until `close`."""
+
+    def __init__(self, grace_seconds: float = 5.0) -> None:
+        """`grace_seconds` is what ranks have to answer in once another has failed, or once the time limit has passed."""
+        self._grace_seconds = grace_seconds
+        self._ranks: list[Rank] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._calls = 0
+
+    def run(
+        self, function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...], timeout_seconds: float
+    ) -> list[Any]:
+        """See `run_on_ranks`."""
+        try:
+            self._spawn(world_size)
+            request = pickle.dumps((function, arguments, world_size, self._new_store(), timeout_seconds))
+            for rank in self._ranks[:world_size]:
+                rank.channel.send_bytes(request)
+            replies = self._collect(world_size, time.monotonic() + timeout_seconds + self._grace_seconds)
+        except BaseException:
+            self.close()  # ranks may be in the middle of something
+            raise
+        failures = [reply for reply in replies.values() if reply.error is not None]
+        if failures:
+            raise min(failures, key=lambda reply: reply.seconds).error
+        silent = [rank for rank in range(world_size) if rank not in replies]
+        if silent:
+            raise TimeoutError(f"ranks {silent} of {world_size} did not answer within {timeout_seconds} seconds")
+        return [replies[rank].result for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End all ranks: the idle ones by closing their pipe, after a moment the others by force."""
+        for rank in self._ranks:
+            rank.channel.close()
+        deadline = time.monotonic() + 1
+        for rank in self._ranks:
+            rank.process.join(max(0, deadline - time.monotonic()))
+            rank.process.kill()
+            rank.process.join()
+        self._ranks = []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _new_store(self) -> Path:
+        """Return a file through which the ranks of one call find each other."""
+        self._folder = self._folder or tempfile.TemporaryDirectory(prefix="ranks-")
+        self._calls += 1
+        return Path(self._folder.name, f"store-{self._calls}")
+
+    def _spawn(self, world_size: int) -> None:
+        context = get_context("spawn")
+        new = range(len(self._ranks), world_size)
+        for number in new:
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(number, there), name=f"rank {number}", daemon=True)
+            with mock.patch.dict(os.environ, ENVIRONMENT):
+                process.start()
+            there.close()  # or the end of the process would not end the pipe
+            self._ranks.append(Rank(process, here))
+        for number in new:
+            if not self._ranks[number].channel.poll(START_SECONDS):
+                raise TimeoutError(f"rank {number} did not start within {START_SECONDS} seconds")
+            self._ranks[number].channel.recv_bytes()
+
+    def _collect(self, world_size: int, deadline: float) -> dict[int, Reply]:
+        """Wait for replies until all are there, or until the deadline, which the first failure brings forward."""
+        replies: dict[int, Reply] = {}
+        while len(replies) < world_size:
+            waiting = {self._ranks[number].channel: number for number in range(world_size) if number not in replies}
+            ready = connection.wait(list(waiting), max(0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for number in (waiting[channel] for channel in ready):
+                replies[number] = self._receive(number)
+                if replies[number].error is not None:
+                    deadline = min(deadline, replies[number].seconds + self._grace_seconds)
+        if len(replies) < world_size or any(isinstance(reply.error, EOFError) for reply in replies.values()):
+            self.close()
+        return replies
+
+    def _receive(self, number: int) -> Reply:
+        try:
+            return pickle.loads(self._ranks[number].channel.recv_bytes())
+        except (EOFError, ConnectionError):
+            self._ranks[number].process.join()
+            return Reply(error=EOFError(f"rank {number} died, exit code {self._ranks[number].process.exitcode}"))
+
+
+def _serve(number: int, channel: connection.Connection) -> None:
+    """Answer requests until the parent closes the pipe or is gone."""
+    torch.set_num_threads(1)
+    channel.send_bytes(b"ready")
+    while True:
+        try:
+            request = channel.recv_bytes()
+        except EOFError:
+            _leave()
+            return
+        reply = _answer(number, request)
+        channel.send_bytes(reply)
+
+
+def _answer(number: int, request: bytes) -> bytes:
+    _leave()  # only now, when all ranks are done with the group: to leave earlier could fail a slower rank
+    try:
+        function, arguments, world_size, store, timeout_seconds = pickle.loads(request)
+        torch.manual_seed(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=number,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+            return pickle.dumps(Reply(result=function(*arguments)))
+    except BaseException as error:
+        failure = _failure(number, error)
+    _leave()  # at once, so that the ranks which wait for this one fail too
+    return failure
+
+
+def _failure(number: int, error: BaseException) -> bytes:
+    note = f"on rank {number}:\n{traceback.format_exc()}"
+    error.add_note(note)
+    reply = Reply(error=error)
+    try:
+        pickle.loads(pickle.dumps(reply))
+    except Exception:  # of an error that does not survive pickling at least the words shall arrive
+        reply.error = RuntimeError(note)
+    return pickle.dumps(reply)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_POOL = Pool()
+atexit.register(_POOL.close)

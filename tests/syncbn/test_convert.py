@@ -1,0 +1,161 @@
+import copy
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import parametrize
+
+from syncbn import ConversionError, SyncBatchNorm, convert_sync_batchnorm
+from tests.dist import run_on_ranks
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4, eps=1e-3, momentum=None)
+        self.again = self.norm
+
+    def forward(self, x):
+        return self.again(self.norm(self.conv(x)))
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def state_objects(module):
+    return {name: id(tensor) for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, SyncBatchNorm.convert_sync_batchnorm])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm1d(3),
+        nn.BatchNorm2d(3, eps=1e-3, momentum=None),
+        nn.BatchNorm3d(3, affine=False, dtype=torch.float64),
+        nn.BatchNorm2d(3, track_running_stats=False).eval(),
+        nn.SyncBatchNorm(3),
+    ],
+)
+def test_each_kind_of_layer_is_converted_and_keeps_what_it_has(convert, layer):
+    layer = copy.deepcopy(layer)
+    attributes = {name: value for name, value in vars(layer).items() if name != "process_group"}
+    objects = state_objects(layer)
+    converted = convert(layer)
+    assert type(converted) is SyncBatchNorm
+    assert converted.process_group is None
+    assert {name: value for name, value in vars(converted).items() if name != "process_group"} == attributes
+    assert state_objects(converted) == objects
+
+
+def test_a_model_keeps_structure_parameters_flags_and_shared_layers():
+    model = nn.Sequential(Block(), Block().eval(), nn.InstanceNorm2d(4, affine=True), nn.GroupNorm(2, 4))
+    model[0].norm.weight.requires_grad_(False)
+    objects, names = state_objects(model), [name for name, _ in model.named_modules(remove_duplicate=False)]
+    state = copy.deepcopy(model.state_dict())
+    assert convert_sync_batchnorm(model) is model
+    assert state_objects(model) == objects
+    assert [name for name, _ in model.named_modules(remove_duplicate=False)] == names
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert model[0].norm is model[0].again
+    assert (type(model[0].norm), type(model[2]), type(model[3])) == (SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+    assert (model[0].norm.training, model[1].norm.training) == (True, False)
+    assert (model[0].norm.weight.requires_grad, model[0].norm.bias.requires_grad) == (False, True)
+    assert (model[0].norm.eps, model[0].norm.momentum) == (1e-3, None)
+
+
+def test_a_converted_model_computes_what_it_did():
+    model = nn.Sequential(Block(), nn.Flatten(), nn.Linear(16, 2)).double()
+    converted = convert_sync_batchnorm(copy.deepcopy(model))
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    for training in (True, False):
+        y = model.train(training)(x)
+        torch.testing.assert_close(converted.train(training)(x), y, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(converted.state_dict(), model.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_attributes_and_references_stay():
+    layer, called = nn.BatchNorm1d(3), []
+    layer.note = "mine"
+    reference = weakref.ref(layer)
+    layer.register_forward_pre_hook(lambda module, inputs: called.append("forward_pre"))
+    forward = layer.register_forward_hook(lambda module, inputs, output: called.append("forward"))
+    layer.register_full_backward_hook(lambda module, inputs, outputs: called.append("backward"))
+    layer.register_state_dict_post_hook(lambda *arguments: called.append("state_dict"))
+    layer.register_load_state_dict_pre_hook(lambda *arguments: called.append("load_state_dict"))
+    model = convert_sync_batchnorm(nn.Sequential(layer))
+    assert reference() is model[0]
+    assert model[0].note == "mine"
+    model(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert called == ["forward_pre", "forward", "backward", "state_dict", "load_state_dict"]
+    forward.remove()
+    called.clear()
+    model(torch.randn(4, 3))
+    assert called == ["forward_pre"]
+
+
+def test_an_optimiser_made_before_conversion_still_trains_the_model():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    convert_sync_batchnorm(model)
+    (model(torch.randn(4, 3)) * torch.arange(3)).pow(2).sum().backward()
+    optimiser.step()
+    assert model[0].weight[2] < 1
+
+
+def make_parametrized():
+    layer = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", nn.Identity())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (
+            Activated(3),
+            r"1\.0 \(tests\.syncbn\.test_convert\.Activated\): a subclass whose own behaviour would be lost",
+        ),
+        (make_parametrized(), r"1\.0 \(.*ParametrizedBatchNorm1d\): a subclass"),
+        (nn.LazyBatchNorm2d(), r"1\.0 \(.*LazyBatchNorm2d\): its number of channels is not known yet"),
+    ],
+)
+def test_what_would_lose_its_behaviour_is_refused_by_name_and_nothing_is_converted(layer, message):
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(layer))
+    with pytest.raises(ConversionError, match=message):
+        convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_all_refused_layers_are_named():
+    with pytest.raises(ConversionError, match=r"0 \(.*Activated\).*; 1 \(.*LazyBatchNorm1d\)"):
+        convert_sync_batchnorm(nn.Sequential(Activated(3), nn.LazyBatchNorm1d()))
+    with pytest.raises(ConversionError, match=r"the module itself \(.*Activated\)"):
+        convert_sync_batchnorm(Activated(3))
+
+
+def test_a_lazy_layer_can_be_converted_after_its_first_batch():
+    model = nn.Sequential(nn.LazyBatchNorm2d())
+    model(torch.randn(2, 3, 4, 4))
+    assert type(convert_sync_batchnorm(model)[0]) is SyncBatchNorm
+
+
+def convert_with_groups():
+    inner, outer = dist.new_group([0, 1]), dist.new_group([0, 1])
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)), nn.SyncBatchNorm(3, process_group=inner))
+    convert_sync_batchnorm(model[1], inner)
+    convert_sync_batchnorm(model, outer)
+    convert_sync_batchnorm(model)
+    assert [layer.process_group for layer in (model[0], model[1][0], model[2])] == [outer, inner, inner]
+    return model(torch.randn(4, 3)).shape
+
+
+@pytest.mark.dist
+def test_layers_get_the_group_given_and_keep_the_one_they_have():
+    assert run_on_ranks(convert_with_groups, 2) == [(4, 3), (4, 3)]
