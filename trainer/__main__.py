@@ -31,7 +31,7 @@ def main() -> int:
         _redirect_output(task)
         return _run(task, ray_address=None)
     except (OSError, yaml.YAMLError, ValidationError) as error:
-        print(f"python -m trainer: {_explain(error)}", file=sys.stderr)
+        print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {_explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

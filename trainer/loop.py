@@ -43,7 +43,7 @@ def train(spec: JobSpec, worker: Worker, journal: Journal) -> tuple[nn.Module, d
     parallel: nn.Module = model
     if worker.world_size > 1:
         # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
-        parallel = DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, forward_sync_buffers=False)
     optimizer = build_optimizer(spec.optimizer, model)
     metrics: dict[str, float] = {}
     train_loss = torch.zeros((), dtype=torch.float64, device=worker.device)

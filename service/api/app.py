@@ -1,21 +1,22 @@
-"""Wiring: the FastAPI application, its parts, and the dispatcher that runs as long as it does."""
+"""Wiring: the FastAPI application, its components, and the dispatcher that runs as long as it does."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 from fastapi import Depends, FastAPI, Response
 from fastapi.responses import RedirectResponse
 
 from service.api import problems
 from service.api.auth import require_token
-from service.api.parts import GivenParts, Parts
-from service.api.routes import comparisons, jobs
+from service.api.components import Components, GivenComponents
+from service.api.routes import comparisons as comparison_routes
+from service.api.routes import jobs as job_routes
 from service.api.schemas import Check, Problem, Readiness
 from service.engine.dispatcher import Dispatcher
-from service.engine.mlflow_runs import MlflowRunsOverHttp
-from service.engine.ray_jobs import RayJobsOverHttp
+from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
+from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.run_files import RunFiles
 from service.settings import Settings
 from service.store import database
@@ -34,14 +35,17 @@ ERRORS: dict[int | str, dict[str, object]] = {
 SECONDS_TO_CHECK = 5.0
 
 
-def make_app(settings: Settings) -> FastAPI:
-    """Make the application; its parts open when it starts and close when it stops."""
+def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns | None = None) -> FastAPI:
+    """Make the application; its components open when it starts and close when it stops.
+
+    `ray` and `mlflow` stand in for those that the settings name.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _open_parts(settings) as parts:
-            app.state.parts = parts
-            task = asyncio.create_task(parts.dispatcher.run(), name="dispatcher")
+        async with _open_components(settings, ray, mlflow) as components:
+            app.state.components = components
+            task = asyncio.create_task(components.dispatcher.run(), name="dispatcher")
             task.add_done_callback(_tell_end)
             yield
             task.cancel()
@@ -51,7 +55,7 @@ def make_app(settings: Settings) -> FastAPI:
     app = FastAPI(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan)
     app.state.settings = settings
     problems.install(app)
-    for router in (jobs.router, comparisons.router):
+    for router in (job_routes.router, comparison_routes.router):
         app.include_router(router, dependencies=[Depends(require_token)], responses=ERRORS)
 
     @app.get("/", include_in_schema=False)
@@ -64,10 +68,12 @@ def make_app(settings: Settings) -> FastAPI:
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
-    async def ready(parts: GivenParts, response: Response) -> Readiness:
+    async def ready(components: GivenComponents, response: Response) -> Readiness:
         """Tell whether the database, Ray and MLflow answer, each within 5 seconds; 503 if one does not."""
         checks = await asyncio.gather(
-            _check(database.check(parts.database)), _check(parts.ray.capacity()), _check(parts.mlflow.check())
+            _check(database.check(components.database)),
+            _check(components.ray.capacity()),
+            _check(components.mlflow.check()),
         )
         readiness = Readiness(
             ready=all(check.ok for check in checks), **dict(zip(("database", "ray", "mlflow"), checks, strict=True))
@@ -79,18 +85,23 @@ def make_app(settings: Settings) -> FastAPI:
 
 
 @asynccontextmanager
-async def _open_parts(settings: Settings) -> AsyncIterator[Parts]:
-    engine = database.open_database(settings.database_url, settings.call_timeout_seconds)
-    ray = RayJobsOverHttp(settings.ray_address, settings.ray_token(), settings.call_timeout_seconds)
-    try:
+async def _open_components(
+    settings: Settings, ray: RayJobs | None, mlflow: MlflowRuns | None
+) -> AsyncIterator[Components]:
+    seconds = settings.call_timeout_seconds
+    public_url = settings.mlflow_public_url or settings.mlflow_url
+    async with AsyncExitStack() as stack:
+        engine = database.open_database(settings.database_url, seconds)
+        stack.push_async_callback(engine.dispose)
         await database.migrate(engine)
-        mlflow = MlflowRunsOverHttp(
-            settings.mlflow_url, settings.mlflow_public_url or settings.mlflow_url, settings.call_timeout_seconds
-        )
-        job_store, comparison_store, files = JobStore(engine), ComparisonStore(engine), RunFiles(settings.storage)
+        if ray is None:
+            ray = cluster = RayJobsOverHttp(settings.ray_address, settings.ray_token(), seconds)
+            stack.push_async_callback(cluster.close)
+        mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, public_url, seconds)
+        jobs, comparisons, files = JobStore(engine), ComparisonStore(engine), RunFiles(settings.storage)
         dispatcher = Dispatcher(
-            job_store,
-            comparison_store,
+            jobs,
+            comparisons,
             ray,
             mlflow,
             files,
@@ -99,10 +110,7 @@ async def _open_parts(settings: Settings) -> AsyncIterator[Parts]:
             max_active_jobs=settings.max_active_jobs,
             max_attempts=settings.max_attempts,
         )
-        yield Parts(engine, job_store, comparison_store, ray, mlflow, files, dispatcher)
-    finally:
-        await ray.close()
-        await engine.dispose()
+        yield Components(engine, jobs, comparisons, ray, mlflow, files, dispatcher)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

@@ -15,8 +15,8 @@ from service.store.jobs import JobStore
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The service's parts."""
+class Components:
+    """The service's components."""
 
     database: AsyncEngine
     jobs: JobStore
@@ -27,10 +27,10 @@ class Parts:
     dispatcher: Dispatcher
 
 
-def parts_of(request: Request) -> Parts:
-    """Find the parts of the app that a request came to."""
-    parts: Parts = request.app.state.parts
-    return parts
+def components_of(request: Request) -> Components:
+    """Find the components of the app that a request came to."""
+    components: Components = request.app.state.components
+    return components
 
 
-GivenParts = Annotated[Parts, Depends(parts_of)]
+GivenComponents = Annotated[Components, Depends(components_of)]

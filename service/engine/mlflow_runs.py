@@ -153,6 +153,6 @@ def git_commit() -> str:
     folder = Path(__file__).parent
     try:
         command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # noqa: S603
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SYNCBN_GIT_COMMIT", "unknown")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
-from service.api.parts import GivenParts
+from service.api.components import GivenComponents
 from service.api.schemas import ComparisonView, Report, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import Job, new_id
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
 
 
 @router.post("", status_code=202)
-async def submit_comparison(body: SubmitComparison, parts: GivenParts, response: Response) -> ComparisonView:
+async def submit_comparison(body: SubmitComparison, components: GivenComponents, response: Response) -> ComparisonView:
     """Store a comparison and one job for each point of its matrix, all or none."""
     points = expand(body.spec, body.matrix)
     now = datetime.now(UTC)
@@ -40,26 +40,26 @@ async def submit_comparison(body: SubmitComparison, parts: GivenParts, response:
         )
         for variant, spec in points
     ]
-    await parts.comparisons.add(comparison, jobs)
-    parts.dispatcher.wake()
+    await components.comparisons.add(comparison, jobs)
+    components.dispatcher.wake()
     response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
     return ComparisonView.of(comparison, jobs)
 
 
 @router.get("/{comparison_id}")
-async def show_comparison(comparison_id: str, parts: GivenParts) -> ComparisonView:
+async def show_comparison(comparison_id: str, components: GivenComponents) -> ComparisonView:
     """Show a comparison and its jobs."""
-    comparison = await parts.comparisons.get(comparison_id)
-    return ComparisonView.of(comparison, await parts.jobs.of_comparison(comparison_id))
+    comparison = await components.comparisons.get(comparison_id)
+    return ComparisonView.of(comparison, await components.jobs.of_comparison(comparison_id))
 
 
 @router.get("/{comparison_id}/report")
 async def report_comparison(
     comparison_id: str,
-    parts: GivenParts,
+    components: GivenComponents,
     curves: Annotated[bool, Query(description="include each run's curve")] = False,
 ) -> Report:
     """Compare the variants by what MLflow holds of their runs."""
-    comparison = await parts.comparisons.get(comparison_id)
-    jobs = await parts.jobs.of_comparison(comparison_id)
-    return Report.of(await report(comparison, jobs, parts.mlflow), with_curves=curves)
+    comparison = await components.comparisons.get(comparison_id)
+    jobs = await components.jobs.of_comparison(comparison_id)
+    return Report.of(await report(comparison, jobs, components.mlflow), with_curves=curves)

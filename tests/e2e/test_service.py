@@ -1,0 +1,116 @@
+"""The whole way through HTTP, on a real Ray and a real MLflow."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from service.cli.client import ApiError
+from tests.e2e.service import Service
+
+pytestmark = pytest.mark.e2e
+
+SPEC = {"data": {"name": "digits"}, "model": {"name": "mlp", "hidden": [32]}, "optimizer": {"lr": 0.5}, "num_workers": 2}
+ENDLESS = SPEC | {"steps": 10_000_000, "eval_every": 1000}
+
+
+@pytest.fixture(scope="module")
+def service(stack, tmp_path_factory):
+    service = Service(stack.api_environment, tmp_path_factory.mktemp("service") / "serve.log")
+    service.start()
+    yield service
+    service.stop()
+
+
+def test_a_comparison_runs_and_is_reported(service):
+    """Two jobs, one of each norm: submitted, run on two workers, in MLflow with their curves, and in the report."""
+    from mlflow import MlflowClient
+
+    with service.client() as client:
+        body = {"name": "end to end", "spec": SPEC | {"steps": 100, "eval_every": 10}, "matrix": {"norm": ["none", "sync"]}, "target": 0.5}
+        comparison = client.wait(client.submit_comparison(body).id, 180, lambda _: None)
+        assert [job.state for job in comparison.jobs] == ["succeeded", "succeeded"], client.logs(comparison.jobs[0].id)
+        assert comparison.jobs[1].progress.step == comparison.jobs[1].progress.total_steps == 100
+        report = client.report(comparison.id, curves=True)
+        assert report.finished
+        assert [variant.n for variant in report.variants] == [1, 1]
+        assert [len(variant.curves[0].points) for variant in report.variants] == [11, 11]
+        assert report.variants[1].best.median > 0.8
+        assert report.variants[1].verdict in ("faster", "slower", "no clear difference")
+        assert "step 100/100" in client.logs(comparison.jobs[0].id)
+    mlflow = MlflowClient(service.environment["SYNCBN_MLFLOW_URL"])
+    children = [mlflow.get_run(job.mlflow_run_id) for job in comparison.jobs]
+    deadline = time.monotonic() + 20
+    while mlflow.get_run(children[0].data.tags["mlflow.parentRunId"]).info.status != "FINISHED":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
+    assert mlflow.get_experiment(children[0].info.experiment_id).name == "end to end"
+    assert len(mlflow.get_metric_history(children[1].info.run_id, "train_loss")) == 10
+
+
+def test_a_bad_spec_is_refused_and_nothing_is_stored(service):
+    with service.client() as client:
+        before = [job.id for job in client.jobs()]
+        with pytest.raises(ApiError, match=r"spec.optimizer.lr: Input should be greater than 0"):
+            client.submit_job("bad", SPEC | {"steps": 1, "optimizer": {"lr": -1}})
+        assert [job.id for job in client.jobs()] == before
+
+
+def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service):
+    with service.client() as client:
+        job = client.submit_job("to be cancelled", ENDLESS)
+        service.until(job.id, "running", progress=1)
+        began = time.monotonic()
+        client.cancel(job.id)
+        ended = service.until(job.id, "cancelled", seconds=15)
+        assert time.monotonic() - began < 15
+        assert ended.reason == "cancelled on request"
+        assert [event.state for event in client.events(job.id).events] == ["queued", "submitted", "running", "cancelled"]
+        # Its workers are gone too: a job that needs the whole cluster can run.
+        quick = client.submit_job("after it", SPEC | {"steps": 5, "num_workers": 4})
+        service.until(quick.id, "succeeded")
+
+
+def test_the_api_is_killed_while_a_job_runs_and_its_true_end_is_seen(service):
+    with service.client() as client:
+        job = client.submit_job("through a crash", SPEC | {"steps": 6000, "eval_every": 1000})
+        waiting = client.submit_job("queued behind it", SPEC | {"steps": 5, "num_workers": 4})
+    service.until(job.id, "running", progress=1)
+    service.kill()
+    service.start()
+    ended = service.until(job.id, "succeeded")
+    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 6000 steps", 6000)
+    assert service.until(waiting.id, "succeeded").attempt == 1
+    with service.client() as client:
+        assert client.logs(job.id).count("step 6000/6000") == 1
+
+
+def test_the_command_line(service, tmp_path):
+    """Submit, list, show, log and report, as the README tells; and errors without a traceback."""
+    environment = service.environment | {"SYNCBN_URL": service.url, "COLUMNS": "200"}
+
+    def syncbn(*arguments):
+        command = [sys.executable, "-m", "service.cli.app", *arguments]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(SPEC | {"steps": 5, "num_workers": 1}))
+    submitted = syncbn("submit", "job.yaml", "--name", "by hand")
+    assert submitted.returncode == 0, submitted.stderr
+    job_id = submitted.stdout.split(":")[0]
+    service.until(job_id, "succeeded")
+    assert job_id in syncbn("jobs").stdout
+    assert '"state": "succeeded"' in syncbn("show", job_id).stdout
+    assert "step 5/5" in syncbn("logs", job_id).stdout
+    for arguments, told in [
+        (("show", "job-0"), "there is no job 'job-0'"),
+        (("cancel", job_id), "already succeeded"),
+        (("--help",), ""),
+        (("submit", "nothing.yaml"), "does not exist"),
+    ]:
+        answer = syncbn(*arguments)
+        assert told in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert (answer.returncode == 0) == (told == "")

@@ -1,0 +1,43 @@
+"""The API in this process, on a real database, with stand-ins for Ray and MLflow."""
+
+import httpx
+import pytest
+
+from service.api.app import make_app
+from service.settings import Settings
+from tests.fakes import FakeMlflow, FakeRay
+
+TOKEN = "0123456789abcdef-test"
+
+
+@pytest.fixture
+def ray():
+    return FakeRay()
+
+
+@pytest.fixture
+def mlflow():
+    return FakeMlflow()
+
+
+@pytest.fixture
+async def app(tmp_path, ray, mlflow):
+    settings = Settings(
+        token=TOKEN, database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db", storage=tmp_path / "storage", poll_seconds=0.02
+    )
+    app = make_app(settings, ray, mlflow)
+    async with app.router.lifespan_context(app):
+        yield app
+
+
+@pytest.fixture
+async def anyone(app):
+    """A caller without a token."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+@pytest.fixture
+async def client(anyone):
+    anyone.headers["Authorization"] = f"Bearer {TOKEN}"
+    return anyone

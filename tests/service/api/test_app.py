@@ -1,0 +1,36 @@
+import pytest
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic dGVzdDp0ZXN0", "0123456789abcdef-test", "Bearer ü"])
+async def test_every_v1_call_needs_the_token(anyone, header):
+    headers = {} if header is None else {"Authorization": header.encode()}
+    for method, path in [("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/x/logs"), ("GET", "/v1/comparisons/x/report")]:
+        answer = await anyone.request(method, path, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["WWW-Authenticate"] == "Bearer"
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_every_v1_operation_is_behind_the_token(anyone):
+    paths = (await anyone.get("/openapi.json")).json()["paths"]
+    open_to_all = {path for path, methods in paths.items() for operation in methods.values() if "security" not in operation}
+    assert open_to_all == {"/livez", "/readyz"}
+
+
+async def test_docs_are_there_with_an_example(anyone):
+    assert "swagger" in (await anyone.get("/docs")).text.lower()
+    schemas = (await anyone.get("/openapi.json")).json()["components"]["schemas"]
+    assert schemas["SubmitJob"]["examples"][0]["spec"]["norm"] == "sync"
+
+
+async def test_readiness_is_honest(anyone, ray, mlflow):
+    assert (await anyone.get("/livez")).status_code == 200
+    ready = await anyone.get("/readyz")
+    assert (ready.status_code, ready.json()["ready"]) == (200, True)
+    ray.is_down = True
+    unready = await anyone.get("/readyz")
+    assert unready.status_code == 503
+    assert unready.json()["ray"] == {"ok": False, "detail": "Ray did not answer"}
+    assert unready.json()["database"]["ok"]
+    mlflow.is_down = True
+    assert not (await anyone.get("/readyz")).json()["mlflow"]["ok"]

@@ -1,0 +1,66 @@
+import asyncio
+
+SPEC = {"steps": 2000, "num_workers": 2, "eval_every": 100}
+BODY = {"name": "does BN help", "spec": SPEC, "matrix": {"norm": ["none", "sync"], "seed": [0, 1]}, "target": 0.8}
+
+
+async def test_a_comparison_is_one_job_per_point(client, mlflow):
+    answer = await client.post("/v1/comparisons", json=BODY)
+    comparison = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == f"/v1/comparisons/{comparison['id']}"
+    assert [job["name"] for job in comparison["jobs"]] == [
+        "norm=none seed=0", "norm=none seed=1", "norm=sync seed=0", "norm=sync seed=1",
+    ]  # fmt: skip
+    assert comparison["baseline"] == {"norm": "none"}
+    async with asyncio.timeout(10):
+        while (seen := (await client.get(f"/v1/comparisons/{comparison['id']}")).json())["jobs"][0]["state"] != "submitted":
+            await asyncio.sleep(0.01)
+    assert seen["mlflow_url"]
+    assert seen["jobs"][0]["comparison_id"] == comparison["id"]
+
+
+async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
+    comparison = (await client.post("/v1/comparisons", json=BODY)).json()
+    jobs = app.state.components.jobs
+    for job, steps in zip(comparison["jobs"], (1000, 1600, 100, 100), strict=True):
+        run_id = f"run-of-{job['id']}"
+        mlflow.curves[run_id, "accuracy"] = [(0, 0.1), (steps, 0.85), (2000, 0.9)]
+        async with asyncio.timeout(10):
+            while await jobs.note(await jobs.get(job["id"]), mlflow_run_id=run_id) is None:
+                await asyncio.sleep(0.01)
+    report = (await client.get(f"/v1/comparisons/{comparison['id']}/report?curves=true")).json()
+    none, sync = report["variants"]
+    assert (none["verdict"], none["ratio"], none["steps_to_target"]["median"]) == ("baseline", None, 1300)
+    assert (sync["verdict"], sync["ratio"]) == ("faster", {"median": 13.0, "low": 10.0, "high": 16.0})
+    assert sync["n"] == sync["reached"] == 2
+    assert sync["curves"][0]["points"] == [[0, 0.1], [100, 0.85], [2000, 0.9]]
+    assert not report["finished"]
+    assert report["target_is_given"]
+    assert (await client.get(f"/v1/comparisons/{comparison['id']}/report")).json()["variants"][0]["curves"] is None
+
+
+async def test_a_report_without_mlflow_is_unavailable_and_says_when_to_try_again(client, app, mlflow):
+    comparison = (await client.post("/v1/comparisons", json=BODY)).json()
+    async with asyncio.timeout(10):
+        while not (await app.state.components.jobs.get(comparison["jobs"][0]["id"])).mlflow_run_id:
+            await asyncio.sleep(0.01)
+    mlflow.is_down = True
+    answer = await client.get(f"/v1/comparisons/{comparison['id']}/report")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+async def test_a_bad_matrix_is_named_and_nothing_is_stored(client):
+    for change, field in [
+        ({"matrix": {"optimizer.lr": [0.1, -1]}}, "matrix.optimizer.lr[1]"),
+        ({"matrix": {"lr": [0.1]}}, "matrix.lr"),
+        ({"matrix": {}}, "matrix"),
+        ({"matrix": {"seed": []}}, "matrix.seed"),
+        ({"baseline": {"norm": "group"}}, "baseline.norm"),
+        ({"spec": SPEC | {"steps": 0}}, "spec.steps"),
+        ({"target": "high"}, "target"),
+    ]:
+        answer = await client.post("/v1/comparisons", json=BODY | change)
+        assert answer.status_code == 422
+        assert answer.json()["errors"][0]["field"] == field
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []

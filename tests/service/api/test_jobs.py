@@ -1,0 +1,137 @@
+import asyncio
+
+import pytest
+
+from service.domain.lifecycle import RayStatus
+from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
+
+SPEC = {"steps": 10, "num_workers": 2}
+
+
+async def submit(client, **changes):
+    answer = await client.post("/v1/jobs", json={"name": "mine", "spec": SPEC} | changes)
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+async def until(client, job, *states):
+    async with asyncio.timeout(10):
+        while (seen := (await client.get(f"/v1/jobs/{job['id']}")).json())["state"] not in states:
+            await asyncio.sleep(0.01)
+    return seen
+
+
+async def test_a_job_is_taken_and_shown(client):
+    answer = await client.post("/v1/jobs", json={"name": "mine", "spec": SPEC})
+    job = answer.json()
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == f"/v1/jobs/{job['id']}"
+    assert (job["state"], job["attempt"], job["progress"]) == ("queued", 1, None)
+    seen = await until(client, job, "submitted")
+    assert seen["spec"]["global_batch_size"] == 60
+    assert seen["mlflow_url"].startswith("http://mlflow/")
+
+
+async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):
+    job = await submit(client)
+    await until(client, job, "submitted")
+    ray.set(f"{job['id']}-a1", RayStatus.RUNNING)
+    await until(client, job, "running")
+    files = app.state.components.files
+    folder = attempt_folder(files._storage / job["id"], 1)
+    folder.mkdir(parents=True)
+    (folder / OUTCOME_FILE).write_text(Outcome(state="failed", reason="worker 0: ValueError: no").model_dump_json())
+    (folder / LOG_FILE).write_text("step 1\n")
+    ray.set(f"{job['id']}-a1", RayStatus.FAILED)
+    seen = await until(client, job, "failed")
+    assert seen["reason"] == "worker 0: ValueError: no"
+    assert seen["ended_at"] > seen["started_at"] >= seen["created_at"]
+    events = (await client.get(f"/v1/jobs/{job['id']}/events")).json()["events"]
+    assert [event["state"] for event in events] == ["queued", "submitted", "running", "failed"]
+    log = await client.get(f"/v1/jobs/{job['id']}/logs")
+    assert (log.text, log.headers["content-type"]) == ("step 1\n", "text/plain; charset=utf-8")
+
+
+async def test_logs_come_from_ray_as_long_as_there_are_no_others(client):
+    job = await submit(client)
+    await until(client, job, "submitted")
+    assert (await client.get(f"/v1/jobs/{job['id']}/logs")).text == f"log of {job['id']}-a1"
+    refused = await client.get(f"/v1/jobs/{job['id']}/logs?attempt=2")
+    assert refused.status_code == 422
+    assert refused.json()["errors"] == [{"field": "attempt", "value": 2, "takes": "takes 1 to 1"}]
+
+
+async def test_cancelling(client, ray):
+    ray.is_down = True
+    job = await submit(client)
+    answer = await client.post(f"/v1/jobs/{job['id']}:cancel")
+    assert (answer.status_code, answer.json()["cancel_requested"]) == (202, True)
+    await until(client, job, "cancelled")
+    assert (await client.post(f"/v1/jobs/{job['id']}:cancel")).status_code == 202
+    ray.is_down = False
+    ended = await submit(client)
+    await until(client, ended, "submitted")
+    ray.set(f"{ended['id']}-a1", RayStatus.FAILED, "no memory")
+    assert "no memory" in (await until(client, ended, "failed"))["reason"]
+    refused = await client.post(f"/v1/jobs/{ended['id']}:cancel")
+    assert refused.status_code == 409
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert "already failed" in refused.json()["detail"]
+
+
+async def test_pages(client):
+    ids = [(await submit(client))["id"] for _ in range(5)]
+    seen, token = [], None
+    while True:
+        page = (await client.get("/v1/jobs", params={"page_size": 2} | ({"page_token": token} if token else {}))).json()
+        seen += [job["id"] for job in page["jobs"]]
+        if (token := page["next_page_token"]) is None:
+            break
+    assert seen == ids[::-1]
+    for query in ("page_size=0", "page_size=x", "page_token=zz"):
+        refused = await client.get(f"/v1/jobs?{query}")
+        assert refused.status_code == 422
+        assert refused.json()["errors"][0]["field"] == query.split("=")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "takes"),
+    [
+        ({"spec": SPEC | {"optimizer": {"lr": -1}}}, "spec.optimizer.lr", "greater than 0"),
+        ({"spec": SPEC | {"optimizer": {"lr": "fast"}}}, "spec.optimizer.lr", "valid number"),
+        ({"spec": SPEC | {"model": {"name": "mlp", "hidden": [3, 0]}}}, "spec.model.hidden[1]", "greater than or equal to 1"),
+        ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model.name", "'mlp'"),
+        ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "'mnist5k', 'digits'"),
+        ({"spec": SPEC | {"data": {"name": "digits", "root": "/etc"}}}, "spec.data.root", "no such field"),
+        ({"spec": SPEC | {"norm": "instance"}}, "spec.norm", "'none', 'batch', 'sync', 'group' or 'layer'"),
+        ({"spec": SPEC | {"global_batch_size": 1}}, "spec.global_batch_size", "take 2 to 4000 samples"),
+        ({"spec": SPEC | {"num_workers": True}}, "spec.num_workers", "valid integer"),
+        ({"spec": SPEC | {"colour": "red"}}, "spec.colour", "no such field"),
+        ({"spec": {}}, "spec.steps", "required"),
+        ({"name": "a\nb"}, "name", "pattern"),
+        ({"name": ""}, "name", "at least 1 character"),
+        ({"priority": 3}, "priority", "no such field"),
+    ],
+)
+async def test_a_bad_field_is_named_and_nothing_is_stored(client, change, field, takes):
+    answer = await client.post("/v1/jobs", json={"name": "mine", "spec": SPEC} | change)
+    assert answer.status_code == 422
+    assert answer.headers["content-type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["status"] == 422
+    assert [error["field"] for error in problem["errors"]] == [field]
+    assert takes in problem["errors"][0]["takes"]
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+
+
+@pytest.mark.parametrize("body", ["{", "[]", "", '{"name": "x", "spec": {"steps": NaN}}', '{"name": "x", "spec": {"steps": 1e999}}'])
+async def test_a_body_that_is_no_json_object_is_refused(client, body):
+    answer = await client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    assert answer.json()["errors"]
+
+
+async def test_unknown_things_are_not_found(client):
+    for path in ("/v1/jobs/job-0", "/v1/jobs/job-0/logs", "/v1/jobs/job-0/events", "/v1/comparisons/x", "/v1/nothing"):
+        answer = await client.get(path)
+        assert (answer.status_code, answer.json()["title"]) == (404, "Not Found"), path

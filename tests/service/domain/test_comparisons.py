@@ -1,0 +1,59 @@
+import pytest
+
+from service.domain.comparisons import MOST_JOBS, choose_baseline, describe, expand, without_seed
+from service.domain.errors import InvalidField
+from trainer.spec import JobSpec, Norm
+
+SPEC = JobSpec(steps=10, num_workers=2)
+
+
+def test_one_spec_per_point_in_the_order_of_the_matrix():
+    points = expand(SPEC, {"norm": ["none", "sync"], "optimizer.lr": [0.1, 0.5], "seed": [0, 1]})
+    assert len(points) == 8
+    assert [point["seed"] for point, _ in points] == [0, 1] * 4
+    assert points[-1][0] == {"norm": "sync", "optimizer.lr": 0.5, "seed": 1}
+    assert points[-1][1].norm is Norm.SYNC
+    assert points[-1][1].optimizer.lr == 0.5
+    assert points[-1][1].seed == 1
+    assert points[0][1].steps == SPEC.steps
+
+
+@pytest.mark.parametrize(
+    ("matrix", "field", "told"),
+    [
+        ({"optimiser.lr": [0.1]}, "matrix.optimiser.lr", "optimizer.lr"),
+        ({"optimizer": [0.1]}, "matrix.optimizer[0]", "valid dictionary"),
+        ({"optimizer.lr": [0.1, -1]}, "matrix.optimizer.lr[1]", "greater than 0"),
+        ({"norm": ["sync", "best"]}, "matrix.norm[1]", "'none', 'batch', 'sync'"),
+        ({"global_batch_size": [1]}, "matrix.global_batch_size[0]", "take 2 to 4000"),
+        ({"num_workers": [2, 100]}, "matrix", "global_batch_size"),
+        ({"seed": [0, 0]}, "matrix.seed[1]", "once"),
+        ({"seed": list(range(MOST_JOBS + 1))}, "matrix", "at most 256"),
+        ({"model.hidden.0": [5]}, "matrix.model.hidden.0", "model.hidden"),
+    ],
+)
+def test_what_cannot_be_taken_is_named(matrix, field, told):
+    with pytest.raises(InvalidField) as caught:
+        expand(SPEC, matrix)
+    assert caught.value.field == field
+    assert told in caught.value.takes
+
+
+def test_baseline_is_completed_with_first_values():
+    matrix = {"norm": ["none", "sync"], "optimizer.lr": [0.1, 0.5], "seed": [0, 1]}
+    assert choose_baseline(matrix, None) == {"norm": "none", "optimizer.lr": 0.1}
+    assert choose_baseline(matrix, {"optimizer.lr": 0.5}) == {"norm": "none", "optimizer.lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "field"), [({"seed": 0}, "baseline.seed"), ({"norm": "group"}, "baseline.norm"), ({"x": 1}, "baseline.x")]
+)
+def test_a_baseline_outside_of_the_matrix_is_refused(wanted, field):
+    with pytest.raises(InvalidField) as caught:
+        choose_baseline({"norm": ["none", "sync"], "seed": [0]}, wanted)
+    assert caught.value.field == field
+
+
+def test_variants_are_named_for_people():
+    assert describe({"norm": "sync", "optimizer.lr": 0.1, "model.hidden": [3, 3]}) == "norm=sync optimizer.lr=0.1 model.hidden=[3, 3]"
+    assert describe(without_seed({"seed": 3})) == "base"

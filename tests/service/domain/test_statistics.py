@@ -1,0 +1,56 @@
+import pytest
+
+from service.domain.statistics import compare, default_target, steps_to_target
+
+SLOW = {0: [(0, 0.1), (1000, 0.7), (2000, 0.85)], 1: [(0, 0.1), (1000, 0.75), (2000, 0.9)]}
+FAST = {0: [(0, 0.1), (100, 0.82), (2000, 0.9)], 1: [(0, 0.1), (100, 0.5), (200, 0.8)]}
+
+
+def test_steps_to_target_is_the_first_step_at_or_above_it():
+    assert steps_to_target(FAST[1], 0.8) == 200
+    assert steps_to_target(SLOW[0], 0.9) is None
+
+
+def test_ratios_are_taken_seed_by_seed():
+    result = compare(FAST, SLOW, 0.8, is_baseline=False)
+    assert result.ratio is not None
+    assert (result.ratio.low, result.ratio.median, result.ratio.high) == (10, 15, 20)
+    assert result.steps_to_target is not None
+    assert result.steps_to_target.median == 150
+    assert result.best is not None
+    assert result.best.high == 0.9
+    assert result.final is not None
+    assert result.final.low == 0.8
+    assert result.verdict == "faster"
+    assert compare(SLOW, FAST, 0.8, is_baseline=False).verdict == "slower"
+
+
+def test_a_baseline_that_never_gets_there_gives_a_lower_bound():
+    never = {0: [(0, 0.1), (2000, 0.2)], 1: [(0, 0.1), (2000, 0.3)]}
+    result = compare(FAST, never, 0.8, is_baseline=False)
+    assert result.ratio_is_at_least
+    assert result.ratio is not None
+    assert result.ratio.low == 10
+    assert result.verdict == "faster"
+    assert compare(never, FAST, 0.8, is_baseline=False).verdict == "target not reached"
+
+
+def test_seeds_that_disagree_show_no_clear_difference():
+    mixed = {0: FAST[0], 1: [(0, 0.1), (4000, 0.9)]}
+    assert compare(mixed, SLOW, 0.8, is_baseline=False).verdict == "no clear difference"
+
+
+@pytest.mark.parametrize("runs", [{}, {0: []}])
+def test_without_data_nothing_is_claimed(runs):
+    result = compare(runs, SLOW, 0.8, is_baseline=False)
+    assert (result.n, result.ratio, result.best, result.verdict) == (0, None, None, "no data yet")
+
+
+def test_a_missing_baseline_gives_no_verdict():
+    assert compare(FAST, {}, 0.8, is_baseline=False).verdict == "no data yet"
+
+
+def test_the_default_target_is_the_baselines_best():
+    assert default_target(SLOW) == pytest.approx(0.875)
+    assert default_target({0: []}) is None
+    assert compare(SLOW, SLOW, default_target(SLOW), is_baseline=True).verdict == "baseline"

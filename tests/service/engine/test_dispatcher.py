@@ -1,0 +1,217 @@
+import asyncio
+import json
+
+import pytest
+
+from service.domain.errors import Unavailable
+from service.domain.jobs import JobState
+from service.domain.lifecycle import RayStatus
+from service.domain.scheduling import Capacity
+from service.engine.dispatcher import Dispatcher
+from service.engine.run_files import RunFiles
+from service.store.comparisons import ComparisonStore
+from service.store.jobs import JobStore
+from tests.fakes import FakeMlflow, FakeRay
+from tests.service.examples import make_comparison, make_job
+from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress, attempt_folder
+
+
+class House:
+    """A dispatcher with all that it works on; `reopen` is what a restart of the service does."""
+
+    def __init__(self, engine, storage):
+        self.engine, self.files = engine, RunFiles(storage)
+        self.jobs, self.comparisons = JobStore(engine), ComparisonStore(engine)
+        self.ray, self.mlflow = FakeRay(), FakeMlflow()
+        self.reopen()
+
+    def reopen(self):
+        self.dispatcher = Dispatcher(
+            self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
+            mlflow_url="http://mlflow", poll_seconds=0.01, max_active_jobs=8, max_attempts=2,
+        )  # fmt: skip
+
+    async def add(self, **changes):
+        job = make_job(**changes)
+        await self.jobs.add(job)
+        return job
+
+    async def round(self):
+        await self.dispatcher.round()
+
+    async def state(self, job):
+        return (await self.jobs.get(job.id)).state.value
+
+    def write(self, job, name, content):
+        folder = attempt_folder(self.files.job_folder(job), job.attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content.model_dump_json())
+
+
+@pytest.fixture
+def house(engine, tmp_path):
+    return House(engine, tmp_path)
+
+
+SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
+
+
+async def test_a_job_walks_from_the_queue_to_its_end(house):
+    job = await house.add()
+    await house.round()
+    assert await house.state(job) == "submitted"
+    (task,) = house.ray.tasks[f"{job.id}-a1"]
+    assert task.spec == job.spec
+    assert (task.context.attempt, task.context.mlflow_run_id) == (1, f"run-of-{job.id}")
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    house.write(job, PROGRESS_FILE, Progress(step=3, total_steps=10, samples_per_second=9, eta_seconds=1))
+    await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.progress.step) == (JobState.RUNNING, 3)
+    house.ray.set(job.submission_id, RayStatus.SUCCEEDED)
+    house.write(job, OUTCOME_FILE, SUCCEEDED)
+    await house.round()
+    await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.reason, seen.mlflow_closed) == (JobState.SUCCEEDED, "finished 10 steps", True)
+    assert house.mlflow.runs == {f"run-of-{job.id}": "succeeded"}
+    assert await house.jobs.unsettled() == []
+
+
+async def test_jobs_wait_for_room_and_say_so(house):
+    first, second, large = [await house.add(spec=JobSpec(steps=1, num_workers=n)) for n in (2, 1, 30)]
+    await house.round()
+    assert [await house.state(job) for job in (first, second, large)] == ["submitted", "queued", "queued"]
+    assert (await house.jobs.get(second.id)).reason == "attempt 1 waits for 1 CPUs"
+    assert "the whole cluster has 2 CPUs" in (await house.jobs.get(large.id)).reason
+    house.ray.total = Capacity(cpus=33, gpus=0)
+    await house.round()
+    assert [await house.state(job) for job in (second, large)] == ["submitted", "submitted"]
+
+
+async def test_cancelling_a_queued_job_needs_neither_ray_nor_mlflow(house):
+    house.ray.is_down = house.mlflow.is_down = True
+    job = await house.add()
+    await house.jobs.request_cancel(job.id)
+    await house.round()
+    assert await house.state(job) == "cancelled"
+    await house.round()
+    assert await house.jobs.unsettled() == []
+
+
+async def test_cancelling_a_running_job_stops_it_first(house):
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    await house.jobs.request_cancel(job.id)
+    await house.round()
+    assert await house.state(job) == "running"
+    await house.round()
+    assert await house.state(job) == "cancelled"
+    await house.round()
+    assert house.mlflow.runs[f"run-of-{job.id}"] == "cancelled"
+
+
+@pytest.mark.parametrize("down", ["ray", "mlflow"])
+async def test_what_is_down_delays_a_job_and_loses_nothing(house, down):
+    job = await house.add()
+    getattr(house, down).is_down = True
+    with pytest.raises(Unavailable):
+        await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.reason) == (JobState.QUEUED, f"waiting: {'Ray' if down == 'ray' else 'MLflow'} did not answer")
+    getattr(house, down).is_down = False
+    await house.round()
+    assert await house.state(job) == "submitted"
+
+
+async def test_a_crash_before_ray_was_told_is_mended(house):
+    job = await house.add()
+    submit, house.ray.submit = house.ray.submit, None
+    with pytest.raises(TypeError):
+        await house.round()
+    assert await house.state(job) == "submitted"
+    house.ray.submit = submit
+    house.reopen()
+    await house.round()
+    assert len(house.ray.tasks[job.submission_id]) == 1
+
+
+async def test_a_restart_of_the_service_submits_nothing_twice(house):
+    job = await house.add()
+    for _ in range(3):
+        await house.round()
+        house.reopen()
+    assert len(house.ray.tasks[job.submission_id]) == 1
+
+
+async def test_a_running_job_that_ray_lost_gets_another_attempt_and_not_a_third(house):
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    house.ray.lose_everything()
+    await house.round()
+    again = await house.jobs.get(job.id)
+    assert (again.state, again.submission_id) == (JobState.SUBMITTED, f"{job.id}-a2")
+    assert house.ray.tasks[again.submission_id][0].context.attempt == 2
+    house.ray.set(again.submission_id, RayStatus.RUNNING)
+    await house.round()
+    house.ray.lose_everything()
+    await house.round()
+    assert await house.state(job) == "failed"
+
+
+async def test_a_run_that_ended_while_nobody_looked_is_not_repeated(house):
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    house.write(job, OUTCOME_FILE, SUCCEEDED)
+    house.ray.lose_everything()
+    await house.round()
+    assert await house.state(job) == "succeeded"
+
+
+async def test_a_torn_outcome_is_not_taken_for_one(house):
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.SUCCEEDED)
+    folder = attempt_folder(house.files.job_folder(job), 1)
+    folder.mkdir(parents=True)
+    (folder / OUTCOME_FILE).write_text(json.dumps({"state": "succeeded"}))
+    await house.round()
+    assert await house.state(job) == "failed"
+
+
+async def test_a_comparison_has_one_parent_run_that_ends_after_its_jobs(house):
+    comparison = make_comparison()
+    jobs = [make_job(comparison_id=comparison.id) for _ in range(2)]
+    await house.comparisons.add(comparison, jobs)
+    await house.round()
+    parent = f"run-of-{comparison.id}"
+    assert house.mlflow.runs == {parent: "running"} | {f"run-of-{job.id}": "running" for job in jobs}
+    for job, status in zip(jobs, (RayStatus.SUCCEEDED, RayStatus.FAILED), strict=True):
+        house.ray.set(job.submission_id, status)
+    house.write(jobs[0], OUTCOME_FILE, SUCCEEDED)
+    await house.round()
+    await house.round()
+    assert house.mlflow.runs[parent] == "failed"
+    assert await house.comparisons.unsettled() == []
+
+
+async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
+    house.ray.is_down = True
+    task = asyncio.create_task(house.dispatcher.run())
+    job = await house.add()
+    house.dispatcher.wake()
+    async with asyncio.timeout(10):
+        while "waiting" not in (await house.jobs.get(job.id)).reason:
+            await asyncio.sleep(0.01)
+        house.ray.is_down = False
+        while await house.state(job) != "submitted":
+            await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

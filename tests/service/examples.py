@@ -1,0 +1,32 @@
+"""Jobs and comparisons for tests."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from service.domain.comparisons import Comparison
+from service.domain.jobs import Job, new_id
+from trainer.spec import JobSpec
+
+
+def make_job(**changes: Any) -> Job:
+    values: dict[str, Any] = {
+        "id": new_id("job"),
+        "name": "example",
+        "spec": JobSpec(steps=10, num_workers=1),
+        "reason": "submitted by the user",
+        "created_at": datetime.now(UTC),
+    }
+    return Job(**(values | changes))
+
+
+def make_comparison(**changes: Any) -> Comparison:
+    values: dict[str, Any] = {
+        "id": new_id("comparison"),
+        "name": "example",
+        "matrix": {"norm": ["none", "sync"], "seed": [0, 1]},
+        "baseline": {"norm": "none"},
+        "metric": "accuracy",
+        "target": 0.8,
+        "created_at": datetime.now(UTC),
+    }
+    return Comparison(**(values | changes))

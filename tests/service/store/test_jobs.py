@@ -1,0 +1,136 @@
+import asyncio
+
+import pytest
+
+from service.domain.errors import Conflict, NotFound
+from service.domain.jobs import JobState, Transition
+from service.store.comparisons import ComparisonStore
+from service.store.jobs import JobStore
+from tests.service.examples import make_comparison, make_job
+from trainer.spec import Progress
+
+
+@pytest.fixture
+def jobs(engine):
+    return JobStore(engine)
+
+
+def to(state, **changes):
+    return Transition(state=JobState(state), reason=f"now {state}", **changes)
+
+
+async def test_what_is_stored_is_read_again(jobs):
+    job = make_job(variant={"norm": "sync", "model.hidden": [3]})
+    await jobs.add(job)
+    assert await jobs.get(job.id) == job
+    with pytest.raises(NotFound, match="job-0"):
+        await jobs.get("job-0")
+
+
+async def test_pages_go_through_all_jobs_newest_first(jobs):
+    stored = [make_job() for _ in range(5)]
+    for job in stored:
+        await jobs.add(job)
+    seen, place = [], None
+    while True:
+        page, place = await jobs.page(2, place)
+        seen += page
+        if place is None:
+            break
+        await jobs.add(make_job())  # what comes meanwhile neither shifts the pages nor shows up
+    assert seen == stored[::-1]
+
+
+async def test_a_walk_leaves_its_events(jobs):
+    job = make_job()
+    await jobs.add(job)
+    submitted = await jobs.advance(job, to("submitted"), "dispatcher")
+    running = await jobs.advance(submitted, to("running"), "dispatcher")
+    noted = await jobs.note(running, progress=Progress(step=3, total_steps=10, samples_per_second=1.5, eta_seconds=4))
+    again = await jobs.advance(noted, to("queued", attempt=2), "dispatcher")
+    assert (again.attempt, again.started_at) == (2, None)
+    assert await jobs.get(job.id) == again
+    events = await jobs.events_of(job.id)
+    assert [(event.state.value, event.attempt, event.actor) for event in events] == [
+        ("queued", 1, "user"),
+        ("submitted", 1, "dispatcher"),
+        ("running", 1, "dispatcher"),
+        ("queued", 2, "dispatcher"),
+    ]
+
+
+async def test_a_step_decided_on_an_old_state_is_refused_whole(jobs):
+    job = make_job()
+    await jobs.add(job)
+    await jobs.request_cancel(job.id)
+    assert await jobs.advance(job, to("submitted"), "dispatcher") is None
+    assert await jobs.note(job, reason="x") is None
+    assert (await jobs.get(job.id)).state == JobState.QUEUED
+    assert len(await jobs.events_of(job.id)) == 1
+
+
+async def test_of_many_who_advance_one_wins(jobs):
+    job = make_job()
+    await jobs.add(job)
+    results = await asyncio.gather(*[jobs.advance(job, to("submitted"), str(n)) for n in range(8)])
+    assert sum(result is not None for result in results) == 1
+
+
+async def test_an_illegal_step_is_our_mistake(jobs):
+    job = make_job()
+    await jobs.add(job)
+    with pytest.raises(AssertionError, match="queued -> succeeded"):
+        await jobs.advance(job, to("succeeded"), "dispatcher")
+
+
+async def test_cancelling_sets_a_wish_once(jobs):
+    job = make_job()
+    await jobs.add(job)
+    first = await jobs.request_cancel(job.id)
+    assert first.cancel_requested
+    assert await jobs.request_cancel(job.id) == first
+    cancelled = await jobs.advance(first, to("cancelled"), "dispatcher")
+    assert await jobs.request_cancel(job.id) == cancelled
+    with pytest.raises(NotFound):
+        await jobs.request_cancel("job-0")
+
+
+async def test_what_has_ended_otherwise_cannot_be_cancelled(jobs):
+    job = make_job(state=JobState.SUBMITTED)
+    await jobs.add(job)
+    await jobs.advance(job, to("succeeded"), "dispatcher")
+    with pytest.raises(Conflict, match="already succeeded"):
+        await jobs.request_cancel(job.id)
+
+
+async def test_unsettled_jobs_are_those_whose_end_mlflow_does_not_know(jobs):
+    done, new = make_job(state=JobState.FAILED, mlflow_closed=True), make_job()
+    await jobs.add(done)
+    await jobs.add(new)
+    assert await jobs.unsettled() == [new]
+
+
+async def test_a_comparison_and_its_jobs_are_stored_together(engine, jobs):
+    comparisons = ComparisonStore(engine)
+    comparison = make_comparison()
+    mine = [make_job(comparison_id=comparison.id) for _ in range(3)]
+    await comparisons.add(comparison, mine)
+    assert await comparisons.get(comparison.id) == comparison
+    assert await jobs.of_comparison(comparison.id) == mine
+    assert await comparisons.unsettled() == [comparison]
+    await comparisons.note(comparison.id, mlflow_run_id="r", mlflow_url="u", mlflow_closed=True)
+    assert (await comparisons.get(comparison.id)).mlflow_run_id == "r"
+    assert await comparisons.unsettled() == []
+    with pytest.raises(NotFound):
+        await comparisons.get("comparison-0")
+
+
+async def test_if_one_job_cannot_be_stored_nothing_is(engine, jobs):
+    comparisons = ComparisonStore(engine)
+    comparison = make_comparison()
+    twice = make_job(comparison_id=comparison.id)
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        await comparisons.add(comparison, [twice, twice])
+    with pytest.raises(NotFound):
+        await comparisons.get(comparison.id)
+    assert await jobs.page(10, None) == ([], None)

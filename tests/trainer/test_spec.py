@@ -1,0 +1,35 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from trainer.data import _READERS
+from trainer.spec import TRAIN_SAMPLES, JobSpec
+
+
+def test_a_spec_survives_being_written_and_read():
+    spec = JobSpec.model_validate({"steps": 3, "norm": "batch", "optimizer": {"lr": 1}, "data": {"name": "digits"}})
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+@given(workers=st.integers(1, 40), size=st.integers(1, 200), norm=st.sampled_from(["none", "batch", "sync", "group", "layer"]))
+def test_a_batch_is_taken_exactly_if_every_worker_gets_what_its_norm_needs(workers, size, norm):
+    least_share = size // workers
+    possible = least_share >= (2 if norm == "batch" else 1) and (norm != "sync" or size >= 2)
+    try:
+        JobSpec.model_validate({"steps": 1, "num_workers": workers, "global_batch_size": size, "norm": norm})
+    except ValidationError as error:
+        assert not possible
+        assert error.errors()[0]["loc"] == ("global_batch_size",)
+    else:
+        assert possible
+
+
+def test_every_dataset_has_a_reader_and_a_size():
+    assert TRAIN_SAMPLES.keys() == _READERS.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, "0.1", True, None])
+def test_a_learning_rate_is_a_positive_finite_number(value):
+    with pytest.raises(ValidationError):
+        JobSpec.model_validate({"steps": 1, "optimizer": {"lr": value}})
