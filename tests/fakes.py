@@ -16,7 +16,7 @@ from trainer.spec import Task
 class FakeRay:
     """A cluster whose submissions go on when a test says so."""
 
-    total: Capacity = Capacity(cpus=2, gpus=0)
+    total: Capacity = field(default_factory=lambda: Capacity(cpus=2, gpus=0))
     submissions: dict[str, Submission] = field(default_factory=dict)
     tasks: dict[str, list[Task]] = field(default_factory=dict)
     is_down: bool = False

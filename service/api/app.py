@@ -19,8 +19,8 @@ from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.run_files import RunFiles
 from service.settings import Settings
-from service.store import database
 from service.store.comparisons import ComparisonStore
+from service.store.database import Database
 from service.store.jobs import JobStore
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
     async def ready(components: GivenComponents, response: Response) -> Readiness:
         """Tell whether the database, Ray and MLflow answer, each within 5 seconds; 503 if one does not."""
         checks = await asyncio.gather(
-            _check(database.check(components.database)),
+            _check(components.database.check()),
             _check(components.ray.capacity()),
             _check(components.mlflow.check()),
         )
@@ -91,14 +91,14 @@ async def _open_components(
     seconds = settings.call_timeout_seconds
     public_url = settings.mlflow_public_url or settings.mlflow_url
     async with AsyncExitStack() as stack:
-        engine = database.open_database(settings.database_url, seconds)
-        stack.push_async_callback(engine.dispose)
-        await database.migrate(engine)
+        database = Database(settings.database_url, seconds)
+        stack.push_async_callback(database.close)
+        await database.migrate()
         if ray is None:
             ray = cluster = RayJobsOverHttp(settings.ray_address, settings.ray_token(), seconds)
             stack.push_async_callback(cluster.close)
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, public_url, seconds)
-        jobs, comparisons, files = JobStore(engine), ComparisonStore(engine), RunFiles(settings.storage)
+        jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
         dispatcher = Dispatcher(
             jobs,
             comparisons,
@@ -110,7 +110,7 @@ async def _open_components(
             max_active_jobs=settings.max_active_jobs,
             max_attempts=settings.max_attempts,
         )
-        yield Components(engine, jobs, comparisons, ray, mlflow, files, dispatcher)
+        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

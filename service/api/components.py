@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.engine.dispatcher import Dispatcher
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
+from service.store.database import Database
 from service.store.jobs import JobStore
 
 
@@ -18,7 +18,7 @@ from service.store.jobs import JobStore
 class Components:
     """The service's components."""
 
-    database: AsyncEngine
+    database: Database
     jobs: JobStore
     comparisons: ComparisonStore
     ray: RayJobs

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
 from service.api.schemas import FieldError, Problem
@@ -37,7 +36,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(SQLAlchemyError, _on_database_error)
 
 
 def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
@@ -64,11 +62,6 @@ def _on_service_error(_: Request, error: Exception) -> JSONResponse:
 def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     return answer(HTTPStatus(error.status_code), str(error.detail), headers=dict(error.headers or {}))
-
-
-def _on_database_error(_: Request, error: Exception) -> JSONResponse:
-    detail = f"the database did not take the request: {type(error).__name__}"
-    return answer(HTTPStatus.SERVICE_UNAVAILABLE, detail, headers={"Retry-After": "1"})
 
 
 def _path(location: Sequence[str | int], body: Any) -> str:

@@ -10,8 +10,6 @@ import logging
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from service.domain.comparisons import Comparison
 from service.domain.errors import Unavailable
 from service.domain.jobs import Job, JobState, Transition
@@ -61,7 +59,7 @@ class Dispatcher:
             self._woken.clear()
             try:
                 await self.round()
-            except (Unavailable, SQLAlchemyError, OSError) as error:
+            except (Unavailable, OSError) as error:
                 logger.warning("round broken off: %s", error)
             try:
                 await asyncio.wait_for(self._woken.wait(), self._poll_seconds)

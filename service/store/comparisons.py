@@ -5,11 +5,11 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from sqlalchemy import insert, select, update
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.domain.comparisons import Comparison
 from service.domain.errors import NotFound
 from service.domain.jobs import Job
+from service.store.database import Database
 from service.store.jobs import insert_jobs
 from service.store.tables import comparisons
 
@@ -19,18 +19,18 @@ COLUMNS = [comparisons.c[field.name] for field in fields(Comparison)]
 class ComparisonStore:
     """Queries about comparisons."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def add(self, comparison: Comparison, jobs: Sequence[Job]) -> None:
         """Store a comparison and all of its jobs in one transaction."""
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             await connection.execute(insert(comparisons).values(**asdict(comparison)))
             await insert_jobs(connection, jobs)
 
     async def get(self, comparison_id: str) -> Comparison:
         """Read one comparison. Raises NotFound."""
-        async with self._engine.connect() as connection:
+        async with self._database.read() as connection:
             row = (await connection.execute(select(*COLUMNS).where(comparisons.c.id == comparison_id))).one_or_none()
         if row is None:
             raise NotFound(f"there is no comparison {comparison_id!r}")
@@ -38,12 +38,12 @@ class ComparisonStore:
 
     async def unsettled(self) -> list[Comparison]:
         """Read the comparisons whose parent run MLflow does not yet know the end of."""
-        async with self._engine.connect() as connection:
+        async with self._database.read() as connection:
             rows = (await connection.execute(select(*COLUMNS).where(comparisons.c.mlflow_closed.is_(False)))).all()
         return [Comparison(**row._asdict()) for row in rows]
 
     async def note(self, comparison_id: str, **changes: Any) -> None:
         """Store what became known of the comparison's run in MLflow."""
         assert changes.keys() <= {"mlflow_run_id", "mlflow_url", "mlflow_closed"}, changes
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             await connection.execute(update(comparisons).where(comparisons.c.id == comparison_id).values(**changes))

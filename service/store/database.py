@@ -1,18 +1,77 @@
-"""Opening the database: SQLite with a write-ahead log, or PostgreSQL; and bringing its tables up to date."""
+"""The database: SQLite with a write-ahead log, or PostgreSQL; opened, brought up to date, and closed."""
 
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, event, make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from service.domain.errors import Unavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
-def open_database(url: str, timeout_seconds: float) -> AsyncEngine:
-    """Open the database at `url`; a statement that waits longer than `timeout_seconds` for a lock fails."""
+class Database:
+    """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets Unavailable."""
+
+    def __init__(self, url: str, timeout_seconds: float) -> None:
+        self._engine = _open(url, timeout_seconds)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection for queries. Raises Unavailable."""
+        with _unavailable():
+            async with self._engine.connect() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable."""
+        with _unavailable():
+            async with self._engine.begin() as connection:
+                yield connection
+
+    async def migrate(self) -> None:
+        """Bring the tables to the newest migration, in one transaction."""
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.set_main_option("path_separator", "os")
+
+        def upgrade(connection: Connection) -> None:
+            config.attributes["connection"] = connection
+            command.upgrade(config, "head")
+
+        async with self.write() as connection:
+            await connection.run_sync(upgrade)
+
+    async def check(self) -> None:
+        """Ask for an answer. Raises Unavailable."""
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Tell the database's own trouble from mistakes of ours, which pass."""
+    try:
+        yield
+    except (OperationalError, InterfaceError, PoolTimeoutError, OSError) as error:
+        raise Unavailable(
+            f"the database did not answer: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _open(url: str, timeout_seconds: float) -> AsyncEngine:
     address = make_url(url)
     if address.get_backend_name() != "sqlite":
         return create_async_engine(
@@ -26,37 +85,17 @@ def open_database(url: str, timeout_seconds: float) -> AsyncEngine:
     engine = create_async_engine(address, connect_args={"timeout": timeout_seconds})
 
     @event.listens_for(engine.sync_engine, "connect")
-    def _configure(connection: Any, _: Any) -> None:
+    def configure(connection: Any, _: Any) -> None:
+        # Python's driver would otherwise begin a transaction only before some statements, and so not make migrations whole.
+        connection.isolation_level = None
         cursor = connection.cursor()
         # With a write-ahead log, readers and the one writer do not block each other.
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
+    @event.listens_for(engine.sync_engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
     return engine
-
-
-def alembic_config() -> Config:
-    """Alembic's settings; the connection is handed over in `attributes`."""
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
-async def migrate(engine: AsyncEngine) -> None:
-    """Bring the tables to the newest migration, in one transaction."""
-    config = alembic_config()
-
-    def upgrade(connection: Connection) -> None:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-
-    async with engine.begin() as connection:
-        await connection.run_sync(upgrade)
-
-
-async def check(engine: AsyncEngine) -> None:
-    """Ask the database for an answer; raises what the driver raises if there is none."""
-    async with engine.connect() as connection:
-        await connection.execute(text("SELECT 1"))

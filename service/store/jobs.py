@@ -7,10 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Select, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import Event, Job, JobState, Transition, is_legal
+from service.store.database import Database
 from service.store.tables import events, jobs
 from trainer.spec import JobSpec, Progress
 
@@ -22,12 +23,12 @@ NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_url", "mlflow_closed", "
 class JobStore:
     """Queries about jobs. A stored change either happens whole or, if the job has changed since it was read, not at all."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
     async def add(self, job: Job) -> None:
         """Store a new job with its first event."""
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             await insert_jobs(connection, [job])
 
     async def get(self, job_id: str) -> Job:
@@ -42,7 +43,7 @@ class JobStore:
         query = select(*COLUMNS, jobs.c.sequence).order_by(jobs.c.sequence.desc()).limit(size + 1)
         if before is not None:
             query = query.where(jobs.c.sequence < before)
-        async with self._engine.connect() as connection:
+        async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
         more = rows[size - 1].sequence if len(rows) > size else None
         return [_job(row) for row in rows[:size]], more
@@ -58,7 +59,7 @@ class JobStore:
     async def events_of(self, job_id: str) -> list[Event]:
         """Read a job's transitions in order."""
         query = select(*[events.c[field.name] for field in fields(Event)]).where(events.c.job_id == job_id)
-        async with self._engine.connect() as connection:
+        async with self._database.read() as connection:
             rows = (await connection.execute(query.order_by(events.c.sequence))).all()
         return [Event(**(row._asdict() | {"state": JobState(row.state)})) for row in rows]
 
@@ -70,7 +71,7 @@ class JobStore:
             .where(jobs.c.id == job_id, jobs.c.state.in_(open_states), jobs.c.cancel_requested.is_(False))
             .values(cancel_requested=True, version=jobs.c.version + 1)
         )
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             await connection.execute(query)
         job = await self.get(job_id)
         if job.state.is_terminal and job.state != JobState.CANCELLED:
@@ -93,7 +94,7 @@ class JobStore:
             started_at=started,
             ended_at=now if step.state.is_terminal else None,
         )
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             if not await self._store(connection, job, after):
                 return None
             await connection.execute(insert(events).values(**_event(after, now, actor)))
@@ -103,7 +104,7 @@ class JobStore:
         """Store facts about `job` that are no transition; None if it has changed since it was read."""
         assert changes.keys() <= NOTED, changes
         after = replace(job, **changes)
-        async with self._engine.begin() as connection:
+        async with self._database.write() as connection:
             return replace(after, version=job.version + 1) if await self._store(connection, job, after) else None
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job) -> bool:
@@ -114,7 +115,7 @@ class JobStore:
         return result.rowcount == 1
 
     async def _read(self, query: Select[Any]) -> list[Job]:
-        async with self._engine.connect() as connection:
+        async with self._database.read() as connection:
             return [_job(row) for row in (await connection.execute(query)).all()]
 
 

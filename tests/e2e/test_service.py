@@ -12,7 +12,12 @@ from tests.e2e.service import Service
 
 pytestmark = pytest.mark.e2e
 
-SPEC = {"data": {"name": "digits"}, "model": {"name": "mlp", "hidden": [32]}, "optimizer": {"lr": 0.5}, "num_workers": 2}
+SPEC = {
+    "data": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [32]},
+    "optimizer": {"lr": 0.5},
+    "num_workers": 2,
+}
 ENDLESS = SPEC | {"steps": 10_000_000, "eval_every": 1000}
 
 
@@ -29,7 +34,12 @@ def test_a_comparison_runs_and_is_reported(service):
     from mlflow import MlflowClient
 
     with service.client() as client:
-        body = {"name": "end to end", "spec": SPEC | {"steps": 100, "eval_every": 10}, "matrix": {"norm": ["none", "sync"]}, "target": 0.5}
+        body = {
+            "name": "end to end",
+            "spec": SPEC | {"steps": 100, "eval_every": 10},
+            "matrix": {"norm": ["none", "sync"]},
+            "target": 0.5,
+        }
         comparison = client.wait(client.submit_comparison(body).id, 180, lambda _: None)
         assert [job.state for job in comparison.jobs] == ["succeeded", "succeeded"], client.logs(comparison.jobs[0].id)
         assert comparison.jobs[1].progress.step == comparison.jobs[1].progress.total_steps == 100
@@ -68,7 +78,12 @@ def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service
         ended = service.until(job.id, "cancelled", seconds=15)
         assert time.monotonic() - began < 15
         assert ended.reason == "cancelled on request"
-        assert [event.state for event in client.events(job.id).events] == ["queued", "submitted", "running", "cancelled"]
+        assert [event.state for event in client.events(job.id).events] == [
+            "queued",
+            "submitted",
+            "running",
+            "cancelled",
+        ]
         # Its workers are gone too: a job that needs the whole cluster can run.
         quick = client.submit_job("after it", SPEC | {"steps": 5, "num_workers": 4})
         service.until(quick.id, "succeeded")
@@ -94,7 +109,9 @@ def test_the_command_line(service, tmp_path):
 
     def syncbn(*arguments):
         command = [sys.executable, "-m", "service.cli.app", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
+        )
 
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(SPEC | {"steps": 5, "num_workers": 1}))
     submitted = syncbn("submit", "job.yaml", "--name", "by hand")

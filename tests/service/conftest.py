@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import text
 
-from service.store.database import migrate, open_database
+from service.store.database import Database
 from tests.service.databases import postgresql_server
 
 
@@ -14,15 +14,15 @@ def postgresql_url():
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-async def engine(request, tmp_path):
+async def database(request, tmp_path):
     """An empty database with all tables, on both kinds."""
     if request.param == "sqlite":
-        engine = open_database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
+        database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
     else:
-        engine = open_database(request.getfixturevalue("postgresql_url"), 10)
-        async with engine.begin() as connection:
+        database = Database(request.getfixturevalue("postgresql_url"), 10)
+        async with database.write() as connection:
             await connection.execute(text("DROP SCHEMA public CASCADE"))
             await connection.execute(text("CREATE SCHEMA public"))
-    await migrate(engine)
-    yield engine
-    await engine.dispose()
+    await database.migrate()
+    yield database
+    await database.close()

@@ -41,7 +41,14 @@ def postgresql_server() -> Iterator[str]:
         try:
             yield f"postgresql+asyncpg://test@127.0.0.1:{port}/postgres"
         finally:
-            subprocess.run([*control, "-m", "immediate", "stop"], check=True, timeout=90, user=user, cwd=folder, capture_output=True)
+            subprocess.run(
+                [*control, "-m", "immediate", "stop"],
+                check=True,
+                timeout=90,
+                user=user,
+                cwd=folder,
+                capture_output=True,
+            )
 
 
 def find_programs() -> Path | None:

@@ -52,7 +52,9 @@ def test_under_sync_the_number_of_workers_changes_nothing(world_size):
     """50 samples over 3 or 4 workers divide unevenly: the loss must be weighted for this to hold."""
     spec = make_spec()
     alone, metrics, curve = train_here(spec)
-    for state, metrics_there, curve_there in run_on_ranks(train_here, world_size, spec.model_copy(update={"num_workers": world_size})):
+    for state, metrics_there, curve_there in run_on_ranks(
+        train_here, world_size, spec.model_copy(update={"num_workers": world_size})
+    ):
         for name, value in alone.items():
             assert (state[name].double() - value.double()).abs().max() <= 1e-9, name
         assert metrics_there == pytest.approx(metrics, abs=1e-9)
@@ -94,6 +96,8 @@ def test_the_last_step_is_always_evaluated():
 
 @pytest.mark.dist
 def test_divergence_ends_the_run_on_every_worker_with_a_reason():
-    spec = make_spec(norm="none", num_workers=2, model=MlpSpec(activation="relu", init_std=1), optimizer=SgdSpec(lr=1e5))
+    spec = make_spec(
+        norm="none", num_workers=2, model=MlpSpec(activation="relu", init_std=1), optimizer=SgdSpec(lr=1e5)
+    )
     with pytest.raises(Diverged, match="not finite after 10 steps"):
         run_on_ranks(train_here, 2, spec)

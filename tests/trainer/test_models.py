@@ -45,7 +45,9 @@ def test_groups_divide_the_channels():
 
 
 def test_weights_depend_on_the_seed_alone():
-    first, again, other = [build_model(MlpSpec(), norm, 4, 3, seed) for norm, seed in [("none", 1), ("sync", 1), ("none", 2)]]
+    first, again, other = [
+        build_model(MlpSpec(), norm, 4, 3, seed) for norm, seed in [("none", 1), ("sync", 1), ("none", 2)]
+    ]
     assert torch.equal(first.linear1.weight, again.linear1.weight)
     assert torch.equal(first.output.weight, again.output.weight)
     assert not torch.equal(first.linear1.weight, other.linear1.weight)

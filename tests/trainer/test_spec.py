@@ -12,7 +12,11 @@ def test_a_spec_survives_being_written_and_read():
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
 
 
-@given(workers=st.integers(1, 40), size=st.integers(1, 200), norm=st.sampled_from(["none", "batch", "sync", "group", "layer"]))
+@given(
+    workers=st.integers(1, 40),
+    size=st.integers(1, 200),
+    norm=st.sampled_from(["none", "batch", "sync", "group", "layer"]),
+)
 def test_a_batch_is_taken_exactly_if_every_worker_gets_what_its_norm_needs(workers, size, norm):
     least_share = size // workers
     possible = least_share >= (2 if norm == "batch" else 1) and (norm != "sync" or size >= 2)

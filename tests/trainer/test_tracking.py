@@ -16,7 +16,10 @@ def test_without_a_run_the_metrics_stay_in_the_file(tmp_path):
     with Outbox(tmp_path) as outbox:
         outbox.log(0, {"accuracy": 0.1})
         outbox.log(10, {"accuracy": 0.5, "loss": 1.0})
-    assert [(line["step"], line["metrics"]) for line in read(tmp_path)] == [(0, {"accuracy": 0.1}), (10, {"accuracy": 0.5, "loss": 1.0})]
+    assert [(line["step"], line["metrics"]) for line in read(tmp_path)] == [
+        (0, {"accuracy": 0.1}),
+        (10, {"accuracy": 0.5, "loss": 1.0}),
+    ]
     assert outbox.unsent == 0
 
 

@@ -23,7 +23,10 @@ def mlflow():
 @pytest.fixture
 async def app(tmp_path, ray, mlflow):
     settings = Settings(
-        token=TOKEN, database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db", storage=tmp_path / "storage", poll_seconds=0.02
+        token=TOKEN,
+        database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
+        storage=tmp_path / "storage",
+        poll_seconds=0.02,
     )
     app = make_app(settings, ray, mlflow)
     async with app.router.lifespan_context(app):

@@ -1,10 +1,17 @@
 import pytest
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic dGVzdDp0ZXN0", "0123456789abcdef-test", "Bearer ü"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "Bearer ", "Basic dGVzdDp0ZXN0", "0123456789abcdef-test", "Bearer ü"]
+)
 async def test_every_v1_call_needs_the_token(anyone, header):
     headers = {} if header is None else {"Authorization": header.encode()}
-    for method, path in [("GET", "/v1/jobs"), ("POST", "/v1/jobs"), ("GET", "/v1/jobs/x/logs"), ("GET", "/v1/comparisons/x/report")]:
+    for method, path in [
+        ("GET", "/v1/jobs"),
+        ("POST", "/v1/jobs"),
+        ("GET", "/v1/jobs/x/logs"),
+        ("GET", "/v1/comparisons/x/report"),
+    ]:
         answer = await anyone.request(method, path, headers=headers)
         assert answer.status_code == 401
         assert answer.headers["WWW-Authenticate"] == "Bearer"
@@ -13,7 +20,9 @@ async def test_every_v1_call_needs_the_token(anyone, header):
 
 async def test_every_v1_operation_is_behind_the_token(anyone):
     paths = (await anyone.get("/openapi.json")).json()["paths"]
-    open_to_all = {path for path, methods in paths.items() for operation in methods.values() if "security" not in operation}
+    open_to_all = {
+        path for path, methods in paths.items() for operation in methods.values() if "security" not in operation
+    }
     assert open_to_all == {"/livez", "/readyz"}
 
 

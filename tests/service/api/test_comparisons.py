@@ -14,7 +14,9 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
     ]  # fmt: skip
     assert comparison["baseline"] == {"norm": "none"}
     async with asyncio.timeout(10):
-        while (seen := (await client.get(f"/v1/comparisons/{comparison['id']}")).json())["jobs"][0]["state"] != "submitted":
+        while (seen := (await client.get(f"/v1/comparisons/{comparison['id']}")).json())["jobs"][0][
+            "state"
+        ] != "submitted":
             await asyncio.sleep(0.01)
     assert seen["mlflow_url"]
     assert seen["jobs"][0]["comparison_id"] == comparison["id"]

@@ -99,7 +99,11 @@ async def test_pages(client):
     [
         ({"spec": SPEC | {"optimizer": {"lr": -1}}}, "spec.optimizer.lr", "greater than 0"),
         ({"spec": SPEC | {"optimizer": {"lr": "fast"}}}, "spec.optimizer.lr", "valid number"),
-        ({"spec": SPEC | {"model": {"name": "mlp", "hidden": [3, 0]}}}, "spec.model.hidden[1]", "greater than or equal to 1"),
+        (
+            {"spec": SPEC | {"model": {"name": "mlp", "hidden": [3, 0]}}},
+            "spec.model.hidden[1]",
+            "greater than or equal to 1",
+        ),
         ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model.name", "'mlp'"),
         ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "'mnist5k', 'digits'"),
         ({"spec": SPEC | {"data": {"name": "digits", "root": "/etc"}}}, "spec.data.root", "no such field"),
@@ -124,7 +128,9 @@ async def test_a_bad_field_is_named_and_nothing_is_stored(client, change, field,
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
-@pytest.mark.parametrize("body", ["{", "[]", "", '{"name": "x", "spec": {"steps": NaN}}', '{"name": "x", "spec": {"steps": 1e999}}'])
+@pytest.mark.parametrize(
+    "body", ["{", "[]", "", '{"name": "x", "spec": {"steps": NaN}}', '{"name": "x", "spec": {"steps": 1e999}}']
+)
 async def test_a_body_that_is_no_json_object_is_refused(client, body):
     answer = await client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422, answer.text

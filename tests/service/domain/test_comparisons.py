@@ -46,7 +46,8 @@ def test_baseline_is_completed_with_first_values():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "field"), [({"seed": 0}, "baseline.seed"), ({"norm": "group"}, "baseline.norm"), ({"x": 1}, "baseline.x")]
+    ("wanted", "field"),
+    [({"seed": 0}, "baseline.seed"), ({"norm": "group"}, "baseline.norm"), ({"x": 1}, "baseline.x")],
 )
 def test_a_baseline_outside_of_the_matrix_is_refused(wanted, field):
     with pytest.raises(InvalidField) as caught:
@@ -55,5 +56,8 @@ def test_a_baseline_outside_of_the_matrix_is_refused(wanted, field):
 
 
 def test_variants_are_named_for_people():
-    assert describe({"norm": "sync", "optimizer.lr": 0.1, "model.hidden": [3, 3]}) == "norm=sync optimizer.lr=0.1 model.hidden=[3, 3]"
+    assert (
+        describe({"norm": "sync", "optimizer.lr": 0.1, "model.hidden": [3, 3]})
+        == "norm=sync optimizer.lr=0.1 model.hidden=[3, 3]"
+    )
     assert describe(without_seed({"seed": 3})) == "base"

@@ -13,7 +13,11 @@ def test_a_terminal_state_never_changes(before, after):
 
 
 def test_terminal_states():
-    assert {state for state in JobState if state.is_terminal} == {JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
+    assert {state for state in JobState if state.is_terminal} == {
+        JobState.SUCCEEDED,
+        JobState.FAILED,
+        JobState.CANCELLED,
+    }
 
 
 def test_identifiers_are_safe_in_addresses_files_and_submission_ids():

@@ -19,9 +19,9 @@ from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
 class House:
     """A dispatcher with all that it works on; `reopen` is what a restart of the service does."""
 
-    def __init__(self, engine, storage):
-        self.engine, self.files = engine, RunFiles(storage)
-        self.jobs, self.comparisons = JobStore(engine), ComparisonStore(engine)
+    def __init__(self, database, storage):
+        self.database, self.files = database, RunFiles(storage)
+        self.jobs, self.comparisons = JobStore(database), ComparisonStore(database)
         self.ray, self.mlflow = FakeRay(), FakeMlflow()
         self.reopen()
 
@@ -49,8 +49,8 @@ class House:
 
 
 @pytest.fixture
-def house(engine, tmp_path):
-    return House(engine, tmp_path)
+def house(database, tmp_path):
+    return House(database, tmp_path)
 
 
 SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
@@ -120,7 +120,10 @@ async def test_what_is_down_delays_a_job_and_loses_nothing(house, down):
     with pytest.raises(Unavailable):
         await house.round()
     seen = await house.jobs.get(job.id)
-    assert (seen.state, seen.reason) == (JobState.QUEUED, f"waiting: {'Ray' if down == 'ray' else 'MLflow'} did not answer")
+    assert (seen.state, seen.reason) == (
+        JobState.QUEUED,
+        f"waiting: {'Ray' if down == 'ray' else 'MLflow'} did not answer",
+    )
     getattr(house, down).is_down = False
     await house.round()
     assert await house.state(job) == "submitted"

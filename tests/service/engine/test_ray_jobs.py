@@ -97,7 +97,7 @@ async def test_the_cluster_tells_its_size(cluster):
 @pytest.mark.ray
 async def test_a_wrong_token_is_refused(stack):
     ray = RayJobsOverHttp(stack.connection.ray_address, "wrong", 10)
-    with pytest.raises(Unavailable, match="40[13]"):
+    with pytest.raises(Unavailable, match=r"40[13]"):
         await ray.find("job-0-a1")
     await ray.close()
 

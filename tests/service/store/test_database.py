@@ -3,31 +3,41 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
-from service.store.database import check, migrate, open_database
+from service.domain.errors import Unavailable
+from service.store.database import Database
 from service.store.tables import metadata
 
 
-async def test_the_migrations_make_the_tables(engine):
-    async with engine.connect() as connection:
+async def test_the_migrations_make_the_tables(database):
+    async with database.read() as connection:
         difference = await connection.run_sync(lambda c: compare_metadata(MigrationContext.configure(c), metadata))
-    # The one thing that Alembic cannot tell apart is how a unique column was declared.
-    assert [change for change in difference if change[0] not in ("add_constraint", "remove_constraint")] == []
+    assert difference == []
 
 
-async def test_migrating_again_changes_nothing(engine):
-    await migrate(engine)
-    await check(engine)
+async def test_migrating_again_changes_nothing(database):
+    await database.migrate()
+    await database.check()
 
 
 async def test_sqlite_has_a_write_ahead_log_and_makes_its_folder(tmp_path):
-    engine = open_database(f"sqlite+aiosqlite:///{tmp_path}/new/test.db", 1)
-    async with engine.connect() as connection:
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/new/test.db", 1)
+    async with database.read() as connection:
         assert (await connection.execute(text("PRAGMA journal_mode"))).scalar() == "wal"
-    await engine.dispose()
+    await database.close()
 
 
-async def test_a_database_that_is_not_there_is_an_error(tmp_path):
-    engine = open_database("postgresql+asyncpg://nobody@127.0.0.1:1/none", 1)
-    with pytest.raises(OSError, match="1"):
-        await check(engine)
-    await engine.dispose()
+async def test_a_locked_database_is_unavailable_in_time(tmp_path):
+    first, second = [Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 0.2) for _ in range(2)]
+    async with first.write() as connection:
+        await connection.execute(text("CREATE TABLE t (x INTEGER)"))
+        with pytest.raises(Unavailable, match="locked"):
+            await second.migrate()
+    await first.close()
+    await second.close()
+
+
+async def test_a_database_that_is_not_there_is_unavailable():
+    database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/none", 1)
+    with pytest.raises(Unavailable, match="did not answer"):
+        await database.check()
+    await database.close()

@@ -11,8 +11,8 @@ from trainer.spec import Progress
 
 
 @pytest.fixture
-def jobs(engine):
-    return JobStore(engine)
+def jobs(database):
+    return JobStore(database)
 
 
 def to(state, **changes):
@@ -110,8 +110,8 @@ async def test_unsettled_jobs_are_those_whose_end_mlflow_does_not_know(jobs):
     assert await jobs.unsettled() == [new]
 
 
-async def test_a_comparison_and_its_jobs_are_stored_together(engine, jobs):
-    comparisons = ComparisonStore(engine)
+async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):
+    comparisons = ComparisonStore(database)
     comparison = make_comparison()
     mine = [make_job(comparison_id=comparison.id) for _ in range(3)]
     await comparisons.add(comparison, mine)
@@ -125,8 +125,8 @@ async def test_a_comparison_and_its_jobs_are_stored_together(engine, jobs):
         await comparisons.get("comparison-0")
 
 
-async def test_if_one_job_cannot_be_stored_nothing_is(engine, jobs):
-    comparisons = ComparisonStore(engine)
+async def test_if_one_job_cannot_be_stored_nothing_is(database, jobs):
+    comparisons = ComparisonStore(database)
     comparison = make_comparison()
     twice = make_job(comparison_id=comparison.id)
     with pytest.raises(Exception, match=r"(?i)unique"):

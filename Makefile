@@ -1,0 +1,40 @@
+# What there is to do; CI calls the same targets. `make setup` runs by itself where it is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Several processes share few cores: one thread each.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo up test test-cluster lint bench
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Debian: apt-get install python3 python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "missing: Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: venv (Debian: apt-get install python3-venv)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,service,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/syncbn demo $(DEMO_OPTIONS)
+
+up: setup
+	$(BIN)/syncbn up
+
+# All tests that need neither a GPU nor containers.
+test: setup
+	$(BIN)/python -m pytest -m "not gpu and not cluster" $(TEST_OPTIONS)
+
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,82 @@
+"""What no import contract can see."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules_after(statement):
+    """The modules that a fresh process has loaded after a statement."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        ).stdout.split()
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "costs"),
+    [
+        ("service.api.app", {"torch", "ray"}),
+        ("service.cli.client", {"torch", "ray", "mlflow", "sqlalchemy"}),
+        ("trainer.spec", {"torch", "ray", "mlflow", "numpy"}),
+        ("trainer.__main__", {"torch", "ray", "mlflow"}),
+        ("syncbn", {"ray", "mlflow", "pydantic"}),
+    ],
+)
+def test_importing_a_module_does_not_load_what_it_must_not_cost(module, costs):
+    assert not costs & modules_after(f"import {module}")
+
+
+def test_all_is_the_public_namespace():
+    import syncbn
+
+    public = {
+        name for name, value in vars(syncbn).items() if not name.startswith("_") and not hasattr(value, "__path__")
+    }
+    modules = {name for name in public if f"syncbn.{name}" in sys.modules}
+    assert set(syncbn.__all__) == public - modules
+
+
+def test_the_pins_allow_what_the_project_asks_for():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    assert (pins["torch"], pins["torchvision"]) == ("2.14.1", "0.29.1")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras.keys() == {"trainer", "service", "dev"}
+
+
+def test_the_readme_documents_every_setting():
+    text = (ROOT / "README.md").read_text()
+    for name, field in Settings.model_fields.items():
+        variable = name.upper() if name.startswith("ray_auth") else f"SYNCBN_{name.upper()}"
+        default = "" if field.is_required() else "–" if field.default is None else f"`{field.default}`"
+        assert f"| `{variable}` | {default} | {field.description} |" in text
+
+
+def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert services.keys() == {"database", "mlflow", "ray-head", "ray-worker", "api"}
+    for service in services.values():
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+
+
+def test_the_recipes_are_comparisons_that_the_service_takes():
+    from service.api.schemas import SubmitComparison
+    from service.domain.comparisons import choose_baseline, expand
+
+    recipes = sorted((ROOT / "trainer" / "recipes").glob("*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        body = SubmitComparison.model_validate(yaml.safe_load(recipe.read_text()))
+        assert body.name == recipe.stem
+        assert len(expand(body.spec, body.matrix)) > 1
+        assert choose_baseline(body.matrix, body.baseline)
