@@ -89,7 +89,7 @@ async def _open_components(
     settings: Settings, ray: RayJobs | None, mlflow: MlflowRuns | None
 ) -> AsyncIterator[Components]:
     seconds = settings.call_timeout_seconds
-    public_url = settings.mlflow_public_url or settings.mlflow_url
+    public_url = (settings.mlflow_public_url or settings.mlflow_url).rstrip("/")
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url, seconds)
         stack.push_async_callback(database.close)
@@ -97,7 +97,7 @@ async def _open_components(
         if ray is None:
             ray = cluster = RayJobsOverHttp(settings.ray_address, settings.ray_token(), seconds)
             stack.push_async_callback(cluster.close)
-        mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, public_url, seconds)
+        mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
         dispatcher = Dispatcher(
             jobs,
@@ -110,7 +110,7 @@ async def _open_components(
             max_active_jobs=settings.max_active_jobs,
             max_attempts=settings.max_attempts,
         )
-        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher)
+        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher, public_url)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

@@ -25,6 +25,8 @@ class Components:
     mlflow: MlflowRuns
     files: RunFiles
     dispatcher: Dispatcher
+    mlflow_public_url: str
+    """Where a browser finds MLflow; addresses are made of it when they are asked for, since it may change between two starts."""
 
 
 def components_of(request: Request) -> Components:

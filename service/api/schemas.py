@@ -100,9 +100,10 @@ class JobView(BaseModel):
     spec: JobSpec
 
     @classmethod
-    def of(cls, job: Job) -> "JobView":
+    def of(cls, job: Job, mlflow_public_url: str) -> "JobView":
         """Show a job."""
-        return cls(**{name: getattr(job, name) for name in cls.model_fields})
+        values = {name: getattr(job, name) for name in cls.model_fields if name != "mlflow_url"}
+        return cls(**values, mlflow_url=_run_url(mlflow_public_url, job))
 
 
 class JobList(BaseModel):
@@ -147,10 +148,17 @@ class ComparisonView(BaseModel):
     jobs: list[JobView]
 
     @classmethod
-    def of(cls, comparison: Comparison, jobs: list[Job]) -> "ComparisonView":
+    def of(cls, comparison: Comparison, jobs: list[Job], mlflow_public_url: str) -> "ComparisonView":
         """Show a comparison."""
-        values = {name: getattr(comparison, name) for name in cls.model_fields if name != "jobs"}
-        return cls(**values, jobs=[JobView.of(job) for job in jobs])
+        values = {name: getattr(comparison, name) for name in cls.model_fields if name not in ("jobs", "mlflow_url")}
+        views = [JobView.of(job, mlflow_public_url) for job in jobs]
+        return cls(**values, mlflow_url=_run_url(mlflow_public_url, comparison), jobs=views)
+
+
+def _run_url(base: str, owner: Job | Comparison) -> str | None:
+    if owner.mlflow_run_id is None:
+        return None
+    return f"{base}/#/experiments/{owner.mlflow_experiment_id}/runs/{owner.mlflow_run_id}"
 
 
 class SpreadView(BaseModel):

@@ -92,7 +92,7 @@ def serve() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     uvicorn.run(
-        make_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
+        make_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=3
     )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
 
@@ -56,7 +56,7 @@ def state_text(job: JobView) -> str:
 
 def jobs_table(jobs: list[JobView]) -> Table:
     """A row per job."""
-    table = Table("job", "name", "state", "attempt", "step", "reason")
+    table = Table(Column("job", no_wrap=True), "name", "state", "attempt", "step", "reason")
     for job in jobs:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else "–"
         table.add_row(job.id, job.name, f"[{COLOURS[job.state]}]{job.state}[/]", str(job.attempt), step, job.reason)

@@ -33,7 +33,7 @@ class Comparison:
     target: float | None
     created_at: datetime
     mlflow_run_id: str | None = None
-    mlflow_url: str | None = None
+    mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
 
 

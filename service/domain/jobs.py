@@ -54,7 +54,7 @@ class Job:
     """What the comparison's matrix set in this job's spec, the seed included: path to value."""
     progress: Progress | None = None
     mlflow_run_id: str | None = None
-    mlflow_url: str | None = None
+    mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
     """Whether MLflow knows the end of this job's run."""
     created_at: datetime

@@ -150,10 +150,12 @@ class Dispatcher:
         comparison = await self._comparisons.get(job.comparison_id) if job.comparison_id else None
         if comparison is not None and comparison.mlflow_run_id is None:
             parent = await self._mlflow.start_comparison(comparison)
-            await self._comparisons.note(comparison.id, mlflow_run_id=parent.run_id, mlflow_url=parent.url)
+            await self._comparisons.note(
+                comparison.id, mlflow_run_id=parent.run_id, mlflow_experiment_id=parent.experiment_id
+            )
             comparison = await self._comparisons.get(comparison.id)
         run = await self._mlflow.start_job(job, comparison)
-        return await self._jobs.note(job, mlflow_run_id=run.run_id, mlflow_url=run.url)
+        return await self._jobs.note(job, mlflow_run_id=run.run_id, mlflow_experiment_id=run.experiment_id)
 
     async def _hand_over(self, job: Job) -> None:
         """Give a submitted job to Ray."""

@@ -38,7 +38,7 @@ class RunAddress:
     """Where a run is found."""
 
     run_id: str
-    url: str
+    experiment_id: str
 
 
 class MlflowRuns(Protocol):
@@ -63,9 +63,9 @@ class MlflowRuns(Protocol):
 class MlflowRunsOverHttp:
     """MlflowRuns on a real MLflow server."""
 
-    def __init__(self, url: str, public_url: str, timeout_seconds: float) -> None:
+    def __init__(self, url: str, timeout_seconds: float) -> None:
         self._client = MlflowClient(url)
-        self._url, self._public_url, self._timeout_seconds = url, public_url.rstrip("/"), timeout_seconds
+        self._url, self._timeout_seconds = url, timeout_seconds
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
         """Find or make a comparison's parent run, in the experiment named after it."""
@@ -121,7 +121,7 @@ class MlflowRunsOverHttp:
         for path, value in (params or {}).items():
             if path not in run.data.params:
                 self._client.log_param(run_id, path, value)
-        return RunAddress(run_id, f"{self._public_url}/#/experiments/{experiment_id}/runs/{run_id}")
+        return RunAddress(run_id, experiment_id)
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

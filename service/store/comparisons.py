@@ -44,6 +44,6 @@ class ComparisonStore:
 
     async def note(self, comparison_id: str, **changes: Any) -> None:
         """Store what became known of the comparison's run in MLflow."""
-        assert changes.keys() <= {"mlflow_run_id", "mlflow_url", "mlflow_closed"}, changes
+        assert changes.keys() <= {"mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"}, changes
         async with self._database.write() as connection:
             await connection.execute(update(comparisons).where(comparisons.c.id == comparison_id).values(**changes))

@@ -16,7 +16,7 @@ from service.store.tables import events, jobs
 from trainer.spec import JobSpec, Progress
 
 COLUMNS = [jobs.c[field.name] for field in fields(Job)]
-NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_url", "mlflow_closed", "reason"})
+NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed", "reason"})
 """What may change without a transition."""
 
 

@@ -55,7 +55,7 @@ comparisons = Table(
     Column("metric", String(200), nullable=False),
     Column("target", Float),
     Column("mlflow_run_id", String(64)),
-    Column("mlflow_url", Text),
+    Column("mlflow_experiment_id", String(64)),
     Column("mlflow_closed", Boolean, nullable=False, server_default=false()),
     Column("created_at", UtcDateTime, nullable=False),
 )
@@ -75,7 +75,7 @@ jobs = Table(
     Column("variant", JSON, nullable=False),
     Column("progress", JSON),
     Column("mlflow_run_id", String(64)),
-    Column("mlflow_url", Text),
+    Column("mlflow_experiment_id", String(64)),
     Column("mlflow_closed", Boolean, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("started_at", UtcDateTime),

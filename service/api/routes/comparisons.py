@@ -43,14 +43,15 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
     await components.comparisons.add(comparison, jobs)
     components.dispatcher.wake()
     response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
-    return ComparisonView.of(comparison, jobs)
+    return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
 @router.get("/{comparison_id}")
 async def show_comparison(comparison_id: str, components: GivenComponents) -> ComparisonView:
     """Show a comparison and its jobs."""
     comparison = await components.comparisons.get(comparison_id)
-    return ComparisonView.of(comparison, await components.jobs.of_comparison(comparison_id))
+    jobs = await components.jobs.of_comparison(comparison_id)
+    return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
 @router.get("/{comparison_id}/report")

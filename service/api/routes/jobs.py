@@ -25,7 +25,7 @@ async def submit_job(body: SubmitJob, components: GivenComponents, response: Res
     await components.jobs.add(job)
     components.dispatcher.wake()
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return JobView.of(job)
+    return JobView.of(job, components.mlflow_public_url)
 
 
 @router.get("")
@@ -36,13 +36,16 @@ async def list_jobs(
 ) -> JobList:
     """List jobs, newest first."""
     jobs, more = await components.jobs.page(page_size, _place(page_token) if page_token else None)
-    return JobList(jobs=[JobView.of(job) for job in jobs], next_page_token=_token(more) if more is not None else None)
+    return JobList(
+        jobs=[JobView.of(job, components.mlflow_public_url) for job in jobs],
+        next_page_token=_token(more) if more is not None else None,
+    )
 
 
 @router.get("/{job_id}")
 async def show_job(job_id: str, components: GivenComponents) -> JobView:
     """Show one job."""
-    return JobView.of(await components.jobs.get(job_id))
+    return JobView.of(await components.jobs.get(job_id), components.mlflow_public_url)
 
 
 @router.post("/{job_id}:cancel", status_code=202)
@@ -50,7 +53,7 @@ async def cancel_job(job_id: str, components: GivenComponents) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
     job = await components.jobs.request_cancel(job_id)
     components.dispatcher.wake()
-    return JobView.of(job)
+    return JobView.of(job, components.mlflow_public_url)
 
 
 @router.get("/{job_id}/events")

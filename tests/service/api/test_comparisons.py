@@ -18,7 +18,8 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
             "state"
         ] != "submitted":
             await asyncio.sleep(0.01)
-    assert seen["mlflow_url"]
+    run = f"run-of-{comparison['id']}"
+    assert seen["mlflow_url"] == f"http://mlflow.example/#/experiments/1/runs/{run}"
     assert seen["jobs"][0]["comparison_id"] == comparison["id"]
 
 

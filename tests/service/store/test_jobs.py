@@ -118,7 +118,7 @@ async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):
     assert await comparisons.get(comparison.id) == comparison
     assert await jobs.of_comparison(comparison.id) == mine
     assert await comparisons.unsettled() == [comparison]
-    await comparisons.note(comparison.id, mlflow_run_id="r", mlflow_url="u", mlflow_closed=True)
+    await comparisons.note(comparison.id, mlflow_run_id="r", mlflow_experiment_id="1", mlflow_closed=True)
     assert (await comparisons.get(comparison.id)).mlflow_run_id == "r"
     assert await comparisons.unsettled() == []
     with pytest.raises(NotFound):

@@ -1,0 +1,188 @@
+"""The embedded stack with the real Ray, MLflow and API: two side by side, every kind of death, and what a restart finds again."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from subprocess import Popen
+
+import httpx
+import psutil
+import pytest
+
+from service.cli.local import Connection, LocalStack, StackError, read_connection
+from service.cli.machine import short_folder
+from tests.processes import still_alive, wait_for_file, working_in
+
+pytestmark = pytest.mark.e2e
+
+STOP_LIMIT_SECONDS = 15
+# Leaves a daemon that nobody's process group, session or parent leads to, and that is deaf to SIGTERM.
+STUBBORN_JOB = """(setsid sh -c 'trap "" TERM; sleep 300; true' &); touch job-started; sleep 300"""
+
+
+@contextmanager
+def syncbn_up(data_dir: Path) -> Iterator[Popen[str]]:
+    """Run `syncbn up` in a process group of its own, as a terminal does; on entry it is ready."""
+    process = Popen(
+        [sys.executable, "-m", "service.cli.app", "up", "--data-dir", str(data_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        with process:  # closes the pipe and waits
+            pass
+        assert still_alive(working_in(data_dir), STOP_LIMIT_SECONDS) == []
+
+
+def wait_until_ready(process: Popen[str], data_dir: Path) -> Connection:
+    assert process.stdout is not None
+    told = []
+    for line in process.stdout:
+        told.append(line)
+        if (data_dir / "connection.json").exists():
+            return read_connection(data_dir)
+    raise AssertionError("".join(told))
+
+
+def everything_below(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def listening_addresses(processes: list[psutil.Process]) -> set[str]:
+    addresses = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
+            connections = process.net_connections("inet")
+            addresses |= {found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN}
+    return addresses
+
+
+def submit_to_ray(connection: Connection, data_dir: Path, entrypoint: str) -> None:
+    token = (data_dir / "ray-token").read_text()
+    answer = httpx.post(
+        f"{connection.ray_address}/api/jobs/",
+        json={"entrypoint": entrypoint},
+        headers={"Authorization": f"Bearer {token}"},
+        timeout=60,
+    )
+    assert answer.is_success, answer.text
+
+
+class MlflowRuns:
+    """Runs with an artifact each in one MLflow, and the memory of which must be found there."""
+
+    def __init__(self) -> None:
+        self.logged: set[str] = set()
+
+    def log(self, url: str, name: str) -> None:
+        run = {"experiment_id": "0", "run_name": name, "start_time": time.time_ns() // 1_000_000}
+        created = httpx.post(f"{url}/api/2.0/mlflow/runs/create", json=run, timeout=30).raise_for_status()
+        path = created.json()["run"]["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
+        artifact = f"{url}/api/2.0/mlflow-artifacts/artifacts/{path}/name.txt"
+        httpx.put(artifact, content=name.encode(), timeout=30).raise_for_status()
+        self.logged.add(name)
+
+    def check(self, url: str) -> None:
+        found = httpx.post(f"{url}/api/2.0/mlflow/runs/search", json={"experiment_ids": ["0"]}, timeout=30)
+        runs = {run["info"]["run_name"]: run["info"] for run in found.raise_for_status().json().get("runs", [])}
+        assert set(runs) == self.logged
+        for name, run in runs.items():
+            path = run["artifact_uri"].removeprefix("mlflow-artifacts:/")
+            artifact = httpx.get(f"{url}/api/2.0/mlflow-artifacts/artifacts/{path}/name.txt", timeout=30)
+            assert artifact.text == name
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """One folder for all deaths, so that each start is a restart; deeper than a socket's path can be."""
+    return tmp_path_factory.mktemp("data") / ("deep-" * 20) / ("deeper-" * 10)
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return MlflowRuns()
+
+
+def test_two_stacks_live_side_by_side(tmp_path):
+    first_dir, second_dir = tmp_path / "first", tmp_path / "second"
+    with syncbn_up(first_dir) as first, syncbn_up(second_dir) as second:
+        one, two = wait_until_ready(first, first_dir), wait_until_ready(second, second_dir)
+        for connection, directory in ((one, first_dir), (two, second_dir)):
+            assert stat.S_IMODE((directory / "connection.json").stat().st_mode) == 0o600
+            assert httpx.get(f"{connection.url}/readyz", timeout=30).is_success
+            assert httpx.get(f"{connection.ray_address}/api/jobs/", timeout=30).status_code == 401
+            submit_to_ray(connection, directory, STUBBORN_JOB)
+            wait_for_file(directory / "job-started")
+        assert one.token != two.token
+        with pytest.raises(StackError, match="another stack runs on"):
+            LocalStack(first_dir).start()
+
+        of_first, of_second = everything_below(psutil.Process(first.pid)), everything_below(psutil.Process(second.pid))
+        assert listening_addresses(of_first + of_second) == {"127.0.0.1", "::ffff:127.0.0.1"}
+
+        first.terminate()
+        assert still_alive(of_first, STOP_LIMIT_SECONDS) == []
+        assert first.wait() == 0
+        assert second.poll() is None
+        assert httpx.get(f"{two.url}/readyz", timeout=30).is_success
+
+        os.killpg(second.pid, signal.SIGINT)  # Ctrl-C, pressed twice
+        os.killpg(second.pid, signal.SIGINT)
+        assert still_alive(of_second, STOP_LIMIT_SECONDS) == []
+        assert second.wait() == 0
+        for directory in (first_dir, second_dir):
+            assert not (directory / "connection.json").exists()
+            assert not short_folder(directory).exists()
+
+
+@pytest.mark.parametrize("victim", ["up", "api"])
+def test_nothing_survives_the_death_of_the_command_or_the_api(data_dir, runs, victim):
+    with syncbn_up(data_dir) as process:
+        connection = wait_until_ready(process, data_dir)
+        runs.check(connection.mlflow_url)
+        runs.log(connection.mlflow_url, victim)
+        submit_to_ray(connection, data_dir, STUBBORN_JOB)
+        wait_for_file(data_dir / "job-started")
+        (data_dir / "job-started").unlink()
+        everything = everything_below(psutil.Process(process.pid))
+        (api,) = [below for below in everything if "serve" in below.cmdline()]
+        (api if victim == "api" else process).send_signal(signal.SIGKILL)
+        assert still_alive(everything, STOP_LIMIT_SECONDS) == []
+        assert working_in(data_dir) == []
+        assert not short_folder(data_dir).exists()
+        if victim == "api":
+            told = process.communicate()[0]
+            assert process.returncode == 1
+            assert "api was killed by signal 9" in told
+
+
+@pytest.mark.parametrize("victim", ["ray", "raylet", "gcs_server", "mlflow", "uvicorn"])
+def test_nothing_survives_the_death_of_a_server(data_dir, runs, victim):
+    part = {"raylet": "ray", "gcs_server": "ray", "uvicorn": "mlflow"}.get(victim, victim)
+    with LocalStack(data_dir, api=False) as stack:
+        runs.check(stack.connection.mlflow_url)
+        runs.log(stack.connection.mlflow_url, victim)
+        everything = everything_below(psutil.Process(stack.process_ids["ray"]).parent().parent())
+        doomed = psutil.Process(stack.process_ids[part])
+        if victim in ("raylet", "gcs_server"):
+            (doomed,) = [child for child in doomed.children() if child.name() == victim]
+        elif victim == "uvicorn":
+            (doomed,) = doomed.children()
+        begin = time.monotonic()
+        doomed.kill()
+        reason = stack.wait(STOP_LIMIT_SECONDS)
+        assert reason is not None
+        assert reason.startswith(f"{part} {'was killed by signal 9' if victim == part else 'ended with status'}")
+        assert still_alive(everything, STOP_LIMIT_SECONDS - (time.monotonic() - begin)) == []
+        assert working_in(data_dir) == []

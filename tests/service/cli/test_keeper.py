@@ -1,0 +1,148 @@
+"""The keeper on cheap parts: whatever is killed, nothing is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from service.cli.keeper import Kept, Part, Plan
+from tests.processes import still_alive, wait_for_file, working_in
+
+STOP_LIMIT_SECONDS = 15
+# Children of each kind that escapes a simple kill: in a session of its own, orphaned at once, deaf to SIGTERM, and all three.
+FAMILY = """
+sleep 300 &
+setsid sleep 300 &
+(sleep 300 &)
+(setsid sh -c 'trap "" TERM; sleep 300 & touch family-complete; wait' &)
+wait
+"""
+ASKER = """
+import json, sys
+from pathlib import Path
+from service.cli.keeper import Kept, Part, Plan
+
+fields = json.loads(sys.argv[1])
+plan = Plan(**fields | {"parts": [Part(**part) for part in fields["parts"]]})
+kept = Kept(plan, log=Path(plan.directory) / "keeper.log")
+while len(kept.process_ids) < len(plan.parts):
+    assert not kept.ended.wait(0.01), kept.reason
+print(json.dumps(kept.process_ids), flush=True)
+kept.ended.wait()
+kept.stop()
+print(kept.reason, flush=True)
+"""
+
+
+def part(directory: Path, name: str, script: str, *, stop_seconds: float = 2.0) -> Part:
+    return Part(
+        name=name,
+        command=["sh", "-c", script],
+        environment=dict(os.environ),
+        log=str(directory / f"{name}.log"),
+        stop_seconds=stop_seconds,
+    )
+
+
+def plan(directory: Path, *parts: Part) -> Plan:
+    return Plan(parts=parts, directory=str(directory))
+
+
+@pytest.fixture
+def asker(tmp_path):
+    """A process that asked for a quiet part and a large family, and everything that it brought to life."""
+    wanted = plan(tmp_path, part(tmp_path, "quiet", "exec sleep 300"), part(tmp_path, "family", FAMILY))
+    fields = json.dumps({"parts": [vars(kept) for kept in wanted.parts], "directory": wanted.directory})
+    process = subprocess.Popen([sys.executable, "-c", ASKER, fields], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        process_ids = json.loads(process.stdout.readline())
+        wait_for_file(tmp_path / "family-complete")
+        yield process, process_ids
+        process.kill()
+    process.wait()
+    assert still_alive(working_in(tmp_path), STOP_LIMIT_SECONDS) == []
+
+
+@pytest.mark.parametrize(
+    ("victim", "reason"),
+    [
+        ("asker", None),
+        ("guard", "the keeper of the processes ended without a word"),
+        ("keeper", "the keeper of the processes was killed by signal 9 (Killed)"),
+        ("quiet", "quiet was killed by signal 9 (Killed)"),
+        ("family", "family was killed by signal 9 (Killed)"),
+    ],
+)
+def test_nothing_survives_a_kill(asker, tmp_path, victim, reason):
+    process, process_ids = asker
+    (guard,) = psutil.Process(process.pid).children()
+    (keeper,) = guard.children()
+    everything = [guard, keeper, *keeper.children(recursive=True)]
+    # Both parts, `sleep` for each of the four ways out, and the shell that is deaf to SIGTERM.
+    assert len(everything) == 2 + 2 + 5
+    os.kill({"asker": process.pid, "guard": guard.pid, "keeper": keeper.pid, **process_ids}[victim], signal.SIGKILL)
+    assert still_alive(everything, STOP_LIMIT_SECONDS) == []
+    assert working_in(tmp_path) == []
+    if reason is not None:
+        assert process.stdout.readline().strip() == reason
+
+
+def test_stop_goes_from_the_last_part_to_the_first(tmp_path):
+    def script(name):
+        return f'trap "echo {name} >> order; exit 0" TERM; touch {name}; sleep 300 & wait'
+
+    kept = Kept(plan(tmp_path, *(part(tmp_path, name, script(name)) for name in "abc")), log=tmp_path / "keeper.log")
+    for name in "abc":
+        wait_for_file(tmp_path / name)
+    assert not kept.ended.is_set()
+    kept.stop()
+    assert (tmp_path / "order").read_text().split() == ["c", "b", "a"]
+    assert kept.ended.is_set()
+    assert kept.reason is None
+    assert working_in(tmp_path) == []
+
+
+def test_part_that_ignores_sigterm_is_killed(tmp_path):
+    deaf = part(tmp_path, "deaf", 'trap "" TERM; touch deaf; sleep 300', stop_seconds=0.2)
+    kept = Kept(plan(tmp_path, deaf), log=tmp_path / "keeper.log")
+    wait_for_file(tmp_path / "deaf")
+    kept.stop()
+    assert working_in(tmp_path) == []
+
+
+def test_reason_tells_the_exit_status_and_the_log_has_the_output(tmp_path):
+    kept = Kept(
+        plan(
+            tmp_path, part(tmp_path, "quiet", "sleep 300"), part(tmp_path, "broken", "echo no such thing >&2; exit 3")
+        ),
+        log=tmp_path / "keeper.log",
+    )
+    assert kept.ended.wait(STOP_LIMIT_SECONDS)
+    kept.stop()
+    assert (kept.dead_part, kept.reason) == ("broken", "broken ended with status 3")
+    assert (tmp_path / "broken.log").read_text() == "no such thing\n"
+
+
+def test_part_that_cannot_be_started_stops_the_rest(tmp_path):
+    missing = Part(name="missing", command=["/no/such/program"], environment={}, log=str(tmp_path / "missing.log"))
+    kept = Kept(plan(tmp_path, part(tmp_path, "quiet", "sleep 300"), missing), log=tmp_path / "keeper.log")
+    assert kept.ended.wait(STOP_LIMIT_SECONDS)
+    kept.stop()
+    assert kept.reason.startswith("missing could not be started: [Errno 2]")
+    assert working_in(tmp_path) == []
+
+
+def test_paths_are_removed_at_the_end(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    removed = [str(tmp_path / name) for name in ("folder", "file", "never-made")]
+    kept = Kept(Plan(parts=[], directory=str(tmp_path), remove=removed), log=tmp_path / "keeper.log")
+    kept.stop()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keeper.log"]
+    assert (tmp_path / "keeper.log").read_text() == ""
