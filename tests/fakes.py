@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from service.domain.comparisons import Comparison
-from service.domain.errors import Unavailable
+from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity
@@ -20,9 +20,12 @@ class FakeRay:
     submissions: dict[str, Submission] = field(default_factory=dict)
     tasks: dict[str, list[Task]] = field(default_factory=dict)
     is_down: bool = False
+    refuses: bool = False
 
     async def submit(self, submission_id: str, task: Task) -> None:
         self._answer()
+        if self.refuses:
+            raise Refused("Ray refused the submission with 500")
         if submission_id not in self.submissions:
             self.submissions[submission_id] = Submission(RayStatus.PENDING, "")
             self.tasks.setdefault(submission_id, []).append(task)

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service.api.schemas import FieldError, Problem
-from service.domain.errors import Conflict, InvalidField, NotFound, ServiceError, Unavailable
+from service.domain.errors import Conflict, InvalidField, NotFound, Refused, ServiceError, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {
@@ -18,6 +18,7 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    Refused: HTTPStatus.BAD_GATEWAY,
 }
 LONGEST_VALUE = 200
 """Characters of a refused value that are sent back."""

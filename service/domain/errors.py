@@ -1,4 +1,4 @@
-"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Unavailable."""
+"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Unavailable, Refused."""
 
 from typing import Any
 
@@ -25,3 +25,7 @@ class Conflict(ServiceError):  # noqa: N818
 
 class Unavailable(ServiceError):  # noqa: N818
     """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
+
+
+class Refused(ServiceError):  # noqa: N818
+    """Ray answered that it does not take a submission; trying again helps only if the trouble was a passing one."""

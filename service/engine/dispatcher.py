@@ -7,11 +7,12 @@ a job is marked as submitted before Ray is told, under a submission id that does
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from service.domain.comparisons import Comparison
-from service.domain.errors import Unavailable
+from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.lifecycle import next_step
 from service.domain.scheduling import Capacity, fits, needs, next_job
@@ -25,6 +26,10 @@ from trainer.spec import RunContext, Task
 logger = logging.getLogger(__name__)
 ACTOR = "dispatcher"
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
+MOST_REFUSALS = 5
+"""Times that Ray may refuse a submission before the job fails."""
+LONGEST_PAUSE_SECONDS = 5.0
+"""Between two rounds while something does not answer."""
 
 
 class Dispatcher:
@@ -48,6 +53,7 @@ class Dispatcher:
         self._mlflow_url, self._poll_seconds = mlflow_url, poll_seconds
         self._max_active_jobs, self._max_attempts = max_active_jobs, max_attempts
         self._woken = asyncio.Event()
+        self._refusals: Counter[str] = Counter()
 
     def wake(self) -> None:
         """Start the next round now: something was asked for."""
@@ -55,14 +61,17 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Run rounds until cancelled. A round that fails is logged, and the next one tries again."""
+        pause = self._poll_seconds
         while True:
             self._woken.clear()
             try:
                 await self.round()
+                pause = self._poll_seconds
             except (Unavailable, OSError) as error:
-                logger.warning("round broken off: %s", error)
+                pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
+                logger.warning("round broken off, the next one in %.1f s: %s", pause, error)
             try:
-                await asyncio.wait_for(self._woken.wait(), self._poll_seconds)
+                await asyncio.wait_for(self._woken.wait(), pause)
             except TimeoutError:
                 continue
 
@@ -167,7 +176,13 @@ class Dispatcher:
             mlflow_url=self._mlflow_url,
             mlflow_run_id=job.mlflow_run_id,
         )
-        await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
+        try:
+            await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
+        except Refused as error:
+            self._refusals[job.submission_id] += 1
+            logger.warning("%s: %s", job.id, error)
+            if self._refusals[job.submission_id] >= MOST_REFUSALS:
+                await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=str(error)), ACTOR)
 
     async def _settle(self, job: Job) -> None:
         """Tell MLflow how a job ended."""

@@ -28,6 +28,8 @@ from service.domain.statistics import Curve
 
 EXPERIMENT_OF_SINGLE_JOBS = "jobs"
 JOB_TAG, COMPARISON_TAG = "syncbn.job_id", "syncbn.comparison_id"
+GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""What MLflow answers about a run that somebody has deleted."""
 MLFLOW_STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.FAILED: "FAILED", JobState.CANCELLED: "KILLED"}
 
 T = TypeVar("T")
@@ -92,12 +94,16 @@ class MlflowRunsOverHttp:
         return await self._call(lambda: self._start(experiment, job.name, JOB_TAG, tags, params))
 
     async def finish(self, run_id: str, state: JobState) -> None:
-        """Record a terminal state."""
-        await self._call(lambda: self._client.set_terminated(run_id, MLFLOW_STATUS[state]))
+        """Record a terminal state; a run that was deleted in MLflow stays so."""
+        await self._call(
+            lambda: self._unless_gone(None, lambda: self._client.set_terminated(run_id, MLFLOW_STATUS[state]))
+        )
 
     async def curve(self, run_id: str, metric: str) -> Curve:
-        """Read a metric by step; empty if the run has none of that name."""
-        history = await self._call(lambda: self._client.get_metric_history(run_id, metric))
+        """Read a metric by step; empty if the run has none of that name, or was deleted in MLflow."""
+        history: list[Any] = await self._call(
+            lambda: self._unless_gone([], lambda: self._client.get_metric_history(run_id, metric))
+        )
         return sorted({point.step: point.value for point in history}.items())
 
     async def check(self) -> None:
@@ -130,6 +136,15 @@ class MlflowRunsOverHttp:
         if found.lifecycle_stage == "deleted":
             self._client.restore_experiment(found.experiment_id)
         return str(found.experiment_id)
+
+    @staticmethod
+    def _unless_gone(otherwise: T, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except MlflowException as error:
+            if error.error_code not in GONE:
+                raise
+            return otherwise
 
     async def _call(self, work: Callable[[], T]) -> T:
         try:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from service.domain.errors import Unavailable
+from service.domain.errors import Refused, Unavailable
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity
 from trainer.spec import JOB_VARIABLE, Task
@@ -23,7 +23,7 @@ class RayJobs(Protocol):
     """Submissions as the dispatcher needs them. All calls raise Unavailable if Ray does not answer in time."""
 
     async def submit(self, submission_id: str, task: Task) -> None:
-        """Hand a task to Ray; a submission that Ray already has is left as it is."""
+        """Hand a task to Ray; a submission that Ray already has is left as it is. Raises Refused."""
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""
@@ -62,9 +62,7 @@ class RayJobsOverHttp:
         answer = await self._call("POST", "/api/jobs/", json=body)
         # Ray answers a repeated submission id with 500, like any other fault: look whether it has it.
         if answer.is_error and await self.find(submission_id) is None:
-            raise Unavailable(
-                f"Ray refused {submission_id}: {answer.status_code} {answer.text.strip().splitlines()[-1:]}"
-            )
+            raise Refused(f"Ray refused the submission with {answer.status_code}: {answer.text.strip()[-200:]}")
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""

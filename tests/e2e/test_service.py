@@ -91,16 +91,16 @@ def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service
 
 def test_the_api_is_killed_while_a_job_runs_and_its_true_end_is_seen(service):
     with service.client() as client:
-        job = client.submit_job("through a crash", SPEC | {"steps": 6000, "eval_every": 1000})
+        job = client.submit_job("through a crash", SPEC | {"steps": 3000, "eval_every": 1000})
         waiting = client.submit_job("queued behind it", SPEC | {"steps": 5, "num_workers": 4})
     service.until(job.id, "running", progress=1)
     service.kill()
     service.start()
     ended = service.until(job.id, "succeeded")
-    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 6000 steps", 6000)
+    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 3000 steps", 3000)
     assert service.until(waiting.id, "succeeded").attempt == 1
     with service.client() as client:
-        assert client.logs(job.id).count("step 6000/6000") == 1
+        assert client.logs(job.id).count("step 3000/3000") == 1
 
 
 def test_the_command_line(service, tmp_path):

@@ -7,7 +7,7 @@ from service.domain.errors import Unavailable
 from service.domain.jobs import JobState
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Capacity
-from service.engine.dispatcher import Dispatcher
+from service.engine.dispatcher import MOST_REFUSALS, Dispatcher
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
@@ -139,6 +139,17 @@ async def test_a_crash_before_ray_was_told_is_mended(house):
     house.reopen()
     await house.round()
     assert len(house.ray.tasks[job.submission_id]) == 1
+
+
+async def test_what_ray_keeps_refusing_fails_in_the_end(house):
+    job = await house.add()
+    house.ray.refuses = True
+    await house.round()
+    assert await house.state(job) == "submitted"
+    for _ in range(MOST_REFUSALS):
+        await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.reason) == (JobState.FAILED, "Ray refused the submission with 500")
 
 
 async def test_a_restart_of_the_service_submits_nothing_twice(house):

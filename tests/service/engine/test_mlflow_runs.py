@@ -32,7 +32,8 @@ async def test_starting_again_finds_the_same_run(runs):
     assert first.run_id != parent.run_id
     await runs.finish(first.run_id, JobState.SUCCEEDED)
     await runs.finish(first.run_id, JobState.SUCCEEDED)
-    assert await runs.curve(first.run_id, "accuracy") == []
+    assert await runs.curve(first.run_id, "accuracy") == await runs.curve("0" * 32, "accuracy") == []
+    await runs.finish("0" * 32, JobState.FAILED)
     await runs.check()
 
 
@@ -67,6 +68,15 @@ async def test_a_deleted_experiment_comes_back(real):
     real._client.delete_experiment(experiment_id)
     again = await real.start_job(make_job(), comparison)
     assert real._client.get_run(again.run_id).info.experiment_id == experiment_id
+
+
+@pytest.mark.ray
+async def test_a_deleted_run_is_left_alone(real):
+    run = await real.start_job(make_job(), None)
+    real._client.delete_run(run.run_id)
+    await real.finish(run.run_id, JobState.SUCCEEDED)
+    assert await real.curve(run.run_id, "accuracy") == []
+    assert real._client.get_run(run.run_id).info.status == "RUNNING"
 
 
 async def test_a_dead_server_is_unavailable_in_time():
