@@ -35,6 +35,12 @@ class Settings(BaseSettings):
         8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
     )
     max_attempts: int = Field(3, ge=1, description="attempts of a job whose cluster was lost under it")
+    grace_seconds: float = Field(
+        10,
+        ge=0,
+        le=3600,
+        description="time for a run to show life, or write its outcome, after Ray alone says that it has ended",
+    )
     ray_auth_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN", "ray_auth_token"),

@@ -7,11 +7,20 @@ import time
 import traceback
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from trainer.files import write_whole
-from trainer.spec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
+from trainer.spec import (
+    JOB_VARIABLE,
+    LOG_FILE,
+    OUTCOME_FILE,
+    JobSpec,
+    Outcome,
+    RunContext,
+    Task,
+    attempt_folder,
+    read_yaml,
+)
 
 
 def main() -> int:
@@ -30,7 +39,7 @@ def main() -> int:
         task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
         _redirect_output(task)
         return _run(task, ray_address=None)
-    except (OSError, yaml.YAMLError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {_explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -59,8 +68,10 @@ def _folder(task: Task) -> Path:
 
 
 def _task_of_file(path: Path, output: Path | None) -> Task:
-    spec = JobSpec.model_validate(yaml.safe_load(path.read_text()))
+    spec = JobSpec.model_validate(read_yaml(path))
     folder = (output or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files already; --output takes a new or an empty folder")
     return Task(spec=spec, context=RunContext(job_id=path.stem, attempt=1, name=path.stem, folder=str(folder)))
 
 

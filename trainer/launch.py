@@ -35,8 +35,16 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     spec = task.spec
-    ray.init(address=ray_address, log_to_driver=True)
+    is_local = ray_address == "local"
+    # On this machine alone, workers may be more than cores: slow, but what was asked for.
+    cpus = max(os.cpu_count() or 1, spec.num_workers) if is_local else None
+    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=True)
     try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if is_local and spec.use_gpu and gpus < spec.num_workers:
+            return Outcome(
+                state="failed", reason=f"use_gpu: {spec.num_workers} workers need a GPU each, this machine has {gpus}"
+            )
         trainer = TorchTrainer(
             _work,
             train_loop_config={"task": task.model_dump_json()},

@@ -1,8 +1,9 @@
 """JobSpec and the files of a run: the contract between the service and the trainer. Imports neither torch, ray nor mlflow."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -76,7 +77,9 @@ class JobSpec(Frozen):
     use_gpu: bool = Field(False, description="one GPU per worker (NCCL); otherwise one CPU per worker (gloo)")
     global_batch_size: int = Field(60, ge=1, validate_default=True, description="samples per step over all workers")
     steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
-    eval_every: int = Field(50, ge=1, description="steps between evaluations; the last step is always evaluated")
+    eval_every: int = Field(
+        50, ge=1, le=100_000_000, description="steps between evaluations; the last step is always evaluated"
+    )
     optimizer: SgdSpec = SgdSpec()
     seed: int = Field(0, ge=0, lt=2**32, description="seed of weights and data order")
     precision: Literal["fp32", "fp64"] = "fp32"
@@ -141,3 +144,21 @@ def attempt_folder(job_folder: Path, attempt: int) -> Path:
 
 
 LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a spec or a recipe. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
+
+    Raises OSError if the file cannot be read, and ValueError naming it if it holds no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(path.read_text(), Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} holds no YAML: {error}") from error

@@ -33,6 +33,7 @@ ERRORS: dict[int | str, dict[str, object]] = {
     status: {"model": Problem, "content": {problems.MEDIA_TYPE: {}}} for status in (401, 404, 409, 422, 503)
 }
 SECONDS_TO_CHECK = 5.0
+MOST_BODY_BYTES = 1_000_000
 
 
 def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns | None = None) -> FastAPI:
@@ -54,6 +55,7 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
 
     app = FastAPI(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan)
     app.state.settings = settings
+    app.max_body_size = MOST_BODY_BYTES
     problems.install(app)
     for router in (job_routes.router, comparison_routes.router):
         app.include_router(router, dependencies=[Depends(require_token)], responses=ERRORS)
@@ -71,9 +73,9 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
     async def ready(components: GivenComponents, response: Response) -> Readiness:
         """Tell whether the database, Ray and MLflow answer, each within 5 seconds; 503 if one does not."""
         checks = await asyncio.gather(
-            _check(components.database.check()),
-            _check(components.ray.capacity()),
-            _check(components.mlflow.check()),
+            _check("database", components.database.check()),
+            _check("ray", components.ray.capacity()),
+            _check("mlflow", components.mlflow.check()),
         )
         readiness = Readiness(
             ready=all(check.ok for check in checks), **dict(zip(("database", "ray", "mlflow"), checks, strict=True))
@@ -109,6 +111,7 @@ async def _open_components(
             poll_seconds=settings.poll_seconds,
             max_active_jobs=settings.max_active_jobs,
             max_attempts=settings.max_attempts,
+            grace_seconds=settings.grace_seconds,
         )
         yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher, public_url)
 
@@ -118,10 +121,11 @@ def _tell_end(task: asyncio.Task[None]) -> None:
         logger.critical("the dispatcher has ended; no job goes on until the service is restarted", exc_info=error)
 
 
-async def _check(call: Awaitable[object]) -> Check:
+async def _check(name: str, call: Awaitable[object]) -> Check:
     try:
         async with asyncio.timeout(SECONDS_TO_CHECK):
             await call
-    except Exception as error:  # whatever is wrong, it is the answer
-        return Check(ok=False, detail=str(error) or type(error).__name__)
+    except Exception as error:  # whatever is wrong, it is the answer; addresses and the like are for the log alone
+        logger.warning("%s is not ready: %s", name, error or type(error).__name__)
+        return Check(ok=False, detail="does not answer; the service's log says more")
     return Check(ok=True, detail="answers")

@@ -1,16 +1,17 @@
 """The one mapping from error to HTTP: every error answers as problem details (RFC 9457)."""
 
+import json
 from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from service.api.schemas import FieldError, Problem
-from service.domain.errors import Conflict, InvalidField, NotFound, Refused, ServiceError, Unavailable
+from service.domain.errors import Conflict, InvalidField, NotFound, ServiceError, Unavailable
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {
@@ -18,7 +19,6 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
-    Refused: HTTPStatus.BAD_GATEWAY,
 }
 LONGEST_VALUE = 200
 """Characters of a refused value that are sent back."""
@@ -26,10 +26,12 @@ LONGEST_VALUE = 200
 
 def answer(
     status: HTTPStatus, detail: str, errors: Sequence[FieldError] = (), headers: dict[str, str] | None = None
-) -> JSONResponse:
+) -> Response:
     """Make an answer of a problem."""
     problem = Problem(title=status.phrase, status=status, detail=detail, errors=list(errors))
-    return JSONResponse(problem.model_dump(mode="json"), status, headers=headers, media_type=MEDIA_TYPE)
+    # Text from a request may hold half a surrogate pair, which UTF-8 cannot; as escapes of JSON everything can be sent.
+    content = json.dumps(problem.model_dump(), ensure_ascii=True)
+    return Response(content, status, headers=headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -37,9 +39,10 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_mistake_of_ours)
 
 
-def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
+def _on_validation_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     errors = [
         FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
@@ -49,7 +52,7 @@ def _on_validation_error(_: Request, error: Exception) -> JSONResponse:
     return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors)
 
 
-def _on_service_error(_: Request, error: Exception) -> JSONResponse:
+def _on_service_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     errors = (
         [FieldError(field=error.field, value=_short(error.value), takes=error.takes)]
@@ -60,9 +63,15 @@ def _on_service_error(_: Request, error: Exception) -> JSONResponse:
     return answer(STATUS[type(error)], str(error), errors, headers)
 
 
-def _on_http_exception(_: Request, error: Exception) -> JSONResponse:
+def _on_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return answer(HTTPStatus(error.status_code), str(error.detail), headers=dict(error.headers or {}))
+    detail = "the body cannot be read as JSON" if error.status_code == HTTPStatus.BAD_REQUEST else str(error.detail)
+    return answer(HTTPStatus(error.status_code), detail, headers=dict(error.headers or {}))
+
+
+def _on_mistake_of_ours(_: Request, error: Exception) -> Response:
+    # Starlette logs the error with its traceback; who called learns no more than that it was not their fault.
+    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of the service; its log says more")
 
 
 def _path(location: Sequence[str | int], body: Any) -> str:

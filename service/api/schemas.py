@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.config import JsonDict
@@ -76,7 +76,9 @@ class SubmitComparison(Body):
     baseline: dict[str, JsonValue] | None = Field(
         None, description="variant that the others are measured against; default: the first value of each path"
     )
-    metric: str = Field("accuracy", min_length=1, max_length=200, description="metric to compare; larger is better")
+    metric: Literal["accuracy"] = Field(
+        "accuracy", description="metric to compare: share of test samples that are right"
+    )
     target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
 
 
@@ -189,6 +191,7 @@ class VariantReport(BaseModel):
     label: str
     n: int = Field(description="runs with data")
     reached: int = Field(description="runs that reached the target")
+    failed: int = Field(description="runs that failed or were cancelled")
     steps_to_target: SpreadView | None = Field(description="over the runs that reached it")
     best: SpreadView | None
     final: SpreadView | None

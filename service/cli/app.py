@@ -13,10 +13,12 @@ import typer
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from service.cli.client import ApiError, Client
 from service.cli.local import Connection, LocalStack, StackError, read_connection, run_until_stopped
 from service.cli.show import JobBars, jobs_table, report_table, save_plot
+from trainer.spec import read_yaml
 
 app = typer.Typer(
     no_args_is_help=True, help="Train with synchronised batch normalisation, and compare it with BN and no BN."
@@ -37,8 +39,8 @@ def main() -> None:
     """Run the command; an error that has an explanation is told without a traceback."""
     try:
         app()
-    except (ApiError, StackError, OSError, yaml.YAMLError, TimeoutError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False)
+    except (ApiError, StackError, OSError, ValueError, yaml.YAMLError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -195,7 +197,7 @@ def _client(data_dir: Path, url: str | None, token: str | None) -> Iterator[Clie
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{path} holds no mapping", param_hint="file")
     return content

@@ -1,28 +1,31 @@
 """The main job from end to end: starts the stack, compares BN with no BN through the REST API, and shows what came out."""
 
+import os
 import time
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from service.api.schemas import ComparisonView
 from service.cli.client import Client
 from service.cli.local import LocalStack, StackError, first_signal_interrupts
 from service.cli.show import JobBars, report_table, save_plot
+from trainer.spec import read_yaml
 
-RECIPE = "fig1-activations.yaml"
+RECIPE = Path(str(files("trainer"))) / "recipes" / "fig1-activations.yaml"
+FEWEST_CPUS = 2
+"""The demo's jobs have two workers, which a machine of one core runs by turns."""
 MOST_SECONDS = 1_800
 """A machine that needs longer for the demo has something wrong with it."""
 
 
-def run_demo(data_dir: Path, console: Console, *, keep: bool) -> int:
-    """Run the demo and return the exit code: 0 if every job succeeded."""
+def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path = RECIPE) -> int:
+    """Run the comparison in `recipe_path` on a stack of its own and return the exit code: 0 if every job succeeded."""
     began = time.monotonic()
-    recipe = yaml.safe_load(files("trainer").joinpath("recipes", RECIPE).read_text())
+    recipe = read_yaml(recipe_path)
     console.print(f"Starting Ray, MLflow and the API in {data_dir} …")
-    with first_signal_interrupts(), LocalStack(data_dir) as stack:
+    with first_signal_interrupts(), LocalStack(data_dir, cpus=max(FEWEST_CPUS, os.cpu_count() or 1)) as stack:
         connection = stack.connection
         console.print(
             f"Ready after {time.monotonic() - began:.0f} s: {connection.url}/docs and {connection.mlflow_url}"
@@ -51,7 +54,8 @@ def run_demo(data_dir: Path, console: Console, *, keep: bool) -> int:
         console.print(f"Done in {time.monotonic() - began:.0f} s.")
         if keep:
             console.print("The servers stay up until Ctrl-C.")
-            stack.wait()
+            if reason := stack.wait():
+                raise StackError(f"the stack has stopped: {reason}")
         else:
             console.print(
                 "The servers stop now; `syncbn up` (or `syncbn demo --keep`) brings them back with these runs."

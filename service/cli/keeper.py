@@ -170,6 +170,7 @@ def start(part: Part, directory: str) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            umask=0o077,  # databases, logs and models are for their owner alone
         )
 
 

@@ -148,7 +148,10 @@ class LocalStack:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise StackError(f"another stack runs on {self.data_dir}, or is still stopping") from None
+            where = self.data_dir / "connection.json"
+            raise StackError(
+                f"another stack runs on {self.data_dir} ({where} tells where), or is still stopping"
+            ) from None
         self._lock = lock
         (self.data_dir / "connection.json").unlink(missing_ok=True)
 

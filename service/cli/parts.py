@@ -129,7 +129,11 @@ def api_environment(layout: Layout) -> dict[str, str]:
 
 def base_environment(layout: Layout) -> dict[str, str]:
     """Return what every part gets: the caller's environment without settings that would lead Ray or MLflow elsewhere."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "MLFLOW_")) and name not in ("SYNCBN_TOKEN", "SYNCBN_URL", "SYNCBN_DATA_DIR")
+    }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     direct = ",".join([HOST, "localhost", *filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy")])])
     return inherited | {

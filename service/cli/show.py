@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
@@ -41,7 +42,9 @@ class JobBars:
         """Bring the bars up to date."""
         for job in comparison.jobs:
             if job.id not in self._tasks:
-                self._tasks[job.id] = self._progress.add_task(job.name, total=job.spec.steps, state="", speed="")
+                self._tasks[job.id] = self._progress.add_task(
+                    escape(job.name), total=job.spec.steps, state="", speed=""
+                )
             done = job.progress.step if job.progress else 0
             running = job.progress if job.state == "running" else None
             speed = f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left" if running else ""
@@ -49,9 +52,9 @@ class JobBars:
 
 
 def state_text(job: JobView) -> str:
-    """A job's state in its colour; with the reason where it did not go well."""
+    """A job's state in its colour; with the reason where it waits or did not go well."""
     text = f"[{COLOURS[job.state]}]{job.state}[/]"
-    return f"{text}: {job.reason}" if job.state == "failed" else text
+    return f"{text}: {escape(job.reason)}" if job.state in ("queued", "failed") else text
 
 
 def jobs_table(jobs: list[JobView]) -> Table:
@@ -59,7 +62,8 @@ def jobs_table(jobs: list[JobView]) -> Table:
     table = Table(Column("job", no_wrap=True), "name", "state", "attempt", "step", "reason")
     for job in jobs:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else "–"
-        table.add_row(job.id, job.name, f"[{COLOURS[job.state]}]{job.state}[/]", str(job.attempt), step, job.reason)
+        state = f"[{COLOURS[job.state]}]{job.state}[/]"
+        table.add_row(job.id, escape(job.name), state, str(job.attempt), step, escape(job.reason))
     return table
 
 
@@ -67,7 +71,9 @@ def report_table(report: Report) -> Table:
     """A row per variant."""
     target = "–" if report.target is None else f"{report.target:.3g}"
     origin = "" if report.target_is_given else " (the baseline's best)"
-    table = Table(title=f"{report.name}: steps to {report.metric} {target}{origin}; median and range over seeds")
+    table = Table(
+        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds"
+    )
     for heading in (
         "variant",
         "runs",
@@ -80,8 +86,8 @@ def report_table(report: Report) -> Table:
         table.add_column(heading, justify="left" if heading in ("variant", "verdict") else "right")
     for variant in report.variants:
         table.add_row(
-            variant.label,
-            str(variant.n),
+            escape(variant.label),
+            f"{variant.reached} of {variant.n}" + (f", {variant.failed} failed" if variant.failed else ""),
             _spread(variant.steps_to_target, "{:,.0f}"),
             _spread(variant.best, "{:.3f}"),
             _spread(variant.final, "{:.3f}"),

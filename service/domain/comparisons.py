@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -42,19 +43,25 @@ def expand(spec: JobSpec, matrix: Matrix) -> list[tuple[Variant, JobSpec]]:
 
     Raises InvalidField naming the key and the value that cannot be taken.
     """
-    count = 1
-    for path, values in matrix.items():
-        count *= len(values)
-        seen: list[str] = []
-        for place, value in enumerate(values):
-            if (text := json.dumps(value, sort_keys=True)) in seen:
-                raise InvalidField(f"matrix.{path}[{place}]", value, "each value may stand here once")
-            seen.append(text)
+    count = math.prod(len(values) for values in matrix.values())
     if count > MOST_JOBS:
         raise InvalidField("matrix", f"{count} jobs", f"takes at most {MOST_JOBS} jobs in all")
+    for path, other in itertools.permutations(matrix, 2):
+        if other.startswith(f"{path}."):
+            raise InvalidField(f"matrix.{other}", other, f"the matrix sets {path} as a whole already")
     base = spec.model_dump(mode="json")
-    points = [dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())]
-    return [(point, _resolve(base, point, matrix)) for point in points]
+    points: list[tuple[Variant, JobSpec]] = []
+    known: dict[str, Variant] = {}
+    for values in itertools.product(*matrix.values()):
+        point = dict(zip(matrix, values, strict=True))
+        resolved = _resolve(base, point, matrix)
+        same = known.setdefault(resolved.model_dump_json(), point)
+        if same is not point:
+            raise InvalidField(
+                "matrix", describe(point), f"each point is a job of its own, but {describe(same)} is the same one"
+            )
+        points.append((point, resolved))
+    return points
 
 
 def _resolve(base: dict[str, Any], point: Variant, matrix: Matrix) -> JobSpec:
@@ -65,11 +72,12 @@ def _resolve(base: dict[str, Any], point: Variant, matrix: Matrix) -> JobSpec:
         return JobSpec.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
+        takes = first["msg"].removeprefix("Value error, ")
         broken = ".".join(str(part) for part in first["loc"])
         for path, value in point.items():
             if broken == path or broken.startswith(f"{path}."):
-                raise InvalidField(f"matrix.{path}[{matrix[path].index(value)}]", value, first["msg"]) from None
-        raise InvalidField("matrix", point, f"this variant has no valid {broken}: {first['msg']}") from None
+                raise InvalidField(f"matrix.{path}[{matrix[path].index(value)}]", value, takes) from None
+        raise InvalidField("matrix", point, f"this variant has no valid {broken}: {takes}") from None
 
 
 def _set(content: dict[str, Any], path: str, value: Any) -> None:
@@ -102,15 +110,17 @@ def choose_baseline(matrix: Matrix, wanted: Variant | None) -> Variant:
 
     Raises InvalidField if `wanted` names a path or value that the matrix does not have.
     """
-    first = without_seed({path: values[0] for path, values in matrix.items()})
+    baseline = without_seed({path: values[0] for path, values in matrix.items()})
     for path, value in (wanted or {}).items():
-        if path not in first:
+        if path not in baseline:
             raise InvalidField(
-                f"baseline.{path}", value, f"takes paths of the matrix: {', '.join(first) or 'it has none'}"
+                f"baseline.{path}", value, f"takes paths of the matrix: {', '.join(baseline) or 'it has none'}"
             )
         if value not in matrix[path]:
             raise InvalidField(f"baseline.{path}", value, f"takes a value of the matrix: {matrix[path]}")
-    return first | (wanted or {})
+        # As the matrix spells it: 1 and 1.0 are one value under two names.
+        baseline[path] = matrix[path][matrix[path].index(value)]
+    return baseline
 
 
 def describe(variant: Variant) -> str:

@@ -28,4 +28,4 @@ class Unavailable(ServiceError):  # noqa: N818
 
 
 class Refused(ServiceError):  # noqa: N818
-    """Ray answered that it does not take a submission; trying again helps only if the trouble was a passing one."""
+    """Ray or MLflow answered that it does not take something; trying again helps only if the trouble was a passing one."""

@@ -26,7 +26,7 @@ class JobState(StrEnum):
 
 
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
-    JobState.QUEUED: frozenset({JobState.SUBMITTED, JobState.CANCELLED}),
+    JobState.QUEUED: frozenset({JobState.SUBMITTED, JobState.FAILED, JobState.CANCELLED}),
     JobState.SUBMITTED: frozenset(
         {JobState.RUNNING, JobState.QUEUED, JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED}
     ),
@@ -88,6 +88,10 @@ class Event:
     reason: str
     actor: str
     attempt: int
+
+
+LONGEST_NAME = 200
+"""Characters of a job's name."""
 
 
 def new_id(kind: str) -> str:

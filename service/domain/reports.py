@@ -42,27 +42,31 @@ class ComparisonReport:
 
 def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str, Curve]) -> ComparisonReport:
     """Measure each variant of `jobs` by their `curves` (by job id), in the order of the matrix."""
-    groups: list[tuple[Variant, dict[int, Job]]] = []
+    groups: dict[str, tuple[Variant, dict[int, Job]]] = {}
     for job in jobs:
         variant = without_seed(job.variant)
-        runs = next((runs for known, runs in groups if known == variant), None)
-        if runs is None:
-            groups.append((variant, {job.spec.seed: job}))
-        else:
-            runs[job.spec.seed] = job
-    by_seed = {describe(variant): {seed: curves[job.id] for seed, job in runs.items()} for variant, runs in groups}
-    baseline = by_seed.get(describe(comparison.baseline), {})
+        groups.setdefault(describe(variant), (variant, {}))[1][job.spec.seed] = job
+    by_seed = {label: {seed: curves[job.id] for seed, job in runs.items()} for label, (_, runs) in groups.items()}
+    baseline_label = describe(comparison.baseline)
+    baseline = by_seed.get(baseline_label, {})
     target = comparison.target if comparison.target is not None else default_target(baseline)
     variants = [
         VariantReport(
             variant=variant,
-            label=describe(variant),
-            result=compare(by_seed[describe(variant)], baseline, target, is_baseline=variant == comparison.baseline),
+            label=label,
+            result=compare(
+                by_seed[label],
+                baseline,
+                target,
+                is_baseline=label == baseline_label,
+                failed=sum(job.state in (JobState.FAILED, JobState.CANCELLED) for job in runs.values()),
+                unfinished=sum(not job.state.is_terminal for job in runs.values()),
+            ),
             curves=[
                 RunCurve(job_id=job.id, seed=seed, state=job.state, points=curves[job.id]) for seed, job in runs.items()
             ],
         )
-        for variant, runs in groups
+        for label, (variant, runs) in groups.items()
     ]
     return ComparisonReport(
         comparison=comparison, finished=all(job.state.is_terminal for job in jobs), target=target, variants=variants

@@ -8,7 +8,18 @@ from typing import Literal
 Curve = Sequence[tuple[int, float]]
 """A metric by step, in the order of steps."""
 
-Verdict = Literal["baseline", "faster", "slower", "no clear difference", "target not reached", "no data yet"]
+Verdict = Literal[
+    "baseline",
+    "faster",
+    "faster on one seed",
+    "slower",
+    "slower on one seed",
+    "no clear difference",
+    "target not reached",
+    "baseline without data",
+    "runs failed",
+    "not finished",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +39,8 @@ class VariantResult:
     """Runs with a curve."""
     reached: int
     """Runs that reached the target."""
+    failed: int
+    """Runs that failed or were cancelled; what they logged until then counts as data."""
     steps_to_target: Spread | None
     """Over the runs that reached it."""
     best: Spread | None
@@ -56,11 +69,18 @@ def default_target(baseline: Mapping[int, Curve]) -> float | None:
 
 
 def compare(
-    runs: Mapping[int, Curve], baseline: Mapping[int, Curve], target: float | None, *, is_baseline: bool
+    runs: Mapping[int, Curve],
+    baseline: Mapping[int, Curve],
+    target: float | None,
+    *,
+    is_baseline: bool,
+    failed: int = 0,
+    unfinished: int = 0,
 ) -> VariantResult:
     """Measure a variant's `runs` (curve by seed) against the baseline's.
 
-    Ratios are taken seed by seed. "faster" and "slower" are said only if the ratios of all seeds agree.
+    Ratios are taken seed by seed. "faster" and "slower" are said only if every run reached the target and the ratios of all
+    seeds agree. `failed` and `unfinished` count the runs in those states.
     """
     curves = {seed: curve for seed, curve in runs.items() if curve}
     steps = {seed: steps_to_target(curve, target) for seed, curve in curves.items()} if target is not None else {}
@@ -70,12 +90,15 @@ def compare(
     return VariantResult(
         n=len(curves),
         reached=len(reached),
+        failed=failed,
         steps_to_target=spread(list(reached.values())),
         best=spread([max(value for _, value in curve) for curve in curves.values()]),
         final=spread([curve[-1][1] for curve in curves.values()]),
         ratio=None if is_baseline else ratio,
         ratio_is_at_least=is_at_least and not is_baseline,
-        verdict="baseline" if is_baseline else _verdict(len(curves), len(reached), ratio, is_at_least=is_at_least),
+        verdict="baseline"
+        if is_baseline
+        else _verdict(len(curves), len(reached), ratio, is_at_least=is_at_least, failed=failed, unfinished=unfinished),
     )
 
 
@@ -93,13 +116,17 @@ def _ratios(reached: Mapping[int, int], baseline: Mapping[int, Curve], target: f
     return ratios, is_at_least
 
 
-def _verdict(n: int, reached: int, ratio: Spread | None, *, is_at_least: bool) -> Verdict:
-    if n == 0 or (reached and ratio is None):
-        return "no data yet"
-    if reached < n or ratio is None:
+def _verdict(n: int, reached: int, ratio: Spread | None, *, is_at_least: bool, failed: int, unfinished: int) -> Verdict:
+    if failed:
+        return "runs failed"
+    if unfinished and (n == 0 or reached < n):
+        return "not finished"
+    if n == 0 or reached < n:
         return "target not reached"
+    if ratio is None:
+        return "not finished" if unfinished else "baseline without data"
     if ratio.low > 1:
-        return "faster"
+        return "faster" if n > 1 else "faster on one seed"
     if ratio.high < 1 and not is_at_least:
-        return "slower"
+        return "slower" if n > 1 else "slower on one seed"
     return "no clear difference"

@@ -7,6 +7,7 @@ a job is marked as submitted before Ray is told, under a submission id that does
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from service.domain.comparisons import Comparison
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState, Transition
-from service.domain.lifecycle import next_step
+from service.domain.lifecycle import RayStatus, Submission, next_step
 from service.domain.scheduling import Capacity, fits, needs, next_job
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
@@ -26,8 +27,9 @@ from trainer.spec import RunContext, Task
 logger = logging.getLogger(__name__)
 ACTOR = "dispatcher"
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
+RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
 MOST_REFUSALS = 5
-"""Times that Ray may refuse a submission before the job fails."""
+"""Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 
@@ -47,6 +49,7 @@ class Dispatcher:
         poll_seconds: float,
         max_active_jobs: int,
         max_attempts: int,
+        grace_seconds: float,
     ) -> None:
         self._jobs, self._comparisons = jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
@@ -54,6 +57,8 @@ class Dispatcher:
         self._max_active_jobs, self._max_attempts = max_active_jobs, max_attempts
         self._woken = asyncio.Event()
         self._refusals: Counter[str] = Counter()
+        self._grace_seconds = grace_seconds
+        self._suspects: dict[str, tuple[object, float]] = {}
 
     def wake(self) -> None:
         """Start the next round now: something was asked for."""
@@ -67,9 +72,10 @@ class Dispatcher:
             try:
                 await self.round()
                 pause = self._poll_seconds
-            except (Unavailable, OSError) as error:
+            except Exception as error:  # one round's trouble, of whatever kind, must not end all the others
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
-                logger.warning("round broken off, the next one in %.1f s: %s", pause, error)
+                known = isinstance(error, Unavailable)
+                logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=not known)
             try:
                 await asyncio.wait_for(self._woken.wait(), pause)
             except TimeoutError:
@@ -86,9 +92,10 @@ class Dispatcher:
     async def _each(self, jobs: Sequence[Job], work: Sequence[Awaitable[None]]) -> None:
         """Work on jobs side by side; trouble with one is logged and does not keep the others waiting."""
         for job, result in zip(jobs, await asyncio.gather(*work, return_exceptions=True), strict=True):
-            if isinstance(result, Unavailable):
-                logger.warning("%s: %s", job.id, result)
-            elif isinstance(result, BaseException):
+            if isinstance(result, Exception):
+                known = isinstance(result, Unavailable)
+                logger.warning("%s: %s", job.id, result, exc_info=None if known else result)
+            elif result is not None:
                 raise result
 
     async def _look_after(self, job: Job) -> None:
@@ -110,6 +117,8 @@ class Dispatcher:
                 return
             job = noted
         step = next_step(job, submission, outcome, self._max_attempts)
+        if step is not None and outcome is None and self._may_still_speak(job, submission):
+            return
         if step is not None:
             if await self._jobs.advance(job, step, ACTOR):
                 logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason)
@@ -118,6 +127,22 @@ class Dispatcher:
             await self._hand_over(job)
         elif job.cancel_requested:
             await self._ray.stop(job.submission_id)
+
+    def _may_still_speak(self, job: Job, submission: Submission | None) -> bool:
+        """Whether an end that only Ray tells of, or concludes nothing from, is to be given time.
+
+        Ray can call a living driver failed after trouble of its own, files can arrive late on shared storage, and a submission
+        whose answer was lost can still arrive. So such an end is believed after some seconds without progress.
+        """
+        is_certain = submission is not None and submission.status in (*RUNNING, RayStatus.STOPPED)
+        if is_certain or (submission is None and job.state == JobState.RUNNING):
+            return False
+        now = time.monotonic()
+        seen = (submission, job.progress)
+        since = self._suspects.setdefault(job.submission_id, (seen, now))
+        if since[0] != seen:
+            self._suspects[job.submission_id] = since = (seen, now)
+        return now - since[1] < self._grace_seconds
 
     async def _submit_what_fits(self, unsettled: Sequence[Job]) -> None:
         """Submit queued jobs, one after the other, as long as there is room."""
@@ -129,7 +154,11 @@ class Dispatcher:
             capacity = await self._ray.capacity()
             while job := next_job(queued, active, capacity, self._max_active_jobs):
                 queued.remove(job)
-                submitted = await self._submit(job)
+                try:
+                    submitted = await self._submit(job)
+                except Refused as error:
+                    await self._fail_if_refused_often(job, error)
+                    continue
                 if submitted is not None:
                     active.append(submitted)
             for job in queued:
@@ -179,10 +208,13 @@ class Dispatcher:
         try:
             await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
         except Refused as error:
-            self._refusals[job.submission_id] += 1
-            logger.warning("%s: %s", job.id, error)
-            if self._refusals[job.submission_id] >= MOST_REFUSALS:
-                await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=str(error)), ACTOR)
+            await self._fail_if_refused_often(job, error)
+
+    async def _fail_if_refused_often(self, job: Job, error: Refused) -> None:
+        self._refusals[job.submission_id] += 1
+        logger.warning("%s: %s", job.id, error)
+        if self._refusals[job.submission_id] >= MOST_REFUSALS:
+            await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=str(error)), ACTOR)
 
     async def _settle(self, job: Job) -> None:
         """Tell MLflow how a job ended."""

@@ -6,7 +6,9 @@ Every call may be repeated: a run is looked up by the tag that carries our ident
 import asyncio
 import os
 import subprocess
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,19 +19,21 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from service.domain.comparisons import Comparison, describe
-from service.domain.errors import Unavailable
+from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState
 from service.domain.statistics import Curve
 
 EXPERIMENT_OF_SINGLE_JOBS = "jobs"
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "RESOURCE_ALREADY_EXISTS")
+"""Codes of answers that will be the same the next time."""
 JOB_TAG, COMPARISON_TAG = "syncbn.job_id", "syncbn.comparison_id"
-GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""What MLflow answers about a run that somebody has deleted."""
+THREADS = 8
+"""Calls to MLflow at one time: threads of their own, so that calls that hang do not hold up the service's other work."""
 MLFLOW_STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.FAILED: "FAILED", JobState.CANCELLED: "KILLED"}
 
 T = TypeVar("T")
@@ -68,6 +72,8 @@ class MlflowRunsOverHttp:
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self._client = MlflowClient(url)
         self._url, self._timeout_seconds = url, timeout_seconds
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
+        self._starting = threading.Lock()
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
         """Find or make a comparison's parent run, in the experiment named after it."""
@@ -83,7 +89,6 @@ class MlflowRunsOverHttp:
             "seed": str(spec.seed),
             "attempt": str(job.attempt),
             "world_size": str(spec.num_workers),
-            "git_commit": git_commit(),
         }
         if comparison is not None:
             tags |= {COMPARISON_TAG: comparison.id, "variant": describe(job.variant)}
@@ -113,6 +118,13 @@ class MlflowRunsOverHttp:
     def _start(
         self, experiment: str, name: str, key: str, tags: dict[str, str], params: dict[str, Any] | None = None
     ) -> RunAddress:
+        # A call that took too long for whoever asked goes on in its thread: the next one must not look before it is done.
+        with self._starting:
+            return self._find_or_create(experiment, name, key, tags | {"git_commit": git_commit()}, params or {})
+
+    def _find_or_create(
+        self, experiment: str, name: str, key: str, tags: dict[str, str], params: dict[str, Any]
+    ) -> RunAddress:
         experiment_id = self._experiment(experiment)
         found = self._client.search_runs([experiment_id], f"tags.`{key}` = '{tags[key]}'", max_results=10)
         # A job's run carries its comparison's tag too: the parent is the one that has no parent.
@@ -121,12 +133,12 @@ class MlflowRunsOverHttp:
         run_id = str(run.info.run_id)
         if runs:
             self._client.update_run(run_id, status="RUNNING")
-            for tag, value in tags.items():
-                if run.data.tags.get(tag) != value:
-                    self._client.set_tag(run_id, tag, value)
-        for path, value in (params or {}).items():
-            if path not in run.data.params:
-                self._client.log_param(run_id, path, value)
+        # Logging the same params and tags again changes nothing.
+        self._client.log_batch(
+            run_id,
+            params=[Param(path, str(value)) for path, value in params.items()],
+            tags=[RunTag(tag, value) for tag, value in tags.items()],
+        )
         return RunAddress(run_id, experiment_id)
 
     def _experiment(self, name: str) -> str:
@@ -142,16 +154,20 @@ class MlflowRunsOverHttp:
         try:
             return work()
         except MlflowException as error:
-            if error.error_code not in GONE:
-                raise
-            return otherwise
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST" or "deleted" in str(error):
+                return otherwise
+            raise
 
     async def _call(self, work: Callable[[], T]) -> T:
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await asyncio.to_thread(work)
-        except (MlflowException, TimeoutError) as error:
-            raise Unavailable(f"MLflow at {self._url}: {error or 'did not answer in time'}") from error
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        except MlflowException as error:
+            if error.error_code in REFUSALS:
+                raise Refused(f"MLflow refused: {error}") from error
+            raise Unavailable(f"MLflow at {self._url}: {error}") from error
+        except TimeoutError as error:
+            raise Unavailable(f"MLflow at {self._url} did not answer in time") from error
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -164,10 +180,15 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def git_commit() -> str:
-    """Commit of the installed code, for the record; `unknown` if it does not run from a checkout."""
-    folder = Path(__file__).parent
+    """Commit of the running code, for the record: SYNCBN_GIT_COMMIT, or that of the checkout it runs from, or `unknown`."""
+    if commit := os.environ.get("SYNCBN_GIT_COMMIT"):
+        return commit
+    root = Path(__file__).parents[2]
+    # Installed into an environment inside some other repository, that one's commit would say nothing.
+    if not (root / ".git").exists():
+        return "unknown"
     try:
-        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("SYNCBN_GIT_COMMIT", "unknown")
+        return "unknown"

@@ -4,6 +4,8 @@ HTTP rather than Ray's client class, because that has no time limits, and follow
 """
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import httpx
@@ -70,7 +72,8 @@ class RayJobsOverHttp:
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
         content = self._content(answer)
-        return Submission(RayStatus(content["status"]), content.get("message") or "")
+        with _understood(answer):
+            return Submission(RayStatus(content["status"]), content.get("message") or "")
 
     async def stop(self, submission_id: str) -> None:
         """Ask for a running submission to be stopped; one that has ended, or is unknown, is left alone."""
@@ -86,11 +89,12 @@ class RayJobsOverHttp:
     async def capacity(self) -> Capacity:
         """Sum up the resources of all live nodes."""
         answer = self._content(await self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}))
-        nodes = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
-        totals = [node["resources_total"] for node in nodes]
-        return Capacity(
-            cpus=sum(total.get("CPU", 0) for total in totals), gpus=sum(total.get("GPU", 0) for total in totals)
-        )
+        with _understood(answer):
+            nodes = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
+            totals = [node["resources_total"] for node in nodes]
+            return Capacity(
+                cpus=sum(total.get("CPU", 0) for total in totals), gpus=sum(total.get("GPU", 0) for total in totals)
+            )
 
     async def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
@@ -106,4 +110,14 @@ class RayJobsOverHttp:
     def _content(answer: httpx.Response) -> Any:
         if answer.is_error:
             raise Unavailable(f"Ray answered {answer.status_code}: {answer.text.strip()[:200]}")
-        return answer.json()
+        with _understood(answer.text):
+            return answer.json()
+
+
+@contextmanager
+def _understood(answer: object) -> Iterator[None]:
+    """Take an answer of another form than Ray's for no answer of Ray."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unavailable(f"Ray answered what is not understood: {str(answer)[:200]}") from error

@@ -91,6 +91,7 @@ class JobStore:
             state=step.state,
             reason=step.reason,
             attempt=step.attempt or job.attempt,
+            progress=None if step.attempt else job.progress,
             started_at=started,
             ended_at=now if step.state.is_terminal else None,
         )

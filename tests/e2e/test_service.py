@@ -121,6 +121,20 @@ def test_the_command_line(service, tmp_path):
     assert job_id in syncbn("jobs").stdout
     assert '"state": "succeeded"' in syncbn("show", job_id).stdout
     assert "step 5/5" in syncbn("logs", job_id).stdout
+    content = {
+        "name": "by hand",
+        "spec": SPEC | {"steps": 20, "num_workers": 1},
+        "matrix": {"norm": ["none", "batch"]},
+        "target": 0.1,
+    }
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(content))
+    compared = syncbn("compare", "comparison.yaml")
+    assert compared.returncode == 0, compared.stderr
+    assert "norm=batch" in compared.stdout
+    comparison_id = compared.stdout.split(":")[0]
+    reported = syncbn("report", comparison_id, "--plot", "curves.png")
+    assert "steps to 0.1" in reported.stdout
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     for arguments, told in [
         (("show", "job-0"), "there is no job 'job-0'"),
         (("cancel", job_id), "already succeeded"),

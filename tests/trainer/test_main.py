@@ -23,7 +23,9 @@ def run(*arguments, cwd, timeout=120):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("steps: [", "spec.yaml"),
+        ("steps: [", "spec.yaml holds no YAML"),
+        ("steps: 1\noptimizer: {lr: 1e-400}", "greater than 0 (got 0.0)"),
+        (b"\xff\xfe\x00", "spec.yaml holds no YAML"),
         ("steps: -1", "steps: Input should be greater than or equal to 1 (got -1)"),
         ("step: 1", "step: Extra inputs are not permitted"),
         ("- 1", "valid dictionary"),
@@ -32,7 +34,7 @@ def run(*arguments, cwd, timeout=120):
 )
 def test_a_file_that_cannot_be_taken_is_explained(tmp_path, content, told):
     if content is not None:
-        (tmp_path / "spec.yaml").write_text(content)
+        (tmp_path / "spec.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run("spec.yaml", cwd=tmp_path)
     assert result.returncode == 2
     assert told in result.stderr
@@ -58,3 +60,6 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()] == [0, 30]
     assert (tmp_path / "out/attempt-1/model.pt").stat().st_size > 0
     assert not (tmp_path / "out/attempt-1" / LOG_FILE).exists()
+    again = run("spec.yaml", "--output", "out", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "holds files already" in again.stderr

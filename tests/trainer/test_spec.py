@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trainer.data import _READERS
-from trainer.spec import TRAIN_SAMPLES, JobSpec
+from trainer.spec import TRAIN_SAMPLES, JobSpec, read_yaml
 
 
 def test_a_spec_survives_being_written_and_read():
@@ -27,6 +27,12 @@ def test_a_batch_is_taken_exactly_if_every_worker_gets_what_its_norm_needs(worke
         assert error.errors()[0]["loc"] == ("global_batch_size",)
     else:
         assert possible
+
+
+def test_yaml_numbers_are_those_of_json(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("optimizer: {lr: 1e-3}\nsteps: 10\nname: 1e\n")
+    assert read_yaml(path) == {"optimizer": {"lr": 1e-3}, "steps": 10, "name": "1e"}
 
 
 def test_every_dataset_has_a_reader_and_a_size():

@@ -3,15 +3,18 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Path, Query, Response
 
 from service.api.components import GivenComponents
 from service.api.schemas import ComparisonView, Report, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
-from service.domain.jobs import Job, new_id
+from service.domain.jobs import LONGEST_NAME, Job, new_id
 from service.engine.reports import report
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
+ComparisonId = Annotated[
+    str, Path(pattern=r"^comparison-[0-9a-f]{1,12}$", description="such as `comparison-3f9c2b7a10de`")
+]
 
 
 @router.post("", status_code=202)
@@ -31,7 +34,7 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
     jobs = [
         Job(
             id=new_id("job"),
-            name=describe(variant),
+            name=describe(variant)[:LONGEST_NAME],
             spec=spec,
             reason="submitted by the user",
             comparison_id=comparison.id,
@@ -47,7 +50,7 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
 
 
 @router.get("/{comparison_id}")
-async def show_comparison(comparison_id: str, components: GivenComponents) -> ComparisonView:
+async def show_comparison(comparison_id: ComparisonId, components: GivenComponents) -> ComparisonView:
     """Show a comparison and its jobs."""
     comparison = await components.comparisons.get(comparison_id)
     jobs = await components.jobs.of_comparison(comparison_id)
@@ -56,7 +59,7 @@ async def show_comparison(comparison_id: str, components: GivenComponents) -> Co
 
 @router.get("/{comparison_id}/report")
 async def report_comparison(
-    comparison_id: str,
+    comparison_id: ComparisonId,
     components: GivenComponents,
     curves: Annotated[bool, Query(description="include each run's curve")] = False,
 ) -> Report:

@@ -2,11 +2,16 @@
 
 import base64
 import binascii
+import re
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated
 
+import anyio
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi import Path as PathParameter
+from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from service.api.components import GivenComponents
 from service.api.schemas import EventList, EventView, JobList, JobView, SubmitJob
@@ -14,6 +19,9 @@ from service.domain.errors import InvalidField
 from service.domain.jobs import Job, new_id
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+CHUNK_BYTES = 65_536
+LARGEST_PLACE = 2**31 - 1
+JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", description="such as `job-3f9c2b7a10de`")]
 
 
 @router.post("", status_code=202)
@@ -43,13 +51,13 @@ async def list_jobs(
 
 
 @router.get("/{job_id}")
-async def show_job(job_id: str, components: GivenComponents) -> JobView:
+async def show_job(job_id: JobId, components: GivenComponents) -> JobView:
     """Show one job."""
     return JobView.of(await components.jobs.get(job_id), components.mlflow_public_url)
 
 
 @router.post("/{job_id}:cancel", status_code=202)
-async def cancel_job(job_id: str, components: GivenComponents) -> JobView:
+async def cancel_job(job_id: JobId, components: GivenComponents) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
     job = await components.jobs.request_cancel(job_id)
     components.dispatcher.wake()
@@ -57,7 +65,7 @@ async def cancel_job(job_id: str, components: GivenComponents) -> JobView:
 
 
 @router.get("/{job_id}/events")
-async def list_events(job_id: str, components: GivenComponents) -> EventList:
+async def list_events(job_id: JobId, components: GivenComponents) -> EventList:
     """List a job's transitions in order."""
     await components.jobs.get(job_id)
     return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id)])
@@ -65,7 +73,7 @@ async def list_events(job_id: str, components: GivenComponents) -> EventList:
 
 @router.get("/{job_id}/logs", response_class=PlainTextResponse)
 async def read_logs(
-    job_id: str,
+    job_id: JobId,
     components: GivenComponents,
     attempt: Annotated[int | None, Query(ge=1, description="default: the last one")] = None,
 ) -> Response:
@@ -76,9 +84,18 @@ async def read_logs(
         raise InvalidField("attempt", attempt, f"takes 1 to {job.attempt}")
     path = components.files.log(job, attempt)
     if path is not None:
-        return FileResponse(path, media_type="text/plain; charset=utf-8")
+        return StreamingResponse(_read(path), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.
     return PlainTextResponse(await components.ray.logs(f"{job.id}-a{attempt}"))
+
+
+async def _read(path: Path) -> AsyncIterator[bytes]:
+    """Read what a file holds now; it may be growing, so neither its length nor its end is announced beforehand."""
+    left = (await anyio.Path(path).stat()).st_size
+    async with await anyio.open_file(path, "rb") as file:
+        while left > 0 and (chunk := await file.read(min(left, CHUNK_BYTES))):
+            left -= len(chunk)
+            yield chunk
 
 
 def _token(place: int) -> str:
@@ -87,6 +104,9 @@ def _token(place: int) -> str:
 
 def _place(token: str) -> int:
     try:
-        return int(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+        text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
     except (binascii.Error, ValueError):
-        raise InvalidField("page_token", token, "takes the next_page_token of an earlier answer") from None
+        text = ""
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_PLACE:
+        raise InvalidField("page_token", token, "takes the next_page_token of an earlier answer")
+    return int(text)

@@ -24,6 +24,7 @@ def mlflow():
 async def app(tmp_path, ray, mlflow):
     settings = Settings(
         token=TOKEN,
+        grace_seconds=0,
         mlflow_public_url="http://mlflow.example/",
         database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
         storage=tmp_path / "storage",

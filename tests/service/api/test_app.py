@@ -1,4 +1,7 @@
+import httpx
 import pytest
+
+from tests.service.api.conftest import TOKEN
 
 
 @pytest.mark.parametrize(
@@ -32,6 +35,15 @@ async def test_docs_are_there_with_an_example(anyone):
     assert schemas["SubmitJob"]["examples"][0]["spec"]["norm"] == "sync"
 
 
+async def test_a_mistake_of_ours_answers_as_a_problem_too(app):
+    app.state.components.jobs.page = None
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.get("/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert (answer.status_code, answer.headers["content-type"]) == (500, "application/problem+json")
+    assert "NoneType" not in answer.text
+
+
 async def test_readiness_is_honest(anyone, ray, mlflow):
     assert (await anyone.get("/livez")).status_code == 200
     ready = await anyone.get("/readyz")
@@ -39,7 +51,7 @@ async def test_readiness_is_honest(anyone, ray, mlflow):
     ray.is_down = True
     unready = await anyone.get("/readyz")
     assert unready.status_code == 503
-    assert unready.json()["ray"] == {"ok": False, "detail": "Ray did not answer"}
+    assert unready.json()["ray"] == {"ok": False, "detail": "does not answer; the service's log says more"}
     assert unready.json()["database"]["ok"]
     mlflow.is_down = True
     assert not (await anyone.get("/readyz")).json()["mlflow"]["ok"]

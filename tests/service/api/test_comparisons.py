@@ -62,6 +62,7 @@ async def test_a_bad_matrix_is_named_and_nothing_is_stored(client):
         ({"baseline": {"norm": "group"}}, "baseline.norm"),
         ({"spec": SPEC | {"steps": 0}}, "spec.steps"),
         ({"target": "high"}, "target"),
+        ({"metric": "acuracy"}, "metric"),
     ]:
         answer = await client.post("/v1/comparisons", json=BODY | change)
         assert answer.status_code == 422

@@ -88,7 +88,7 @@ async def test_pages(client):
         if (token := page["next_page_token"]) is None:
             break
     assert seen == ids[::-1]
-    for query in ("page_size=0", "page_size=x", "page_token=zz"):
+    for query in ("page_size=0", "page_size=x", "page_token=zz", "page_token=LTE", "page_token=OTk5OTk5OTk5OTk5"):
         refused = await client.get(f"/v1/jobs?{query}")
         assert refused.status_code == 422
         assert refused.json()["errors"][0]["field"] == query.split("=")[0]
@@ -137,7 +137,46 @@ async def test_a_body_that_is_no_json_object_is_refused(client, body):
     assert answer.json()["errors"]
 
 
+async def test_text_that_utf_8_cannot_hold_is_refused_and_not_an_error_of_ours(client):
+    for body in (
+        '{"name": "\\ud800", "spec": {"steps": 1}}',
+        '{"name": "x", "spec": {"\\ud800": 1}}',
+        '{"name": "x\\u0000", "spec": {"steps": 1}}',
+    ):
+        answer = await client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 422, body
+        assert answer.json()["errors"]
+
+
+async def test_a_body_without_end_is_refused(client):
+    answer = await client.post("/v1/jobs", json={"name": "x" * 2_000_000, "spec": SPEC})
+    assert answer.status_code == 413
+
+
+async def test_a_log_that_grows_while_it_is_read_comes_whole(client, app):
+    job = await submit(client)
+    folder = attempt_folder(app.state.components.files._storage / job["id"], 1)
+    folder.mkdir(parents=True)
+    with (folder / LOG_FILE).open("w") as log:
+        log.write("line\n" * 200_000)
+        log.flush()
+        async with client.stream("GET", f"/v1/jobs/{job['id']}/logs") as answer:
+            assert "content-length" not in answer.headers
+            received = b""
+            async for chunk in answer.aiter_bytes():
+                received += chunk
+                log.write("more\n" * 10_000)
+                log.flush()
+    assert received == b"line\n" * 200_000
+
+
 async def test_unknown_things_are_not_found(client):
-    for path in ("/v1/jobs/job-0", "/v1/jobs/job-0/logs", "/v1/jobs/job-0/events", "/v1/comparisons/x", "/v1/nothing"):
+    for path in (
+        "/v1/jobs/job-0",
+        "/v1/jobs/job-0/logs",
+        "/v1/jobs/job-0/events",
+        "/v1/comparisons/comparison-0",
+        "/v1/nothing",
+    ):
         answer = await client.get(path)
         assert (answer.status_code, answer.json()["title"]) == (404, "Not Found"), path

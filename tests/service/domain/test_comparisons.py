@@ -27,7 +27,10 @@ def test_one_spec_per_point_in_the_order_of_the_matrix():
         ({"norm": ["sync", "best"]}, "matrix.norm[1]", "'none', 'batch', 'sync'"),
         ({"global_batch_size": [1]}, "matrix.global_batch_size[0]", "take 2 to 4000"),
         ({"num_workers": [2, 100]}, "matrix", "global_batch_size"),
-        ({"seed": [0, 0]}, "matrix.seed[1]", "once"),
+        ({"seed": [0, 0]}, "matrix", "seed=0 is the same one"),
+        ({"optimizer.lr": [1, 1.0]}, "matrix", "optimizer.lr=1 is the same one"),
+        ({"optimizer.lr": [0.1], "optimizer": [{"lr": 0.3}]}, "matrix.optimizer.lr", "sets optimizer as a whole"),
+        ({"seed": [0] * 10_000_000}, "matrix", "at most 256"),
         ({"seed": list(range(MOST_JOBS + 1))}, "matrix", "at most 256"),
         ({"model.hidden.0": [5]}, "matrix.model.hidden.0", "model.hidden"),
     ],
@@ -42,6 +45,7 @@ def test_what_cannot_be_taken_is_named(matrix, field, told):
 def test_baseline_is_completed_with_first_values():
     matrix = {"norm": ["none", "sync"], "optimizer.lr": [0.1, 0.5], "seed": [0, 1]}
     assert choose_baseline(matrix, None) == {"norm": "none", "optimizer.lr": 0.1}
+    assert describe(choose_baseline({"optimizer.lr": [1, 2]}, {"optimizer.lr": 1.0})) == "optimizer.lr=1"
     assert choose_baseline(matrix, {"optimizer.lr": 0.5}) == {"norm": "none", "optimizer.lr": 0.5}
 
 

@@ -43,11 +43,20 @@ def test_seeds_that_disagree_show_no_clear_difference():
 @pytest.mark.parametrize("runs", [{}, {0: []}])
 def test_without_data_nothing_is_claimed(runs):
     result = compare(runs, SLOW, 0.8, is_baseline=False)
-    assert (result.n, result.ratio, result.best, result.verdict) == (0, None, None, "no data yet")
+    assert (result.n, result.ratio, result.best, result.verdict) == (0, None, None, "target not reached")
 
 
 def test_a_missing_baseline_gives_no_verdict():
-    assert compare(FAST, {}, 0.8, is_baseline=False).verdict == "no data yet"
+    assert compare(FAST, {}, 0.8, is_baseline=False).verdict == "baseline without data"
+    assert compare(FAST, {}, 0.8, is_baseline=False, unfinished=1).verdict == "not finished"
+
+
+def test_one_seed_and_failed_runs_are_said_to_be_so():
+    assert compare({0: FAST[0]}, SLOW, 0.8, is_baseline=False).verdict == "faster on one seed"
+    assert compare({0: SLOW[0]}, FAST, 0.8, is_baseline=False).verdict == "slower on one seed"
+    result = compare(FAST, SLOW, 0.8, is_baseline=False, failed=1)
+    assert (result.failed, result.verdict) == (1, "runs failed")
+    assert compare({}, SLOW, 0.8, is_baseline=False, unfinished=2).verdict == "not finished"
 
 
 def test_the_default_target_is_the_baselines_best():
