@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test test-cluster lint bench
+.PHONY: setup demo up test lint bench
 
 setup: $(VENV)/.ready
 
@@ -26,9 +26,6 @@ up: setup
 # All tests that need neither a GPU nor containers.
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not cluster" $(TEST_OPTIONS)
-
-test-cluster: setup
-	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff format --check .
