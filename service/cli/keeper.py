@@ -29,18 +29,24 @@ import psutil
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL for what the parts left behind
 GIVE_UP_SECONDS = 5.0  # a process that outlives SIGKILL this long hangs inside the operating system
+VITAL_SECONDS = 1.0  # between two looks at the vital children
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One program to keep running; `stop_seconds` is what it gets between SIGTERM and SIGKILL."""
+    """One program to keep running.
+
+    `stop_seconds` is what it gets between SIGTERM and SIGKILL; the end of a child that runs one of the programs `vital_children`
+    counts as its own, for it may take long to notice, or never do.
+    """
 
     name: str
     command: Sequence[str]
     environment: dict[str, str]
     log: str
     stop_seconds: float = 3
+    vital_children: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +153,38 @@ def keep(plan: Plan, lifeline: int) -> None:
             told = True
             break
     report(started={part.name: process.pid for process, part in running})
+    vital: dict[psutil.Process, tuple[Part, str]] = {}
     while not told:
-        told = descendants.wait(lifeline=lifeline)
+        told = descendants.wait(lifeline=lifeline, timeout_seconds=VITAL_SECONDS)
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
         if dead and not told:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe(status)}")
             told = True
+        elif not told and (lost := lost_child(running, vital)):
+            report(dead=lost[0].name, reason=f"{lost[0].name} lost its {lost[1]}")
+            told = True
     for process, part in reversed(running):
         descendants.stop(process.pid, part.stop_seconds)
     descendants.end()
+
+
+def lost_child(
+    running: Sequence[tuple[subprocess.Popen[bytes], Part]], vital: dict[psutil.Process, tuple[Part, str]]
+) -> tuple[Part, str] | None:
+    """Note the vital children that have come to life, and tell of one that has ended."""
+    for process, part in running:
+        if part.vital_children:
+            with suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(process.pid).children():
+                    if (name := child.name()) in part.vital_children:
+                        vital.setdefault(child, (part, name))
+    for child, lost in vital.items():
+        with suppress(psutil.NoSuchProcess):
+            if child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+                continue
+        return lost
+    return None
 
 
 def start(part: Part, directory: str) -> subprocess.Popen[bytes]:

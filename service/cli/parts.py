@@ -82,6 +82,7 @@ def ray_head(layout: Layout) -> Part:
         command=[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *arguments],
         environment=base_environment(layout) | environment,
         log=str(layout.log("ray")),
+        vital_children=["gcs_server", "raylet"],
     )
 
 

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -146,3 +148,22 @@ def test_paths_are_removed_at_the_end(tmp_path):
     kept.stop()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keeper.log"]
     assert (tmp_path / "keeper.log").read_text() == ""
+
+
+def test_the_end_of_a_vital_child_is_that_of_its_part(tmp_path):
+    """The part itself would not notice: it waits for another child."""
+    indifferent = replace(part(tmp_path, "indifferent", "sleep 300 & sleep 301 & wait"), vital_children=["sleep"])
+    kept = Kept(plan(tmp_path, indifferent), log=tmp_path / "keeper.log")
+    try:
+        deadline = time.monotonic() + STOP_LIMIT_SECONDS
+        while not kept.process_ids or len(children := psutil.Process(kept.process_ids["indifferent"]).children()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        # The keeper looks once a second; a child that comes and goes between two looks was never seen.
+        time.sleep(1.5)
+        children[0].kill()
+        assert kept.ended.wait(STOP_LIMIT_SECONDS)
+        assert kept.reason == "indifferent lost its sleep"
+        assert still_alive(children, STOP_LIMIT_SECONDS) == []
+    finally:
+        kept.stop()
