@@ -72,9 +72,8 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     if values.dtype.itemsize == 2:
         values = values.to(torch.float32)
     mean, m2 = _measure_columns(values) if columns else _measure_rows(values)
-    # A NaN is far from nothing, and stays.
-    far = (mean.square() * (x.numel() // x.shape[1]) > FAR**2 * m2).nonzero().flatten()
-    if far.numel():
+    far = far_channels(mean, m2 / (x.numel() // x.shape[1]))
+    if far is not None:
         mean[far], m2[far] = _measure_exactly(x.index_select(1, far))
     return mean, m2
 
@@ -95,15 +94,15 @@ def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     Σ(x - mean)² = Σx·(x - K) - Σx·(mean - K), which loses digits only with K's distance from the mean.
     """
     count = rows.shape[0] * rows.shape[2]
-    guess = rows.new_zeros(rows.shape[1])
-    for _ in range(2):
+    sums, products = _reduce_rows(rows, rows, rows.new_zeros(rows.shape[1]))
+    mean = sums / count
+    m2 = products.addcmul_(sums, mean, value=-1)
+    if (sums * mean > m2).any():
+        guess = mean.to(rows.dtype)
         sums, products = _reduce_rows(rows, rows, guess)
         mean = sums / count
-        m2 = (products - sums * (mean - guess)).clamp_(min=0)
-        if not (mean.square() * count > m2).any():
-            break
-        guess = mean.to(rows.dtype)
-    return mean, m2
+        m2 = products.addcmul_(sums, mean - guess, value=-1)
+    return mean, m2.clamp_(min=0)
 
 
 def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,9 +172,11 @@ def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     )[0]
 
 
-def far_channels(mean: Tensor, deviation_inverse: Tensor) -> Tensor:
-    """Return the channels that float32 does not hold well enough, as indices; on the CPU, as it waits for the values."""
-    return (mean.abs() * deviation_inverse > FAR).nonzero().flatten()
+def far_channels(mean: Tensor, variance: Tensor) -> Tensor | None:
+    """Return the indices of channels that float32 does not hold well enough, or None if there are none."""
+    # On the host, which is where the values are. A NaN is far from nothing, and stays.
+    far = mean.square() > variance * FAR**2
+    return far.nonzero().flatten() if far.any() else None
 
 
 def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None, far: Tensor | None) -> Tensor:
@@ -186,20 +187,24 @@ def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None, far: 
         mean: shape (C,), float64.
         scale: shape (C,), float64.
         bias: shape (C,), or None for 0.
-        far: indices of channels to be calculated in float64; None for all of them.
+        far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if far is None:
-        y = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(scale, x))
-        return (y if bias is None else y.add_(along_channels(bias, x))).to(x.dtype)
+    if is_small(x):
+        return _normalise_exactly(x, mean, scale, bias)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(torch.float64), mean, scale, value=-1)
     values = arrange(x, columns).to(dtype)
     y = rearrange(_scale_and_shift(values, scale.to(dtype), shift.to(dtype)).to(x.dtype), x, columns)
-    if far.numel():
+    if far is not None:
         some = None if bias is None else bias[far]
-        y.index_copy_(1, far, normalise(x.index_select(1, far), mean[far], scale[far], some, None))
+        y.index_copy_(1, far, _normalise_exactly(x.index_select(1, far), mean[far], scale[far], some))
     return y
+
+
+def _normalise_exactly(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    y = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(scale, x))
+    return (y if bias is None else y.add_(along_channels(bias, x))).to(x.dtype)
 
 
 def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor, deviation_inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -230,12 +235,10 @@ def combine_gradient(
         scale: see the formula.
         factor: see the formula.
         offset: see the formula.
-        far: indices of channels to be calculated in float64; None for all of them.
+        far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if far is None:
-        dx = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(-factor, x))
-        # In place on x, so that dx has the memory format of x whatever that of dy.
-        return dx.add_((dy.to(torch.float64) - along_channels(offset, x)).mul_(along_channels(scale, x))).to(x.dtype)
+    if is_small(x):
+        return _combine_exactly(dy, x, mean, scale, factor, offset)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = (factor * mean - scale * offset).to(dtype)
@@ -243,7 +246,13 @@ def combine_gradient(
     values = arrange(x, columns).to(dtype)
     dx.addcmul_(values, along_channels(factor.to(dtype), values), value=-1)
     dx = rearrange(dx.to(x.dtype), x, columns)
-    if far.numel():
+    if far is not None:
         some = (dy.index_select(1, far), x.index_select(1, far), mean[far], scale[far], factor[far], offset[far])
-        dx.index_copy_(1, far, combine_gradient(*some, None))
+        dx.index_copy_(1, far, _combine_exactly(*some))
     return dx
+
+
+def _combine_exactly(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    dx = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(-factor, x))
+    # In place on x, so that dx has the memory format of x whatever that of dy.
+    return dx.add_((dy.to(torch.float64) - along_channels(offset, x)).mul_(along_channels(scale, x))).to(x.dtype)

@@ -79,8 +79,9 @@ def forward(
     """Measure, exchange, normalise; the result as in `normalise`."""
     totals = _exchange_moments(x, CallSite.of(key), keep_record)
     moments = Moments.unpack(totals[1 : 2 * x.shape[1] + 2])
-    deviation_inverse = (moments.variance + eps).rsqrt_()
-    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, deviation_inverse)
+    variance = moments.variance + eps
+    deviation_inverse = variance.rsqrt()
+    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, variance)
     scale = deviation_inverse if weight is None else deviation_inverse * weight
     return kernels.normalise(x, moments.mean, scale, bias, far), totals
 
@@ -127,7 +128,8 @@ def backward(
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two in float64."""
     site = CallSite.of(key)
     moments = Moments.unpack(totals[1 : 2 * x.shape[1] + 2])
-    deviation_inverse = (moments.variance + eps).rsqrt_()
+    variance = moments.variance + eps
+    deviation_inverse = variance.rsqrt()
     bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, moments.mean, deviation_inverse)
     # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
@@ -137,7 +139,7 @@ def backward(
     # Without any value on any rank there is nothing to divide by, and 0/0 would be NaN.
     offset, mean_dy_normalised = (total / moments.count.clamp(min=1)).chunk(2)
     scale = deviation_inverse if weight is None else deviation_inverse * weight
-    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, deviation_inverse)
+    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, variance)
     factor = mean_dy_normalised * deviation_inverse * scale
     dx = kernels.combine_gradient(dy, x, moments.mean, scale, factor, offset, far)
     return dx, weight_gradient, bias_gradient
