@@ -21,6 +21,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,25 +32,28 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 
+Shape = tuple[int, ...]
+Step = Callable[[], None]
+
 CONVOLUTIONS = [(8, 64, 56, 56), (8, 512, 14, 14), (8, 2048, 7, 7)]
 PERCEPTRON = (30, 100)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GOAL = 0.75
 
 
-def make_steps(shape, memory_format):
+def make_steps(shape: Shape, memory_format: torch.memory_format) -> dict[str, Step]:
     x = torch.randn(shape).to(memory_format=memory_format)
     dy = torch.randn(shape).to(memory_format=memory_format)
     channels = shape[1]
     vectors = [torch.zeros(2 * channels + extra, dtype=torch.float64) for extra in (3, 2)]
 
-    def train(layer):
-        def step():
+    def train(layer: nn.Module) -> Step:
+        def step() -> None:
             layer(x.detach().requires_grad_()).backward(dy)
 
         return step
 
-    def exchange():
+    def exchange() -> None:
         for vector in vectors:
             dist.all_reduce(vector)
 
@@ -55,8 +61,8 @@ def make_steps(shape, memory_format):
     return {"local": train(plain(channels)), "wire": exchange, "sync": train(SyncBatchNorm(channels))}
 
 
-def measure(steps, repeats):
-    times = {name: [] for name in steps}
+def measure(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 5):
         for name, step in steps.items():
             dist.barrier()
@@ -67,7 +73,7 @@ def measure(steps, repeats):
     return times
 
 
-def work(rank, world_size, store, results, repeats):
+def work(rank: int, world_size: int, store: Path, results: Any, repeats: int) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
@@ -79,16 +85,16 @@ def work(rank, world_size, store, results, repeats):
     dist.destroy_process_group()
 
 
-def describe(values):
+def describe(values: list[float]) -> str:
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:7.2f} [{low:6.2f}, {high:6.2f}]"
 
 
-def fastest(values):
+def fastest(values: list[float]) -> float:
     return statistics.mean(sorted(values)[: max(1, len(values) // 10)])
 
 
-def report(world_size, shape, name, times):
+def report(world_size: int, shape: Shape, name: str, times: dict[str, list[float]]) -> float:
     """Print one line, and return the ratio of the fastest tenth."""
     ratios = [
         summary(times["sync"]) / (summary(times["local"]) + summary(times["wire"]))
@@ -99,14 +105,16 @@ def report(world_size, shape, name, times):
     return ratios[1]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--check", action="store_true", help="exit status 1 if the goal is missed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores, one thread per rank, float32, gloo over loopback, ", end="")
+    print(
+        f"torch {torch.__version__}, {os.cpu_count()} cores, one thread per rank, float32, gloo over loopback, ", end=""
+    )
     print(f"{options.repeats} repeats (fewer ranks) interleaved; milliseconds, median [quartiles]")
     print(f"W  {'shape':16} {'format':13} {'local':24} {'wire':25} {'sync':23} ratio:median  fastest tenth")
     missed = []
@@ -115,7 +123,7 @@ def main():
         results = context.SimpleQueue()
         with tempfile.TemporaryDirectory() as folder:
             repeats = options.repeats if world_size <= 2 else options.repeats // 4
-            arguments = (world_size, f"{folder}/store", results, repeats)
+            arguments = (world_size, Path(folder, "store"), results, repeats)
             processes = mp.spawn(work, arguments, nprocs=world_size, join=False)
             for _ in range(2 * len(CONVOLUTIONS) + 1):
                 shape, name, times = results.get()
@@ -125,7 +133,8 @@ def main():
             while not processes.join():
                 pass
     if 2 in options.world_sizes:
-        print(f"goal, ratio of the fastest tenth at most {GOAL} at W=2, contiguous: {'missed by ' + ', '.join(missed) if missed else 'met'}")
+        verdict = "missed by " + ", ".join(missed) if missed else "met"
+        print(f"goal, ratio of the fastest tenth at most {GOAL} at W=2, contiguous: {verdict}")
     sys.exit(bool(missed and options.check))
 
 

@@ -3,8 +3,10 @@
 from syncbn.convert import BatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.errors import ConversionError, DesyncError, GroupError, InputError, SyncBatchNormError
 from syncbn.functional import sync_batch_norm
+from syncbn.groups import new_sync_groups
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments
+from syncbn.population import update_population_statistics
 
 __all__ = [
     "BatchNorm",
@@ -16,6 +18,8 @@ __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormError",
     "convert_sync_batchnorm",
+    "new_sync_groups",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "update_population_statistics",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -92,10 +93,20 @@ class SyncBatchNorm(_BatchNorm):
         """Begin to count this layer's calls, under a name that is the same on every rank; "" means a number."""
         self._site = CallSite(name or f"SyncBatchNorm {next_layer_number()}", process_group)
         self._between_worker_variance_share: Tensor | None = None
+        self._watchers: tuple[Callable[[Moments], None], ...] = ()
+
+    def watch_totals(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
+        """Have a function see the moments of all ranks in each training pass; return what ends it."""
+        self._watchers = (*self._watchers, watcher)
+
+        def end() -> None:
+            self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+        return end
 
     def forget_ranks(self) -> None:
         """Drop what the layer has beside a torch.nn.BatchNorm."""
-        del self._site, self._between_worker_variance_share
+        del self._site, self._between_worker_variance_share, self._watchers
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -171,8 +182,12 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return self._evaluate(input)
         output, totals = normalise(input, self.weight, self.bias, self.eps, self._site)
+        moments = Moments.unpack(totals[1 : 2 * self.num_features + 2])
+        if self._watchers:
+            for watcher in self._watchers:
+                watcher(moments)
         if self.track_running_stats:
-            self._update_running_statistics(totals)
+            self._update_running_statistics(moments, totals[0])
         if self._site.share_wanted:
             _, m2, within = totals[2:].detach().chunk(3)
             self._between_worker_variance_share = torch.where(m2 > 0, 1 - within / m2, 0).clamp(0, 1)
@@ -207,11 +222,10 @@ class SyncBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
 
     @torch.no_grad()
-    def _update_running_statistics(self, totals: Tensor) -> None:
-        moments = Moments.unpack(totals[1 : 2 * self.num_features + 2])
+    def _update_running_statistics(self, moments: Moments, news: Tensor) -> None:
         # Where no rank had a value, or none that was not seen before, the factor 0 keeps the buffers; a branch would
         # make the host wait for the device.
-        factor = (totals[0] > 0).to(torch.float64)
+        factor = (news > 0).to(torch.float64)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(factor.to(self.num_batches_tracked.dtype))
         if self.momentum is not None:

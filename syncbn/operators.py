@@ -133,11 +133,13 @@ def backward(
     bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, moments.mean, deviation_inverse)
     # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
-    total = torch.cat([bias_gradient, weight_gradient])
+    # The zero makes the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
+    # of another length; of the same length, it is found out by its stamp.
+    total = torch.cat([bias_gradient, weight_gradient, totals.new_zeros(1)])
     if group_size(site.process_group) > 1:
         total = sum_over_ranks([total], site.next_call("backward"))
     # Without any value on any rank there is nothing to divide by, and 0/0 would be NaN.
-    offset, mean_dy_normalised = (total / moments.count.clamp(min=1)).chunk(2)
+    offset, mean_dy_normalised = (total[:-1] / moments.count.clamp(min=1)).chunk(2)
     scale = deviation_inverse if weight is None else deviation_inverse * weight
     far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, variance)
     factor = mean_dy_normalised * deviation_inverse * scale
