@@ -1,18 +1,25 @@
 """Batch normalisation whose statistics are those of all ranks' data, as if it stood on one device."""
 
-from syncbn.convert import convert_sync_batchnorm
-from syncbn.errors import ConversionError, GroupError, InputError, SyncBatchNormError
+from syncbn.convert import BatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.errors import ConversionError, DesyncError, GroupError, InputError, SyncBatchNormError
 from syncbn.functional import sync_batch_norm
+from syncbn.groups import new_sync_groups
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments
+from syncbn.population import update_population_statistics
 
 __all__ = [
+    "BatchNorm",
     "ConversionError",
+    "DesyncError",
     "GroupError",
     "InputError",
     "Moments",
     "SyncBatchNorm",
     "SyncBatchNormError",
     "convert_sync_batchnorm",
+    "new_sync_groups",
+    "revert_sync_batchnorm",
     "sync_batch_norm",
+    "update_population_statistics",
 ]

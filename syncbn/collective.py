@@ -1,17 +1,33 @@
-"""The only calls of torch.distributed: one vector in, one collective, what all ranks sent out."""
+"""The only calls of torch.distributed: one vector in, one collective, what all ranks sent out.
+
+Two numbers ride at the end of every vector, 16 bytes: a stamp of the layer's name, the phase and the call's number. Ranks
+that are in the same call stamp alike, so the sum of all stamps is W times the own one. If it is not, torch.distributed
+has paired two different calls, which it would do without a word.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.errors import GroupError
+from syncbn.callsite import Call
+from syncbn.errors import DesyncError, GroupError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+PATIENCE_SECONDS = 1.0
+"""How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
+ENQUIRY_SECONDS = 1.0
+"""How long a rank whose call failed waits for the others to tell where they are."""
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
@@ -38,27 +54,126 @@ def group_size(process_group: ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def sum_over_ranks(vector: Tensor, process_group: ProcessGroup | None) -> Tensor:
+def sum_over_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
     """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
 
     Every rank receives the same bits, because the backends reduce each element once and hand the result round.
 
     Args:
-        vector: shape (K,), alike in dtype on every rank; left as it is.
-        process_group: the group, or None for all ranks.
+        parts: float64 vectors, sent as one, of K elements together and 2 more for the stamp.
+        call: the call that all ranks of its group are in.
+
+    Returns:
+        The sum, shape (K,).
+
+    Raises:
+        DesyncError: other ranks are in another call, or not in any within the time limit.
     """
-    total = vector.clone()
-    dist.all_reduce(total, group=process_group)
-    return total
+    group = _group(call)
+    stamp = _stamp(call)
+    vector = torch.cat([*parts, torch.tensor(stamp, dtype=torch.float64, device=parts[0].device)])
+    options = dist.AllreduceOptions()
+    _await(lambda: group.allreduce([vector], options), options, call)
+    size = group.size()
+    _check(vector[-2:], [size * number for number in stamp], call)
+    return vector[:-2]
 
 
-def gather_from_ranks(vector: Tensor, process_group: ProcessGroup | None) -> tuple[Tensor, ...]:
+def gather_from_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
     """Collect the ranks' vectors in the order of their ranks: one all_gather; nothing is rounded on the way.
 
-    Args:
-        vector: shape (K,), alike in dtype on every rank; left as it is.
-        process_group: the group, or None for all ranks.
+    Args and errors as in `sum_over_ranks`.
+
+    Returns:
+        Shape (W, K).
     """
-    parts = torch.empty(dist.get_world_size(process_group), vector.numel(), dtype=vector.dtype, device=vector.device)
-    dist.all_gather(list(parts.unbind()), vector, group=process_group)
-    return parts.unbind()
+    group = _group(call)
+    stamp = _stamp(call)
+    vector = torch.cat([*parts, torch.tensor(stamp, dtype=torch.float64, device=parts[0].device)])
+    gathered = vector.new_empty(group.size(), vector.numel())
+    options = torch._C._distributed_c10d.AllgatherOptions()
+    _await(lambda: group.allgather([list(gathered.unbind())], [vector], options), options, call)
+    _check(gathered[:, -2:].sum(0), [group.size() * number for number in stamp], call)
+    return gathered[:, :-2]
+
+
+def _group(call: Call) -> ProcessGroup:
+    return call.site.process_group or dist.distributed_c10d._get_default_group()
+
+
+def _stamp(call: Call) -> list[float]:
+    """Hash a call into two integers below 2^40, whose sum over 8,192 ranks float64 still counts exactly."""
+    digest = hashlib.blake2b(str(call).encode(), digest_size=10).digest()
+    return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
+
+
+def _await(begin: Any, options: Any, call: Call) -> None:
+    """Issue a collective and wait for it, at most as long as the call's layer allows."""
+    limit = call.site.timeout_seconds
+    started = time.monotonic()
+    # The backend gives up too, a moment later: or its thread would go on waiting for the rank that does not come.
+    options.timeout = timedelta(seconds=limit + PATIENCE_SECONDS)
+    try:
+        work = begin()
+        patience = min(PATIENCE_SECONDS, limit / 2)
+        try:
+            work.wait(timedelta(seconds=patience))
+            return
+        except RuntimeError:
+            if time.monotonic() - started < patience:
+                raise
+        _tell(call, str(call))
+        work.wait(timedelta(seconds=max(0.001, limit - patience)))
+        _tell(call, "")
+    except RuntimeError as error:
+        seconds = time.monotonic() - started
+        how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
+        raise _desync(call, how) from error
+
+
+def _check(stamps: Tensor, expected: list[float], call: Call) -> None:
+    if stamps.tolist() != expected:
+        raise _desync(call, "paired with another call")
+
+
+def _desync(call: Call, how: str) -> DesyncError:
+    """Ask the other ranks where they are, and say who is elsewhere."""
+    ranks = dist.get_process_group_ranks(_group(call))
+    places = _enquire(call, ranks)
+    missing = tuple(rank for rank in ranks if places.get(rank) != str(call))
+    message = (
+        f"rank {dist.get_rank()} in layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}. "
+        f"Ranks not in this call: {list(missing)}. "
+        + "".join(f"Rank {rank} is in {places[rank]}. " for rank in missing if places.get(rank))
+        + "Every rank must run the same layers in the same order and equally often, forward and backward; ranks without "
+        "data pass an empty batch. Layers are told apart by their layer_name."
+    )
+    return DesyncError(message, call.site.name, call.phase, call.number, missing)
+
+
+def _enquire(call: Call, ranks: list[int]) -> dict[int, str]:
+    """Tell where this rank is and read where the others are, waiting a moment for those who are about to tell."""
+    places = {dist.get_rank(): str(call)}
+    _tell(call, str(call))
+    deadline = time.monotonic() + ENQUIRY_SECONDS
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        while True:
+            for rank in ranks:
+                if store.check([_place(call, rank)]):
+                    places[rank] = store.get(_place(call, rank)).decode()
+            if all(places.get(rank) for rank in ranks) or time.monotonic() > deadline:
+                return places
+            time.sleep(0.02)
+    except RuntimeError:  # the store has gone with the rank that held it
+        return places
+
+
+def _tell(call: Call, place: str) -> None:
+    # The store may have gone with the rank that held it; then there is nobody to tell.
+    with contextlib.suppress(RuntimeError):
+        dist.distributed_c10d._get_default_store().set(_place(call, dist.get_rank()), place)
+
+
+def _place(call: Call, rank: int) -> str:
+    return f"syncbn/{_group(call).group_name}/{rank}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar, cast
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from syncbn.errors import ConversionError
+from syncbn.errors import ConversionError, InputError
 from syncbn.module import SyncBatchNorm
 
 if TYPE_CHECKING:
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
-CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+ORIGINAL = "_class_before_conversion"
+
+
+class BatchNorm(_BatchNorm):
+    """Batch normalisation of one process's data, of shape (N, C, *) with any number of trailing dimensions."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - named as in the base class
+        if input.dim() < 2:
+            raise InputError(f"the input has {input.dim()} dimensions; taken are two or more, (N, C, *)")
+
+
+CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm, nn.SyncBatchNorm)
 
 
 def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | None = None) -> ModuleType:
@@ -50,10 +62,35 @@ def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | Non
     refusals = [_refusal(path, layer) for path, layer in layers.items() if type(layer) not in CONVERTIBLE]
     if refusals:
         raise ConversionError("cannot convert " + "; ".join(refusals))
-    for layer in layers.values():
-        own_group = getattr(layer, "process_group", None)
+    for path, layer in layers.items():
+        # The class of a torch.nn.SyncBatchNorm goes with the group that it kept as an attribute; ours has a property.
+        own_group = vars(layer).pop("process_group", None)
+        vars(layer)[ORIGINAL] = type(layer)
         layer.__class__ = SyncBatchNorm
-        cast(SyncBatchNorm, layer).process_group = process_group if own_group is None else own_group
+        cast(SyncBatchNorm, layer).synchronise(path, process_group if own_group is None else own_group)
+    return module
+
+
+def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
+    """Undo `convert_sync_batchnorm` in place: each layer gets back the class that it had, and keeps all else.
+
+    A layer that was made a `SyncBatchNorm`, and so never was another, becomes a `BatchNorm` that takes inputs of any
+    dimension like itself. A layer that was a torch.nn.SyncBatchNorm becomes a torch.nn.BatchNorm of that kind too, since
+    to be rid of synchronisation is the point.
+
+    Collectives: none.
+
+    Args:
+        module: a model, or a single layer.
+
+    Returns:
+        The module given.
+    """
+    for layer in module.modules():
+        if isinstance(layer, SyncBatchNorm):
+            original = vars(layer).pop(ORIGINAL, nn.SyncBatchNorm)
+            layer.forget_ranks()
+            cast(nn.Module, layer).__class__ = BatchNorm if original is nn.SyncBatchNorm else original
     return module
 
 

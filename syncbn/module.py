@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.callsite import CallSite, next_layer_number
 from syncbn.errors import InputError
-from syncbn.functional import check_input, sync_batch_norm
+from syncbn.functional import check_input
 from syncbn.moments import Moments
+from syncbn.operators import normalise
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -85,7 +87,79 @@ class SyncBatchNorm(_BatchNorm):
         if not bias:
             # Not by the base class's keyword, which the older versions of torch that we run on do not have.
             self.register_parameter("bias", None)
-        self.process_group = process_group
+        self.synchronise("", process_group)
+
+    def synchronise(self, name: str, process_group: ProcessGroup | None) -> None:
+        """Begin to count this layer's calls, under a name that is the same on every rank; "" means a number."""
+        self._site = CallSite(name or f"SyncBatchNorm {next_layer_number()}", process_group)
+        self._between_worker_variance_share: Tensor | None = None
+        self._watchers: tuple[Callable[[Moments], None], ...] = ()
+
+    def watch_totals(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
+        """Have a function see the moments of all ranks in each training pass; return what ends it."""
+        self._watchers = (*self._watchers, watcher)
+
+        def end() -> None:
+            self._watchers = tuple(other for other in self._watchers if other is not watcher)
+
+        return end
+
+    def forget_ranks(self) -> None:
+        """Drop what the layer has beside a torch.nn.BatchNorm."""
+        del self._site, self._between_worker_variance_share, self._watchers
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """Ranks to synchronise over; None means all of them."""
+        return self._site.process_group
+
+    @process_group.setter
+    def process_group(self, process_group: ProcessGroup | None) -> None:
+        self._site.group = process_group
+
+    @property
+    def layer_name(self) -> str:
+        """What the ranks tell layers apart by: the path in the model that was converted, or a number by order of making.
+
+        It is the same on every rank. Set it where ranks make different numbers of layers.
+        """
+        return self._site.name
+
+    @layer_name.setter
+    def layer_name(self, name: str) -> None:
+        self._site.name = name
+
+    @property
+    def timeout_seconds(self) -> float:
+        """How long a rank waits in a collective for the others; at first SYNCBN_TIMEOUT_SECONDS, or else 300."""
+        return self._site.timeout_seconds
+
+    @timeout_seconds.setter
+    def timeout_seconds(self, seconds: float) -> None:
+        self._site.timeout_seconds = float(seconds)
+
+    @property
+    def measures_between_worker_variance(self) -> bool:
+        """Whether to measure `between_worker_variance_share`, which sends C more float64 numbers forward; at first no.
+
+        It is the same on every rank.
+        """
+        return self._site.share_wanted
+
+    @measures_between_worker_variance.setter
+    def measures_between_worker_variance(self, wanted: bool) -> None:
+        self._site.share_wanted = bool(wanted)
+
+    @property
+    def between_worker_variance_share(self) -> Tensor | None:
+        """Share of each channel's variance that lies between ranks and not within them, in the newest training batch.
+
+            1 - Σᵢ M2ᵢ / M2,  with M2ᵢ = Σ(x - mean)² over rank i's values around its own mean, M2 over all
+
+        Shape (C,), float64, between 0 and 1, and 0 where there is no variance. Near 0, synchronising changes nothing in
+        this layer. None unless `measures_between_worker_variance` is set and a batch was seen since.
+        """
+        return self._between_worker_variance_share
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleType, process_group: ProcessGroup | None = None) -> ModuleType:
@@ -94,15 +168,41 @@ class SyncBatchNorm(_BatchNorm):
 
         return convert_sync_batchnorm(module, process_group)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - named as in the base class
-        """Normalise a (N, C, *) tensor: by all ranks' statistics in training, by the running ones in evaluation."""
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002 - named as in the base class
+        """Normalise a (N, C, *) tensor: by all ranks' statistics in training, by the running ones in evaluation.
+
+        Args:
+            input: shape (N, C, *).
+            mask: which samples or positions hold values, boolean, shape (N, *), the input's without channels; the rest,
+                such as padding, counts nowhere, and is 0 in the output and in the gradient. None means all.
+        """
         self._check(input)
+        if mask is not None:
+            return self._forward_where(mask, input)
         if not self.training:
             return self._evaluate(input)
-        output, moments = sync_batch_norm(input, self.weight, self.bias, eps=self.eps, process_group=self.process_group)
+        output, totals = normalise(input, self.weight, self.bias, self.eps, self._site)
+        moments = Moments.unpack(totals[1 : 2 * self.num_features + 2])
+        if self._watchers:
+            for watcher in self._watchers:
+                watcher(moments)
         if self.track_running_stats:
-            self._update_running_statistics(moments)
+            self._update_running_statistics(moments, totals[0])
+        if self._site.share_wanted:
+            _, m2, within = totals[2:].detach().chunk(3)
+            self._between_worker_variance_share = torch.where(m2 > 0, 1 - within / m2, 0).clamp(0, 1)
         return output
+
+    def _forward_where(self, mask: Tensor, x: Tensor) -> Tensor:
+        if mask.dtype != torch.bool or mask.shape != x.shape[:1] + x.shape[2:]:
+            raise InputError(
+                f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, the input shape {tuple(x.shape)}; "
+                f"taken is torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])}"
+            )
+        # Values that count, as a (n, C) batch: uneven numbers on the ranks, or none, are nothing special from here on.
+        positions = x.movedim(1, -1)
+        values = self.forward(positions[mask])
+        return torch.zeros_like(positions).index_put((mask,), values).movedim(-1, 1)
 
     def _check(self, x: Tensor) -> None:
         buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
@@ -122,9 +222,10 @@ class SyncBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
 
     @torch.no_grad()
-    def _update_running_statistics(self, moments: Moments) -> None:
-        # Where no rank had a value the factor 0 keeps the buffers; a branch would make the host wait for the device.
-        factor = (moments.count > 0).to(torch.float64)
+    def _update_running_statistics(self, moments: Moments, news: Tensor) -> None:
+        # Where no rank had a value, or none that was not seen before, the factor 0 keeps the buffers; a branch would
+        # make the host wait for the device.
+        factor = (news > 0).to(torch.float64)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(factor.to(self.num_batches_tracked.dtype))
         if self.momentum is not None:
@@ -135,11 +236,3 @@ class SyncBatchNorm(_BatchNorm):
         for running, statistic in zip((self.running_mean, self.running_var), newest, strict=True):
             if running is not None:
                 running.copy_(running.to(torch.float64).lerp(statistic, factor))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        # A process group is a handle on this process's connections: it cannot be copied, and the copy shares it.
-        memo[id(self.process_group)] = self.process_group
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied

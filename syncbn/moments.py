@@ -8,15 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-def reduced_dimensions(x: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of a (N, C, *) tensor that statistics are taken over: all but the channels'."""
-    return (0, *range(2, x.dim()))
-
-
-def along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    """View a (C,) vector so that it broadcasts against a (N, C, *) tensor."""
-    return vector.view(1, -1, *(1,) * (x.dim() - 2))
+from syncbn.kernels import measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +38,13 @@ class Moments:
 
     @classmethod
     def measure(cls, x: Tensor) -> Moments:
-        """Measure a tensor in two passes: mean = Σx / n, then M2 = Σ(x - mean)².
+        """Measure a tensor: mean = Σx / n and M2 = Σ(x - mean)².
 
         Args:
             x: floating point, shape (N, C, *); N and any of * may be 0, C may not. The result carries no gradient.
         """
         count = x.numel() // x.shape[1]
-        values = x.detach().to(torch.float64)
-        # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
-        mean = values.sum(reduced_dimensions(x)) / max(count, 1)
-        m2 = (values - along_channels(mean, x)).square_().sum(reduced_dimensions(x))
-        return cls(torch.full((), count, dtype=torch.float64, device=x.device), mean, m2)
+        return cls(torch.full((), count, dtype=torch.float64, device=x.device), *measure(x))
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:

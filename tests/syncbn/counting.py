@@ -9,20 +9,20 @@ import torch.distributed as dist
 
 @contextmanager
 def record_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Yield a list that grows by (name, bytes) with each collective this process issues."""
+    """Yield a list that grows by (name, bytes) with each collective this process issues, whoever issues it."""
     issued: list[tuple[str, int]] = []
     with (
-        mock.patch.object(dist, "all_reduce", _recorded("all_reduce", 0, issued)),
-        mock.patch.object(dist, "all_gather", _recorded("all_gather", 1, issued)),
+        mock.patch.object(dist.ProcessGroup, "allreduce", _recorded("allreduce", 0, "all_reduce", issued)),
+        mock.patch.object(dist.ProcessGroup, "allgather", _recorded("allgather", 1, "all_gather", issued)),
     ):
         yield issued
 
 
-def _recorded(name, position, issued):
-    collective = getattr(dist, name)
+def _recorded(method, position, name, issued):
+    collective = getattr(dist.ProcessGroup, method)
 
-    def record(*arguments, **options):
-        issued.append((name, arguments[position].nbytes))
-        return collective(*arguments, **options)
+    def record(group, *arguments, **options):
+        issued.append((name, sum(tensor.nbytes for tensor in arguments[position])))
+        return collective(group, *arguments, **options)
 
     return record

@@ -3,6 +3,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn import GroupError
+from syncbn.callsite import CallSite
 from syncbn.collective import gather_from_ranks, group_size, sum_over_ranks
 from tests.dist import run_on_ranks
 
@@ -13,9 +14,12 @@ def test_a_process_without_group_is_alone():
 
 def use_both():
     vector = torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank()
-    results = group_size(None), sum_over_ranks(vector, None), gather_from_ranks(vector, None)
+    site = CallSite("both")
+    halves = [vector[:1], vector[1:]]
+    total = sum_over_ranks(halves, site.next_call("sum"))
+    parts = gather_from_ranks(halves, site.next_call("gather"))
     assert torch.equal(vector, torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank())
-    return results
+    return group_size(None), total, parts
 
 
 @pytest.mark.dist
@@ -25,12 +29,13 @@ def test_sum_and_gather_over_all_ranks(world_size):
     for size, total, parts in run_on_ranks(use_both, world_size):
         assert size == world_size
         assert torch.equal(total, sum(vectors))
-        assert torch.equal(torch.stack(parts), torch.stack(vectors))
+        assert torch.equal(parts, torch.stack(vectors))
 
 
 def sum_random():
     generator = torch.Generator().manual_seed(dist.get_rank())
-    return sum_over_ranks(torch.randn(10_001, generator=generator, dtype=torch.float64), None)
+    vector = torch.randn(10_001, generator=generator, dtype=torch.float64)
+    return sum_over_ranks([vector], CallSite("random").next_call("sum"))
 
 
 @pytest.mark.dist
@@ -43,7 +48,7 @@ def test_the_sum_is_the_same_bits_on_every_rank(world_size):
 def use_groups():
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     own = groups[dist.get_rank() // 2]
-    total = None if group_size(own) == 1 else sum_over_ranks(torch.ones(1), own).item()
+    total = sum_over_ranks([torch.ones(1)], CallSite("own", own).next_call("sum")).item()
     with pytest.raises(GroupError, match=rf"rank {dist.get_rank()} is not in the process group"):
         group_size(groups[1 - dist.get_rank() // 2])
     return group_size(own), total
@@ -51,7 +56,7 @@ def use_groups():
 
 @pytest.mark.dist
 def test_a_rank_sums_over_its_own_group_and_is_refused_by_others():
-    assert run_on_ranks(use_groups, 3) == [(2, 2.0), (2, 2.0), (1, None)]
+    assert run_on_ranks(use_groups, 3) == [(2, 2.0), (2, 2.0), (1, 1.0)]
 
 
 def use_group_after_its_end():

@@ -210,7 +210,7 @@ def record_normalisation(case):
 def test_one_collective_forward_and_one_backward(dtype, forward):
     channels = 7
     results = run_on_ranks(record_normalisation, 3, make_case([4, 2, 0], channels, dtype=dtype))
-    assert results == [[(forward, 8 * (2 * channels + 1)), ("all_reduce", 8 * 2 * channels)]] * 3
+    assert results == [[(forward, 8 * (2 * channels + 3)), ("all_reduce", 8 * (2 * channels + 3))]] * 3
     assert run_on_ranks(record_normalisation, 1, make_case([4], channels, dtype=dtype)) == [[]]
 
 
@@ -282,23 +282,6 @@ def test_the_gradient_is_that_of_the_function(shape, affine):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     vectors = torch.randn(2, shape[1], dtype=torch.float64).requires_grad_().unbind() if affine else ()
     assert torch.autograd.gradcheck(lambda *inputs: sync_batch_norm(*inputs)[0], (x, *vectors))
-
-
-def differentiate_twice():
-    x = torch.randn(4, 3, requires_grad=True)
-    y, _ = sync_batch_norm(x)
-    (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivative"):
-        dx.sum().backward()
-
-
-def test_the_second_derivative_is_an_error_and_not_silently_wrong():
-    differentiate_twice()
-
-
-@pytest.mark.dist
-def test_the_second_derivative_is_an_error_on_every_rank():
-    run_on_ranks(differentiate_twice, 2)
 
 
 def normalise_with_nan():

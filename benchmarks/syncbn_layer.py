@@ -1,0 +1,142 @@
+"""Times the synchronised layer against torch.nn.BatchNorm2d and against the bare collectives that it issues.
+
+For each world size, shape and memory format every rank does in turn, again and again, so that what disturbs the machine
+disturbs all alike:
+
+    local   torch.nn.BatchNorm2d, forward and backward: not synchronised, the yardstick
+    wire    two all_reduces of as many bytes as the layer sends
+    sync    SyncBatchNorm, forward and backward
+
+Printed are medians and quartiles over the repeats, and the ratio sync / (local + wire): of the medians, and of the
+fastest tenth, which is what remains on a machine that others use. The goal is a ratio of at most 0.75 for contiguous
+tensors at two ranks.
+
+    python benchmarks/syncbn_layer.py             # about two minutes
+    python benchmarks/syncbn_layer.py --check     # exit status 1 if the goal is missed
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from syncbn import SyncBatchNorm
+
+Shape = tuple[int, ...]
+Step = Callable[[], None]
+
+CONVOLUTIONS = [(8, 64, 56, 56), (8, 512, 14, 14), (8, 2048, 7, 7)]
+PERCEPTRON = (30, 100)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+GOAL = 0.75
+
+
+def make_steps(shape: Shape, memory_format: torch.memory_format) -> dict[str, Step]:
+    x = torch.randn(shape).to(memory_format=memory_format)
+    dy = torch.randn(shape).to(memory_format=memory_format)
+    channels = shape[1]
+    vectors = [torch.zeros(2 * channels + extra, dtype=torch.float64) for extra in (3, 2)]
+
+    def train(layer: nn.Module) -> Step:
+        def step() -> None:
+            layer(x.detach().requires_grad_()).backward(dy)
+
+        return step
+
+    def exchange() -> None:
+        for vector in vectors:
+            dist.all_reduce(vector)
+
+    plain = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    return {"local": train(plain(channels)), "wire": exchange, "sync": train(SyncBatchNorm(channels))}
+
+
+def measure(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 5):
+        for name, step in steps.items():
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            if repeat >= 5:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def work(rank: int, world_size: int, store: Path, results: Any, repeats: int) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    for shape in [*CONVOLUTIONS, PERCEPTRON]:
+        for name, memory_format in FORMATS.items() if len(shape) == 4 else [("contiguous", torch.contiguous_format)]:
+            times = measure(make_steps(shape, memory_format), repeats)
+            if rank == 0:
+                results.put((shape, name, times))
+    dist.destroy_process_group()
+
+
+def describe(values: list[float]) -> str:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:7.2f} [{low:6.2f}, {high:6.2f}]"
+
+
+def fastest(values: list[float]) -> float:
+    return statistics.mean(sorted(values)[: max(1, len(values) // 10)])
+
+
+def report(world_size: int, shape: Shape, name: str, times: dict[str, list[float]]) -> float:
+    """Print one line, and return the ratio of the fastest tenth."""
+    ratios = [
+        summary(times["sync"]) / (summary(times["local"]) + summary(times["wire"]))
+        for summary in (statistics.median, fastest)
+    ]
+    columns = "  ".join(describe(times[step]) for step in ("local", "wire", "sync"))
+    print(f"{world_size}  {shape!s:16} {name:13} {columns}   {ratios[0]:6.2f} {ratios[1]:8.2f}", flush=True)
+    return ratios[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--world-sizes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--check", action="store_true", help="exit status 1 if the goal is missed")
+    options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    print(
+        f"torch {torch.__version__}, {os.cpu_count()} cores, one thread per rank, float32, gloo over loopback, ", end=""
+    )
+    print(f"{options.repeats} repeats (fewer ranks) interleaved; milliseconds, median [quartiles]")
+    print(f"W  {'shape':16} {'format':13} {'local':24} {'wire':25} {'sync':23} ratio:median  fastest tenth")
+    missed = []
+    for world_size in options.world_sizes:
+        context = mp.get_context("spawn")
+        results = context.SimpleQueue()
+        with tempfile.TemporaryDirectory() as folder:
+            repeats = options.repeats if world_size <= 2 else options.repeats // 4
+            arguments = (world_size, Path(folder, "store"), results, repeats)
+            processes = mp.spawn(work, arguments, nprocs=world_size, join=False)
+            for _ in range(2 * len(CONVOLUTIONS) + 1):
+                shape, name, times = results.get()
+                ratio = report(world_size, shape, name, times)
+                if world_size == 2 and name == "contiguous" and shape in CONVOLUTIONS and ratio > GOAL:
+                    missed.append(f"{shape}: {ratio:.2f}")
+            while not processes.join():
+                pass
+    if 2 in options.world_sizes:
+        verdict = "missed by " + ", ".join(missed) if missed else "met"
+        print(f"goal, ratio of the fastest tenth at most {GOAL} at W=2, contiguous: {verdict}")
+    sys.exit(bool(missed and options.check))
+
+
+if __name__ == "__main__":
+    main()

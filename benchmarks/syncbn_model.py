@@ -1,0 +1,238 @@
+"""What synchronised statistics cost a whole model: a training step of ResNet-18 under DDP, two gloo workers, one thread each.
+
+Prints, from one run: milliseconds per step with each worker's own statistics (`batch`) and with all workers' (`sync`), in
+alternating blocks, by the clock and in processor time, which waiting and other work on the machine do not enter; the
+ratio of the blocks side by side; what the layers' collectives take alone, as bare all_reduces of the same sizes; the
+collectives and bytes of a step, counted where torch hands them to the backend; and the memory that autograd keeps for the
+backward pass and that both passes take at their peak. Each time and ratio is a median over blocks, with its range.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which notes on every start that it sees no GPU
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncbn import SyncBatchNorm, convert_sync_batchnorm
+
+WORKERS, IMAGES, SIZE = 2, 8, 64
+NORMS = ("batch", "sync")
+
+
+@dataclass
+class Training:
+    """A model with its optimiser and one batch, which every step takes again."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    images: Tensor
+    labels: Tensor
+
+    def differentiate(self, between: Callable[[], None] = lambda: None) -> None:
+        """Run the forward and the backward pass; `between` is called between them."""
+        loss = F.cross_entropy(self.model(self.images), self.labels)
+        between()
+        loss.backward()
+
+    def step(self) -> None:
+        """Take one optimiser step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.differentiate()
+        self.optimizer.step()
+
+
+@dataclass
+class Collectives(TorchDispatchMode):
+    """Notes the bytes of each collective by phase, whoever issues it: Python, the compiler or DDP's reducer in C++."""
+
+    phase: str = "forward"
+    bytes: dict[str, list[int]] = field(default_factory=lambda: {"forward": [], "backward": []})
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, and note it if it is one of torch.distributed's."""
+        if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.bytes[self.phase].append(sum(tensor.nbytes for tensor in tensors))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Costs:
+    """What a step does beside taking time."""
+
+    collectives: dict[str, list[int]]
+    kept_bytes: int
+    peak_bytes: int
+
+
+def build(norm: str) -> Training:
+    """Make the same network and the same data for both norms."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10)
+    if norm == "sync":
+        convert_sync_batchnorm(model)
+    torch.manual_seed(1 + dist.get_rank())
+    images, labels = torch.randn(IMAGES, 3, SIZE, SIZE), torch.randint(10, (IMAGES,))
+    parallel = DistributedDataParallel(model, forward_sync_buffers=False)
+    return Training(parallel, torch.optim.SGD(model.parameters(), lr=0.01), images, labels)
+
+
+def count_collectives(training: Training) -> dict[str, list[int]]:
+    """Return the bytes of each collective of one step, by phase."""
+
+    def enter_backward() -> None:
+        collectives.phase = "backward"
+
+    with Collectives() as collectives:
+        training.differentiate(enter_backward)
+    return collectives.bytes
+
+
+def kept_bytes(training: Training) -> int:
+    """Count what autograd keeps from the forward for the backward pass, each piece of memory once, parameters not."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in training.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        training.differentiate()
+    return sum(kept.values())
+
+
+def peak_bytes(training: Training) -> int:
+    """Return the most that both passes hold at one time beside what was there before, as torch's allocator sees it.
+
+    The parameters' gradients were there before, and are added to.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        training.differentiate()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def all_reduce_each(vectors: list[Tensor]) -> None:
+    """Issue the layers' collectives alone, one after the other as the layers do."""
+    for vector in vectors:
+        dist.all_reduce(vector)
+
+
+def work(rank: int, store: str, blocks: int, steps: int) -> None:
+    """Measure on one worker; rank 0 prints."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
+    trainings = {norm: build(norm) for norm in NORMS}
+    for training in trainings.values():
+        for _ in range(3):  # DDP rearranges its buckets after the first step
+            training.step()
+    costs = {
+        norm: Costs(count_collectives(training), kept_bytes(training), peak_bytes(training))
+        for norm, training in trainings.items()
+    }
+    vectors = [torch.zeros(size // 8, dtype=torch.float64) for size in layer_collectives(costs)]
+    actions: dict[str, Callable[[], None]] = {norm: training.step for norm, training in trainings.items()}
+    actions["bare"] = lambda: all_reduce_each(vectors)
+    clocks = {"by the clock": time.perf_counter, "of processor time": time.process_time}
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in actions} for clock in clocks}
+    for _ in range(blocks):
+        for name, action in actions.items():
+            dist.barrier()
+            began = [clock() for clock in clocks.values()]
+            for _ in range(steps):
+                action()
+            for start, (name_of_clock, clock) in zip(began, clocks.items(), strict=True):
+                seconds[name_of_clock][name].append((clock() - start) / steps)
+    if rank == 0:
+        layers = [module for module in trainings["sync"].model.modules() if isinstance(module, SyncBatchNorm)]
+        for clock, values in seconds.items():
+            report_times(clock, values)
+        report_costs(costs, layers)
+        report_torch()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def layer_collectives(costs: dict[str, Costs]) -> list[int]:
+    """Return the bytes of the collectives that `sync` has and `batch` has not."""
+    extra = [size for phase in ("forward", "backward") for size in costs["sync"].collectives[phase]]
+    for sizes in costs["batch"].collectives.values():
+        for size in sizes:
+            extra.remove(size)  # DDP's gradients, of which `sync` has the same
+    return extra
+
+
+def spread(values: list[float], scale: float, digits: int) -> str:
+    """Write a median with its range."""
+    middle, low, high = (
+        f"{value * scale:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def report_times(clock: str, seconds: dict[str, list[float]]) -> None:
+    for norm in NORMS:
+        print(f"{norm:5}  {spread(seconds[norm], 1e3, 1)} ms a step {clock}")
+    ratios = [sync / batch for sync, batch in zip(seconds["sync"], seconds["batch"], strict=True)]
+    print(f"       sync / batch, block by block: {spread(ratios, 1, 2)}")
+    print(f"       the layers' collectives alone: {spread(seconds['bare'], 1e3, 1)} ms a step")
+
+
+def report_costs(costs: dict[str, Costs], layers: list[nn.Module]) -> None:
+    for norm, cost in costs.items():
+        counts = ", ".join(f"{phase} {len(sizes)}" for phase, sizes in cost.collectives.items())
+        total = sum(map(sum, cost.collectives.values()))
+        print(f"{norm:5}  collectives a step: {counts}; {total:,} bytes")
+    extra = layer_collectives(costs)
+    print(f"of the layers: {len(extra)} collectives for {len(layers)} layers, {sum(extra):,} bytes a step")
+    assert len(extra) == 2 * len(layers), "a layer does not issue one collective forward and one backward"
+    for name in ("kept", "peak"):
+        batch, sync = (getattr(costs[norm], f"{name}_bytes") / 2**20 for norm in NORMS)
+        print(f"memory, {name}: batch {batch:.1f} MiB, sync {sync:.1f} MiB, ratio {sync / batch:.3f}")
+
+
+def report_torch() -> None:
+    """Say why torch's own synchronised layer is not in the table."""
+    try:
+        nn.SyncBatchNorm(3)(torch.randn(2, 3, 4, 4))
+    except ValueError as error:
+        print(f"torch.nn.SyncBatchNorm is not measured: {error}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=5, help="in a block")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        multiprocessing.spawn(work, (store, arguments.blocks, arguments.steps), WORKERS)

@@ -1,0 +1,176 @@
+"""The place a collective is issued from: whose it is, over which ranks, with which time limit, and its how-manieth."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakSet, WeakValueDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.errors import GroupError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+TIMEOUT_VARIABLE = "SYNCBN_TIMEOUT_SECONDS"
+KEPT_RECORDS = 16
+
+
+@dataclass(frozen=True)
+class Call:
+    """One collective of one call site, as the ranks compare it."""
+
+    site: CallSite
+    phase: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.site.name}, {self.phase}, call {self.number}"
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """What a forward pass measured here and got from all ranks, for activation checkpointing to find again."""
+
+    local: Tensor
+    totals: Tensor
+
+
+@dataclass(frozen=True)
+class PickledGroup:
+    """The global ranks of a process group that was pickled with its layer."""
+
+    ranks: tuple[int, ...]
+
+
+class CallSite:
+    """What a layer's collectives need to know beside their tensors.
+
+    A custom operator takes numbers and tensors alone, so it names its call site by `key`, and `CallSite.of` finds it
+    again as long as the layer lives.
+    """
+
+    _keys = itertools.count()
+    _sites: ClassVar[WeakValueDictionary[int, CallSite]] = WeakValueDictionary()
+
+    def __init__(self, name: str, process_group: ProcessGroup | None = None) -> None:
+        self.name = name
+        self.group: ProcessGroup | PickledGroup | None = process_group
+        self.timeout_seconds = float(os.environ.get(TIMEOUT_VARIABLE, "300"))
+        self.share_wanted = False
+        self._begin()
+
+    def _begin(self) -> None:
+        self.key = next(self._keys)
+        self._sites[self.key] = self
+        self._counts: dict[str, int] = {}
+        self._live: WeakSet[Record] = WeakSet()
+        self.newest: Record | None = None
+        self._kept: deque[Record] = deque(maxlen=KEPT_RECORDS)
+
+    @classmethod
+    def of(cls, key: int) -> CallSite:
+        """Return the call site that has this key."""
+        return cls._sites[key]
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """The group, or None for all ranks.
+
+        Raises:
+            GroupError: the layer was pickled with a group, and this process has none of the same ranks.
+        """
+        if isinstance(self.group, PickledGroup):
+            self.group = _find_group(self.group.ranks)
+        return self.group
+
+    def next_call(self, phase: str) -> Call:
+        """Count one more collective of a phase."""
+        number = self._counts[phase] = self._counts.get(phase, 0) + 1
+        return Call(self, phase, number)
+
+    def remember(self, local: Tensor, totals: Tensor, keep: bool) -> None:
+        """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
+
+        The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
+        the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
+        """
+        self.newest = Record(local, totals)
+        self._live.add(self.newest)
+        if keep:
+            self._kept.append(self.newest)
+
+    def recall(self, local: Tensor) -> Tensor | None:
+        """Return what the ranks exchanged when this rank last measured this, or None if it never did.
+
+        Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
+        measures what the first pass did, up to the last digits where kernels are not deterministic.
+        """
+        # The graph task is the backward pass that this thread is in.
+        if torch._C._current_graph_task_id() == -1:
+            return None
+        alike = [
+            record
+            for record in self._live
+            if record.local.shape == local.shape
+            and record.local.device == local.device
+            and torch.allclose(record.local, local, rtol=1e-4, atol=1e-6, equal_nan=True)
+        ]
+        if not alike:
+            return None
+        return min(alike, key=lambda record: (record.local - local).abs().nan_to_num().sum().item()).totals
+
+    def __getstate__(self) -> dict[str, Any]:
+        group = self.group
+        if group is not None and not isinstance(group, PickledGroup):
+            group = PickledGroup(tuple(dist.get_process_group_ranks(group)))
+        settings = ("name", "timeout_seconds", "share_wanted")
+        return {"group": group, **{name: getattr(self, name) for name in settings}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallSite:
+        # A process group is a handle on this process's connections: the copy shares it, and counts its own calls.
+        copied = self.__class__.__new__(self.__class__)
+        copied.__setstate__({**self.__getstate__(), "group": self.group})
+        return copied
+
+
+def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
+    """Return this process's group of these ranks, and None if they are all ranks."""
+    if dist.is_initialized():
+        if ranks == tuple(range(dist.get_world_size())):
+            return None
+        for group in dist.distributed_c10d._world.pg_map:
+            if tuple(dist.get_process_group_ranks(group)) == ranks:
+                return group
+    raise GroupError(
+        f"the layer was pickled with a process group of ranks {list(ranks)}, and this process is in no such group; "
+        "make it by torch.distributed.new_group on all ranks, or set the layer's process_group"
+    )
+
+
+class _Numbering:
+    """Numbers the layers in the order they are built, from one again whenever a default process group begins."""
+
+    def __init__(self) -> None:
+        self._world: ref[Any] | None = None
+        self._next = 1
+
+    def __call__(self) -> int:
+        world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+        if world is not None and (self._world is None or self._world() is not world):
+            self._world, self._next = ref(world), 1
+        number, self._next = self._next, self._next + 1
+        return number
+
+
+next_layer_number = _Numbering()
