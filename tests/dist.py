@@ -90,7 +90,8 @@ class Pool:
             raise
         failures = [reply for reply in replies.values() if reply.error is not None]
         if failures:
-            raise min(failures, key=lambda reply: reply.seconds).error
+            # A rank that died explains the errors of those it left, whichever came first.
+            raise min(failures, key=lambda reply: (not isinstance(reply.error, EOFError), reply.seconds)).error
         silent = [rank for rank in range(world_size) if rank not in replies]
         if silent:
             raise TimeoutError(f"ranks {silent} of {world_size} did not answer within {timeout_seconds} seconds")
