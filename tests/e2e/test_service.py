@@ -56,6 +56,7 @@ def test_a_comparison_runs_and_is_reported(service):
     while mlflow.get_run(children[0].data.tags["mlflow.parentRunId"]).info.status != "FINISHED":
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    children = [mlflow.get_run(run.info.run_id) for run in children]
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
     assert mlflow.get_experiment(children[0].info.experiment_id).name == "end to end"
     assert len(mlflow.get_metric_history(children[1].info.run_id, "train_loss")) == 10
