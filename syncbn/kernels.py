@@ -71,9 +71,8 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     values = arrange(x, columns)
     if values.dtype.itemsize == 2:
         values = values.to(torch.float32)
-    mean, m2 = _measure_columns(values) if columns else _measure_rows(values)
-    far = far_channels(mean, m2 / (x.numel() // x.shape[1]))
-    if far is not None:
+    mean, m2, may_be_far = _measure_columns(values) if columns else _measure_rows(values)
+    if may_be_far and (far := far_channels(mean, m2 / (x.numel() // x.shape[1]))) is not None:
         mean[far], m2[far] = _measure_exactly(x.index_select(1, far))
     return mean, m2
 
@@ -88,8 +87,10 @@ def _measure_exactly(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (values - along_channels(mean, x)).square_().sum(dimensions)
 
 
-def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Measure by Σx and Σx·(x - K) from one pass around K = 0, and from a second around the mean if that lies far off.
+
+    The third thing returned tells whether it did: more than a deviation.
 
     Σ(x - mean)² = Σx·(x - K) - Σx·(mean - K), which loses digits only with K's distance from the mean.
     """
@@ -97,12 +98,13 @@ def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     sums, products = _reduce_rows(rows, rows, rows.new_zeros(rows.shape[1]))
     mean = sums / count
     m2 = products.addcmul_(sums, mean, value=-1)
-    if (sums * mean > m2).any():
+    off = bool((sums * mean > m2).any())
+    if off:
         guess = mean.to(rows.dtype)
         sums, products = _reduce_rows(rows, rows, guess)
         mean = sums / count
         m2 = products.addcmul_(sums, mean - guess, value=-1)
-    return mean, m2.clamp_(min=0)
+    return mean, m2.clamp_(min=0), off
 
 
 def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +140,7 @@ def _fold(columns: Tensor) -> tuple[Tensor, Tensor, int]:
     return columns[:even].view(even // k, k * columns.shape[1]), columns[even:], k
 
 
-def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Measure folded columns and put them together as Chan, Golub & LeVeque do for any parts of equal count."""
     folded, rest, k = _fold(columns)
     height, channels = columns.shape
@@ -147,10 +149,14 @@ def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
         statistic.to(torch.float64).view(k, channels)
         for statistic in torch.batch_norm_update_stats(folded, None, None, 0.0)
     )
-    rest = rest.to(torch.float64)
-    mean = (means.sum(0) * part + rest.sum(0)) / height
-    m2 = (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
-    return mean, m2
+    if part * k == height:
+        mean = means.mean(0)
+        m2 = variances.add_(means.sub_(mean).square_()).sum(0).mul_(part)
+    else:
+        rest = rest.to(torch.float64)
+        mean = (means.sum(0) * part + rest.sum(0)) / height
+        m2 = (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
+    return mean, m2, True
 
 
 def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
