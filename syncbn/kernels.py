@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from syncbn import cuda
+
 SMALL = 1 << 13
 """Elements below which a pass in float64 costs less than the calls that a faster one takes."""
 CHAIN = 512
@@ -59,7 +61,7 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Tell whether the plain formula in float64 is the best way: for few values, or on a device without kernels."""
-    return x.numel() < SMALL or x.device.type != "cpu"
+    return x.device.type not in ("cpu", "cuda") or x.numel() < (SMALL if x.device.type == "cpu" else 1)
 
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,6 +69,8 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
     if is_small(x):
         return _measure_exactly(x)
+    if x.is_cuda:
+        return cuda.measure(x)
     columns = is_columns(x)
     values = arrange(x, columns)
     if values.dtype.itemsize == 2:
@@ -180,6 +184,8 @@ def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def far_channels(mean: Tensor, variance: Tensor) -> Tensor | None:
     """Return the indices of channels that float32 does not hold well enough, or None if there are none."""
+    if mean.is_cuda:
+        return None  # its kernels subtract the mean first, and to look would make the host wait
     # On the host, which is where the values are. A NaN is far from nothing, and stays.
     far = mean.square() > variance * FAR**2
     return far.nonzero().flatten() if far.any() else None
@@ -197,6 +203,8 @@ def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None, far: 
     """
     if is_small(x):
         return _normalise_exactly(x, mean, scale, bias)
+    if x.is_cuda:
+        return cuda.normalise(x, mean, scale, bias)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(torch.float64), mean, scale, value=-1)
@@ -220,6 +228,8 @@ def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor, deviation_inverse: Tens
         dy = dy.to(torch.float64)
         centred = x.to(torch.float64) - along_channels(mean, x)
         return dy.sum(dimensions), centred.mul_(dy).sum(dimensions) * deviation_inverse
+    if x.is_cuda:
+        return cuda.reduce_gradient(dy, x, mean, deviation_inverse)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     centre = mean.to(dtype)
@@ -245,6 +255,8 @@ def combine_gradient(
     """
     if is_small(x):
         return _combine_exactly(dy, x, mean, scale, factor, offset)
+    if x.is_cuda:
+        return cuda.combine_gradient(dy, x, mean, scale, factor, offset)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = (factor * mean - scale * offset).to(dtype)
