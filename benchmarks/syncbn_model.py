@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
-WORKERS, IMAGES, SIZE = 2, 8, 64
+WORKERS = 2
 NORMS = ("batch", "sync")
 
 
@@ -87,14 +87,14 @@ class Costs:
     peak_bytes: int
 
 
-def build(norm: str) -> Training:
-    """Make the same network and the same data for both norms."""
+def build(norm: str, count: int, size: int) -> Training:
+    """Make the same network and the same `count` images of `size` x `size` for both norms."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
     if norm == "sync":
         convert_sync_batchnorm(model)
     torch.manual_seed(1 + dist.get_rank())
-    images, labels = torch.randn(IMAGES, 3, SIZE, SIZE), torch.randint(10, (IMAGES,))
+    images, labels = torch.randn(count, 3, size, size), torch.randint(10, (count,))
     parallel = DistributedDataParallel(model, forward_sync_buffers=False)
     return Training(parallel, torch.optim.SGD(model.parameters(), lr=0.01), images, labels)
 
@@ -147,11 +147,11 @@ def all_reduce_each(vectors: list[Tensor]) -> None:
         dist.all_reduce(vector)
 
 
-def work(rank: int, store: str, blocks: int, steps: int) -> None:
+def work(rank: int, store: str, blocks: int, steps: int, images: int, size: int) -> None:
     """Measure on one worker; rank 0 prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
-    trainings = {norm: build(norm) for norm in NORMS}
+    trainings = {norm: build(norm, images, size) for norm in NORMS}
     for training in trainings.values():
         for _ in range(3):  # DDP rearranges its buckets after the first step
             training.step()
@@ -174,6 +174,9 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
                 seconds[name_of_clock][name].append((clock() - start) / steps)
     if rank == 0:
         layers = [module for module in trainings["sync"].model.modules() if isinstance(module, SyncBatchNorm)]
+        print(
+            f"ResNet-18, {images} images of {size} x {size} on each of {WORKERS} workers, {blocks} blocks of {steps} steps"
+        )
         for clock, values in seconds.items():
             report_times(clock, values)
         report_costs(costs, layers)
@@ -232,7 +235,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=15)
     parser.add_argument("--steps", type=int, default=5, help="in a block")
+    parser.add_argument("--images", type=int, default=8, help="on each worker")
+    parser.add_argument("--size", type=int, default=64, help="of an image, in pixels")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        multiprocessing.spawn(work, (store, arguments.blocks, arguments.steps), WORKERS)
+        options = (arguments.blocks, arguments.steps, arguments.images, arguments.size)
+        multiprocessing.spawn(work, (store, *options), WORKERS)

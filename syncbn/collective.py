@@ -20,6 +20,7 @@ from torch import Tensor
 
 from syncbn.callsite import Call
 from syncbn.errors import DesyncError, GroupError
+from syncbn.watch import watch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,11 +72,10 @@ def sum_over_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
     """
     group = _group(call)
     stamp = _stamp(call)
-    vector = torch.cat([*parts, torch.tensor(stamp, dtype=torch.float64, device=parts[0].device)])
+    vector = torch.cat([*parts, _to_device(stamp, parts[0])])
     options = dist.AllreduceOptions()
-    _await(lambda: group.allreduce([vector], options), options, call)
-    size = group.size()
-    _check(vector[-2:], [size * number for number in stamp], call)
+    _await(lambda: group.allreduce([vector], options), options, call, vector)
+    _check(vector[-2:], [group.size() * number for number in stamp], call)
     return vector[:-2]
 
 
@@ -89,10 +89,10 @@ def gather_from_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
     """
     group = _group(call)
     stamp = _stamp(call)
-    vector = torch.cat([*parts, torch.tensor(stamp, dtype=torch.float64, device=parts[0].device)])
+    vector = torch.cat([*parts, _to_device(stamp, parts[0])])
     gathered = vector.new_empty(group.size(), vector.numel())
     options = torch._C._distributed_c10d.AllgatherOptions()
-    _await(lambda: group.allgather([list(gathered.unbind())], [vector], options), options, call)
+    _await(lambda: group.allgather([list(gathered.unbind())], [vector], options), options, call, vector)
     _check(gathered[:, -2:].sum(0), [group.size() * number for number in stamp], call)
     return gathered[:, :-2]
 
@@ -107,12 +107,26 @@ def _stamp(call: Call) -> list[float]:
     return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
 
 
-def _await(begin: Any, options: Any, call: Call) -> None:
+def _to_device(stamp: list[float], beside: Tensor) -> Tensor:
+    """Make a vector of a stamp; from pinned memory, as the host would otherwise wait for the device to take it."""
+    return torch.tensor(stamp, dtype=torch.float64, pin_memory=beside.is_cuda).to(beside.device, non_blocking=True)
+
+
+def _is_queued(call: Call, tensor: Tensor) -> bool:
+    """Tell whether the collective runs on the device's stream, where the host does not wait for it."""
+    return tensor.is_cuda and dist.get_backend(call.site.process_group) != "gloo"
+
+
+def _await(begin: Any, options: Any, call: Call, vector: Tensor) -> None:
     """Issue a collective and wait for it, at most as long as the call's layer allows."""
     limit = call.site.timeout_seconds
     started = time.monotonic()
     # The backend gives up too, a moment later: or its thread would go on waiting for the rank that does not come.
     options.timeout = timedelta(seconds=limit + PATIENCE_SECONDS)
+    if _is_queued(call, vector):
+        watch.raise_failure()
+        begin().wait()  # makes the stream wait, and not the host
+        return
     try:
         work = begin()
         patience = min(PATIENCE_SECONDS, limit / 2)
@@ -132,7 +146,9 @@ def _await(begin: Any, options: Any, call: Call) -> None:
 
 
 def _check(stamps: Tensor, expected: list[float], call: Call) -> None:
-    if stamps.tolist() != expected:
+    if _is_queued(call, stamps):
+        watch.add(call, stamps, expected, _desync, _group(call).abort)
+    elif stamps.tolist() != expected:
         raise _desync(call, "paired with another call")
 
 

@@ -18,6 +18,8 @@ import math
 import torch
 from torch import Tensor
 
+from syncbn import cuda
+
 SMALL = 1 << 13
 """Elements below which a pass in float64 costs less than the calls that a faster one takes."""
 CHAIN = 512
@@ -59,7 +61,7 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
 
 def is_small(x: Tensor) -> bool:
     """Tell whether the plain formula in float64 is the best way: for few values, or on a device without kernels."""
-    return x.numel() < SMALL or x.device.type != "cpu"
+    return x.device.type not in ("cpu", "cuda") or x.numel() < (SMALL if x.device.type == "cpu" else 1)
 
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,13 +69,14 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
     if is_small(x):
         return _measure_exactly(x)
+    if x.is_cuda:
+        return cuda.measure(x)
     columns = is_columns(x)
     values = arrange(x, columns)
     if values.dtype.itemsize == 2:
         values = values.to(torch.float32)
-    mean, m2 = _measure_columns(values) if columns else _measure_rows(values)
-    far = far_channels(mean, m2 / (x.numel() // x.shape[1]))
-    if far is not None:
+    mean, m2, may_be_far = _measure_columns(values) if columns else _measure_rows(values)
+    if may_be_far and (far := far_channels(mean, m2 / (x.numel() // x.shape[1]))) is not None:
         mean[far], m2[far] = _measure_exactly(x.index_select(1, far))
     return mean, m2
 
@@ -88,8 +91,10 @@ def _measure_exactly(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (values - along_channels(mean, x)).square_().sum(dimensions)
 
 
-def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Measure by Σx and Σx·(x - K) from one pass around K = 0, and from a second around the mean if that lies far off.
+
+    The third thing returned tells whether it did: more than a deviation.
 
     Σ(x - mean)² = Σx·(x - K) - Σx·(mean - K), which loses digits only with K's distance from the mean.
     """
@@ -97,12 +102,13 @@ def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     sums, products = _reduce_rows(rows, rows, rows.new_zeros(rows.shape[1]))
     mean = sums / count
     m2 = products.addcmul_(sums, mean, value=-1)
-    if (sums * mean > m2).any():
+    off = bool((sums * mean > m2).any())
+    if off:
         guess = mean.to(rows.dtype)
         sums, products = _reduce_rows(rows, rows, guess)
         mean = sums / count
         m2 = products.addcmul_(sums, mean - guess, value=-1)
-    return mean, m2.clamp_(min=0)
+    return mean, m2.clamp_(min=0), off
 
 
 def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +144,7 @@ def _fold(columns: Tensor) -> tuple[Tensor, Tensor, int]:
     return columns[:even].view(even // k, k * columns.shape[1]), columns[even:], k
 
 
-def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
+def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Measure folded columns and put them together as Chan, Golub & LeVeque do for any parts of equal count."""
     folded, rest, k = _fold(columns)
     height, channels = columns.shape
@@ -147,10 +153,14 @@ def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
         statistic.to(torch.float64).view(k, channels)
         for statistic in torch.batch_norm_update_stats(folded, None, None, 0.0)
     )
-    rest = rest.to(torch.float64)
-    mean = (means.sum(0) * part + rest.sum(0)) / height
-    m2 = (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
-    return mean, m2
+    if part * k == height:
+        mean = means.mean(0)
+        m2 = variances.add_(means.sub_(mean).square_()).sum(0).mul_(part)
+    else:
+        rest = rest.to(torch.float64)
+        mean = (means.sum(0) * part + rest.sum(0)) / height
+        m2 = (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
+    return mean, m2, True
 
 
 def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,6 +184,8 @@ def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def far_channels(mean: Tensor, variance: Tensor) -> Tensor | None:
     """Return the indices of channels that float32 does not hold well enough, or None if there are none."""
+    if mean.is_cuda:
+        return None  # its kernels subtract the mean first, and to look would make the host wait
     # On the host, which is where the values are. A NaN is far from nothing, and stays.
     far = mean.square() > variance * FAR**2
     return far.nonzero().flatten() if far.any() else None
@@ -191,6 +203,8 @@ def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None, far: 
     """
     if is_small(x):
         return _normalise_exactly(x, mean, scale, bias)
+    if x.is_cuda:
+        return cuda.normalise(x, mean, scale, bias)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(torch.float64), mean, scale, value=-1)
@@ -214,6 +228,8 @@ def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor, deviation_inverse: Tens
         dy = dy.to(torch.float64)
         centred = x.to(torch.float64) - along_channels(mean, x)
         return dy.sum(dimensions), centred.mul_(dy).sum(dimensions) * deviation_inverse
+    if x.is_cuda:
+        return cuda.reduce_gradient(dy, x, mean, deviation_inverse)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     centre = mean.to(dtype)
@@ -239,6 +255,8 @@ def combine_gradient(
     """
     if is_small(x):
         return _combine_exactly(dy, x, mean, scale, factor, offset)
+    if x.is_cuda:
+        return cuda.combine_gradient(dy, x, mean, scale, factor, offset)
     columns = is_columns(x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     shift = (factor * mean - scale * offset).to(dtype)

@@ -235,4 +235,4 @@ class SyncBatchNorm(_BatchNorm):
         newest = (moments.mean, moments.unbiased_variance)
         for running, statistic in zip((self.running_mean, self.running_var), newest, strict=True):
             if running is not None:
-                running.copy_(running.to(torch.float64).lerp(statistic, factor))
+                running.copy_(running.to(torch.float64).lerp_(statistic, factor))

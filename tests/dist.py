@@ -42,7 +42,7 @@ def run_on_ranks(
         timeout_seconds: limit for the whole call and for each collective in it.
 
     Raises:
-        The error of the rank that failed first, with that rank's traceback as a note.
+        The error of a rank that died, or else of the one that failed first, with that rank's traceback as a note.
         TimeoutError: ranks did not answer in time, though none failed.
     """
     return _POOL.run(function, world_size, arguments, timeout_seconds)
@@ -90,7 +90,7 @@ class Pool:
             raise
         failures = [reply for reply in replies.values() if reply.error is not None]
         if failures:
-            # A rank that died explains the errors of those it left, whichever came first.
+            # A rank that died did so before the others noticed, even if its death is known later than their errors.
             raise min(failures, key=lambda reply: (not isinstance(reply.error, EOFError), reply.seconds)).error
         silent = [rank for rank in range(world_size) if rank not in replies]
         if silent:

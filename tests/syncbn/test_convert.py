@@ -1,4 +1,5 @@
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from syncbn import ConversionError, SyncBatchNorm, convert_sync_batchnorm
+from syncbn import BatchNorm, ConversionError, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from tests.dist import run_on_ranks
 
 
@@ -159,3 +160,43 @@ def convert_with_groups():
 @pytest.mark.dist
 def test_layers_get_the_group_given_and_keep_the_one_they_have():
     assert run_on_ranks(convert_with_groups, 2) == [(4, 3), (4, 3)]
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm3d(3).eval()])
+def test_to_convert_and_revert_leaves_a_layer_as_it_was(layer):
+    layer.qconfig = "mine"
+    layer.weight.requires_grad_(False)
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    attributes, objects, kind = dict(vars(layer)), state_objects(layer), type(layer)
+    model = nn.Sequential(layer, layer)
+    assert revert_sync_batchnorm(convert_sync_batchnorm(model)) is model
+    assert model[0] is model[1] is layer
+    assert type(layer) is kind
+    assert vars(layer) == attributes
+    assert state_objects(layer) == objects
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.randn(2, 3, 4, 4, 4, 4))
+
+
+def test_copied_and_pickled_layers_can_be_reverted_too():
+    layer = convert_sync_batchnorm(nn.BatchNorm2d(3))
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(revert_sync_batchnorm(copied)) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("layer", [SyncBatchNorm(3), convert_sync_batchnorm(nn.SyncBatchNorm(3))])
+def test_a_layer_that_never_was_unsynchronised_takes_any_dimension_afterwards(layer):
+    layer = copy.deepcopy(layer)
+    x = torch.randn(4, 3, 2)
+    expected = copy.deepcopy(layer)(x)
+    torch.testing.assert_close(revert_sync_batchnorm(layer)(x), expected)
+    assert type(layer) is BatchNorm
+    layer(torch.randn(4, 3, 2, 2, 2, 2))
+    with pytest.raises(ValueError, match="1 dimensions"):
+        layer(torch.randn(3))
+    assert type(convert_sync_batchnorm(layer)) is SyncBatchNorm
+
+
+def test_converted_layers_are_called_by_their_path():
+    model = convert_sync_batchnorm(nn.Sequential(Block(), nn.BatchNorm2d(4)))
+    assert [model[0].norm.layer_name, model[1].layer_name] == ["0.norm", "1"]
