@@ -47,8 +47,9 @@ def sync_batch_norm(
     Accumulation is in float64 for every dtype. The statistics are the same bits on every rank.
 
     Collectives: one forward and one backward, each of one float64 vector, by every rank of the group and in the same
-    order of layers. Forward it has 2C + 1 elements: an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an
-    all_gather of [n, mean, M2]. Backward it has 2C: an all_reduce of [S, D]. A group of one rank issues none.
+    order of layers. Forward it is an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an all_gather of
+    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 3 elements, the last two of which tell whether the ranks
+    are in the same call. A group of one rank issues none.
 
     A rank without values (N = 0) takes part in both collectives, adds nothing to them and gets an empty output. If no
     rank has a value, the moments are zero.

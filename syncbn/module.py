@@ -39,7 +39,7 @@ class SyncBatchNorm(_BatchNorm):
     DistributedDataParallel `broadcast_buffers=False`, from torch 2.13 on `forward_sync_buffers=False`.
 
     The gradient of the input is that of the *sum* of the ranks' losses; `sync_batch_norm` says how to weight the losses
-    of uneven ranks. The second derivative is not available.
+    of uneven ranks. It can be differentiated in its turn, which takes further collectives: all ranks do so alike.
 
     Collectives: in training one forward and one backward, see `sync_batch_norm`; in evaluation none. So all ranks of
     the group are in training at the same time. Without a process group, or in a group of one, it issues none and is

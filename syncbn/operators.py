@@ -45,6 +45,10 @@ class _Normalise(Function):
             y, totals = forward(x, weight, bias, eps, key, keep_record=not with_graph)
             # As long as the graph lives, a checkpoint may run this again.
             ctx.record = CallSite.of(key).newest
+            # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
+            y = y.data
+            # The layer may be gone by the time of backward; what its collectives need must not be.
+            ctx.site = CallSite.of(key)
         ctx.save_for_backward(x, weight, totals)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)

@@ -263,3 +263,21 @@ def run_compiled_function():
 
 def test_the_function_can_be_compiled_too():
     run_on_ranks(run_compiled_function, 2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("samples", [2, 64])
+def test_the_output_can_be_changed_in_place(samples, memory_format):
+    """As in a ResNet, whose ReLU works in place; small and large inputs take different passes."""
+    x = torch.randn(samples, 8, 6, 6).to(memory_format=memory_format).requires_grad_()
+    y = nn.Sequential(SyncBatchNorm(8), nn.ReLU(inplace=True))(x)
+    y.square().sum().backward()
+    reference = x.detach().clone().requires_grad_()
+    nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())(reference).square().sum().backward()
+    torch.testing.assert_close(x.grad, reference.grad)
+
+
+def test_a_layer_may_be_gone_before_its_gradient_is_taken():
+    x = torch.randn(4, 3, requires_grad=True)
+    SyncBatchNorm(3)(x).square().sum().backward()
+    assert x.grad is not None
