@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import os
 from collections import deque
 from dataclasses import dataclass
@@ -38,8 +39,18 @@ class Call:
 class Record:
     """What a forward pass measured here and got from all ranks, for activation checkpointing to find again."""
 
-    local: Tensor
+    count: int
+    sums: tuple[Tensor, ...]
     totals: Tensor
+
+    def distance(self, count: int, sums: tuple[Tensor, ...]) -> float | None:
+        """Return how far sums over as many values are from these, or None if they are those of other values."""
+        if count != self.count or any(own.device != other.device for own, other in zip(self.sums, sums, strict=True)):
+            return None
+        pairs = [(own / max(count, 1), other / max(count, 1)) for own, other in zip(self.sums, sums, strict=True)]
+        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-6, equal_nan=True) for pair in pairs):
+            return None
+        return sum((own - other).abs().nan_to_num().sum().item() for own, other in pairs)
 
 
 @dataclass(frozen=True)
@@ -95,18 +106,18 @@ class CallSite:
         number = self._counts[phase] = self._counts.get(phase, 0) + 1
         return Call(self, phase, number)
 
-    def remember(self, local: Tensor, totals: Tensor, keep: bool) -> None:
+    def remember(self, count: int, sums: tuple[Tensor, ...], totals: Tensor, keep: bool) -> None:
         """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
 
         The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
         the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
         """
-        self.newest = Record(local, totals)
+        self.newest = Record(count, sums, totals)
         self._live.add(self.newest)
         if keep:
             self._kept.append(self.newest)
 
-    def recall(self, local: Tensor) -> Tensor | None:
+    def recall(self, count: int, sums: tuple[Tensor, ...]) -> Tensor | None:
         """Return what the ranks exchanged when this rank last measured this, or None if it never did.
 
         Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
@@ -115,16 +126,9 @@ class CallSite:
         # The graph task is the backward pass that this thread is in.
         if torch._C._current_graph_task_id() == -1:
             return None
-        alike = [
-            record
-            for record in self._live
-            if record.local.shape == local.shape
-            and record.local.device == local.device
-            and torch.allclose(record.local, local, rtol=1e-4, atol=1e-6, equal_nan=True)
-        ]
-        if not alike:
-            return None
-        return min(alike, key=lambda record: (record.local - local).abs().nan_to_num().sum().item()).totals
+        distances = [(record.distance(count, sums), record.totals) for record in self._live]
+        alike = [(distance, totals) for distance, totals in distances if distance is not None]
+        return min(alike, key=operator.itemgetter(0))[1] if alike else None
 
     def __getstate__(self) -> dict[str, Any]:
         group = self.group

@@ -1,6 +1,6 @@
 """The only calls of torch.distributed: one vector in, one collective, what all ranks sent out.
 
-Two numbers ride at the end of every vector, 16 bytes: a stamp of the layer's name, the phase and the call's number. Ranks
+Two numbers ride at the front of every vector, 16 bytes: a stamp of the layer's name, the phase and the call's number. Ranks
 that are in the same call stamp alike, so the sum of all stamps is W times the own one. If it is not, torch.distributed
 has paired two different calls, which it would do without a word.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.callsite import Call
+from syncbn.callsite import Call, CallSite
 from syncbn.errors import DesyncError, GroupError
 from syncbn.watch import watch
 
@@ -47,6 +47,8 @@ def group_size(process_group: ProcessGroup | None) -> int:
         if process_group is not None:
             raise GroupError("a process group was given, but torch.distributed is not initialised in this process")
         return 1
+    if process_group is None:
+        return int(dist.distributed_c10d._get_default_group().size())
     if dist.get_rank(process_group) < 0:
         raise GroupError(
             f"rank {dist.get_rank()} is not in the process group it was given; "
@@ -55,31 +57,38 @@ def group_size(process_group: ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def sum_over_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
+def sum_over_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str) -> Tensor:
     """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
 
-    Every rank receives the same bits, because the backends reduce each element once and hand the result round.
+    Every rank receives the same bits, because the backends reduce each element once and hand the result round. A rank
+    alone gets its own vector back and issues no collective.
 
     Args:
-        parts: float64 vectors, sent as one, of K elements together and 2 more for the stamp.
-        call: the call that all ranks of its group are in.
+        numbers: what goes ahead of the parts.
+        parts: vectors of any floating dtype, sent as one, of K elements together with the numbers, in float64, and two
+            more for the stamp.
+        site: where the call is issued from, on all ranks of its group.
+        phase: which of its calls.
 
     Returns:
-        The sum, shape (K,).
+        The sum, shape (K,), float64.
 
     Raises:
         DesyncError: other ranks are in another call, or not in any within the time limit.
     """
+    if group_size(site.process_group) == 1:
+        return torch.cat([_to_device(numbers, parts[0]), *parts])
+    call = site.next_call(phase)
     group = _group(call)
     stamp = _stamp(call)
-    vector = torch.cat([*parts, _to_device(stamp, parts[0])])
+    vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     options = dist.AllreduceOptions()
     _await(lambda: group.allreduce([vector], options), options, call, vector)
-    _check(vector[-2:], [group.size() * number for number in stamp], call)
-    return vector[:-2]
+    _check(vector[:2], [group.size() * number for number in stamp], call)
+    return vector[2:]
 
 
-def gather_from_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
+def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str) -> Tensor:
     """Collect the ranks' vectors in the order of their ranks: one all_gather; nothing is rounded on the way.
 
     Args and errors as in `sum_over_ranks`.
@@ -87,14 +96,17 @@ def gather_from_ranks(parts: Sequence[Tensor], call: Call) -> Tensor:
     Returns:
         Shape (W, K).
     """
+    if group_size(site.process_group) == 1:
+        return torch.cat([_to_device(numbers, parts[0]), *parts]).unsqueeze(0)
+    call = site.next_call(phase)
     group = _group(call)
     stamp = _stamp(call)
-    vector = torch.cat([*parts, _to_device(stamp, parts[0])])
+    vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     gathered = vector.new_empty(group.size(), vector.numel())
     options = torch._C._distributed_c10d.AllgatherOptions()
     _await(lambda: group.allgather([list(gathered.unbind())], [vector], options), options, call, vector)
-    _check(gathered[:, -2:].sum(0), [group.size() * number for number in stamp], call)
-    return gathered[:, :-2]
+    _check(gathered[:, :2].sum(0), [group.size() * number for number in stamp], call)
+    return gathered[:, 2:]
 
 
 def _group(call: Call) -> ProcessGroup:
@@ -107,9 +119,10 @@ def _stamp(call: Call) -> list[float]:
     return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
 
 
-def _to_device(stamp: list[float], beside: Tensor) -> Tensor:
-    """Make a vector of a stamp; from pinned memory, as the host would otherwise wait for the device to take it."""
-    return torch.tensor(stamp, dtype=torch.float64, pin_memory=beside.is_cuda).to(beside.device, non_blocking=True)
+def _to_device(numbers: Sequence[float], beside: Tensor) -> Tensor:
+    """Make a vector of numbers; from pinned memory, as the host would otherwise wait for the device to take it."""
+    vector = torch.tensor(numbers, dtype=torch.float64, pin_memory=beside.is_cuda)
+    return vector.to(beside.device, non_blocking=True) if beside.is_cuda else vector
 
 
 def _is_queued(call: Call, tensor: Tensor) -> bool:

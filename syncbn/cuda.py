@@ -23,40 +23,55 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(torch.float64), deviation_inverse.to(torch.float64).pow_(-2).mul_(x.numel() // x.shape[1])
 
 
-def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Return scale·(x - mean) + bias."""
+def normalise(x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return weight·(x - mean) / √(variance + eps) + bias."""
+    mean, variance = moments
     dtype = _accumulator(x)
-    shift = torch.zeros_like(mean) if bias is None else bias
-    # The kernel's inverse deviation carries the scale, so that its weight is 1.
-    one = torch.ones_like(mean, dtype=dtype)
-    return torch.batch_norm_elemt(x, one, shift.to(dtype), mean.to(dtype), scale.to(dtype), 0.0)
+    weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
+    return torch.batch_norm_elemt(x, weight, bias, mean.to(dtype), _inverse(variance, eps).to(dtype), eps)
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor, deviation_inverse: Tensor) -> tuple[Tensor, Tensor]:
+def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel, in float64."""
+    mean, variance = moments
     dtype = _accumulator(x)
     centre = mean.to(dtype)
+    inverse = _inverse(variance, eps)
+    # The kernel's first result is Σdy, its second Σdy·(x - centre).
     total, product, _, _ = torch.batch_norm_backward_reduce(
-        _like(dy, x), x, centre, deviation_inverse.to(dtype), None, True, False, False
+        _like(dy, x), x, centre, inverse.to(dtype), None, True, False, False
     )
     total = total.to(torch.float64)
     # The kernel's centre is the mean rounded; what that lacks is taken off here.
-    return total, (product.to(torch.float64) - total * (mean - centre)) * deviation_inverse
+    return total, (product.to(torch.float64) - total * (mean - centre)) * inverse
 
 
-def combine_gradient(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    """Return scale·(dy - offset) - factor·(x - mean).
+def combine_gradient(
+    dy: Tensor, x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, gradient_means: Tensor
+) -> Tensor:
+    """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂).
 
-    The kernel computes (dy - s/n - (x - mean)·inverse²·d/n)·inverse·weight; with n = 1 and inverse = 1 its weight is our
-    scale, its s our offset, and its d our factor / scale, taken as 0 where the scale is, as factor is 0 there too.
+    The kernel takes Σdy and Σdy·(x - mean) and divides them by a count; it is given their means, and the count 1.
     """
+    mean, variance = moments
+    mean_dy, mean_dy_normalised = gradient_means
     dtype = _accumulator(x)
-    one = torch.ones_like(mean, dtype=dtype)
-    product = torch.where(scale != 0, factor / scale, 0.0)
+    product = mean_dy_normalised * (variance + eps).sqrt()
     count = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
-        _like(dy, x), x, mean.to(dtype), one, scale.to(dtype), offset.to(dtype), product.to(dtype), count
+        _like(dy, x),
+        x,
+        mean.to(dtype),
+        _inverse(variance, eps).to(dtype),
+        None if weight is None else weight.to(dtype),
+        mean_dy.to(dtype),
+        product.to(dtype),
+        count,
     )
+
+
+def _inverse(variance: Tensor, eps: float) -> Tensor:
+    return (variance + eps).rsqrt()
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from syncbn.callsite import CallSite
 from syncbn.collective import group_size
 from syncbn.errors import InputError
 from syncbn.moments import Moments
-from syncbn.operators import normalise
+from syncbn.operators import moments_of, normalise
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -48,7 +48,7 @@ def sync_batch_norm(
 
     Collectives: one forward and one backward, each of one float64 vector, by every rank of the group and in the same
     order of layers. Forward it is an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an all_gather of
-    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 3 elements, the last two of which tell whether the ranks
+    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 4 elements, of which the first two tell whether the ranks
     are in the same call. A group of one rank issues none.
 
     A rank without values (N = 0) takes part in both collectives, adds nothing to them and gets an empty output. If no
@@ -77,7 +77,7 @@ def sync_batch_norm(
     """
     check_input(input, weight=weight, bias=bias)
     output, totals = normalise(input, weight, bias, eps, _site_of(process_group))
-    return output, Moments.unpack(totals[1 : 2 * input.shape[1] + 2])
+    return output, moments_of(totals, input.shape[1])
 
 
 _sites: WeakKeyDictionary[ProcessGroup, CallSite] = WeakKeyDictionary()
@@ -121,7 +121,7 @@ def check_input(x: Tensor, **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if vector is None:
             continue
-        if tuple(vector.shape) != shape[1:2]:
+        if vector.shape != x.shape[1:2]:
             raise InputError(
                 f"the input has {shape[1]} channels, shape {shape}, but {name} has shape {tuple(vector.shape)}; "
                 "taken is one element for each channel"

@@ -1,18 +1,23 @@
 """The passes over a rank's own values: measure, normalise, reduce the gradient, combine it. Pure, and no collective.
 
-On the CPU torch has no kernels for the steps of a synchronised layer. These are made from those it has: its fused
-batch normalisation takes the step that is wanted if it is told the rest. They count in float32, so three things are done
-in float64 around them: short sums are put together, differences of large numbers are taken, and channels whose mean is
-many deviations from zero are done again.
+On the CPU torch has no kernels for the steps of a synchronised layer. For float32 these are made from those it has: its
+fused batch normalisation takes the step that is wanted if it is told the rest. They count in float32, so short sums are
+put together in float64, and channels whose mean is many deviations from zero are done again in float64.
 
-Tensors of three layouts come in, and each pass views them as one of two:
+What is small, of another dtype or on a device without kernels is calculated by the plain formula in float64.
 
-    rows      (N, C, L), contiguous: a channel's values lie side by side
+Float32 tensors of three layouts come in, and each pass views them as one of two:
+
+    rows      (N, C, *), contiguous: a channel's values lie side by side
     columns   (M, C), contiguous: a value's channels lie side by side, as in channels_last and in (N, C)
+
+Moments are passed as one float64 tensor of shape (2, C), mean and biased variance, and so are the means of the gradient:
+(2, C), those of dy and of dy·x̂, where x̂ = (x - mean) / √(variance + eps).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -42,78 +47,81 @@ def along_channels(vector: Tensor, x: Tensor) -> Tensor:
 
 def is_columns(x: Tensor) -> bool:
     """Tell whether a tensor is best seen as columns: its channels lie innermost."""
-    return x.dim() == 2 or (x.shape[1] > 1 and x.movedim(1, -1).is_contiguous())
+    if x.is_contiguous():
+        return x.numel() == x.shape[0] * x.shape[1]
+    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
 
 
 def arrange(x: Tensor, columns: bool) -> Tensor:
-    """View a (N, C, *) tensor as columns (M, C) or rows (N, C, L); copy it only where its layout is another."""
-    if columns:
-        return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous()
-    return x.reshape(x.shape[0], x.shape[1], -1).contiguous()
+    """Return the values as columns or rows, copied only where their layout is another."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous() if columns else x.contiguous()
 
 
 def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
     """Give the values of `arrange` the shape of x again."""
-    if columns:
-        return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return values.view(x.shape)
+    return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1) if columns else values
 
 
-def is_small(x: Tensor) -> bool:
-    """Tell whether the plain formula in float64 is the best way: for few values, or on a device without kernels."""
-    return x.device.type not in ("cpu", "cuda") or x.numel() < (SMALL if x.device.type == "cpu" else 1)
+def _is_plain(x: Tensor) -> bool:
+    """Tell whether the formula in float64 is the way to go."""
+    if x.is_cuda:
+        return x.numel() == 0
+    return x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu
 
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 = Σ(x - mean)² of each channel, in float64; zero where there is no value."""
-    x = x.detach()
-    if is_small(x):
-        return _measure_exactly(x)
-    if x.is_cuda:
-        return cuda.measure(x)
-    columns = is_columns(x)
-    values = arrange(x, columns)
-    if values.dtype.itemsize == 2:
-        values = values.to(torch.float32)
-    mean, m2, may_be_far = _measure_columns(values) if columns else _measure_rows(values)
-    if may_be_far and (far := far_channels(mean, m2 / (x.numel() // x.shape[1]))) is not None:
-        mean[far], m2[far] = _measure_exactly(x.index_select(1, far))
-    return mean, m2
-
-
-def _measure_exactly(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure in two passes of float64, whatever the layout."""
+    """Return mean and M2 = Σ(x - mean)² of each channel, by two passes in float64; zero where there is no value."""
     # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
     count = max(x.numel() // x.shape[1], 1)
-    values = x.to(torch.float64)
+    values = x.detach().to(torch.float64)
     dimensions = reduced_dimensions(x)
     mean = values.sum(dimensions) / count
     return mean, (values - along_channels(mean, x)).square_().sum(dimensions)
 
 
-def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Measure by Σx and Σx·(x - K) from one pass around K = 0, and from a second around the mean if that lies far off.
+def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σx and Σx² of each channel, in float64, or in float32 where the variance keeps its digits in that."""
+    x = x.detach()
+    count = x.numel() // x.shape[1]
+    if _is_plain(x):
+        mean, m2 = measure(x)
+    elif x.is_cuda:
+        mean, m2 = cuda.measure(x)
+    else:
+        columns = is_columns(x)
+        values = arrange(x, columns)
+        if columns:
+            mean, m2 = _measure_columns(values)
+        else:
+            total, squares = _reduce_rows(values, values, _constant(0.0, x.shape[1]))
+            # Σx² - Σx·mean subtracts from the first at most half of it if no mean is more than a deviation off zero.
+            if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
+                return total, squares
+            mean, m2 = _measure_rows_around(values, (total / count).to(torch.float32))
+        if (far := far_channels(x, torch.stack([mean, m2 / count]), 0.0)) is not None:
+            mean[far], m2[far] = measure(x.index_select(1, far))
+    total = mean * count
+    return total, m2.addcmul_(total, mean)
 
-    The third thing returned tells whether it did: more than a deviation.
 
-    Σ(x - mean)² = Σx·(x - K) - Σx·(mean - K), which loses digits only with K's distance from the mean.
-    """
-    count = rows.shape[0] * rows.shape[2]
-    sums, products = _reduce_rows(rows, rows, rows.new_zeros(rows.shape[1]))
-    mean = sums / count
-    m2 = products.addcmul_(sums, mean, value=-1)
-    off = bool((sums * mean > m2).any())
-    if off:
-        guess = mean.to(rows.dtype)
-        sums, products = _reduce_rows(rows, rows, guess)
-        mean = sums / count
-        m2 = products.addcmul_(sums, mean - guess, value=-1)
-    return mean, m2.clamp_(min=0), off
+@functools.lru_cache(maxsize=256)
+def _constant(value: float, channels: int) -> Tensor:
+    # Made in inference mode, it could not be used in training afterwards.
+    with torch.inference_mode(mode=False):
+        return torch.full((channels,), value, dtype=torch.float32, device="cpu")
+
+
+def _measure_rows_around(rows: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and M2 by Σx and Σx·(x - guess): Σ(x - mean)² = Σx·(x - guess) - Σx·(mean - guess)."""
+    total, product = (sums.to(torch.float64) for sums in _reduce_rows(rows, rows, guess))
+    mean = total / (rows.numel() // rows.shape[1])
+    return mean, product.addcmul_(total, mean - guess, value=-1).clamp_(min=0)
 
 
 def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σleft and Σleft·(right - centre) of each channel, of rows that are halved while they are long and even."""
-    samples, channels, length = left.shape
+    samples, channels = left.shape[:2]
+    length = left.numel() // (samples * channels)
     k = 1
     while length // k > CHAIN * LANES and length % (2 * k) == 0:
         k *= 2
@@ -121,16 +129,16 @@ def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, T
         return _reduce(left, right, centre)
     halved = (samples, channels * k, length // k)
     total, product = _reduce(left.view(halved), right.view(halved), centre.repeat_interleave(k))
-    return total.view(channels, k).sum(1), product.view(channels, k).sum(1)
+    return total.to(torch.float64).view(channels, k).sum(1), product.to(torch.float64).view(channels, k).sum(1)
 
 
 def _reduce(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σleft and Σleft·(right - centre) of each channel: the gradients of bias and weight of a batch norm."""
-    one = torch.ones_like(centre)
+    one = _constant(1.0, centre.numel())
     _, product, total = torch.ops.aten.native_batch_norm_backward.default(
         left, right, one, None, None, centre, one, True, 0.0, (False, True, True)
     )
-    return total.to(torch.float64), product.to(torch.float64)
+    return total, product
 
 
 def _fold(columns: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -144,7 +152,7 @@ def _fold(columns: Tensor) -> tuple[Tensor, Tensor, int]:
     return columns[:even].view(even // k, k * columns.shape[1]), columns[even:], k
 
 
-def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Measure folded columns and put them together as Chan, Golub & LeVeque do for any parts of equal count."""
     folded, rest, k = _fold(columns)
     height, channels = columns.shape
@@ -155,19 +163,21 @@ def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor, bool]:
     )
     if part * k == height:
         mean = means.mean(0)
-        m2 = variances.add_(means.sub_(mean).square_()).sum(0).mul_(part)
-    else:
-        rest = rest.to(torch.float64)
-        mean = (means.sum(0) * part + rest.sum(0)) / height
-        m2 = (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
-    return mean, m2, True
+        return mean, variances.add_(means.sub_(mean).square_()).sum(0).mul_(part)
+    rest = rest.to(torch.float64)
+    mean = (means.sum(0) * part + rest.sum(0)) / height
+    return mean, (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
 
 
 def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σleft and Σleft·(right - centre) of each channel, as `_reduce_rows` does, of folded columns."""
     folded, rest, k = _fold(left)
+    if k == 1:
+        return _reduce(left, right, centre)
     folded_right, rest_right, _ = _fold(right)
-    total, product = (sums.view(k, -1).sum(0) for sums in _reduce(folded, folded_right, centre.repeat(k)))
+    total, product = (
+        sums.to(torch.float64).view(k, -1).sum(0) for sums in _reduce(folded, folded_right, centre.repeat(k))
+    )
     if rest.numel():
         rest = rest.to(torch.float64)
         total += rest.sum(0)
@@ -175,102 +185,143 @@ def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor
     return total, product
 
 
-def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return scale·values + shift in one pass: batch normalisation in evaluation, of mean 0 and variance 1."""
-    return torch.native_batch_norm(
-        values, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0
-    )[0]
+def far_channels(x: Tensor, moments: Tensor, eps: float) -> Tensor | None:
+    """Return the indices of channels of x that float32 does not hold well enough, or None if there are none.
+
+    On the CPU alone: the kernels of a GPU subtract the mean first, and to look would make the host wait.
+    """
+    if x.is_cuda or _is_plain(x):
+        return None
+    mean, variance = moments.unbind()
+    excess = torch.addcmul(variance, mean, mean, value=-1 / FAR**2)
+    if excess.min().item() >= -eps:
+        return None
+    # A NaN, which is the least of all, is far from nothing, and stays.
+    far = (excess < -eps).nonzero().flatten()
+    return far if far.numel() else None
 
 
-def far_channels(mean: Tensor, variance: Tensor) -> Tensor | None:
-    """Return the indices of channels that float32 does not hold well enough, or None if there are none."""
-    if mean.is_cuda:
-        return None  # its kernels subtract the mean first, and to look would make the host wait
-    # On the host, which is where the values are. A NaN is far from nothing, and stays.
-    far = mean.square() > variance * FAR**2
-    return far.nonzero().flatten() if far.any() else None
-
-
-def normalise(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None, far: Tensor | None) -> Tensor:
-    """Return scale·(x - mean) + bias in the dtype and memory format of x.
+def normalise(
+    x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, far: Tensor | None
+) -> Tensor:
+    """Return weight·(x - mean) / √(variance + eps) + bias in the dtype and memory format of x.
 
     Args:
         x: shape (N, C, *).
-        mean: shape (C,), float64.
-        scale: shape (C,), float64.
+        moments: shape (2, C), float64.
+        eps: added to the variance.
+        weight: shape (C,), or None for 1.
         bias: shape (C,), or None for 0.
         far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if is_small(x):
-        return _normalise_exactly(x, mean, scale, bias)
+    if _is_plain(x):
+        return _normalise_plainly(x, moments, eps, weight, bias)
     if x.is_cuda:
-        return cuda.normalise(x, mean, scale, bias)
+        return cuda.normalise(x, moments, eps, weight, bias)
     columns = is_columns(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shift = -mean * scale if bias is None else torch.addcmul(bias.to(torch.float64), mean, scale, value=-1)
-    values = arrange(x, columns).to(dtype)
-    y = rearrange(_scale_and_shift(values, scale.to(dtype), shift.to(dtype)).to(x.dtype), x, columns)
+    mean, variance = moments.unbind()
+    scale = (variance + eps).rsqrt_()
+    if weight is not None:
+        scale = scale.mul_(weight)
+    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
+    y = rearrange(_scale_and_shift(arrange(x, columns), scale.to(x.dtype), shift.to(x.dtype)), x, columns)
     if far is not None:
-        some = None if bias is None else bias[far]
-        y.index_copy_(1, far, _normalise_exactly(x.index_select(1, far), mean[far], scale[far], some))
+        y.index_copy_(1, far, _normalise_plainly(x[:, far], moments[:, far], eps, _some(weight, far), _some(bias, far)))
     return y
 
 
-def _normalise_exactly(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return scale·values + shift in one pass: batch normalisation in evaluation, of mean 0 and variance 1."""
+    mean, variance = _constant(0.0, scale.numel()), _constant(1.0, scale.numel())
+    return torch.native_batch_norm(values, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+
+
+def _some(vector: Tensor | None, channels: Tensor) -> Tensor | None:
+    return None if vector is None else vector[channels]
+
+
+def _normalise_plainly(x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    mean, variance = moments.unbind()
+    scale = (variance + eps).rsqrt_()
+    if weight is not None:
+        scale = scale.mul_(weight)
     y = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(scale, x))
     return (y if bias is None else y.add_(along_channels(bias, x))).to(x.dtype)
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, mean: Tensor, deviation_inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, with x̂ = (x - mean)·deviation_inverse."""
-    if is_small(x):
-        dimensions = reduced_dimensions(x)
-        dy = dy.to(torch.float64)
-        centred = x.to(torch.float64) - along_channels(mean, x)
-        return dy.sum(dimensions), centred.mul_(dy).sum(dimensions) * deviation_inverse
+def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float, far: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
+    if _is_plain(x):
+        return _reduce_plainly(dy, x, moments, eps)
     if x.is_cuda:
-        return cuda.reduce_gradient(dy, x, mean, deviation_inverse)
+        return cuda.reduce_gradient(dy, x, moments, eps)
     columns = is_columns(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    centre = mean.to(dtype)
+    mean, variance = moments.unbind()
     reduce = _reduce_columns if columns else _reduce_rows
-    total, product = reduce(arrange(dy, columns).to(dtype), arrange(x, columns).to(dtype), centre)
-    # The kernel's centre is the mean rounded; what that lacks is taken off here.
-    return total, (product - total * (mean - centre)) * deviation_inverse
+    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean.to(x.dtype))
+    product = product * (variance + eps).rsqrt_()
+    if far is not None:
+        # Their mean, rounded to float32 as the kernel takes it, is off by a part of a deviation that counts.
+        product[far] = _reduce_plainly(dy[:, far], x[:, far], moments[:, far], eps)[1]
+    return total, product
+
+
+def _reduce_plainly(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean, variance = moments.unbind()
+    dimensions = reduced_dimensions(x)
+    dy = dy.to(torch.float64)
+    product = (x.to(torch.float64) - along_channels(mean, x)).mul_(dy).sum(dimensions)
+    return dy.sum(dimensions), product.mul_((variance + eps).rsqrt_())
 
 
 def combine_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, factor: Tensor, offset: Tensor, far: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    gradient_means: Tensor,
+    far: Tensor | None,
 ) -> Tensor:
-    """Return scale·(dy - offset) - factor·(x - mean) in the dtype and memory format of x.
+    """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂) in the dtype and memory format of x.
 
     Args:
         dy: shape (N, C, *) in any memory format.
         x: shape (N, C, *).
-        mean: shape (C,), float64, as are scale, factor and offset.
-        scale: see the formula.
-        factor: see the formula.
-        offset: see the formula.
+        moments: shape (2, C), float64.
+        eps: added to the variance.
+        weight: shape (C,), or None for 1.
+        gradient_means: shape (2, C), float64: over all ranks' values, those of dy and of dy·x̂.
         far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if is_small(x):
-        return _combine_exactly(dy, x, mean, scale, factor, offset)
+    if _is_plain(x):
+        return _combine_plainly(dy, x, moments, eps, weight, gradient_means)
     if x.is_cuda:
-        return cuda.combine_gradient(dy, x, mean, scale, factor, offset)
+        return cuda.combine_gradient(dy, x, moments, eps, weight, gradient_means)
     columns = is_columns(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shift = (factor * mean - scale * offset).to(dtype)
-    dx = _scale_and_shift(arrange(dy, columns).to(dtype), scale.to(dtype), shift)
-    values = arrange(x, columns).to(dtype)
-    dx.addcmul_(values, along_channels(factor.to(dtype), values), value=-1)
-    dx = rearrange(dx.to(x.dtype), x, columns)
+    mean, variance = moments.to(x.dtype).unbind()
+    mean_dy, mean_dy_normalised = gradient_means.to(x.dtype).unbind()
+    scale = None if weight is None else weight.to(x.dtype)
+    factor = mean_dy_normalised / (variance + eps)
+    if scale is not None:
+        factor *= scale
+    # dx = scale·(dy - mean of dy)·(variance + eps)^-½ + factor·mean - factor·x, the first two terms in one fused pass.
+    dx = torch.native_batch_norm(arrange(dy, columns), scale, factor * mean, mean_dy, variance, False, 0.0, eps)[0]
+    values = arrange(x, columns)
+    dx = rearrange(dx.addcmul_(values, along_channels(factor, values), value=-1), x, columns)
     if far is not None:
-        some = (dy.index_select(1, far), x.index_select(1, far), mean[far], scale[far], factor[far], offset[far])
-        dx.index_copy_(1, far, _combine_exactly(*some))
+        some = (dy[:, far], x[:, far], moments[:, far], eps, _some(weight, far), gradient_means[:, far])
+        dx.index_copy_(1, far, _combine_plainly(*some))
     return dx
 
 
-def _combine_exactly(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
-    dx = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(-factor, x))
+def _combine_plainly(
+    dy: Tensor, x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, gradient_means: Tensor
+) -> Tensor:
+    mean, variance = moments.unbind()
+    mean_dy, mean_dy_normalised = gradient_means.unbind()
+    inverse = (variance + eps).rsqrt_()
+    scale = inverse if weight is None else inverse * weight
+    dx = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(-mean_dy_normalised * inverse, x))
     # In place on x, so that dx has the memory format of x whatever that of dy.
-    return dx.add_((dy.to(torch.float64) - along_channels(offset, x)).mul_(along_channels(scale, x))).to(x.dtype)
+    return dx.add_(dy).sub_(along_channels(mean_dy, x)).mul_(along_channels(scale, x)).to(x.dtype)

@@ -14,7 +14,7 @@ from syncbn.callsite import CallSite, next_layer_number
 from syncbn.errors import InputError
 from syncbn.functional import check_input
 from syncbn.moments import Moments
-from syncbn.operators import normalise
+from syncbn.operators import moments_of, normalise
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -182,15 +182,14 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return self._evaluate(input)
         output, totals = normalise(input, self.weight, self.bias, self.eps, self._site)
-        moments = Moments.unpack(totals[1 : 2 * self.num_features + 2])
-        if self._watchers:
-            for watcher in self._watchers:
-                watcher(moments)
+        for watcher in self._watchers:
+            watcher(moments_of(totals, self.num_features))
         if self.track_running_stats:
-            self._update_running_statistics(moments, totals[0])
+            self._update_running_statistics(totals)
         if self._site.share_wanted:
-            _, m2, within = totals[2:].detach().chunk(3)
-            self._between_worker_variance_share = torch.where(m2 > 0, 1 - within / m2, 0).clamp(0, 1)
+            _, variance, within = totals[2:].chunk(3)
+            share = torch.where(variance > 0, 1 - within / (variance * totals[0]), 0)
+            self._between_worker_variance_share = share.clamp(0, 1)
         return output
 
     def _forward_where(self, mask: Tensor, x: Tensor) -> Tensor:
@@ -222,17 +221,20 @@ class SyncBatchNorm(_BatchNorm):
         return F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
 
     @torch.no_grad()
-    def _update_running_statistics(self, moments: Moments, news: Tensor) -> None:
-        # Where no rank had a value, or none that was not seen before, the factor 0 keeps the buffers; a branch would
-        # make the host wait for the device.
-        factor = (news > 0).to(torch.float64)
+    def _update_running_statistics(self, totals: Tensor) -> None:
+        # Where no rank had a value, or none that was not seen before, the weight 0 keeps the buffers; a branch would make
+        # the host wait for a device, and the compiler give up.
+        count, news = totals[:2] if totals.is_cuda or torch.compiler.is_compiling() else totals[:2].tolist()
+        weight = torch.clamp(news, max=1) if isinstance(news, Tensor) else min(news, 1.0)
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(factor.to(self.num_batches_tracked.dtype))
+            self.num_batches_tracked.add_(news > 0)
         if self.momentum is not None:
-            factor = factor * self.momentum
+            weight = weight * self.momentum
         elif self.num_batches_tracked is not None:
-            factor = factor / self.num_batches_tracked.clamp(min=1)
-        newest = (moments.mean, moments.unbiased_variance)
-        for running, statistic in zip((self.running_mean, self.running_var), newest, strict=True):
+            weight = weight / self.num_batches_tracked.clamp(min=1).to(torch.float64)
+        mean, variance = totals[2 : 2 * self.num_features + 2].view(2, -1).unbind()
+        correction = count / (torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1))
+        unbiased_variance = variance * correction
+        for running, statistic in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
             if running is not None:
-                running.copy_(running.to(torch.float64).lerp_(statistic, factor))
+                running.copy_(running.to(torch.float64).lerp_(statistic, weight))

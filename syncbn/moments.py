@@ -73,24 +73,3 @@ class Moments:
         """Return the moments that `pack` made a vector of."""
         mean, m2 = vector[1:].chunk(2)
         return cls(vector[0], mean, m2)
-
-    def pack_sums(self) -> Tensor:
-        """Return one vector [n, n·mean, M2 + n·mean²] = [n, Σx, Σx²] of 2C + 1 elements.
-
-        The sets' vectors add up to the vector of their union; that of an empty set is zero.
-        """
-        total = self.count * self.mean
-        return torch.cat([self.count.view(1), total, self.m2 + total * self.mean])
-
-    @classmethod
-    def unpack_sums(cls, vector: Tensor) -> Moments:
-        """Return the moments behind a sum of `pack_sums` vectors: mean = Σx / n, M2 = Σx² - Σx·mean.
-
-        The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values
-        resolve. For float64 values `merge` is the exact way.
-        """
-        count = vector[0]
-        total, squares = vector[1:].chunk(2)
-        mean = total / count.clamp(min=1)
-        # Rounding can take the M2 of a constant channel below zero, and the root of that would be NaN.
-        return cls(count, mean, (squares - total * mean).clamp(min=0))

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from syncbn import kernels
 from syncbn.callsite import CallSite
-from syncbn.collective import gather_from_ranks, group_size, sum_over_ranks
+from syncbn.collective import gather_from_ranks, sum_over_ranks
 from syncbn.errors import InputError
 from syncbn.moments import Moments
 
@@ -26,12 +26,22 @@ def normalise(
     """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
 
     Returns:
-        The output; and a float64 vector [news, n, mean, M2] of 2C + 2 elements, with C more, Σᵢ M2ᵢ, where the call site
-        wants to know the share of the variance between ranks. n counts the values of all ranks. news is n too, or 0 in
-        a recomputation, whose statistics no running average shall see twice.
+        The output; and a float64 vector [n, news, mean, variance] of 2C + 2 elements, with C more, Σᵢ M2ᵢ, where the
+        call site wants to know the share of the variance between ranks. n counts the values of all ranks. news is n
+        too, or 0 in a recomputation, whose statistics no running average shall see twice.
     """
     output, totals = _Normalise.apply(x, weight, bias, eps, site.key, torch.is_grad_enabled())
     return output, totals
+
+
+def moments_of(totals: Tensor, channels: int) -> Moments:
+    """Return the moments that a vector of `normalise` holds."""
+    mean, variance = _mean_and_variance(totals, channels).unbind()
+    return Moments(totals[0], mean, variance * totals[0])
+
+
+def _mean_and_variance(totals: Tensor, channels: int) -> Tensor:
+    return totals[2 : 2 * channels + 2].view(2, channels)
 
 
 class _Normalise(Function):
@@ -82,72 +92,78 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Measure, exchange, normalise; the result as in `normalise`."""
     totals = _exchange_moments(x, CallSite.of(key), keep_record)
-    moments = Moments.unpack(totals[1 : 2 * x.shape[1] + 2])
-    variance = moments.variance + eps
-    deviation_inverse = variance.rsqrt()
-    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, variance)
-    scale = deviation_inverse if weight is None else deviation_inverse * weight
-    return kernels.normalise(x, moments.mean, scale, bias, far), totals
+    moments = _mean_and_variance(totals, x.shape[1])
+    return kernels.normalise(x, moments, eps, weight, bias, kernels.far_channels(x, moments, eps)), totals
 
 
 def _exchange_moments(x: Tensor, site: CallSite, keep_record: bool) -> Tensor:
     """Measure x and merge with the other ranks, in one collective; a rank alone needs none."""
-    moments = Moments.measure(x)
-    local = moments.pack()
+    channels = x.shape[1]
+    count = x.numel() // channels
     # The branches depend on the group's size, the dtype and the layer's settings, which are the same on every rank, and
     # never on the number of values or on requires_grad, which are not; a recomputation is one on every rank. So no rank
     # can miss the collective that the others are in.
-    if (recalled := site.recall(local)) is not None:
-        return torch.cat([recalled.new_zeros(1), recalled[1:]])
-    if group_size(site.process_group) == 1:
-        within = moments.m2
-    elif x.dtype == torch.float64:
-        # To add n·mean² and subtract it again would cost float64 values (mean/std)² units in the last place. A shift
-        # would avoid it, but nothing is sure to be shared before the first collective: the running mean starts at 0,
-        # and if the ranks had loaded different buffers, the error would be silent. Hence the parts, unmixed.
-        parts = [Moments.unpack(part) for part in gather_from_ranks([local], site.next_call("forward"))]
-        moments = Moments.merge(parts)
-        within = torch.stack([part.m2 for part in parts]).sum(0)
-    else:
-        vectors = [moments.pack_sums(), moments.m2] if site.share_wanted else [moments.pack_sums()]
-        total = sum_over_ranks(vectors, site.next_call("forward"))
-        moments = Moments.unpack_sums(total[: local.numel()])
-        within = total[local.numel() :]
+    exchange = _exchange_parts if x.dtype == torch.float64 else _exchange_sums
+    sums = kernels.measure(x) if x.dtype == torch.float64 else kernels.measure_sums(x)
+    if (recalled := site.recall(count, sums)) is not None:
+        return torch.cat([recalled[:1], recalled.new_zeros(1), recalled[2:]])
+    totals = exchange(count, *sums, site)
     # A total of 1 means that no rank has more than 1. So every rank then looks at the total, and all raise together;
     # and in any other case a rank with more than 1 does not make the host wait for its device.
-    if x.numel() <= x.shape[1] and moments.count == 1:
+    if count <= 1 and totals[0] == 1:
         raise InputError(
             f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
             "taken are 2 or more in training"
         )
-    count = moments.count.view(1)
-    totals = torch.cat([count, count, moments.mean, moments.m2, *([within] if site.share_wanted else [])])
-    site.remember(local, totals, keep_record)
+    site.remember(count, sums, totals, keep_record)
     return totals
+
+
+def _exchange_sums(count: int, total: Tensor, squares: Tensor, site: CallSite) -> Tensor:
+    """Add up [n, Σx, Σx²] of the ranks: mean = Σx / n, variance = Σx² / n - mean².
+
+    The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values resolve.
+    """
+    parts = [total, squares]
+    if site.share_wanted:
+        parts.append(squares.to(torch.float64).addcmul(total.to(torch.float64), total, value=-1 / max(count, 1)))
+    totals = sum_over_ranks([count, count], parts, site, "forward")
+    # Where no rank has a value there is nothing to divide, and 0/0 would be NaN.
+    mean, variance = _mean_and_variance(totals, len(total)).div_(totals[0].clamp(min=1)).unbind()
+    # Rounding can take the variance of a constant channel below zero, and the root of that would be NaN.
+    variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
+    return totals
+
+
+def _exchange_parts(count: int, mean: Tensor, m2: Tensor, site: CallSite) -> Tensor:
+    """Gather [n, mean, M2] of the ranks and merge them.
+
+    To add n·mean² and subtract it again would cost float64 values (mean/std)² units in the last place. A shift would
+    avoid it, but nothing is sure to be shared before the first collective: the running mean starts at 0, and if the
+    ranks had loaded different buffers, the error would be silent. Hence the parts, unmixed.
+    """
+    gathered = gather_from_ranks([count, count], [mean, m2], site, "forward")
+    parts = [Moments(part[0], *_mean_and_variance(part, len(mean))) for part in gathered]
+    merged = Moments.merge(parts)
+    within = [torch.stack([part.m2 for part in parts]).sum(0)] if site.share_wanted else []
+    return torch.cat([merged.count.view(1), merged.count.view(1), merged.mean, merged.variance, *within])
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two in float64."""
-    site = CallSite.of(key)
-    moments = Moments.unpack(totals[1 : 2 * x.shape[1] + 2])
-    variance = moments.variance + eps
-    deviation_inverse = variance.rsqrt()
-    bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, moments.mean, deviation_inverse)
+    """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
+    channels = x.shape[1]
+    moments = _mean_and_variance(totals, channels)
+    far = kernels.far_channels(x, moments, eps)
+    bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, moments, eps, far)
     # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
-    # The zero makes the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
+    # The zeros make the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
     # of another length; of the same length, it is found out by its stamp.
-    total = torch.cat([bias_gradient, weight_gradient, totals.new_zeros(1)])
-    if group_size(site.process_group) > 1:
-        total = sum_over_ranks([total], site.next_call("backward"))
-    # Without any value on any rank there is nothing to divide by, and 0/0 would be NaN.
-    offset, mean_dy_normalised = (total[:-1] / moments.count.clamp(min=1)).chunk(2)
-    scale = deviation_inverse if weight is None else deviation_inverse * weight
-    far = None if kernels.is_small(x) else kernels.far_channels(moments.mean, variance)
-    factor = mean_dy_normalised * deviation_inverse * scale
-    dx = kernels.combine_gradient(dy, x, moments.mean, scale, factor, offset, far)
+    total = sum_over_ranks([0, 0], [bias_gradient, weight_gradient], CallSite.of(key), "backward")
+    gradient_means = _mean_and_variance(total, channels).div_(totals[0].clamp(min=1))
+    dx = kernels.combine_gradient(dy, x, moments, eps, weight, gradient_means, far)
     return dx, weight_gradient, bias_gradient
 
 
@@ -160,12 +176,7 @@ class _SumOverRanks(Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, key: int, known: Tensor | None) -> Tensor:
         ctx.key = key
-        site = CallSite.of(key)
-        if known is not None:
-            return known.clone()
-        if group_size(site.process_group) == 1:
-            return vector.clone()
-        return sum_over_ranks([vector], site.next_call("backward"))
+        return sum_over_ranks([], [vector], CallSite.of(key), "backward") if known is None else known.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,7 +193,7 @@ def _differentiable_gradients(
     gradient takes more: every rank differentiates alike.
     """
     with torch.enable_grad():
-        moments = Moments.unpack(totals[1 : 2 * x.shape[1] + 2])
+        moments = moments_of(totals, x.shape[1])
         # Also a rank that needs no gradient of x takes part in the collective on the way to it.
         values = x if x.requires_grad else x.detach().requires_grad_()
         ones = torch.ones_like(moments.mean)
@@ -215,7 +226,9 @@ def _forward_operator(
 def _backward_operator(
     dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(dy, _plain(x), weight, totals, eps, key)
+    dx, *gradients = backward(dy, _plain(x), weight, totals, eps, key)
+    weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
+    return dx, weight_gradient, bias_gradient
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ def use_both():
     vector = torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank()
     site = CallSite("both")
     halves = [vector[:1], vector[1:]]
-    total = sum_over_ranks(halves, site.next_call("sum"))
-    parts = gather_from_ranks(halves, site.next_call("gather"))
+    total = sum_over_ranks([7], halves, site, "sum")
+    parts = gather_from_ranks([7], halves, site, "gather")
     assert torch.equal(vector, torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank())
     return group_size(None), total, parts
 
@@ -25,7 +25,7 @@ def use_both():
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sum_and_gather_over_all_ranks(world_size):
-    vectors = [torch.arange(3, dtype=torch.float64) + 10 * rank for rank in range(world_size)]
+    vectors = [torch.tensor([7.0, *range(10 * rank, 10 * rank + 3)], dtype=torch.float64) for rank in range(world_size)]
     for size, total, parts in run_on_ranks(use_both, world_size):
         assert size == world_size
         assert torch.equal(total, sum(vectors))
@@ -35,7 +35,7 @@ def test_sum_and_gather_over_all_ranks(world_size):
 def sum_random():
     generator = torch.Generator().manual_seed(dist.get_rank())
     vector = torch.randn(10_001, generator=generator, dtype=torch.float64)
-    return sum_over_ranks([vector], CallSite("random").next_call("sum"))
+    return sum_over_ranks([], [vector], CallSite("random"), "sum")
 
 
 @pytest.mark.dist
@@ -48,7 +48,7 @@ def test_the_sum_is_the_same_bits_on_every_rank(world_size):
 def use_groups():
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     own = groups[dist.get_rank() // 2]
-    total = sum_over_ranks([torch.ones(1)], CallSite("own", own).next_call("sum")).item()
+    total = sum_over_ranks([], [torch.ones(1)], CallSite("own", own), "sum").item()
     with pytest.raises(GroupError, match=rf"rank {dist.get_rank()} is not in the process group"):
         group_size(groups[1 - dist.get_rank() // 2])
     return group_size(own), total
