@@ -14,7 +14,7 @@ from syncbn.callsite import CallSite, next_layer_number
 from syncbn.errors import InputError
 from syncbn.functional import check_input
 from syncbn.moments import Moments
-from syncbn.operators import moments_of, normalise
+from syncbn.operators import moments_of, normalise, put_back, select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -178,10 +178,10 @@ class SyncBatchNorm(_BatchNorm):
         """
         self._check(input)
         if mask is not None:
-            return self._forward_where(mask, input)
+            _check_mask(mask, input)
         if not self.training:
-            return self._evaluate(input)
-        output, totals = normalise(input, self.weight, self.bias, self.eps, self._site)
+            return self._evaluate(input, mask)
+        output, totals = normalise(input, self.weight, self.bias, self.eps, self._site, mask)
         for watcher in self._watchers:
             watcher(moments_of(totals, self.num_features))
         if self.track_running_stats:
@@ -192,17 +192,6 @@ class SyncBatchNorm(_BatchNorm):
             self._between_worker_variance_share = share.clamp(0, 1)
         return output
 
-    def _forward_where(self, mask: Tensor, x: Tensor) -> Tensor:
-        if mask.dtype != torch.bool or mask.shape != x.shape[:1] + x.shape[2:]:
-            raise InputError(
-                f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, the input shape {tuple(x.shape)}; "
-                f"taken is torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])}"
-            )
-        # Values that count, as a (n, C) batch: uneven numbers on the ranks, or none, are nothing special from here on.
-        positions = x.movedim(1, -1)
-        values = self.forward(positions[mask])
-        return torch.zeros_like(positions).index_put((mask,), values).movedim(-1, 1)
-
     def _check(self, x: Tensor) -> None:
         buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
         check_input(x, weight=self.weight, bias=self.bias, **buffers)
@@ -212,13 +201,16 @@ class SyncBatchNorm(_BatchNorm):
                 f"the input has {x.shape[1]} channels, shape {tuple(x.shape)}; taken are {self.num_features}"
             )
 
-    def _evaluate(self, x: Tensor) -> Tensor:
+    def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
         # torch takes parameters and statistics in the input's dtype, or in float32 beside half precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, variance, weight, bias = (None if vector is None else vector.to(dtype) for vector in vectors)
         use_own_batch = mean is None and variance is None
-        return F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
+        if use_own_batch and mask is not None:
+            return put_back(self._evaluate(select(x, mask), None), mask, x)
+        y = F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
+        return y if mask is None else y.where(mask.unsqueeze(1), 0)
 
     @torch.no_grad()
     def _update_running_statistics(self, totals: Tensor) -> None:
@@ -238,3 +230,13 @@ class SyncBatchNorm(_BatchNorm):
         for running, statistic in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
             if running is not None:
                 running.copy_(running.to(torch.float64).lerp_(statistic, weight))
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != x.shape[:1] + x.shape[2:]:
+        raise InputError(
+            f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, the input shape {tuple(x.shape)}; "
+            f"taken is torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])}"
+        )
+    if mask.device != x.device:
+        raise InputError(f"the input is on {x.device}, but the mask is on {mask.device}; taken is one device")

@@ -21,16 +21,18 @@ from syncbn.moments import Moments
 
 
 def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, site: CallSite
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, site: CallSite, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
+
+    Where a mask, boolean and of the shape of x without channels, is False, a value counts nowhere and becomes 0.
 
     Returns:
         The output; and a float64 vector [n, news, mean, variance] of 2C + 2 elements, with C more, Σᵢ M2ᵢ, where the
         call site wants to know the share of the variance between ranks. n counts the values of all ranks. news is n
         too, or 0 in a recomputation, whose statistics no running average shall see twice.
     """
-    output, totals = _Normalise.apply(x, weight, bias, eps, site.key, torch.is_grad_enabled())
+    output, totals = _Normalise.apply(x, mask, weight, bias, eps, site.key, torch.is_grad_enabled())
     return output, totals
 
 
@@ -47,19 +49,26 @@ def _mean_and_variance(totals: Tensor, channels: int) -> Tensor:
 class _Normalise(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, key: int, with_graph: bool
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        key: int,
+        with_graph: bool,
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            y, totals = torch.ops.syncbn.forward(x, weight, bias, eps, key)
+            y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key)
         else:
-            y, totals = forward(x, weight, bias, eps, key, keep_record=not with_graph)
+            y, totals = forward(x, mask, weight, bias, eps, key, keep_record=not with_graph)
             # As long as the graph lives, a checkpoint may run this again.
             ctx.record = CallSite.of(key).newest
             # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
             y = y.data
             # The layer may be gone by the time of backward; what its collectives need must not be.
             ctx.site = CallSite.of(key)
-        ctx.save_for_backward(x, weight, totals)
+        ctx.save_for_backward(x, mask, weight, totals)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -68,29 +77,49 @@ class _Normalise(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        x, weight, totals = ctx.saved_tensors
+        x, mask, weight, totals = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
         if torch.compiler.is_compiling():
-            dx, weight_gradient, bias_gradient = torch.ops.syncbn.backward(dy, x, weight, totals, ctx.eps, ctx.key)
-        elif torch.is_grad_enabled():
-            dx, weight_gradient, bias_gradient = _differentiable_gradients(dy, x, weight, totals, ctx.eps, ctx.key)
+            gradients = torch.ops.syncbn.backward
         else:
-            dx, weight_gradient, bias_gradient = backward(dy, x, weight, totals, ctx.eps, ctx.key)
+            gradients = _differentiable_gradients if torch.is_grad_enabled() else backward
+        dx, weight_gradient, bias_gradient = gradients(dy, x, mask, weight, totals, ctx.eps, ctx.key)
         return (
             dx if ctx.needs_input_grad[0] else None,
-            weight_gradient.to(weight.dtype) if ctx.needs_input_grad[1] else None,
-            bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None,
+            None,
+            weight_gradient.to(weight.dtype) if ctx.needs_input_grad[2] else None,
+            bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
             None,
             None,
             None,
         )
 
 
+def select(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the values that count, as a (n, C) batch: uneven numbers on the ranks, or none, are nothing special then."""
+    return x.movedim(1, -1)[mask]
+
+
+def put_back(values: Tensor, mask: Tensor, x: Tensor) -> Tensor:
+    """Give what was made of selected values the shape and memory format of x, with 0 in the other places."""
+    positions = x.movedim(1, -1)
+    return torch.zeros_like(positions).index_put((mask,), values).movedim(-1, 1)
+
+
 def forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, key: int, keep_record: bool = True
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    key: int,
+    keep_record: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Measure, exchange, normalise; the result as in `normalise`."""
+    if mask is not None:
+        y, totals = forward(select(x, mask), None, weight, bias, eps, key, keep_record)
+        return put_back(y, mask, x), totals
     totals = _exchange_moments(x, CallSite.of(key), keep_record)
     moments = _mean_and_variance(totals, x.shape[1])
     return kernels.normalise(x, moments, eps, weight, bias, kernels.far_channels(x, moments, eps)), totals
@@ -150,9 +179,12 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, site: CallSite) -> Ten
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
+    if mask is not None:
+        dx, *gradients = backward(select(dy, mask), select(x, mask), None, weight, totals, eps, key)
+        return put_back(dx, mask, x), *gradients
     channels = x.shape[1]
     moments = _mean_and_variance(totals, channels)
     far = kernels.far_channels(x, moments, eps)
@@ -184,7 +216,7 @@ class _SumOverRanks(Function):
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, ...]:
     """Return the gradients that `backward` does, by operations that autograd can differentiate in their turn.
 
@@ -192,6 +224,10 @@ def _differentiable_gradients(
     Σ(x - mean)² of all ranks as `_SumOverRanks`. To differentiate it takes one collective, and to differentiate the
     gradient takes more: every rank differentiates alike.
     """
+    if mask is not None:
+        selected = select(dy, mask), select(x, mask)
+        dx, *gradients = _differentiable_gradients(*selected, None, weight, totals, eps, key)
+        return put_back(dx, mask, x), *gradients
     with torch.enable_grad():
         moments = moments_of(totals, x.shape[1])
         # Also a rank that needs no gradient of x takes part in the collective on the way to it.
@@ -218,15 +254,15 @@ def _differentiable_gradients(
 
 
 def _forward_operator(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
 ) -> tuple[Tensor, Tensor]:
-    return forward(_plain(x), weight, bias, eps, key)
+    return forward(_plain(x), mask, weight, bias, eps, key)
 
 
 def _backward_operator(
-    dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, *gradients = backward(dy, _plain(x), weight, totals, eps, key)
+    dx, *gradients = backward(dy, _plain(x), mask, weight, totals, eps, key)
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient
 
@@ -237,25 +273,27 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _forward_shapes(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
 ) -> tuple[Tensor, Tensor]:
     vectors = 3 if CallSite.of(key).share_wanted else 2
     return torch.empty_like(_plain(x)), x.new_empty(vectors * x.shape[1] + 2, dtype=torch.float64)
 
 
 def _backward_shapes(
-    dy: Tensor, x: Tensor, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = totals.new_empty(x.shape[1])
     return torch.empty_like(_plain(x)), gradient, torch.empty_like(gradient)
 
 
 torch.library.define(
-    "syncbn::forward", "(Tensor x, Tensor? weight, Tensor? bias, float eps, int key) -> (Tensor, Tensor)"
+    "syncbn::forward",
+    "(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, float eps, int key) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "syncbn::backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor totals, float eps, int key) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor totals, float eps, int key)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("syncbn::forward", "default", _forward_operator)
 torch.library.impl("syncbn::backward", "default", _backward_operator)

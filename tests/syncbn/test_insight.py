@@ -40,6 +40,43 @@ def test_masked_values_count_nowhere():
         torch.testing.assert_close(result[2], plain.state_dict())
 
 
+@pytest.mark.parametrize("tracked", [True, False])
+def test_masked_values_count_nowhere_in_evaluation(tracked):
+    x, mask = torch.randn(4, 3, 5), torch.rand(4, 5) < 0.6
+    x.movedim(1, -1)[~mask] = torch.nan
+    layer = SyncBatchNorm(3, track_running_stats=tracked).eval()
+    y = layer(x, mask).movedim(1, -1)
+    torch.testing.assert_close(y[mask], layer(x.movedim(1, -1)[mask]))
+    assert not y[~mask].any()
+
+
+def test_a_masked_gradient_can_be_differentiated_in_its_turn():
+    layer = SyncBatchNorm(2, dtype=torch.float64, track_running_stats=False)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[True, False, True]]).expand(4, 3)
+    assert torch.autograd.gradgradcheck(lambda x: layer(x, mask), (x,))
+
+
+@pytest.mark.dist
+def test_a_mask_is_part_of_the_compiled_graph():
+    run_on_ranks(compile_with_mask, 2)
+
+
+def compile_with_mask():
+    x, gradient = torch.randn(2, 6, 3, 5)
+    mask = torch.rand(6, 5) < 0.3 + 0.5 * dist.get_rank()
+    results = []
+    for whole in (False, True):
+        layer = SyncBatchNorm(3)
+        layer.layer_name = "masked"
+        call = torch.compile(layer, fullgraph=True, backend="aot_eager") if whole else layer
+        own = x.clone().requires_grad_()
+        y = call(own, mask)
+        y.backward(gradient)
+        results.append((y.detach(), own.grad, layer.weight.grad, *layer.buffers()))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("mask", [torch.ones(4, 5), torch.ones(4, 3, 5, dtype=torch.bool), torch.ones(4) > 0])
 def test_a_mask_of_another_shape_or_dtype_is_refused(mask):
     layer = SyncBatchNorm(3)
