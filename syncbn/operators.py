@@ -7,6 +7,7 @@ code. So a compiled layer issues the same collectives and computes the same bits
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class _Normalise(Function):
         x, mask, weight, totals = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
+        gradients: Callable[..., tuple[Tensor, ...]]
         if torch.compiler.is_compiling():
             gradients = torch.ops.syncbn.backward
         else:
@@ -183,8 +185,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
     if mask is not None:
-        dx, *gradients = backward(select(dy, mask), select(x, mask), None, weight, totals, eps, key)
-        return put_back(dx, mask, x), *gradients
+        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, totals, eps, key)
+        return put_back(dx, mask, x), weight_gradient, bias_gradient
     channels = x.shape[1]
     moments = _mean_and_variance(totals, channels)
     far = kernels.far_channels(x, moments, eps)
