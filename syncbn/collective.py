@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from syncbn.callsite import Call, CallSite
 from syncbn.errors import DesyncError, GroupError
+from syncbn.lanes import lane_of
 from syncbn.watch import watch
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def sum_over_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: Call
     stamp = _stamp(call)
     vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     options = dist.AllreduceOptions()
-    _await(lambda: group.allreduce([vector], options), options, call, vector)
+    _await(lambda lane: lane.allreduce([vector], options), "sum", options, call, vector)
     _check(vector[:2], [group.size() * number for number in stamp], call)
     return vector[2:]
 
@@ -104,7 +105,7 @@ def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: C
     vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     gathered = vector.new_empty(group.size(), vector.numel())
     options = torch._C._distributed_c10d.AllgatherOptions()
-    _await(lambda: group.allgather([list(gathered.unbind())], [vector], options), options, call, vector)
+    _await(lambda lane: lane.allgather([list(gathered.unbind())], [vector], options), "gather", options, call, vector)
     _check(gathered[:, :2].sum(0), [group.size() * number for number in stamp], call)
     return gathered[:, 2:]
 
@@ -130,32 +131,41 @@ def _is_queued(call: Call, tensor: Tensor) -> bool:
     return tensor.is_cuda and dist.get_backend(call.site.process_group) != "gloo"
 
 
-def _await(begin: Any, options: Any, call: Call, vector: Tensor) -> None:
+def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vector: Tensor) -> None:
     """Issue a collective and wait for it, at most as long as the call's layer allows."""
     limit = call.site.timeout_seconds
     started = time.monotonic()
+    group = _group(call)
     # The backend gives up too, a moment later: or its thread would go on waiting for the rank that does not come.
     options.timeout = timedelta(seconds=limit + PATIENCE_SECONDS)
     if _is_queued(call, vector):
         watch.raise_failure()
-        begin().wait()  # makes the stream wait, and not the host
+        begin(group).wait()  # makes the stream wait, and not the host
         return
+    told = False
+
+    def tell() -> None:
+        nonlocal told
+        told = True
+        _tell(call, str(call))
+
     try:
-        work = begin()
+        work = begin(lane_of(group, kind, vector, timedelta(seconds=limit), tell))
         patience = min(PATIENCE_SECONDS, limit / 2)
         try:
             work.wait(timedelta(seconds=patience))
-            return
         except RuntimeError:
-            if time.monotonic() - started < patience:
+            elapsed = time.monotonic() - started
+            if elapsed < patience:
                 raise
-        _tell(call, str(call))
-        work.wait(timedelta(seconds=max(0.001, limit - patience)))
-        _tell(call, "")
+            tell()
+            work.wait(timedelta(seconds=max(0.001, limit - elapsed)))
     except RuntimeError as error:
         seconds = time.monotonic() - started
         how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
         raise _desync(call, how) from error
+    if told:
+        _tell(call, "")
 
 
 def _check(stamps: Tensor, expected: list[float], call: Call) -> None:

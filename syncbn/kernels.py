@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ CHAIN = 512
 """Values that torch's kernels may add up in float32 one after the other, in columns and in each lane of a row."""
 LANES = 16
 """Sums that a vector register takes along a row, side by side."""
+CHUNK = 1 << 17
+"""Elements that are in float64 at a time: copies of this size, and not of a whole tensor's, are all the memory it takes."""
 FAR = 4.0
 """Standard deviations from zero beyond which float32 does not hold a channel's values well enough to calculate with."""
 
@@ -62,21 +65,36 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
     return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1) if columns else values
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Tell whether the formula in float64 is the way to go."""
+def _is_plain(x: Tensor, far: Tensor | None = None) -> bool:
+    """Tell whether the formula in float64 is the way to go, as where many channels are far, which are copied otherwise."""
     if x.is_cuda:
         return x.numel() == 0
-    return x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu
+    many_far = far is not None and 4 * far.numel() > x.shape[1]
+    return x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu or many_far
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into parts of some samples each."""
+    first = tensors[0]
+    if first.numel() <= CHUNK:
+        return iter((tensors,))
+    samples = max(1, CHUNK * first.shape[0] // first.numel())
+    return zip(*(torch.split(tensor, samples) for tensor in tensors), strict=True)
+
+
+def _add_up(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
 
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and M2 = Σ(x - mean)² of each channel, by two passes in float64; zero where there is no value."""
+    x = x.detach()
     # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
     count = max(x.numel() // x.shape[1], 1)
-    values = x.detach().to(torch.float64)
     dimensions = reduced_dimensions(x)
-    mean = values.sum(dimensions) / count
-    return mean, (values - along_channels(mean, x)).square_().sum(dimensions)
+    mean = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(x)) / count
+    centre = along_channels(mean, x)
+    return mean, _add_up((part.to(torch.float64) - centre).square_().sum(dimensions) for (part,) in _chunks(x))
 
 
 def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +232,7 @@ def normalise(
         bias: shape (C,), or None for 0.
         far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if _is_plain(x):
+    if _is_plain(x, far):
         return _normalise_plainly(x, moments, eps, weight, bias)
     if x.is_cuda:
         return cuda.normalise(x, moments, eps, weight, bias)
@@ -245,13 +263,17 @@ def _normalise_plainly(x: Tensor, moments: Tensor, eps: float, weight: Tensor | 
     scale = (variance + eps).rsqrt_()
     if weight is not None:
         scale = scale.mul_(weight)
-    y = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(scale, x))
-    return (y if bias is None else y.add_(along_channels(bias, x))).to(x.dtype)
+    centre, factor = along_channels(mean, x), along_channels(scale, x)
+    y = torch.empty_like(x)
+    for part, result in _chunks(x, y):
+        values = (part.to(torch.float64) - centre).mul_(factor)
+        result.copy_(values if bias is None else values.add_(along_channels(bias, x)))
+    return y
 
 
 def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float, far: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
-    if _is_plain(x):
+    if _is_plain(x, far):
         return _reduce_plainly(dy, x, moments, eps)
     if x.is_cuda:
         return cuda.reduce_gradient(dy, x, moments, eps)
@@ -269,9 +291,12 @@ def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float, far: Ten
 def _reduce_plainly(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     mean, variance = moments.unbind()
     dimensions = reduced_dimensions(x)
-    dy = dy.to(torch.float64)
-    product = (x.to(torch.float64) - along_channels(mean, x)).mul_(dy).sum(dimensions)
-    return dy.sum(dimensions), product.mul_((variance + eps).rsqrt_())
+    centre = along_channels(mean, x)
+    total = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(dy))
+    product = _add_up(
+        (part.to(torch.float64) - centre).mul_(dy_part).sum(dimensions) for part, dy_part in _chunks(x, dy)
+    )
+    return total, product.mul_((variance + eps).rsqrt_())
 
 
 def combine_gradient(
@@ -294,7 +319,7 @@ def combine_gradient(
         gradient_means: shape (2, C), float64: over all ranks' values, those of dy and of dy·x̂.
         far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if _is_plain(x):
+    if _is_plain(x, far):
         return _combine_plainly(dy, x, moments, eps, weight, gradient_means)
     if x.is_cuda:
         return cuda.combine_gradient(dy, x, moments, eps, weight, gradient_means)
@@ -321,7 +346,11 @@ def _combine_plainly(
     mean, variance = moments.unbind()
     mean_dy, mean_dy_normalised = gradient_means.unbind()
     inverse = (variance + eps).rsqrt_()
-    scale = inverse if weight is None else inverse * weight
-    dx = (x.to(torch.float64) - along_channels(mean, x)).mul_(along_channels(-mean_dy_normalised * inverse, x))
-    # In place on x, so that dx has the memory format of x whatever that of dy.
-    return dx.add_(dy).sub_(along_channels(mean_dy, x)).mul_(along_channels(scale, x)).to(x.dtype)
+    scale = along_channels(inverse if weight is None else inverse * weight, x)
+    factor = along_channels(mean_dy_normalised.mul(inverse).neg_(), x)
+    centre, offset = along_channels(mean, x), along_channels(mean_dy, x)
+    dx = torch.empty_like(x)
+    for part, dy_part, result in _chunks(x, dy, dx):
+        values = (part.to(torch.float64) - centre).mul_(factor)
+        result.copy_(values.add_(dy_part).sub_(offset).mul_(scale))
+    return dx

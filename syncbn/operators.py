@@ -173,7 +173,8 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, site: CallSite) -> Ten
     avoid it, but nothing is sure to be shared before the first collective: the running mean starts at 0, and if the
     ranks had loaded different buffers, the error would be silent. Hence the parts, unmixed.
     """
-    gathered = gather_from_ranks([count, count], [mean, m2], site, "forward")
+    # Ranks that differ in dtype are in different phases, and are told so.
+    gathered = gather_from_ranks([count, count], [mean, m2], site, "forward in float64")
     parts = [Moments(part[0], *_mean_and_variance(part, len(mean))) for part in gathered]
     merged = Moments.merge(parts)
     within = [torch.stack([part.m2 for part in parts]).sum(0)] if site.share_wanted else []

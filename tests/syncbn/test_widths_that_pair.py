@@ -1,14 +1,15 @@
-"""Calls that torch.distributed pairs although they are not of one kind: other widths, other dtypes, other callers.
+"""Calls that torch.distributed would pair although they are not of one kind: other widths, other dtypes, other callers.
 
-gloo ends a process which receives more bytes than it waits for (std::terminate), and no code of ours runs in it any more.
-What is tested is that nobody hangs and nobody gets a result, and that all ranks raise where torch compares the calls first.
+gloo ends a process which receives more bytes than it waits for (std::terminate). Nobody ends here, and nobody gets a result.
 """
 
+import contextlib
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import DesyncError, SyncBatchNorm
 from tests.dist import Pool, run_on_ranks
@@ -41,23 +42,40 @@ def meet_another_width(widths):
     return catch(layer, torch.randn(3, channels))
 
 
-def report_another_width(path, widths):
-    error = meet_another_width(widths)
-    (path / str(dist.get_rank())).write_text(f"{error.layer}, missing {error.missing_ranks}")
-
-
 @pytest.mark.parametrize("widths", [[WIDE, NARROW], [NARROW, WIDE, WIDE]], ids=str)
-def test_ranks_of_the_wider_layer_miss_the_one_of_the_narrower(widths, tmp_path):
-    pool = Pool(grace_seconds=TIMEOUT_SECONDS + 2)
-    try:
-        pool.run(report_another_width, len(widths), (tmp_path, widths), 30.0)
-    except EOFError as error:
-        assert str(error) == f"rank {widths.index(NARROW)} died, exit code -6"
-    finally:
-        pool.close()
-    for rank, channels in enumerate(widths):
-        if channels == WIDE:
-            assert (tmp_path / str(rank)).read_text() == f"of {WIDE}, missing ({widths.index(NARROW)},)"
+def test_ranks_in_layers_of_different_widths_all_raise(widths):
+    for rank, error in enumerate(run_on_ranks(meet_another_width, len(widths), widths)):
+        assert error.layer == f"of {widths[rank]}"
+        assert error.missing_ranks == tuple(other for other, channels in enumerate(widths) if channels != widths[rank])
+        assert all(
+            f"Rank {other} is in of {widths[other]}, forward, call 1" in str(error) for other in error.missing_ranks
+        )
+
+
+def skip_a_wide_layer(wide_first):
+    """Have rank 0's backward, or its next forward, stand opposite the forward of the layer that it skips."""
+    layers = [make_layer(NARROW, "narrow"), make_layer(NARROW, "last")]
+    widen, narrow = torch.nn.Linear(NARROW, WIDE), torch.nn.Linear(WIDE, NARROW)
+    wide = torch.nn.Sequential(widen, make_layer(WIDE, "wide"), narrow)
+
+    def step(skip):
+        x = torch.randn(3, NARROW, requires_grad=True)
+        parts = [wide, *layers] if wide_first else [*layers, wide]
+        for part in parts:
+            x = x if part is wide and skip else part(x)
+        x.square().sum().backward()
+
+    step(skip=False)
+    return catch(step, dist.get_rank() == 0)
+
+
+@pytest.mark.parametrize("wide_first", [True, False])
+def test_a_skipped_layer_of_another_width_is_named_on_every_rank(wide_first):
+    skipper, *others = run_on_ranks(skip_a_wide_layer, 3, wide_first)
+    assert (skipper.layer, skipper.phase) == (("narrow", "forward") if wide_first else ("last", "backward"))
+    assert skipper.missing_ranks == (1, 2)
+    for error in others:
+        assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("wide", "forward", 2, (0,))
 
 
 def meet_another_dtype():
@@ -66,8 +84,10 @@ def meet_another_dtype():
 
 
 def test_ranks_whose_inputs_differ_in_dtype_do_not_pair():
-    for error in run_on_ranks(meet_another_dtype, 2):
-        assert (error.layer, error.phase, error.call_number) == ("norm", "forward", 1)
+    for rank, error in enumerate(run_on_ranks(meet_another_dtype, 2)):
+        phase = ["forward in float64", "forward"][rank]
+        assert (error.layer, error.phase, error.call_number) == ("norm", phase, 1)
+        assert error.missing_ranks == (1 - rank,)
 
 
 def test_all_ranks_raise_where_torch_compares_the_calls(monkeypatch):
@@ -97,27 +117,53 @@ def test_gathering_and_reducing_do_not_pair():
     errors = run_on_ranks(skip_a_layer_of_float64, 2, NARROW)
     assert [(error.layer, error.phase, error.call_number) for error in errors] == [
         ("first", "backward", 2),
-        ("second", "forward", 2),
+        ("second", "forward in float64", 2),
     ]
     assert [error.missing_ranks for error in errors] == [(1,), (0,)]
 
 
-def meet_a_collective_of_the_same_length():
+def meet_a_collective_of_somebody_else(length):
     layer = make_layer(NARROW, "norm")
     with record_collectives() as issued:
         layer(torch.randn(3, NARROW))
     if dist.get_rank() == 0:
-        ((_, length),) = issued
-        dist.all_reduce(torch.ones(length // 8, dtype=torch.float64), async_op=True)
+        dist.all_reduce(torch.ones(length or issued[0][1] // 8, dtype=torch.float64), async_op=True)
         time.sleep(TIMEOUT_SECONDS + 1)  # stays, so that the other rank is not told by the end of the connection
         return None
     return catch(layer, torch.randn(3, NARROW))
 
 
-def test_a_collective_of_somebody_else_is_not_taken_for_the_layers():
+@pytest.mark.parametrize("length", [None, 1, 1000])
+def test_a_collective_of_somebody_else_is_not_taken_for_the_layers(length):
     pool = Pool()
     try:
-        _, error = pool.run(meet_a_collective_of_the_same_length, 2, (), 30.0)
+        _, error = pool.run(meet_a_collective_of_somebody_else, 2, (length,), 30.0)
     finally:
         pool.close()
     assert (error.layer, error.phase, error.missing_ranks) == ("norm", "forward", (0,))
+
+
+def join_without_throwing():
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(NARROW, NARROW), make_layer(NARROW, "norm")))
+    batches = 1 + dist.get_rank()
+    with model.join():
+        for _ in range(batches):
+            model(torch.randn(3, NARROW)).square().sum().backward()
+
+
+def end_a_joined_rank_early():
+    return catch(join_without_throwing) if dist.get_rank() else join_until_the_other_gives_up()
+
+
+def join_until_the_other_gives_up():
+    with contextlib.suppress(RuntimeError):  # whatever torch's shadow of the other rank's collectives ends with
+        join_without_throwing()
+
+
+def test_a_rank_that_torch_joins_early_is_missed():
+    pool = Pool()
+    try:
+        _, error = pool.run(end_a_joined_rank_early, 2, (), 30.0)
+    finally:
+        pool.close()
+    assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("norm", "forward", 2, (0,))

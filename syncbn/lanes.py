@@ -1,0 +1,53 @@
+"""Connections of the layer's own, one for each kind and length of vector, where the backend is gloo.
+
+gloo ends a process (std::terminate) that receives more bytes than it waits for. So if a rank skipped a layer, the next
+one, of another width, would take ranks down without a word of which layer it was; and a collective of somebody else,
+DistributedDataParallel's say, would be paired with a layer's if it were as long. In a lane nothing but equally long
+vectors of the layers meet, and the stamp that they carry tells whether they are of the same call. Ranks that use
+different lanes wait for each other, and the time limit ends that.
+
+A lane costs about 10 ms when it is first used, two threads, and W - 1 open connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_lanes: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], Any]] = WeakKeyDictionary()
+
+
+def lane_of(group: ProcessGroup, kind: str, vector: Tensor, timeout: timedelta, on_opening: Callable[[], None]) -> Any:
+    """Return what to issue a collective of a group on: its lane, or the group itself if its backend needs none.
+
+    Args:
+        group: the ranks.
+        kind: of collective.
+        vector: what each rank sends.
+        timeout: how long to wait for the other ranks, where the lane has to be opened first.
+        on_opening: called before that.
+
+    Raises:
+        RuntimeError: other ranks did not open the lane in time.
+    """
+    gloo = getattr(dist, "ProcessGroupGloo", None)
+    # Under TORCH_DISTRIBUTED_DEBUG=DETAIL this is another class, which compares the calls before it issues them.
+    if gloo is None or not isinstance(group._get_backend(vector.device), gloo):
+        return group
+    lanes = _lanes.setdefault(group, {})
+    key = (kind, vector.numel())
+    if key not in lanes:
+        on_opening()
+        prefix = f"syncbn/{group.group_name}/{kind}/{vector.numel()}"
+        store = torch._C._distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        lanes[key] = gloo(store, group.rank(), group.size(), timeout=timeout)
+    return lanes[key]
