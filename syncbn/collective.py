@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -26,6 +27,8 @@ from syncbn.watch import watch
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+GIVE_WAY_SECONDS = 0.002
+"""How long a rank lets other threads run before it sleeps until its collective is done."""
 PATIENCE_SECONDS = 1.0
 """How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
 ENQUIRY_SECONDS = 1.0
@@ -151,6 +154,7 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vec
 
     try:
         work = begin(lane_of(group, kind, vector, timedelta(seconds=limit), tell))
+        _give_way_until_done(work)
         patience = min(PATIENCE_SECONDS, limit / 2)
         try:
             work.wait(timedelta(seconds=patience))
@@ -166,6 +170,14 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vec
         raise _desync(call, how) from error
     if told:
         _tell(call, "")
+
+
+def _give_way_until_done(work: Any) -> None:
+    """Offer the core to other threads for a moment, rather than sleep at once: who sleeps is woken late, on a cold core."""
+    give_way = getattr(os, "sched_yield", lambda: time.sleep(0))
+    end = time.monotonic() + GIVE_WAY_SECONDS
+    while not work.is_completed() and time.monotonic() < end:
+        give_way()
 
 
 def _check(stamps: Tensor, expected: list[float], call: Call) -> None:

@@ -6,7 +6,7 @@ DistributedDataParallel's say, would be paired with a layer's if it were as long
 vectors of the layers meet, and the stamp that they carry tells whether they are of the same call. Ranks that use
 different lanes wait for each other, and the time limit ends that.
 
-A lane costs about 10 ms when it is first used, two threads, and W - 1 open connections.
+A lane costs about 10 ms when it is first used, one thread, and W - 1 open connections.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ def lane_of(group: ProcessGroup, kind: str, vector: Tensor, timeout: timedelta, 
         RuntimeError: other ranks did not open the lane in time.
     """
     gloo = getattr(dist, "ProcessGroupGloo", None)
+    backend: Any = group._get_backend(vector.device)
     # Under TORCH_DISTRIBUTED_DEBUG=DETAIL this is another class, which compares the calls before it issues them.
-    if gloo is None or not isinstance(group._get_backend(vector.device), gloo):
+    if gloo is None or not isinstance(backend, gloo):
         return group
     lanes = _lanes.setdefault(group, {})
     key = (kind, vector.numel())
@@ -49,5 +50,9 @@ def lane_of(group: ProcessGroup, kind: str, vector: Tensor, timeout: timedelta, 
         on_opening()
         prefix = f"syncbn/{group.group_name}/{kind}/{vector.numel()}"
         store = torch._C._distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-        lanes[key] = gloo(store, group.rank(), group.size(), timeout=timeout)
+        options = gloo._Options()
+        options._devices = backend.options._devices  # the interface that was chosen, and the thread that serves it
+        options._timeout = timeout
+        options._threads = 1  # a layer waits for its collective before it issues another
+        lanes[key] = gloo(store, group.rank(), group.size(), options)
     return lanes[key]

@@ -3,13 +3,11 @@
 gloo ends a process which receives more bytes than it waits for (std::terminate). Nobody ends here, and nobody gets a result.
 """
 
-import contextlib
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import DesyncError, SyncBatchNorm
 from tests.dist import Pool, run_on_ranks
@@ -141,29 +139,3 @@ def test_a_collective_of_somebody_else_is_not_taken_for_the_layers(length):
     finally:
         pool.close()
     assert (error.layer, error.phase, error.missing_ranks) == ("norm", "forward", (0,))
-
-
-def join_without_throwing():
-    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(NARROW, NARROW), make_layer(NARROW, "norm")))
-    batches = 1 + dist.get_rank()
-    with model.join():
-        for _ in range(batches):
-            model(torch.randn(3, NARROW)).square().sum().backward()
-
-
-def end_a_joined_rank_early():
-    return catch(join_without_throwing) if dist.get_rank() else join_until_the_other_gives_up()
-
-
-def join_until_the_other_gives_up():
-    with contextlib.suppress(RuntimeError):  # whatever torch's shadow of the other rank's collectives ends with
-        join_without_throwing()
-
-
-def test_a_rank_that_torch_joins_early_is_missed():
-    pool = Pool()
-    try:
-        _, error = pool.run(end_a_joined_rank_early, 2, (), 30.0)
-    finally:
-        pool.close()
-    assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("norm", "forward", 2, (0,))
