@@ -5,6 +5,7 @@ disturbs all alike:
 
     local   torch.nn.BatchNorm2d, forward and backward: not synchronised, the yardstick
     wire    two all_reduces of as many bytes as the layer sends
+    passes  the layer's four passes over the data alone, without autograd, collectives and what lies between
     sync    SyncBatchNorm, forward and backward
 
 Printed are medians and quartiles over the repeats, and two ratios, of the medians and of the fastest tenth, which is what
@@ -12,6 +13,8 @@ remains on a machine that others use:
 
     own     (sync - wire) / local: what the layer itself costs; the goal is at most 0.75 for contiguous tensors, two ranks
     all     sync / (local + wire)
+
+The ratio passes / local says how low the first could be if all the rest cost nothing.
 
     python benchmarks/syncbn_layer.py             # about two minutes
     python benchmarks/syncbn_layer.py --check     # exit status 1 if the goal is missed
@@ -32,7 +35,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from syncbn import SyncBatchNorm
+from syncbn import SyncBatchNorm, kernels
 
 Shape = tuple[int, ...]
 Step = Callable[[], None]
@@ -59,8 +62,21 @@ def make_steps(shape: Shape, memory_format: torch.memory_format) -> dict[str, St
         for vector in vectors:
             dist.all_reduce(vector)
 
+    one, moments, gradient_means = (
+        torch.ones(channels),
+        torch.zeros(2, channels).double(),
+        torch.zeros(2, channels).double(),
+    )
+    moments[1] = 1
+
+    def passes() -> None:
+        kernels.measure_sums(x)
+        kernels.normalise(x, moments, 1e-5, one, one, None)
+        kernels.reduce_gradient(dy, x, moments, 1e-5, None)
+        kernels.combine_gradient(dy, x, moments, 1e-5, one, gradient_means, None)
+
     plain = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
-    return {"local": train(plain(channels)), "wire": exchange, "sync": train(SyncBatchNorm(channels))}
+    return {"local": train(plain(channels)), "wire": exchange, "passes": passes, "sync": train(SyncBatchNorm(channels))}
 
 
 def measure(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
@@ -103,8 +119,9 @@ def report(world_size: int, shape: Shape, name: str, times: dict[str, list[float
         local, wire, sync = (summary(times[step]) for step in ("local", "wire", "sync"))
         own.append((sync - wire) / local)
         whole.append(sync / (local + wire))
-    columns = "  ".join(describe(times[step]) for step in ("local", "wire", "sync"))
-    ratios = f"{own[0]:5.2f} {own[1]:5.2f}   {whole[0]:5.2f} {whole[1]:5.2f}"
+    columns = "  ".join(describe(times[step]) for step in times)
+    floor = statistics.median(times["passes"]) / statistics.median(times["local"])
+    ratios = f"{own[0]:5.2f} {own[1]:5.2f}   {whole[0]:5.2f} {whole[1]:5.2f}   {floor:5.2f}"
     print(f"{world_size}  {shape!s:16} {name:13} {columns}   {ratios}", flush=True)
     return own[0]
 
@@ -120,7 +137,8 @@ def main() -> None:
         f"torch {torch.__version__}, {os.cpu_count()} cores, one thread per rank, float32, gloo over loopback, ", end=""
     )
     print(f"{options.repeats} repeats (fewer ranks) interleaved; milliseconds, median [quartiles]")
-    print(f"W  {'shape':16} {'format':13} {'local':24} {'wire':25} {'sync':24} own: median, fastest; all")
+    columns = "  ".join(f"{step:24}" for step in ("local", "wire", "passes", "sync"))
+    print(f"W  {'shape':16} {'format':13} {columns}  own: median, fastest; all; passes / local")
     missed = []
     for world_size in options.world_sizes:
         context = mp.get_context("spawn")

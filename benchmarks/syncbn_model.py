@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which notes on every start that it sees no GPU
@@ -62,7 +63,10 @@ class Training:
 
 @dataclass
 class Collectives(TorchDispatchMode):
-    """Notes the bytes of each collective by phase, whoever issues it: Python, the compiler or DDP's reducer in C++."""
+    """Notes the bytes of each collective by phase, whoever issues it: Python, the compiler or DDP's reducer in C++.
+
+    The layers issue theirs on gloo itself, past torch's dispatcher.
+    """
 
     phase: str = "forward"
     bytes: dict[str, list[int]] = field(default_factory=lambda: {"forward": [], "backward": []})
@@ -74,8 +78,12 @@ class Collectives(TorchDispatchMode):
         """Run the operator, and note it if it is one of torch.distributed's."""
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
             tensors = args[0] if isinstance(args[0], list) else [args[0]]
-            self.bytes[self.phase].append(sum(tensor.nbytes for tensor in tensors))
+            self.note(tensors)
         return func(*args, **(kwargs or {}))
+
+    def note(self, tensors: list[Any]) -> None:
+        """Note what one rank sends in a collective."""
+        self.bytes[self.phase].append(sum(tensor.nbytes for tensor in tensors))
 
 
 @dataclass
@@ -105,7 +113,13 @@ def count_collectives(training: Training) -> dict[str, list[int]]:
     def enter_backward() -> None:
         collectives.phase = "backward"
 
-    with Collectives() as collectives:
+    reduce = dist.ProcessGroupGloo.allreduce
+
+    def reduce_and_note(lane: Any, tensors: list[Any], options: Any) -> Any:
+        collectives.note(tensors)
+        return reduce(lane, tensors, options)
+
+    with mock.patch.object(dist.ProcessGroupGloo, "allreduce", reduce_and_note), Collectives() as collectives:
         training.differentiate(enter_backward)
     return collectives.bytes
 
