@@ -36,6 +36,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from syncbn import SyncBatchNorm, kernels
+from syncbn.statistics import Statistics
 
 Shape = tuple[int, ...]
 Step = Callable[[], None]
@@ -50,7 +51,7 @@ def make_steps(shape: Shape, memory_format: torch.memory_format) -> dict[str, St
     x = torch.randn(shape).to(memory_format=memory_format)
     dy = torch.randn(shape).to(memory_format=memory_format)
     channels = shape[1]
-    vectors = [torch.zeros(2 * channels + extra, dtype=torch.float64) for extra in (4, 4)]
+    vectors = [torch.zeros(2 * channels + extra, dtype=torch.float64) for extra in (3, 3)]
 
     def train(layer: nn.Module) -> Step:
         def step() -> None:
@@ -62,18 +63,14 @@ def make_steps(shape: Shape, memory_format: torch.memory_format) -> dict[str, St
         for vector in vectors:
             dist.all_reduce(vector)
 
-    one, moments, gradient_means = (
-        torch.ones(channels),
-        torch.zeros(2, channels).double(),
-        torch.zeros(2, channels).double(),
-    )
-    moments[1] = 1
+    one, moments = torch.ones(channels), torch.tensor([[0.0], [1.0]], dtype=torch.float64).repeat(1, channels)
+    statistics = Statistics(1.0, 1.0, moments, None, 1e-5)
 
     def passes() -> None:
         kernels.measure_sums(x)
-        kernels.normalise(x, moments, 1e-5, one, one, None)
-        kernels.reduce_gradient(dy, x, moments, 1e-5, None)
-        kernels.combine_gradient(dy, x, moments, 1e-5, one, gradient_means, None)
+        kernels.normalise(x, statistics, one, one)
+        kernels.reduce_gradient(dy, x, statistics)
+        kernels.combine_gradient(dy, x, statistics, one, torch.zeros_like(moments))
 
     plain = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     return {"local": train(plain(channels)), "wire": exchange, "passes": passes, "sync": train(SyncBatchNorm(channels))}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.errors import GroupError
+from syncbn.statistics import Statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -41,7 +42,7 @@ class Record:
 
     count: int
     sums: tuple[Tensor, ...]
-    totals: Tensor
+    statistics: Statistics
 
     def distance(self, count: int, sums: tuple[Tensor, ...]) -> float | None:
         """Return how far sums over as many values are from these, or None if they are those of other values."""
@@ -106,18 +107,18 @@ class CallSite:
         number = self._counts[phase] = self._counts.get(phase, 0) + 1
         return Call(self, phase, number)
 
-    def remember(self, count: int, sums: tuple[Tensor, ...], totals: Tensor, keep: bool) -> None:
+    def remember(self, count: int, sums: tuple[Tensor, ...], statistics: Statistics, keep: bool) -> None:
         """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
 
         The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
         the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
         """
-        self.newest = Record(count, sums, totals)
+        self.newest = Record(count, sums, statistics)
         self._live.add(self.newest)
         if keep:
             self._kept.append(self.newest)
 
-    def recall(self, count: int, sums: tuple[Tensor, ...]) -> Tensor | None:
+    def recall(self, count: int, sums: tuple[Tensor, ...]) -> Statistics | None:
         """Return what the ranks exchanged when this rank last measured this, or None if it never did.
 
         Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
@@ -126,8 +127,8 @@ class CallSite:
         # The graph task is the backward pass that this thread is in.
         if torch._C._current_graph_task_id() == -1:
             return None
-        distances = [(record.distance(count, sums), record.totals) for record in self._live]
-        alike = [(distance, totals) for distance, totals in distances if distance is not None]
+        distances = [(record.distance(count, sums), record.statistics) for record in self._live]
+        alike = [(distance, statistics) for distance, statistics in distances if distance is not None]
         return min(alike, key=operator.itemgetter(0))[1] if alike else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -61,7 +61,9 @@ def group_size(process_group: ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def sum_over_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str) -> Tensor:
+def sum_over_ranks(
+    numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str
+) -> tuple[Sequence[Tensor | float], Tensor]:
     """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
 
     Every rank receives the same bits, because the backends reduce each element once and hand the result round. A rank
@@ -75,21 +77,23 @@ def sum_over_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: Call
         phase: which of its calls.
 
     Returns:
-        The sum, shape (K,), float64.
+        The sums of the numbers: as numbers, or as tensors if they are on a device that the host would have to wait for;
+        and the sum of the parts, float64.
 
     Raises:
         DesyncError: other ranks are in another call, or not in any within the time limit.
     """
     if group_size(site.process_group) == 1:
-        return torch.cat([_to_device(numbers, parts[0]), *parts])
+        return list(numbers), torch.cat([part.to(torch.float64) for part in parts])
     call = site.next_call(phase)
     group = _group(call)
     stamp = _stamp(call)
     vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     options = dist.AllreduceOptions()
     _await(lambda lane: lane.allreduce([vector], options), "sum", options, call, vector)
-    _check(vector[:2], [group.size() * number for number in stamp], call)
-    return vector[2:]
+    ahead = 2 + len(numbers)
+    summed = _check(vector[:ahead], [group.size() * number for number in stamp], call)
+    return summed, vector[ahead:]
 
 
 def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str) -> Tensor:
@@ -180,11 +184,15 @@ def _give_way_until_done(work: Any) -> None:
         give_way()
 
 
-def _check(stamps: Tensor, expected: list[float], call: Call) -> None:
-    if _is_queued(call, stamps):
-        watch.add(call, stamps, expected, _desync, _group(call).abort)
-    elif stamps.tolist() != expected:
+def _check(ahead: Tensor, expected: list[float], call: Call) -> Sequence[Tensor | float]:
+    """Compare the stamps that lead a sum with those expected; return what follows them."""
+    if _is_queued(call, ahead):
+        watch.add(call, ahead[:2], expected, _desync, _group(call).abort)
+        return ahead[2:].unbind()
+    numbers: list[float] = ahead.tolist()
+    if numbers[:2] != expected:
         raise _desync(call, "paired with another call")
+    return numbers[2:]
 
 
 def _desync(call: Call, how: str) -> DesyncError:

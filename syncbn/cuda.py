@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncbn.statistics import Statistics
+
 
 def _accumulator(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
@@ -23,17 +25,17 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(torch.float64), deviation_inverse.to(torch.float64).pow_(-2).mul_(x.numel() // x.shape[1])
 
 
-def normalise(x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return weight·(x - mean) / √(variance + eps) + bias."""
-    mean, variance = moments
+    mean, variance, eps = statistics.mean, statistics.variance, statistics.eps
     dtype = _accumulator(x)
     weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
     return torch.batch_norm_elemt(x, weight, bias, mean.to(dtype), _inverse(variance, eps).to(dtype), eps)
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel, in float64."""
-    mean, variance = moments
+    mean, variance, eps = statistics.mean, statistics.variance, statistics.eps
     dtype = _accumulator(x)
     centre = mean.to(dtype)
     inverse = _inverse(variance, eps)
@@ -47,13 +49,13 @@ def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple
 
 
 def combine_gradient(
-    dy: Tensor, x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, gradient_means: Tensor
+    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
     """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂).
 
     The kernel takes Σdy and Σdy·(x - mean) and divides them by a count; it is given their means, and the count 1.
     """
-    mean, variance = moments
+    mean, variance, eps = statistics.mean, statistics.variance, statistics.eps
     mean_dy, mean_dy_normalised = gradient_means
     dtype = _accumulator(x)
     product = mean_dy_normalised * (variance + eps).sqrt()

@@ -48,7 +48,7 @@ def sync_batch_norm(
 
     Collectives: one forward and one backward, each of one float64 vector, by every rank of the group and in the same
     order of layers. Forward it is an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an all_gather of
-    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 4 elements, of which the first two tell whether the ranks
+    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 3 elements, of which the first two tell whether the ranks
     are in the same call. A group of one rank issues none.
 
     A rank without values (N = 0) takes part in both collectives, adds nothing to them and gets an empty output. If no
@@ -76,8 +76,8 @@ def sync_batch_norm(
     (convolutions). Statistics over several workers are not in the paper.
     """
     check_input(input, weight=weight, bias=bias)
-    output, totals = normalise(input, weight, bias, eps, _site_of(process_group))
-    return output, moments_of(totals, input.shape[1])
+    output, statistics = normalise(input, weight, bias, eps, _site_of(process_group))
+    return output, moments_of(statistics)
 
 
 _sites: WeakKeyDictionary[ProcessGroup, CallSite] = WeakKeyDictionary()

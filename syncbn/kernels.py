@@ -11,8 +11,8 @@ Float32 tensors of three layouts come in, and each pass views them as one of two
     rows      (N, C, *), contiguous: a channel's values lie side by side
     columns   (M, C), contiguous: a value's channels lie side by side, as in channels_last and in (N, C)
 
-Moments are passed as one float64 tensor of shape (2, C), mean and biased variance, and so are the means of the gradient:
-(2, C), those of dy and of dy·x̂, where x̂ = (x - mean) / √(variance + eps).
+The means of the gradient are passed as one float64 tensor of shape (2, C): those of dy and of dy·x̂ over all ranks' values,
+where x̂ = (x - mean) / √(variance + eps).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from syncbn import cuda
+from syncbn.statistics import Statistics, far_channels
 
 SMALL = 1 << 13
 """Elements below which a pass in float64 costs less than the calls that a faster one takes."""
@@ -34,8 +35,6 @@ LANES = 16
 """Sums that a vector register takes along a row, side by side."""
 CHUNK = 1 << 17
 """Elements that are in float64 at a time: copies of this size, and not of a whole tensor's, are all the memory it takes."""
-FAR = 4.0
-"""Standard deviations from zero beyond which float32 does not hold a channel's values well enough to calculate with."""
 
 
 def reduced_dimensions(x: Tensor) -> tuple[int, ...]:
@@ -65,12 +64,13 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
     return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1) if columns else values
 
 
-def _is_plain(x: Tensor, far: Tensor | None = None) -> bool:
+def _is_plain(x: Tensor, statistics: Statistics | None = None) -> bool:
     """Tell whether the formula in float64 is the way to go, as where many channels are far, which are copied otherwise."""
     if x.is_cuda:
         return x.numel() == 0
-    many_far = far is not None and 4 * far.numel() > x.shape[1]
-    return x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu or many_far
+    if x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu:
+        return True
+    return statistics is not None and statistics.far is not None and 4 * statistics.far.numel() > x.shape[1]
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -88,7 +88,6 @@ def _add_up(parts: Iterable[Tensor]) -> Tensor:
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and M2 = Σ(x - mean)² of each channel, by two passes in float64; zero where there is no value."""
-    x = x.detach()
     # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
     count = max(x.numel() // x.shape[1], 1)
     dimensions = reduced_dimensions(x)
@@ -99,7 +98,6 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σx and Σx² of each channel, in float64, or in float32 where the variance keeps its digits in that."""
-    x = x.detach()
     count = x.numel() // x.shape[1]
     if _is_plain(x):
         mean, m2 = measure(x)
@@ -116,7 +114,7 @@ def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
             if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
                 return total, squares
             mean, m2 = _measure_rows_around(values, (total / count).to(torch.float32))
-        if (far := far_channels(x, torch.stack([mean, m2 / count]), 0.0)) is not None:
+        if (far := far_channels(mean, m2 / count, 0.0)) is not None:
             mean[far], m2[far] = measure(x.index_select(1, far))
     total = mean * count
     return total, m2.addcmul_(total, mean)
@@ -203,67 +201,54 @@ def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor
     return total, product
 
 
-def far_channels(x: Tensor, moments: Tensor, eps: float) -> Tensor | None:
-    """Return the indices of channels of x that float32 does not hold well enough, or None if there are none.
-
-    On the CPU alone: the kernels of a GPU subtract the mean first, and to look would make the host wait.
-    """
-    if x.is_cuda or _is_plain(x):
-        return None
-    mean, variance = moments.unbind()
-    excess = torch.addcmul(variance, mean, mean, value=-1 / FAR**2)
-    if excess.min().item() >= -eps:
-        return None
-    # A NaN, which is the least of all, is far from nothing, and stays.
-    far = (excess < -eps).nonzero().flatten()
-    return far if far.numel() else None
-
-
-def normalise(
-    x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None, far: Tensor | None
-) -> Tensor:
-    """Return weight·(x - mean) / √(variance + eps) + bias in the dtype and memory format of x.
+def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return weight·x̂ + bias in the dtype and memory format of x.
 
     Args:
         x: shape (N, C, *).
-        moments: shape (2, C), float64.
-        eps: added to the variance.
+        statistics: of all ranks' values.
         weight: shape (C,), or None for 1.
         bias: shape (C,), or None for 0.
-        far: channels to be calculated in float64, as `far_channels` tells them.
     """
-    if _is_plain(x, far):
-        return _normalise_plainly(x, moments, eps, weight, bias)
+    if _is_plain(x, statistics):
+        return _normalise_plainly(x, statistics, weight, bias)
     if x.is_cuda:
-        return cuda.normalise(x, moments, eps, weight, bias)
+        return cuda.normalise(x, statistics, weight, bias)
     columns = is_columns(x)
-    mean, variance = moments.unbind()
-    scale = (variance + eps).rsqrt_()
-    if weight is not None:
-        scale = scale.mul_(weight)
-    shift = -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
-    y = rearrange(_scale_and_shift(arrange(x, columns), scale.to(x.dtype), shift.to(x.dtype)), x, columns)
-    if far is not None:
-        y.index_copy_(1, far, _normalise_plainly(x[:, far], moments[:, far], eps, _some(weight, far), _some(bias, far)))
+    mean, variance = statistics.rounded
+    values = arrange(x, columns)
+    y = rearrange(_evaluate(values, _rounded(weight), _rounded(bias), mean, variance, statistics.eps), x, columns)
+    if (far := statistics.far) is not None:
+        some = statistics.some(far), _some(weight, far), _some(bias, far)
+        y.index_copy_(1, far, _normalise_plainly(x[:, far], *some))
     return y
 
 
-def _scale_and_shift(values: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return scale·values + shift in one pass: batch normalisation in evaluation, of mean 0 and variance 1."""
-    mean, variance = _constant(0.0, scale.numel()), _constant(1.0, scale.numel())
-    return torch.native_batch_norm(values, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+def _evaluate(
+    values: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
+) -> Tensor:
+    """Return weight·(values - mean) / √(variance + eps) + bias in one pass: batch normalisation in evaluation."""
+    return torch.native_batch_norm(values, weight, bias, mean, variance, False, 0.0, eps)[0]
+
+
+def _rounded(vector: Tensor | None) -> Tensor | None:
+    return vector if vector is None or vector.dtype == torch.float32 else vector.to(torch.float32)
 
 
 def _some(vector: Tensor | None, channels: Tensor) -> Tensor | None:
     return None if vector is None else vector[channels]
 
 
-def _normalise_plainly(x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    mean, variance = moments.unbind()
-    scale = (variance + eps).rsqrt_()
+def _inverse(statistics: Statistics) -> Tensor:
+    """Return 1 / √(variance + eps)."""
+    return (statistics.variance + statistics.eps).rsqrt_()
+
+
+def _normalise_plainly(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scale = _inverse(statistics)
     if weight is not None:
         scale = scale.mul_(weight)
-    centre, factor = along_channels(mean, x), along_channels(scale, x)
+    centre, factor = along_channels(statistics.mean, x), along_channels(scale, x)
     y = torch.empty_like(x)
     for part, result in _chunks(x, y):
         values = (part.to(torch.float64) - centre).mul_(factor)
@@ -271,84 +256,74 @@ def _normalise_plainly(x: Tensor, moments: Tensor, eps: float, weight: Tensor | 
     return y
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, moments: Tensor, eps: float, far: Tensor | None) -> tuple[Tensor, Tensor]:
+def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
-    if _is_plain(x, far):
-        return _reduce_plainly(dy, x, moments, eps)
+    if _is_plain(x, statistics):
+        return _reduce_plainly(dy, x, statistics)
     if x.is_cuda:
-        return cuda.reduce_gradient(dy, x, moments, eps)
+        return cuda.reduce_gradient(dy, x, statistics)
     columns = is_columns(x)
-    mean, variance = moments.unbind()
     reduce = _reduce_columns if columns else _reduce_rows
-    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean.to(x.dtype))
-    product = product * (variance + eps).rsqrt_()
-    if far is not None:
+    mean, variance = statistics.rounded
+    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean)
+    product = product * (variance + statistics.eps).rsqrt_()
+    if (far := statistics.far) is not None:
         # Their mean, rounded to float32 as the kernel takes it, is off by a part of a deviation that counts.
-        product[far] = _reduce_plainly(dy[:, far], x[:, far], moments[:, far], eps)[1]
+        product[far] = _reduce_plainly(dy[:, far], x[:, far], statistics.some(far))[1].to(product.dtype)
     return total, product
 
 
-def _reduce_plainly(dy: Tensor, x: Tensor, moments: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    mean, variance = moments.unbind()
+def _reduce_plainly(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
     dimensions = reduced_dimensions(x)
-    centre = along_channels(mean, x)
+    centre = along_channels(statistics.mean, x)
     total = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(dy))
     product = _add_up(
         (part.to(torch.float64) - centre).mul_(dy_part).sum(dimensions) for part, dy_part in _chunks(x, dy)
     )
-    return total, product.mul_((variance + eps).rsqrt_())
+    return total, product.mul_(_inverse(statistics))
 
 
 def combine_gradient(
-    dy: Tensor,
-    x: Tensor,
-    moments: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    gradient_means: Tensor,
-    far: Tensor | None,
+    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
     """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂) in the dtype and memory format of x.
 
     Args:
         dy: shape (N, C, *) in any memory format.
         x: shape (N, C, *).
-        moments: shape (2, C), float64.
-        eps: added to the variance.
+        statistics: of all ranks' values.
         weight: shape (C,), or None for 1.
-        gradient_means: shape (2, C), float64: over all ranks' values, those of dy and of dy·x̂.
-        far: channels to be calculated in float64, as `far_channels` tells them.
+        gradient_means: shape (2, C), float64.
     """
-    if _is_plain(x, far):
-        return _combine_plainly(dy, x, moments, eps, weight, gradient_means)
+    if _is_plain(x, statistics):
+        return _combine_plainly(dy, x, statistics, weight, gradient_means)
     if x.is_cuda:
-        return cuda.combine_gradient(dy, x, moments, eps, weight, gradient_means)
+        return cuda.combine_gradient(dy, x, statistics, weight, gradient_means)
     columns = is_columns(x)
-    mean, variance = moments.to(x.dtype).unbind()
-    mean_dy, mean_dy_normalised = gradient_means.to(x.dtype).unbind()
-    scale = None if weight is None else weight.to(x.dtype)
-    factor = mean_dy_normalised / (variance + eps)
+    mean, variance = statistics.rounded
+    mean_dy, mean_dy_normalised = gradient_means.to(torch.float32).unbind()
+    scale = _rounded(weight)
+    factor = mean_dy_normalised / (variance + statistics.eps)
     if scale is not None:
         factor *= scale
     # dx = scale·(dy - mean of dy)·(variance + eps)^-½ + factor·mean - factor·x, the first two terms in one fused pass.
-    dx = torch.native_batch_norm(arrange(dy, columns), scale, factor * mean, mean_dy, variance, False, 0.0, eps)[0]
+    dx = _evaluate(arrange(dy, columns), scale, factor * mean, mean_dy, variance, statistics.eps)
     values = arrange(x, columns)
     dx = rearrange(dx.addcmul_(values, along_channels(factor, values), value=-1), x, columns)
-    if far is not None:
-        some = (dy[:, far], x[:, far], moments[:, far], eps, _some(weight, far), gradient_means[:, far])
-        dx.index_copy_(1, far, _combine_plainly(*some))
+    if (far := statistics.far) is not None:
+        some = statistics.some(far), _some(weight, far), gradient_means[:, far]
+        dx.index_copy_(1, far, _combine_plainly(dy[:, far], x[:, far], *some))
     return dx
 
 
 def _combine_plainly(
-    dy: Tensor, x: Tensor, moments: Tensor, eps: float, weight: Tensor | None, gradient_means: Tensor
+    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
-    mean, variance = moments.unbind()
     mean_dy, mean_dy_normalised = gradient_means.unbind()
-    inverse = (variance + eps).rsqrt_()
+    inverse = _inverse(statistics)
     scale = along_channels(inverse if weight is None else inverse * weight, x)
     factor = along_channels(mean_dy_normalised.mul(inverse).neg_(), x)
-    centre, offset = along_channels(mean, x), along_channels(mean_dy, x)
+    centre, offset = along_channels(statistics.mean, x), along_channels(mean_dy, x)
     dx = torch.empty_like(x)
     for part, dy_part, result in _chunks(x, dy, dx):
         values = (part.to(torch.float64) - centre).mul_(factor)

@@ -15,6 +15,7 @@ from syncbn.errors import InputError
 from syncbn.functional import check_input
 from syncbn.moments import Moments
 from syncbn.operators import moments_of, normalise, put_back, select
+from syncbn.statistics import Statistics, at_least_one
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -181,15 +182,14 @@ class SyncBatchNorm(_BatchNorm):
             _check_mask(mask, input)
         if not self.training:
             return self._evaluate(input, mask)
-        output, totals = normalise(input, self.weight, self.bias, self.eps, self._site, mask)
+        output, statistics = normalise(input, self.weight, self.bias, self.eps, self._site, mask)
         for watcher in self._watchers:
-            watcher(moments_of(totals, self.num_features))
+            watcher(moments_of(statistics))
         if self.track_running_stats:
-            self._update_running_statistics(totals)
-        if self._site.share_wanted:
-            _, variance, within = totals[2:].chunk(3)
-            share = torch.where(variance > 0, 1 - within / (variance * totals[0]), 0)
-            self._between_worker_variance_share = share.clamp(0, 1)
+            self._update_running_statistics(statistics)
+        if statistics.within is not None:
+            m2 = statistics.variance * statistics.count
+            self._between_worker_variance_share = torch.where(m2 > 0, 1 - statistics.within / m2, 0).clamp(0, 1)
         return output
 
     def _check(self, x: Tensor) -> None:
@@ -213,21 +213,19 @@ class SyncBatchNorm(_BatchNorm):
         return y if mask is None else y.where(mask.unsqueeze(1), 0)
 
     @torch.no_grad()
-    def _update_running_statistics(self, totals: Tensor) -> None:
+    def _update_running_statistics(self, statistics: Statistics) -> None:
         # Where no rank had a value, or none that was not seen before, the weight 0 keeps the buffers; a branch would make
         # the host wait for a device, and the compiler give up.
-        count, news = totals[:2] if totals.is_cuda or torch.compiler.is_compiling() else totals[:2].tolist()
-        weight = torch.clamp(news, max=1) if isinstance(news, Tensor) else min(news, 1.0)
+        count, news = statistics.count, statistics.news
+        weight: Tensor | float = news / at_least_one(count)
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(news > 0)
         if self.momentum is not None:
             weight = weight * self.momentum
         elif self.num_batches_tracked is not None:
             weight = weight / self.num_batches_tracked.clamp(min=1).to(torch.float64)
-        mean, variance = totals[2 : 2 * self.num_features + 2].view(2, -1).unbind()
-        correction = count / (torch.clamp(count - 1, min=1) if isinstance(count, Tensor) else max(count - 1, 1))
-        unbiased_variance = variance * correction
-        for running, statistic in ((self.running_mean, mean), (self.running_var, unbiased_variance)):
+        unbiased_variance = statistics.variance * (count / at_least_one(count - 1))
+        for running, statistic in ((self.running_mean, statistics.mean), (self.running_var, unbiased_variance)):
             if running is not None:
                 running.copy_(running.to(torch.float64).lerp_(statistic, weight))
 

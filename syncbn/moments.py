@@ -44,7 +44,7 @@ class Moments:
             x: floating point, shape (N, C, *); N and any of * may be 0, C may not. The result carries no gradient.
         """
         count = x.numel() // x.shape[1]
-        return cls(torch.full((), count, dtype=torch.float64, device=x.device), *measure(x))
+        return cls(torch.full((), count, dtype=torch.float64, device=x.device), *measure(x.detach()))
 
     @classmethod
     def merge(cls, parts: Sequence[Moments]) -> Moments:

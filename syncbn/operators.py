@@ -7,7 +7,7 @@ code. So a compiled layer issues the same collectives and computes the same bits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,32 +19,26 @@ from syncbn.callsite import CallSite
 from syncbn.collective import gather_from_ranks, sum_over_ranks
 from syncbn.errors import InputError
 from syncbn.moments import Moments
+from syncbn.statistics import Statistics, at_least_one
 
 
 def normalise(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, site: CallSite, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Statistics]:
     """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
 
     Where a mask, boolean and of the shape of x without channels, is False, a value counts nowhere and becomes 0.
-
-    Returns:
-        The output; and a float64 vector [n, news, mean, variance] of 2C + 2 elements, with C more, Σᵢ M2ᵢ, where the
-        call site wants to know the share of the variance between ranks. n counts the values of all ranks. news is n
-        too, or 0 in a recomputation, whose statistics no running average shall see twice.
     """
-    output, totals = _Normalise.apply(x, mask, weight, bias, eps, site.key, torch.is_grad_enabled())
-    return output, totals
+    output, statistics = _Normalise.apply(x, mask, weight, bias, eps, site.key, torch.is_grad_enabled())
+    if torch.compiler.is_compiling():
+        statistics = Statistics.unpack(statistics, x.shape[1], eps, read=False)
+    return output, statistics
 
 
-def moments_of(totals: Tensor, channels: int) -> Moments:
-    """Return the moments that a vector of `normalise` holds."""
-    mean, variance = _mean_and_variance(totals, channels).unbind()
-    return Moments(totals[0], mean, variance * totals[0])
-
-
-def _mean_and_variance(totals: Tensor, channels: int) -> Tensor:
-    return totals[2 : 2 * channels + 2].view(2, channels)
+def moments_of(statistics: Statistics) -> Moments:
+    """Return count, mean and M2."""
+    count = torch.as_tensor(statistics.count, dtype=torch.float64, device=statistics.moments.device)
+    return Moments(count, statistics.mean, statistics.variance * count)
 
 
 class _Normalise(Function):
@@ -58,35 +52,35 @@ class _Normalise(Function):
         eps: float,
         key: int,
         with_graph: bool,
-    ) -> tuple[Tensor, Tensor]:
-        if torch.compiler.is_compiling():
-            y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key)
-        else:
-            y, totals = forward(x, mask, weight, bias, eps, key, keep_record=not with_graph)
-            # As long as the graph lives, a checkpoint may run this again.
-            ctx.record = CallSite.of(key).newest
-            # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
-            y = y.data
-            # The layer may be gone by the time of backward; what its collectives need must not be.
-            ctx.site = CallSite.of(key)
-        ctx.save_for_backward(x, mask, weight, totals)
-        ctx.mark_non_differentiable(totals)
+    ) -> tuple[Tensor, Statistics | Tensor]:
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps, ctx.key = eps, key
-        return y, totals
+        if torch.compiler.is_compiling():
+            y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key)
+            ctx.save_for_backward(x, mask, weight, totals)
+            ctx.mark_non_differentiable(totals)
+            return y, totals
+        # The layer may be gone by the time of backward; what its collectives need must not be.
+        ctx.site = CallSite.of(key)
+        y, ctx.statistics = forward(x, mask, weight, bias, eps, key, keep_record=not with_graph)
+        # As long as the graph lives, a checkpoint may run this again.
+        ctx.record = ctx.site.newest
+        ctx.save_for_backward(x, mask, weight)
+        # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
+        return y.data, ctx.statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        x, mask, weight, totals = ctx.saved_tensors
+        x, mask, weight, *totals = ctx.saved_tensors
         if dy is None:
             dy = torch.zeros_like(x)
-        gradients: Callable[..., tuple[Tensor, ...]]
         if torch.compiler.is_compiling():
-            gradients = torch.ops.syncbn.backward
+            gradients = torch.ops.syncbn.backward(dy, x, mask, weight, *totals, ctx.eps, ctx.key)
         else:
-            gradients = _differentiable_gradients if torch.is_grad_enabled() else backward
-        dx, weight_gradient, bias_gradient = gradients(dy, x, mask, weight, totals, ctx.eps, ctx.key)
+            differentiate = _differentiable_gradients if torch.is_grad_enabled() else backward
+            gradients = differentiate(dy, x, mask, weight, ctx.statistics, ctx.key)
+        dx, weight_gradient, bias_gradient = gradients
         return (
             dx if ctx.needs_input_grad[0] else None,
             None,
@@ -117,40 +111,38 @@ def forward(
     eps: float,
     key: int,
     keep_record: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Measure, exchange, normalise; the result as in `normalise`."""
+) -> tuple[Tensor, Statistics]:
+    """Measure, exchange, normalise."""
     if mask is not None:
-        y, totals = forward(select(x, mask), None, weight, bias, eps, key, keep_record)
-        return put_back(y, mask, x), totals
-    totals = _exchange_moments(x, CallSite.of(key), keep_record)
-    moments = _mean_and_variance(totals, x.shape[1])
-    return kernels.normalise(x, moments, eps, weight, bias, kernels.far_channels(x, moments, eps)), totals
+        y, statistics = forward(select(x, mask), None, weight, bias, eps, key, keep_record)
+        return put_back(y, mask, x), statistics
+    statistics = _exchange_moments(x, eps, CallSite.of(key), keep_record)
+    return kernels.normalise(x, statistics, weight, bias), statistics
 
 
-def _exchange_moments(x: Tensor, site: CallSite, keep_record: bool) -> Tensor:
+def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) -> Statistics:
     """Measure x and merge with the other ranks, in one collective; a rank alone needs none."""
-    channels = x.shape[1]
-    count = x.numel() // channels
+    count = x.numel() // x.shape[1]
     # The branches depend on the group's size, the dtype and the layer's settings, which are the same on every rank, and
     # never on the number of values or on requires_grad, which are not; a recomputation is one on every rank. So no rank
     # can miss the collective that the others are in.
-    exchange = _exchange_parts if x.dtype == torch.float64 else _exchange_sums
-    sums = kernels.measure(x) if x.dtype == torch.float64 else kernels.measure_sums(x)
+    in_float64 = x.dtype == torch.float64
+    sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
     if (recalled := site.recall(count, sums)) is not None:
-        return torch.cat([recalled[:1], recalled.new_zeros(1), recalled[2:]])
-    totals = exchange(count, *sums, site)
+        return replace(recalled, news=0.0)
+    statistics = (_exchange_parts if in_float64 else _exchange_sums)(count, *sums, eps, site)
     # A total of 1 means that no rank has more than 1. So every rank then looks at the total, and all raise together;
     # and in any other case a rank with more than 1 does not make the host wait for its device.
-    if count <= 1 and totals[0] == 1:
+    if count <= 1 and statistics.count == 1:
         raise InputError(
             f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
             "taken are 2 or more in training"
         )
-    site.remember(count, sums, totals, keep_record)
-    return totals
+    site.remember(count, sums, statistics, keep_record)
+    return statistics
 
 
-def _exchange_sums(count: int, total: Tensor, squares: Tensor, site: CallSite) -> Tensor:
+def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site: CallSite) -> Statistics:
     """Add up [n, Σx, Σx²] of the ranks: mean = Σx / n, variance = Σx² / n - mean².
 
     The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values resolve.
@@ -158,15 +150,16 @@ def _exchange_sums(count: int, total: Tensor, squares: Tensor, site: CallSite) -
     parts = [total, squares]
     if site.share_wanted:
         parts.append(squares.to(torch.float64).addcmul(total.to(torch.float64), total, value=-1 / max(count, 1)))
-    totals = sum_over_ranks([count, count], parts, site, "forward")
-    # Where no rank has a value there is nothing to divide, and 0/0 would be NaN.
-    mean, variance = _mean_and_variance(totals, len(total)).div_(totals[0].clamp(min=1)).unbind()
+    (everyone,), sums = sum_over_ranks([count], parts, site, "forward")
+    channels = len(total)
+    moments = sums[: 2 * channels].view(2, channels).div_(at_least_one(everyone))
+    mean, variance = moments.unbind()
     # Rounding can take the variance of a constant channel below zero, and the root of that would be NaN.
     variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
-    return totals
+    return Statistics(everyone, everyone, moments, sums[2 * channels :] if site.share_wanted else None, eps)
 
 
-def _exchange_parts(count: int, mean: Tensor, m2: Tensor, site: CallSite) -> Tensor:
+def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: CallSite) -> Statistics:
     """Gather [n, mean, M2] of the ranks and merge them.
 
     To add n·mean² and subtract it again would cost float64 values (mean/std)² units in the last place. A shift would
@@ -174,31 +167,29 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, site: CallSite) -> Ten
     ranks had loaded different buffers, the error would be silent. Hence the parts, unmixed.
     """
     # Ranks that differ in dtype are in different phases, and are told so.
-    gathered = gather_from_ranks([count, count], [mean, m2], site, "forward in float64")
-    parts = [Moments(part[0], *_mean_and_variance(part, len(mean))) for part in gathered]
+    gathered = gather_from_ranks([count], [mean, m2], site, "forward in float64")
+    parts = [Moments.unpack(part) for part in gathered]
     merged = Moments.merge(parts)
-    within = [torch.stack([part.m2 for part in parts]).sum(0)] if site.share_wanted else []
-    return torch.cat([merged.count.view(1), merged.count.view(1), merged.mean, merged.variance, *within])
+    within = torch.stack([part.m2 for part in parts]).sum(0) if site.share_wanted else None
+    everyone = merged.count if merged.count.is_cuda else merged.count.item()
+    return Statistics(everyone, everyone, torch.stack([merged.mean, merged.variance]), within, eps)
 
 
 def backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
     if mask is not None:
-        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, totals, eps, key)
+        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, statistics, key)
         return put_back(dx, mask, x), weight_gradient, bias_gradient
-    channels = x.shape[1]
-    moments = _mean_and_variance(totals, channels)
-    far = kernels.far_channels(x, moments, eps)
-    bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, moments, eps, far)
+    bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, statistics)
     # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
-    # The zeros make the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
+    # The zero makes the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
     # of another length; of the same length, it is found out by its stamp.
-    total = sum_over_ranks([0, 0], [bias_gradient, weight_gradient], CallSite.of(key), "backward")
-    gradient_means = _mean_and_variance(total, channels).div_(totals[0].clamp(min=1))
-    dx = kernels.combine_gradient(dy, x, moments, eps, weight, gradient_means, far)
+    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], CallSite.of(key), "backward")
+    gradient_means = sums.view(2, x.shape[1]).div_(at_least_one(statistics.count))
+    dx = kernels.combine_gradient(dy, x, statistics, weight, gradient_means)
     return dx, weight_gradient, bias_gradient
 
 
@@ -211,7 +202,7 @@ class _SumOverRanks(Function):
     @staticmethod
     def forward(ctx: Any, vector: Tensor, key: int, known: Tensor | None) -> Tensor:
         ctx.key = key
-        return sum_over_ranks([], [vector], CallSite.of(key), "backward") if known is None else known.clone()
+        return sum_over_ranks([], [vector], CallSite.of(key), "backward")[1] if known is None else known.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -219,7 +210,7 @@ class _SumOverRanks(Function):
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, key: int
 ) -> tuple[Tensor, ...]:
     """Return the gradients that `backward` does, by operations that autograd can differentiate in their turn.
 
@@ -229,10 +220,10 @@ def _differentiable_gradients(
     """
     if mask is not None:
         selected = select(dy, mask), select(x, mask)
-        dx, *gradients = _differentiable_gradients(*selected, None, weight, totals, eps, key)
+        dx, *gradients = _differentiable_gradients(*selected, None, weight, statistics, key)
         return put_back(dx, mask, x), *gradients
     with torch.enable_grad():
-        moments = moments_of(totals, x.shape[1])
+        moments = moments_of(statistics)
         # Also a rank that needs no gradient of x takes part in the collective on the way to it.
         values = x if x.requires_grad else x.detach().requires_grad_()
         ones = torch.ones_like(moments.mean)
@@ -247,7 +238,7 @@ def _differentiable_gradients(
         count = moments.count.clamp(min=1)
         mean, square = (_SumOverRanks.apply(local, key, known) / count).chunk(2)
         normalised = (centred - kernels.along_channels(mean, x)) * kernels.along_channels(
-            (square - mean.square() + eps).rsqrt(), x
+            (square - mean.square() + statistics.eps).rsqrt(), x
         )
         y = normalised * kernels.along_channels(scale, x) + kernels.along_channels(shift, x)
         dx, weight_gradient, bias_gradient = torch.autograd.grad(
@@ -259,13 +250,15 @@ def _differentiable_gradients(
 def _forward_operator(
     x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
 ) -> tuple[Tensor, Tensor]:
-    return forward(_plain(x), mask, weight, bias, eps, key)
+    y, statistics = forward(_plain(x), mask, weight, bias, eps, key)
+    return y, statistics.pack()
 
 
 def _backward_operator(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, *gradients = backward(dy, _plain(x), mask, weight, totals, eps, key)
+    statistics = Statistics.unpack(totals, x.shape[1], eps, read=not x.is_cuda)
+    dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, key)
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient
 

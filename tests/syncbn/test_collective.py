@@ -16,7 +16,8 @@ def use_both():
     vector = torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank()
     site = CallSite("both")
     halves = [vector[:1], vector[1:]]
-    total = sum_over_ranks([7], halves, site, "sum")
+    numbers, total = sum_over_ranks([7], halves, site, "sum")
+    assert numbers == [7 * group_size(None)]
     parts = gather_from_ranks([7], halves, site, "gather")
     assert torch.equal(vector, torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank())
     return group_size(None), total, parts
@@ -25,17 +26,18 @@ def use_both():
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_sum_and_gather_over_all_ranks(world_size):
-    vectors = [torch.tensor([7.0, *range(10 * rank, 10 * rank + 3)], dtype=torch.float64) for rank in range(world_size)]
+    vectors = [torch.arange(3, dtype=torch.float64) + 10 * rank for rank in range(world_size)]
     for size, total, parts in run_on_ranks(use_both, world_size):
         assert size == world_size
         assert torch.equal(total, sum(vectors))
-        assert torch.equal(parts, torch.stack(vectors))
+        assert torch.equal(parts[:, 0], torch.full((world_size,), 7.0))
+        assert torch.equal(parts[:, 1:], torch.stack(vectors))
 
 
 def sum_random():
     generator = torch.Generator().manual_seed(dist.get_rank())
     vector = torch.randn(10_001, generator=generator, dtype=torch.float64)
-    return sum_over_ranks([], [vector], CallSite("random"), "sum")
+    return sum_over_ranks([], [vector], CallSite("random"), "sum")[1]
 
 
 @pytest.mark.dist
@@ -48,7 +50,7 @@ def test_the_sum_is_the_same_bits_on_every_rank(world_size):
 def use_groups():
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     own = groups[dist.get_rank() // 2]
-    total = sum_over_ranks([], [torch.ones(1)], CallSite("own", own), "sum").item()
+    total = sum_over_ranks([], [torch.ones(1)], CallSite("own", own), "sum")[1].item()
     with pytest.raises(GroupError, match=rf"rank {dist.get_rank()} is not in the process group"):
         group_size(groups[1 - dist.get_rank() // 2])
     return group_size(own), total

@@ -211,7 +211,7 @@ def record_normalisation(case):
 def test_one_collective_forward_and_one_backward(dtype, forward):
     channels = 7
     results = run_on_ranks(record_normalisation, 3, make_case([4, 2, 0], channels, dtype=dtype))
-    assert results == [[(forward, 8 * (2 * channels + 4)), ("all_reduce", 8 * (2 * channels + 4))]] * 3
+    assert results == [[(forward, 8 * (2 * channels + 3)), ("all_reduce", 8 * (2 * channels + 3))]] * 3
     assert run_on_ranks(record_normalisation, 1, make_case([4], channels, dtype=dtype)) == [[]]
 
 

@@ -1,0 +1,85 @@
+"""What a forward pass learns about the values of all ranks, as the passes, the backward pass and the module need it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FAR = 4.0
+"""Standard deviations from zero beyond which float32 does not hold a channel's values well enough to calculate with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Count, mean and variance of all ranks' values, with what follows from them, computed once.
+
+    Numbers are Python's where the values lie on the CPU, and tensors where reading them would make the host wait for a
+    device, or make the compiler give up.
+    """
+
+    count: Tensor | float
+    """Values of all ranks in each channel."""
+    news: Tensor | float
+    """The count again, or 0 in a recomputation, whose statistics no running average shall see twice."""
+    moments: Tensor
+    """Mean and biased variance, shape (2, C), float64."""
+    within: Tensor | None
+    """Σᵢ M2ᵢ over the ranks, shape (C,), float64, where the share of the variance between ranks is wanted."""
+    eps: float
+    """Added to the variance."""
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel; shape (C,), float64."""
+        return self.moments[0]
+
+    @property
+    def variance(self) -> Tensor:
+        """Biased variance of each channel; shape (C,), float64."""
+        return self.moments[1]
+
+    @functools.cached_property
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance in float32."""
+        mean, variance = self.moments.to(torch.float32).unbind()
+        return mean, variance
+
+    @functools.cached_property
+    def far(self) -> Tensor | None:
+        """Indices of the channels that float32 does not hold well enough, or None if there are none; on the CPU."""
+        return far_channels(self.mean, self.variance, self.eps)
+
+    def some(self, channels: Tensor) -> Statistics:
+        """Return the statistics of some channels."""
+        return Statistics(self.count, self.news, self.moments[:, channels], None, self.eps)
+
+    def pack(self) -> Tensor:
+        """Return one vector [n, news, mean, variance] of 2C + 2 elements, and C more if `within` is there."""
+        numbers = torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in (self.count, self.news)])
+        parts = [numbers.to(self.moments.device), self.moments.flatten()]
+        return torch.cat(parts if self.within is None else [*parts, self.within])
+
+    @classmethod
+    def unpack(cls, vector: Tensor, channels: int, eps: float, read: bool) -> Statistics:
+        """Return the statistics that `pack` made a vector of, with the numbers read from it or as tensors."""
+        count, news = vector[:2].tolist() if read else vector[:2].unbind()
+        moments, within = vector[2 : 2 * channels + 2].view(2, channels), vector[2 * channels + 2 :]
+        return cls(count, news, moments, within if within.numel() else None, eps)
+
+
+def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:
+    """Return the indices of channels whose mean is more than `FAR` deviations off zero, or None if there are none."""
+    excess = torch.addcmul(variance, mean, mean, value=-1 / FAR**2)
+    if excess.min().item() >= -eps:
+        return None
+    # A NaN, which is the least of all, is far from nothing, and stays.
+    far = (excess < -eps).nonzero().flatten()
+    return far if far.numel() else None
+
+
+def at_least_one(count: Tensor | float) -> Tensor | float:
+    """Return a count to divide by: where no rank has a value there is nothing to divide, and 0/0 would be NaN."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1.0)
