@@ -40,18 +40,22 @@ class Call:
 class Record:
     """What a forward pass measured here and got from all ranks, for activation checkpointing to find again."""
 
+    number: int
+    dtype: torch.dtype
     count: int
     sums: tuple[Tensor, ...]
     statistics: Statistics
 
-    def distance(self, count: int, sums: tuple[Tensor, ...]) -> float | None:
-        """Return how far sums over as many values are from these, or None if they are those of other values."""
-        if count != self.count or any(own.device != other.device for own, other in zip(self.sums, sums, strict=True)):
+    def distance(self, x: Tensor, sums: tuple[Tensor, ...]) -> float | None:
+        """Return how far sums over a tensor's values are from these, or None if they are those of other values."""
+        channels, count = x.shape[1], x.numel() // x.shape[1]
+        if (x.dtype, x.device, channels, count) != (self.dtype, self.sums[0].device, len(self.sums[0]), self.count):
             return None
-        pairs = [(own / max(count, 1), other / max(count, 1)) for own, other in zip(self.sums, sums, strict=True)]
-        if not all(torch.allclose(*pair, rtol=1e-4, atol=1e-6, equal_nan=True) for pair in pairs):
+        # Sums are of float32 or float64 by the data.
+        own, others = (torch.stack(vectors).to(torch.float64) / max(count, 1) for vectors in (self.sums, sums))
+        if not torch.allclose(own, others, rtol=1e-4, atol=1e-6, equal_nan=True):
             return None
-        return sum((own - other).abs().nan_to_num().sum().item() for own, other in pairs)
+        return (own - others).abs().nan_to_num().sum().item()
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class CallSite:
     """What a layer's collectives need to know beside their tensors.
 
     A custom operator takes numbers and tensors alone, so it names its call site by `key`, and `CallSite.of` finds it
-    again as long as the layer lives.
+    again as long as the layer lives. The key is a tensor, since the compiler makes a graph of its own for each number.
     """
 
     _keys = itertools.count()
@@ -79,17 +83,20 @@ class CallSite:
         self._begin()
 
     def _begin(self) -> None:
-        self.key = next(self._keys)
-        self._sites[self.key] = self
+        number = next(self._keys)
+        self.key = torch.tensor(number, device="cpu")
+        self._sites[number] = self
         self._counts: dict[str, int] = {}
+        self._numbers = itertools.count()
         self._live: WeakSet[Record] = WeakSet()
+        self._recalled: WeakSet[Record] = WeakSet()
         self.newest: Record | None = None
         self._kept: deque[Record] = deque(maxlen=KEPT_RECORDS)
 
     @classmethod
-    def of(cls, key: int) -> CallSite:
+    def of(cls, key: Tensor) -> CallSite:
         """Return the call site that has this key."""
-        return cls._sites[key]
+        return cls._sites[int(key)]
 
     @property
     def process_group(self) -> ProcessGroup | None:
@@ -107,29 +114,41 @@ class CallSite:
         number = self._counts[phase] = self._counts.get(phase, 0) + 1
         return Call(self, phase, number)
 
-    def remember(self, count: int, sums: tuple[Tensor, ...], statistics: Statistics, keep: bool) -> None:
+    def remember(self, x: Tensor, sums: tuple[Tensor, ...], statistics: Statistics, keep: bool) -> None:
         """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
 
         The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
         the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
         """
-        self.newest = Record(count, sums, statistics)
+        self.newest = Record(next(self._numbers), x.dtype, x.numel() // x.shape[1], sums, statistics)
         self._live.add(self.newest)
         if keep:
             self._kept.append(self.newest)
 
-    def recall(self, count: int, sums: tuple[Tensor, ...]) -> Statistics | None:
+    def recall(self, x: Tensor, sums: tuple[Tensor, ...]) -> Statistics | None:
         """Return what the ranks exchanged when this rank last measured this, or None if it never did.
 
         Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
-        measures what the first pass did, up to the last digits where kernels are not deterministic.
+        measures what the first pass did, up to the last digits where kernels are not deterministic. Where this rank
+        measured the same more than once, the others may not have: then it is the newest pass that was not recomputed
+        yet, as backward goes from the last to the first.
         """
         # The graph task is the backward pass that this thread is in.
         if torch._C._current_graph_task_id() == -1:
             return None
-        distances = [(record.distance(count, sums), record.statistics) for record in self._live]
-        alike = [(distance, statistics) for distance, statistics in distances if distance is not None]
-        return min(alike, key=operator.itemgetter(0))[1] if alike else None
+        distances = [(record.distance(x, sums), record) for record in self._live]
+        alike = [
+            (distance, record in self._recalled, -record.number, record)
+            for distance, record in distances
+            if distance is not None
+        ]
+        if not alike:
+            return None
+        record = min(alike, key=operator.itemgetter(0, 1, 2))[3]
+        self._recalled.add(record)
+        if record in self._kept:
+            self._kept.remove(record)
+        return record.statistics
 
     def __getstate__(self) -> dict[str, Any]:
         group = self.group
@@ -164,7 +183,7 @@ def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
 
 
 class _Numbering:
-    """Numbers the layers in the order they are built, from one again whenever a default process group begins."""
+    """Numbers the layers in the order they are built, from one again whenever a default process group follows another."""
 
     def __init__(self) -> None:
         self._world: ref[Any] | None = None
@@ -173,7 +192,8 @@ class _Numbering:
     def __call__(self) -> int:
         world = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         if world is not None and (self._world is None or self._world() is not world):
-            self._world, self._next = ref(world), 1
+            self._next = self._next if self._world is None else 1
+            self._world = ref(world)
         number, self._next = self._next, self._next + 1
         return number
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.callsite import Call, CallSite
+from syncbn.deadline import run_within
 from syncbn.errors import DesyncError, GroupError
 from syncbn.lanes import lane_of
 from syncbn.watch import watch
@@ -33,6 +34,8 @@ PATIENCE_SECONDS = 1.0
 """How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
 ENQUIRY_SECONDS = 1.0
 """How long a rank whose call failed waits for the others to tell where they are."""
+_STORE_ERRORS = (RuntimeError, TimeoutError)
+"""The store has gone with the rank that held it, or that rank has stopped: then there is nobody to tell or to ask."""
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
@@ -129,7 +132,7 @@ def _stamp(call: Call) -> list[float]:
 
 def _to_device(numbers: Sequence[float], beside: Tensor) -> Tensor:
     """Make a vector of numbers; from pinned memory, as the host would otherwise wait for the device to take it."""
-    vector = torch.tensor(numbers, dtype=torch.float64, pin_memory=beside.is_cuda)
+    vector = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=beside.is_cuda)
     return vector.to(beside.device, non_blocking=True) if beside.is_cuda else vector
 
 
@@ -156,19 +159,22 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vec
         told = True
         _tell(call, str(call))
 
+    def remaining() -> float:
+        return max(0.001, limit - (time.monotonic() - started))
+
     try:
-        work = begin(lane_of(group, kind, vector, timedelta(seconds=limit), tell))
+        work = begin(lane_of(group, kind, vector, remaining, tell))
         _give_way_until_done(work)
-        patience = min(PATIENCE_SECONDS, limit / 2)
+        patience = min(PATIENCE_SECONDS, remaining() / 2)
+        asleep = time.monotonic()
         try:
             work.wait(timedelta(seconds=patience))
         except RuntimeError:
-            elapsed = time.monotonic() - started
-            if elapsed < patience:
+            if time.monotonic() - asleep < patience:
                 raise
             tell()
-            work.wait(timedelta(seconds=max(0.001, limit - elapsed)))
-    except RuntimeError as error:
+            work.wait(timedelta(seconds=remaining()))
+    except (RuntimeError, TimeoutError) as error:
         seconds = time.monotonic() - started
         how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
         raise _desync(call, how) from error
@@ -213,25 +219,28 @@ def _desync(call: Call, how: str) -> DesyncError:
 def _enquire(call: Call, ranks: list[int]) -> dict[int, str]:
     """Tell where this rank is and read where the others are, waiting a moment for those who are about to tell."""
     places = {dist.get_rank(): str(call)}
-    _tell(call, str(call))
     deadline = time.monotonic() + ENQUIRY_SECONDS
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        while True:
+
+    def ask() -> None:
+        _store().set(_place(call, dist.get_rank()), str(call))
+        while len(places) < len(ranks) and time.monotonic() < deadline:
             for rank in ranks:
-                if store.check([_place(call, rank)]):
-                    places[rank] = store.get(_place(call, rank)).decode()
-            if all(places.get(rank) for rank in ranks) or time.monotonic() > deadline:
-                return places
+                if _store().check([_place(call, rank)]) and (place := _store().get(_place(call, rank)).decode()):
+                    places[rank] = place
             time.sleep(0.02)
-    except RuntimeError:  # the store has gone with the rank that held it
-        return places
+
+    with contextlib.suppress(*_STORE_ERRORS):
+        run_within(ENQUIRY_SECONDS + 0.5, ask)
+    return dict(places)
 
 
 def _tell(call: Call, place: str) -> None:
-    # The store may have gone with the rank that held it; then there is nobody to tell.
-    with contextlib.suppress(RuntimeError):
-        dist.distributed_c10d._get_default_store().set(_place(call, dist.get_rank()), place)
+    with contextlib.suppress(*_STORE_ERRORS):
+        run_within(ENQUIRY_SECONDS, lambda: _store().set(_place(call, dist.get_rank()), place))
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _place(call: Call, rank: int) -> str:

@@ -70,16 +70,19 @@ def _is_plain(x: Tensor, statistics: Statistics | None = None) -> bool:
         return x.numel() == 0
     if x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu:
         return True
+    if not is_columns(x) and pieces(x.numel() // (x.shape[0] * x.shape[1])) is None:
+        return True  # rows of a prime length, say
     return statistics is not None and statistics.far is not None and 4 * statistics.far.numel() > x.shape[1]
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape into parts of some samples each."""
+    """Cut tensors of one shape across the longest of the dimensions that statistics are taken over."""
     first = tensors[0]
     if first.numel() <= CHUNK:
         return iter((tensors,))
-    samples = max(1, CHUNK * first.shape[0] // first.numel())
-    return zip(*(torch.split(tensor, samples) for tensor in tensors), strict=True)
+    dimension = max(reduced_dimensions(first), key=lambda index: first.shape[index])
+    length = max(1, CHUNK * first.shape[dimension] // first.numel())
+    return zip(*(torch.split(tensor, length, dimension) for tensor in tensors), strict=True)
 
 
 def _add_up(parts: Iterable[Tensor]) -> Tensor:
@@ -109,7 +112,8 @@ def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
         if columns:
             mean, m2 = _measure_columns(values)
         else:
-            total, squares = _reduce_rows(values, values, _constant(0.0, x.shape[1]))
+            zero, one = values.new_zeros(x.shape[1]), values.new_ones(x.shape[1])
+            total, squares = _reduce_rows(values, values, zero, one)
             # Σx² - Σx·mean subtracts from the first at most half of it if no mean is more than a deviation off zero.
             if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
                 return total, squares
@@ -120,39 +124,39 @@ def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     return total, m2.addcmul_(total, mean)
 
 
-@functools.lru_cache(maxsize=256)
-def _constant(value: float, channels: int) -> Tensor:
-    # Made in inference mode, it could not be used in training afterwards.
-    with torch.inference_mode(mode=False):
-        return torch.full((channels,), value, dtype=torch.float32, device="cpu")
-
-
 def _measure_rows_around(rows: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and M2 by Σx and Σx·(x - guess): Σ(x - mean)² = Σx·(x - guess) - Σx·(mean - guess)."""
-    total, product = (sums.to(torch.float64) for sums in _reduce_rows(rows, rows, guess))
+    total, product = (sums.to(torch.float64) for sums in _reduce_rows(rows, rows, guess, torch.ones_like(guess)))
     mean = total / (rows.numel() // rows.shape[1])
     return mean, product.addcmul_(total, mean - guess, value=-1).clamp_(min=0)
 
 
-def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre) of each channel, of rows that are halved while they are long and even."""
+@functools.lru_cache(maxsize=256)
+def pieces(length: int) -> int | None:
+    """Return the least number of equal parts that a row is cut into for short sums; None if they would be tiny."""
+    longest = CHAIN * LANES
+    least = math.ceil(length / longest)
+    return next((k for k in range(least, length // LANES + 1) if length % k == 0), None if least > 1 else 1)
+
+
+def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σleft and Σleft·(right - centre)·scale of each channel, of rows that are cut while they are long."""
     samples, channels = left.shape[:2]
-    length = left.numel() // (samples * channels)
-    k = 1
-    while length // k > CHAIN * LANES and length % (2 * k) == 0:
-        k *= 2
+    k = pieces(left.numel() // (samples * channels))
+    assert k is not None, "rows that cannot be cut are calculated plainly"
     if k == 1:
-        return _reduce(left, right, centre)
-    halved = (samples, channels * k, length // k)
-    total, product = _reduce(left.view(halved), right.view(halved), centre.repeat_interleave(k))
+        return _reduce(left, right, centre, scale)
+    parts = (samples, channels * k, -1)
+    total, product = _reduce(
+        left.view(parts), right.view(parts), centre.repeat_interleave(k), scale.repeat_interleave(k)
+    )
     return total.to(torch.float64).view(channels, k).sum(1), product.to(torch.float64).view(channels, k).sum(1)
 
 
-def _reduce(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre) of each channel: the gradients of bias and weight of a batch norm."""
-    one = _constant(1.0, centre.numel())
+def _reduce(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σleft and Σleft·(right - centre)·scale of each channel: the gradients of bias and weight of a batch norm."""
     _, product, total = torch.ops.aten.native_batch_norm_backward.default(
-        left, right, one, None, None, centre, one, True, 0.0, (False, True, True)
+        left, right, None, None, None, centre, scale, True, 0.0, (False, True, True)
     )
     return total, product
 
@@ -185,19 +189,18 @@ def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
 
 
-def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre) of each channel, as `_reduce_rows` does, of folded columns."""
+def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σleft and Σleft·(right - centre)·scale of each channel, as `_reduce_rows` does, of folded columns."""
     folded, rest, k = _fold(left)
     if k == 1:
-        return _reduce(left, right, centre)
+        return _reduce(left, right, centre, scale)
     folded_right, rest_right, _ = _fold(right)
-    total, product = (
-        sums.to(torch.float64).view(k, -1).sum(0) for sums in _reduce(folded, folded_right, centre.repeat(k))
-    )
+    reduced = _reduce(folded, folded_right, centre.repeat(k), scale.repeat(k))
+    total, product = (sums.to(torch.float64).view(k, -1).sum(0) for sums in reduced)
     if rest.numel():
         rest = rest.to(torch.float64)
         total += rest.sum(0)
-        product += (rest * (rest_right.to(torch.float64) - centre)).sum(0)
+        product += (rest * (rest_right.to(torch.float64) - centre)).sum(0) * scale
     return total, product
 
 
@@ -265,8 +268,8 @@ def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tens
     columns = is_columns(x)
     reduce = _reduce_columns if columns else _reduce_rows
     mean, variance = statistics.rounded
-    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean)
-    product = product * (variance + statistics.eps).rsqrt_()
+    inverse = (variance + statistics.eps).rsqrt_()
+    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean, inverse)
     if (far := statistics.far) is not None:
         # Their mean, rounded to float32 as the kernel takes it, is off by a part of a deviation that counts.
         product[far] = _reduce_plainly(dy[:, far], x[:, far], statistics.some(far))[1].to(product.dtype)

@@ -209,6 +209,9 @@ class SyncBatchNorm(_BatchNorm):
         use_own_batch = mean is None and variance is None
         if use_own_batch and mask is not None:
             return put_back(self._evaluate(select(x, mask), None), mask, x)
+        if mask is not None:
+            # Padding may be NaN, and NaN times the gradient's 0 would be in the gradients of weight and bias.
+            x = x.where(mask.unsqueeze(1), 0)
         y = F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
         return y if mask is None else y.where(mask.unsqueeze(1), 0)
 

@@ -29,9 +29,11 @@ def normalise(
 
     Where a mask, boolean and of the shape of x without channels, is False, a value counts nowhere and becomes 0.
     """
-    output, statistics = _Normalise.apply(x, mask, weight, bias, eps, site.key, torch.is_grad_enabled())
     if torch.compiler.is_compiling():
-        statistics = Statistics.unpack(statistics, x.shape[1], eps, read=False)
+        # The setting is an argument here, so that the compiler notices if it changes.
+        output, totals = _NormaliseCompiled.apply(x, mask, weight, bias, eps, site.key, site.share_wanted)
+        return output, Statistics.unpack(totals, x.shape[1], eps, read=False)
+    output, statistics = _Normalise.apply(x, mask, weight, bias, eps, site, torch.is_grad_enabled())
     return output, statistics
 
 
@@ -42,6 +44,8 @@ def moments_of(statistics: Statistics) -> Moments:
 
 
 class _Normalise(Function):
+    """The layer in eager use."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -50,46 +54,70 @@ class _Normalise(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        key: int,
+        site: CallSite,
         with_graph: bool,
-    ) -> tuple[Tensor, Statistics | Tensor]:
+    ) -> tuple[Tensor, Statistics]:
+        keep_record = not (with_graph and any(ctx.needs_input_grad))
+        y, statistics = forward(x, mask, weight, bias, eps, site, keep_record)
+        # The layer may be gone by the time of backward; what its collectives need must not be. And as long as the graph
+        # lives, a checkpoint may run this again.
+        ctx.site, ctx.statistics, ctx.record = site, statistics, site.newest
+        ctx.save_for_backward(x, mask, weight)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.key = eps, key
-        if torch.compiler.is_compiling():
-            y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key)
-            ctx.save_for_backward(x, mask, weight, totals)
-            ctx.mark_non_differentiable(totals)
-            return y, totals
-        # The layer may be gone by the time of backward; what its collectives need must not be.
-        ctx.site = CallSite.of(key)
-        y, ctx.statistics = forward(x, mask, weight, bias, eps, key, keep_record=not with_graph)
-        # As long as the graph lives, a checkpoint may run this again.
-        ctx.record = ctx.site.newest
-        ctx.save_for_backward(x, mask, weight)
         # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
-        return y.data, ctx.statistics
+        return y.data, statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        x, mask, weight, *totals = ctx.saved_tensors
-        if dy is None:
-            dy = torch.zeros_like(x)
-        if torch.compiler.is_compiling():
-            gradients = torch.ops.syncbn.backward(dy, x, mask, weight, *totals, ctx.eps, ctx.key)
-        else:
-            differentiate = _differentiable_gradients if torch.is_grad_enabled() else backward
-            gradients = differentiate(dy, x, mask, weight, ctx.statistics, ctx.key)
-        dx, weight_gradient, bias_gradient = gradients
-        return (
-            dx if ctx.needs_input_grad[0] else None,
-            None,
-            weight_gradient.to(weight.dtype) if ctx.needs_input_grad[2] else None,
-            bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
-            None,
-            None,
-            None,
-        )
+        x, mask, weight = ctx.saved_tensors
+        differentiate = _differentiable_gradients if torch.is_grad_enabled() else backward
+        gradients = differentiate(torch.zeros_like(x) if dy is None else dy, x, mask, weight, ctx.statistics, ctx.site)
+        return _wanted(ctx, weight, *gradients)
+
+
+class _NormaliseCompiled(Function):
+    """The layer as the compiler sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        key: Tensor,
+        share: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key, share)
+        ctx.save_for_backward(x, mask, weight, totals, key)
+        ctx.mark_non_differentiable(totals)
+        ctx.set_materialize_grads(False)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.eps = eps
+        return y, totals
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        x, mask, weight, totals, key = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        return _wanted(ctx, weight, *torch.ops.syncbn.backward(dy, x, mask, weight, totals, ctx.eps, key))
+
+
+def _wanted(
+    ctx: Any, weight: Tensor | None, dx: Tensor, weight_gradient: Tensor, bias_gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients that autograd asks for, in the order of forward's arguments and in the parameters' dtypes."""
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        None,
+        weight_gradient.to(weight.dtype) if weight is not None and ctx.needs_input_grad[2] else None,
+        bias_gradient.to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None,
+        None,
+        None,
+        None,
+    )
 
 
 def select(x: Tensor, mask: Tensor) -> Tensor:
@@ -109,14 +137,14 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    key: int,
-    keep_record: bool = True,
+    site: CallSite,
+    keep_record: bool,
 ) -> tuple[Tensor, Statistics]:
     """Measure, exchange, normalise."""
     if mask is not None:
-        y, statistics = forward(select(x, mask), None, weight, bias, eps, key, keep_record)
+        y, statistics = forward(select(x, mask), None, weight, bias, eps, site, keep_record)
         return put_back(y, mask, x), statistics
-    statistics = _exchange_moments(x, eps, CallSite.of(key), keep_record)
+    statistics = _exchange_moments(x, eps, site, keep_record)
     return kernels.normalise(x, statistics, weight, bias), statistics
 
 
@@ -128,7 +156,7 @@ def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) 
     # can miss the collective that the others are in.
     in_float64 = x.dtype == torch.float64
     sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
-    if (recalled := site.recall(count, sums)) is not None:
+    if (recalled := site.recall(x, sums)) is not None:
         return replace(recalled, news=0.0)
     statistics = (_exchange_parts if in_float64 else _exchange_sums)(count, *sums, eps, site)
     # A total of 1 means that no rank has more than 1. So every rank then looks at the total, and all raise together;
@@ -138,7 +166,7 @@ def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) 
             f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
             "taken are 2 or more in training"
         )
-    site.remember(count, sums, statistics, keep_record)
+    site.remember(x, sums, statistics, keep_record)
     return statistics
 
 
@@ -176,18 +204,18 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: Call
 
 
 def backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, site: CallSite
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
     if mask is not None:
-        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, statistics, key)
+        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, statistics, site)
         return put_back(dx, mask, x), weight_gradient, bias_gradient
     bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, statistics)
     # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
-    # The zero makes the vector as long as forward's. Backends break down when a rank that skipped a layer brings a vector
-    # of another length; of the same length, it is found out by its stamp.
-    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], CallSite.of(key), "backward")
+    # The zero makes the vector as long as forward's, so that they share a lane, and backends that have none do not break
+    # down when a rank that skipped a layer brings its backward's: it is found out by its stamp.
+    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], site, "backward")
     gradient_means = sums.view(2, x.shape[1]).div_(at_least_one(statistics.count))
     dx = kernels.combine_gradient(dy, x, statistics, weight, gradient_means)
     return dx, weight_gradient, bias_gradient
@@ -200,17 +228,17 @@ class _SumOverRanks(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, key: int, known: Tensor | None) -> Tensor:
-        ctx.key = key
-        return sum_over_ranks([], [vector], CallSite.of(key), "backward")[1] if known is None else known.clone()
+    def forward(ctx: Any, vector: Tensor, site: CallSite, known: Tensor | None) -> Tensor:
+        ctx.site = site
+        return sum_over_ranks([], [vector], site, "backward")[1] if known is None else known.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumOverRanks.apply(gradient, ctx.key, None), None, None
+        return _SumOverRanks.apply(gradient, ctx.site, None), None, None
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, site: CallSite
 ) -> tuple[Tensor, ...]:
     """Return the gradients that `backward` does, by operations that autograd can differentiate in their turn.
 
@@ -220,7 +248,7 @@ def _differentiable_gradients(
     """
     if mask is not None:
         selected = select(dy, mask), select(x, mask)
-        dx, *gradients = _differentiable_gradients(*selected, None, weight, statistics, key)
+        dx, *gradients = _differentiable_gradients(*selected, None, weight, statistics, site)
         return put_back(dx, mask, x), *gradients
     with torch.enable_grad():
         moments = moments_of(statistics)
@@ -236,7 +264,7 @@ def _differentiable_gradients(
         local = torch.cat([centred.sum(dimensions), centred.square().sum(dimensions)])
         known = torch.cat([torch.zeros_like(ones), moments.m2])
         count = moments.count.clamp(min=1)
-        mean, square = (_SumOverRanks.apply(local, key, known) / count).chunk(2)
+        mean, square = (_SumOverRanks.apply(local, site, known) / count).chunk(2)
         normalised = (centred - kernels.along_channels(mean, x)) * kernels.along_channels(
             (square - mean.square() + statistics.eps).rsqrt(), x
         )
@@ -248,17 +276,18 @@ def _differentiable_gradients(
 
 
 def _forward_operator(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
 ) -> tuple[Tensor, Tensor]:
-    y, statistics = forward(_plain(x), mask, weight, bias, eps, key)
+    # The graph holds no record; so the call site keeps some.
+    y, statistics = forward(_plain(x), mask, weight, bias, eps, CallSite.of(key), keep_record=True)
     return y, statistics.pack()
 
 
 def _backward_operator(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     statistics = Statistics.unpack(totals, x.shape[1], eps, read=not x.is_cuda)
-    dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, key)
+    dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, CallSite.of(key))
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient
 
@@ -269,14 +298,14 @@ def _plain(x: Tensor) -> Tensor:
 
 
 def _forward_shapes(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: int
+    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
 ) -> tuple[Tensor, Tensor]:
-    vectors = 3 if CallSite.of(key).share_wanted else 2
+    vectors = 3 if share else 2
     return torch.empty_like(_plain(x)), x.new_empty(vectors * x.shape[1] + 2, dtype=torch.float64)
 
 
 def _backward_shapes(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: int
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = totals.new_empty(x.shape[1])
     return torch.empty_like(_plain(x)), gradient, torch.empty_like(gradient)
@@ -284,11 +313,11 @@ def _backward_shapes(
 
 torch.library.define(
     "syncbn::forward",
-    "(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, float eps, int key) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, float eps, Tensor key, bool share) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "syncbn::backward",
-    "(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor totals, float eps, int key)"
+    "(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor totals, float eps, Tensor key)"
     " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("syncbn::forward", "default", _forward_operator)

@@ -63,7 +63,9 @@ class Watch:
         abort: Callable[[], None],
     ) -> None:
         """Look after a collective whose summed stamps are in a tensor on a device, once the stream has come that far."""
-        copy = torch.empty(stamps.shape, dtype=stamps.dtype, pin_memory=True).copy_(stamps, non_blocking=True)
+        copy = torch.empty(stamps.shape, dtype=stamps.dtype, device="cpu", pin_memory=True).copy_(
+            stamps, non_blocking=True
+        )
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(stamps.device))
         deadline = time.monotonic() + call.site.timeout_seconds
