@@ -109,6 +109,30 @@ def test_every_surviving_rank_says_where_it_waited_and_who_was_missing(fault, la
             assert words in str(error)
 
 
+def arrive(delays):
+    """Call a layer for the first time, each rank at another moment; None means never."""
+    layers = make_layers()
+    dist.barrier()
+    delay = delays[dist.get_rank()]
+    time.sleep(
+        2 * TIMEOUT_SECONDS + 2 if delay is None else delay
+    )  # stays, so that nobody is told by broken connections
+    if delay is None:
+        return None, 0.0
+    started = time.monotonic()
+    with pytest.raises(DesyncError) as caught:
+        step(layers)
+    return caught.value.missing_ranks, time.monotonic() - started
+
+
+@pytest.mark.parametrize("delays", [(0, None, 0), (0, 1.0, 2.0, None)], ids=str)
+def test_the_first_call_keeps_to_the_limit_too(delays):
+    for rank, (missing, seconds) in enumerate(run_on_ranks(arrive, len(delays), delays)):
+        if delays[rank] is not None:
+            assert len(delays) - 1 in missing or CULPRIT in missing
+            assert seconds < TIMEOUT_SECONDS + 2
+
+
 def die(layers):
     os._exit(3)
 
@@ -145,3 +169,14 @@ def test_the_limit_comes_from_the_environment(monkeypatch):
     assert SyncBatchNorm(3).timeout_seconds == 300
     monkeypatch.setenv("SYNCBN_TIMEOUT_SECONDS", "7.5")
     assert SyncBatchNorm(3).timeout_seconds == 7.5
+
+
+def name_layers_before_and_after():
+    names = {SyncBatchNorm(3).layer_name for _ in range(2)}
+    dist.destroy_process_group()
+    names_without = [SyncBatchNorm(3).layer_name for _ in range(2)]
+    return len(names), len({*names, *names_without})
+
+
+def test_layers_made_before_and_with_a_process_group_have_different_names():
+    assert run_on_ranks(name_layers_before_and_after, 1) == [(2, 4)]

@@ -324,3 +324,15 @@ def test_normalises_without_gradients(context):
     with context():
         y, _ = sync_batch_norm(x)
     assert torch.equal(y, sync_batch_norm(x)[0])
+
+
+def normalise_beside_a_default_device():
+    x = torch.randn(4, 3)
+    with torch.device("meta"):
+        y, _ = sync_batch_norm(x)
+    torch.testing.assert_close(y, sync_batch_norm(x)[0])
+
+
+@pytest.mark.dist
+def test_the_default_device_is_left_alone():
+    run_on_ranks(normalise_beside_a_default_device, 2)

@@ -46,6 +46,9 @@ def test_masked_values_count_nowhere_in_evaluation(tracked):
     x.movedim(1, -1)[~mask] = torch.nan
     layer = SyncBatchNorm(3, track_running_stats=tracked).eval()
     y = layer(x, mask).movedim(1, -1)
+    y.square().sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    assert layer.bias.grad.isfinite().all()
     torch.testing.assert_close(y[mask], layer(x.movedim(1, -1)[mask]))
     assert not y[~mask].any()
 

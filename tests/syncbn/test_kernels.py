@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from syncbn import SyncBatchNorm, kernels, sync_batch_norm
 from tests.dist import run_on_ranks
@@ -14,6 +15,8 @@ LAYOUTS = {
     "one_dimension": ((200, 48), torch.contiguous_format),
     "odd": ((3, 5, 61, 47), torch.channels_last),
     "long": ((2, 2, 160, 160), torch.contiguous_format),
+    "long_and_odd": ((1, 2, 513, 513), torch.contiguous_format),
+    "long_and_prime": ((3, 2, 1, 8209), torch.contiguous_format),
 }
 
 
@@ -35,6 +38,24 @@ def run(layout, dtype, shift, options, world_size=2):
     assert torch.Size(shape).numel() >= kernels.SMALL / 2
     case = make_case([shape[0] * 2] * (world_size - 1) + [shape[0]], shape[1], shape[2:], dtype, shift)
     return case, expect(case), run_on_ranks(normalise, world_size, case, memory_format, options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 513, 513), (2, 2, 769, 769), (2, 2, 1026, 1026), (1, 2, 129, 129, 129)], ids=str
+)
+def test_sums_along_images_of_any_side_are_short(shape):
+    x, dy = torch.randn(shape).add_(1).abs_(), torch.randn(shape)
+    results = []
+    for dtype, norm in (
+        (torch.float32, SyncBatchNorm),
+        (torch.float64, nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm3d),
+    ):
+        own, layer = x.detach().to(dtype).requires_grad_(), norm(shape[1], dtype=dtype)
+        y = layer(own)
+        y.backward(dy.to(dtype))
+        results.append((y.detach(), own.grad, layer.running_var))
+    for actual, exact, bound in zip(*results, (2e-6, 1e-5, 1e-6), strict=True):
+        assert relative_error(actual, exact) <= bound
 
 
 @pytest.mark.dist

@@ -15,6 +15,10 @@ BOUND = 1.01
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
+VOLUME = (1, 16, 64, 80, 80)
+"""One sample, as of medical images; as large."""
+
+
 def trace_bytes(function):
     """Call a function; return what it made and left behind, and the most it held at one time, both in bytes.
 
@@ -33,13 +37,13 @@ def trace_bytes(function):
     return held, peak
 
 
-def measure_layer(norm, memory_format, shift, dtype=torch.float32, far=slice(None)):
+def measure_layer(norm, memory_format, shift, dtype=torch.float32, far=slice(None), shape=SHAPE):
     """Return the bytes that forward keeps, output included and input not, and the peak of forward and backward."""
     generator = torch.Generator().manual_seed(0)
-    x, dy = (torch.randn(SHAPE, generator=generator).to(dtype, memory_format=memory_format) for _ in range(2))
+    x, dy = (torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format) for _ in range(2))
     x[:, far] += shift
     x.requires_grad_()
-    layer = norm(SHAPE[1], dtype=torch.promote_types(dtype, torch.float32))
+    layer = norm(shape[1], dtype=torch.promote_types(dtype, torch.float32))
     # Gradients are handed out, not added to x.grad, where autograd would copy some and not others.
     inputs = (x, *layer.parameters())
     kept, _ = trace_bytes(lambda: layer(x))
@@ -47,8 +51,8 @@ def measure_layer(norm, memory_format, shift, dtype=torch.float32, far=slice(Non
     return kept, peak
 
 
-def measure_both(memory_format, shift, **options):
-    return [measure_layer(norm, memory_format, shift, **options) for norm in (nn.BatchNorm2d, SyncBatchNorm)]
+def measure_both(memory_format, shift, plain=nn.BatchNorm2d, **options):
+    return [measure_layer(norm, memory_format, shift, **options) for norm in (plain, SyncBatchNorm)]
 
 
 def check_bounds(plain, synchronised):

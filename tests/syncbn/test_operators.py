@@ -74,6 +74,58 @@ def test_a_checkpoint_costs_no_collective_and_updates_no_buffer_twice(use_reentr
         assert max(records) <= 16
 
 
+def run_repeated(use_reentrant, calls):
+    """Give rank 0 the same values again and again, while rank 1's vary; return what checkpoints made of it and what not."""
+    layers = [SyncBatchNorm(4, momentum=None) for _ in range(2)]
+    generator = torch.Generator().manual_seed(7)
+    first = torch.randn(3, 4, 5, generator=generator)
+    gradients = ([], [])
+    for _ in range(4):
+        xs = [first + dist.get_rank() * torch.randn(3, 4, 5, generator=generator) for _ in range(calls)]
+        weights = torch.randn(calls, 3, 4, 5, generator=generator)
+        for layer, found in zip(layers, gradients, strict=True):
+            inputs = [x.clone().requires_grad_() for x in xs]
+            call = layer if layer is layers[0] else lambda x: checkpoint(layers[1], x, use_reentrant=use_reentrant)
+            sum((call(x).square() * weight).sum() for x, weight in zip(inputs, weights, strict=True)).backward()
+            found.append(torch.stack([x.grad for x in inputs]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layers[1].state_dict(), layers[0].state_dict())
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_of_repeated_values_recalls_the_right_pass(use_reentrant, calls):
+    run_on_ranks(run_repeated, 2, use_reentrant, calls)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_finds_large_passes_far_from_and_near_zero(use_reentrant):
+    """Their sums are of float64 and of float32."""
+    layer, plain = SyncBatchNorm(4), nn.BatchNorm2d(4)
+    draws = [torch.randn(8, 4, 32, 32) + shift for shift in (0.0, 2.0, 50.0)]
+    inputs = [[x.clone().requires_grad_() for x in draws] for _ in range(2)]
+    sum(checkpoint(layer, x, use_reentrant=use_reentrant).square().sum() for x in inputs[0]).backward()
+    sum(plain(x).square().sum() for x in inputs[1]).backward()
+    for one, other in zip(*inputs, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+def run_without_graph(options):
+    layer = SyncBatchNorm(4, **options).requires_grad_(False)
+    block = nn.Sequential(layer, nn.Conv1d(4, 4, 1))
+    with record_collectives() as issued:
+        outputs = [checkpoint(block, torch.randn(3, 4, 5), use_reentrant=False) for _ in range(3)]
+        sum(output.sum() for output in outputs).backward()
+    assert len(issued) == 3
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}], ids=str)
+def test_a_checkpoint_finds_passes_that_have_no_graph(options):
+    run_on_ranks(run_without_graph, 2, options)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_checkpoint_on_one_process_updates_no_buffer_twice(use_reentrant):
     plain = make_network()
@@ -255,16 +307,51 @@ def test_inductor_compiles_the_layer():
 
 
 def run_compiled_function():
-    x = draw()
+    results = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        function = torch.compile(lambda x: sync_batch_norm(x)[0], fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(function(x), sync_batch_norm(x)[0])
+        compiled = torch.compile(lambda x: sync_batch_norm(x)[0], fullgraph=True, backend="aot_eager")
+        for function in (compiled, lambda x: sync_batch_norm(x)[0]):
+            x = draw().requires_grad_()
+            with record_collectives() as issued:
+                y = function(x)
+                y.square().sum().backward()
+            results.append(((y.detach(), x.grad), issued))
     torch._dynamo.reset()
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    assert results[0][1] == results[1][1]
+    assert len(results[0][1]) == 2
 
 
 def test_the_function_can_be_compiled_too():
     run_on_ranks(run_compiled_function, 2)
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph():
+    """As torch advises for deep networks; it gives up where each block would need a graph of its own."""
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), SyncBatchNorm(3), nn.ReLU()) for _ in range(12)))
+    for block in blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own parts
+        torch._dynamo.utils.counters.clear()
+        blocks(torch.randn(4, 3, 5, 5)).sum().backward()
+    # The first block's input needs no gradient; nn.BatchNorm2d takes two as well.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch._dynamo.reset()
+
+
+def test_the_share_may_be_asked_for_after_compiling():
+    layer = SyncBatchNorm(3)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for wanted in (False, True, False, True):
+        layer.measures_between_worker_variance = wanted
+        compiled(torch.randn(4, 3, 5)).sum().backward()
+        assert (layer.between_worker_variance_share is not None) or not wanted
+    torch.testing.assert_close(
+        layer.between_worker_variance_share, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
