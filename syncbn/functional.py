@@ -44,7 +44,8 @@ def sync_batch_norm(
     over W ranks, as DistributedDataParallel does, they are those of the mean loss over all samples if every rank holds
     as many; otherwise weight a rank's mean loss by W·nᵣ/n, with nᵣ its samples and n those of all ranks.
 
-    Accumulation is in float64 for every dtype. The statistics are the same bits on every rank.
+    What the ranks exchange, counts included, is float64 for every dtype; a rank's own sums over many float32 values are
+    added up from short ones of float32. The statistics are the same bits on every rank.
 
     Collectives: one forward and one backward, each of one float64 vector, by every rank of the group and in the same
     order of layers. Forward it is an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an all_gather of

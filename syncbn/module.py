@@ -35,7 +35,7 @@ class SyncBatchNorm(_BatchNorm):
     In evaluation μ and σ² are the running statistics, or, where none are kept, those of this rank's own batch.
 
     The signature is that of torch.nn.SyncBatchNorm; parameters, buffers and state_dict are those of
-    torch.nn.BatchNorm1d, 2d and 3d. Accumulation is in float64, counts included, and every rank gets the same bits.
+    torch.nn.BatchNorm1d, 2d and 3d. What the ranks exchange is float64, counts included, and every rank gets the same bits.
     So the buffers need no broadcast, which would overwrite those of process groups with each other's: give
     DistributedDataParallel `broadcast_buffers=False`, from torch 2.13 on `forward_sync_buffers=False`.
 
