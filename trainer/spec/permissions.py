@@ -1,0 +1,68 @@
+"""What an operator allows specs to reach: modules to import, and folders or addresses to read and write."""
+
+import posixpath
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.spec.base import Frozen
+from trainer.spec.data import ImageFolderSpec, RayDataSpec, TorchvisionDataSpec
+from trainer.spec.models import ImportedModelSpec
+
+if TYPE_CHECKING:
+    from trainer.spec.job import JobSpec
+
+
+class Refusal(ValueError):  # noqa: N818 - names say what is the case
+    """A field of a spec reaches for something that the operator does not allow."""
+
+    def __init__(self, field: str, value: str, takes: str) -> None:
+        super().__init__(f"{field}: {takes} (got {value!r})")
+        self.field, self.value, self.takes = field, value, takes
+
+
+class Permissions(Frozen):
+    """Prefixes of modules, and roots of paths and fsspec addresses; nothing is allowed that is not below one of them."""
+
+    imports: tuple[str, ...] = ()
+    """Modules, with all below them."""
+    roots: tuple[str, ...] = ()
+    """Absolute folders and fsspec addresses such as `s3://bucket/folder`, with all below them; `/` allows every local path."""
+
+    def check(self, spec: "JobSpec") -> None:
+        """Raise Refusal, naming the field, if a spec reaches for anything else."""
+        if isinstance(spec.model, ImportedModelSpec):
+            self._check_import("model.name", spec.model)
+        match spec.data:
+            case TorchvisionDataSpec(root=str(root)) | ImageFolderSpec(root=root):
+                self.check_path("data.root", root)
+            case RayDataSpec():
+                self.check_path("data.train", spec.data.train)
+                self.check_path("data.test", spec.data.test)
+            case _:
+                pass
+        if spec.checkpoint.address is not None:
+            self.check_path("checkpoint.address", spec.checkpoint.address)
+
+    def _check_import(self, field: str, model: ImportedModelSpec) -> None:
+        if not any(model.module == prefix or model.module.startswith(f"{prefix}.") for prefix in self.imports):
+            allowed = ", ".join(self.imports) or "none; the operator allows them by SYNCBN_ALLOWED_IMPORTS"
+            raise Refusal(field, model.name, f"takes modules under {allowed}")
+
+    def check_path(self, field: str, value: str) -> None:
+        """Raise Refusal if a path or address does not lie below a root; links are followed."""
+        if not any(_is_below(value, root) for root in self.roots):
+            allowed = ", ".join(self.roots) or "none; the operator allows them by SYNCBN_ALLOWED_ROOTS"
+            raise Refusal(field, value, f"takes absolute paths and addresses under {allowed}")
+
+
+def _is_below(value: str, root: str) -> bool:
+    scheme, _, path = value.rpartition("://")
+    root_scheme, _, root_path = root.rpartition("://")
+    if scheme in ("", "file", "local") and root_scheme in ("", "file", "local"):
+        return Path(path).is_absolute() and Path(path).resolve().is_relative_to(Path(root_path).resolve())
+    # Chained addresses (`zip://x::s3://y`) would name a second place behind the first.
+    if scheme != root_scheme or "::" in value:
+        return False
+    path = posixpath.normpath(path)
+    root_path = posixpath.normpath(root_path)
+    return path == root_path or path.startswith(f"{root_path}/")

@@ -1,0 +1,78 @@
+"""One attempt of a job: what the service tells the trainer, and the files that the trainer answers by."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.spec.base import Frozen
+from trainer.spec.job import JobSpec
+from trainer.spec.permissions import Permissions
+
+
+class RunContext(Frozen):
+    """What the service tells the trainer about one attempt of a job, beside its spec."""
+
+    job_id: str
+    attempt: int = Field(ge=1)
+    name: str
+    folder: str = Field(description="absolute path of the job's files, on storage that all nodes share")
+    mlflow_url: str | None = None
+    mlflow_run_id: str | None = None
+    permissions: Permissions = Permissions()
+
+
+class Progress(Frozen):
+    """How far an attempt is; rank 0 keeps it in `progress.json`."""
+
+    step: int
+    total_steps: int
+    samples_per_second: float
+    eta_seconds: float
+
+
+Cause = Literal[
+    "user_code",
+    "configuration",
+    "data",
+    "out_of_memory",
+    "worker_lost",
+    "preempted",
+    "hang",
+    "diverged",
+]
+"""Why an attempt ended before its time, as classified where it happened."""
+
+
+class Outcome(Frozen):
+    """The true end of an attempt as the trainer saw it, in `outcome.json`. To diverge is a result: such a run has succeeded."""
+
+    state: Literal["succeeded", "failed"]
+    reason: str
+    cause: Cause | None = None
+    rank: int | None = None
+    """Of the worker that failed first."""
+    step: int | None = None
+    """Optimiser steps that the worker had done."""
+    traceback: str | None = None
+    """Of the first failure, not of those it drew after it."""
+    metrics: dict[str, float] = Field({})
+
+
+JOB_VARIABLE = "SYNCBN_JOB"
+"""Environment variable that carries a `Task` as JSON to the driver."""
+
+
+class Task(Frozen):
+    """One attempt of a job: the spec and its context."""
+
+    spec: JobSpec
+    context: RunContext
+
+
+def attempt_folder(job_folder: Path, attempt: int) -> Path:
+    """Folder of one attempt's own files, under the job's folder."""
+    return job_folder / f"attempt-{attempt}"
+
+
+LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"
