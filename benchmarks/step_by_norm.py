@@ -32,7 +32,7 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
     models = {
-        norm: DistributedDataParallel(build_model(MlpSpec(), norm, 784, 10, seed=0), forward_sync_buffers=False)
+        norm: DistributedDataParallel(build_model(MlpSpec(), norm, (784,), 10, seed=0), forward_sync_buffers=False)
         for norm in NORMS
     }
     optimizers = {norm: build_optimizer(SgdSpec(lr=0.1), model) for norm, model in models.items()}

@@ -1,7 +1,6 @@
 """Which network to train, and what section 4.2.1 of Ioffe & Szegedy 2015 changes in one."""
 
-from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator
 
@@ -45,7 +44,7 @@ class MlpSpec(Frozen):
 
 
 class CnnSpec(Frozen):
-    """Small convolutional network: at each level 3x3 convolution, norm, activation, 2x2 pooling; then the mean, and a linear layer."""
+    """Small convolutional network: at each level 3x3 convolution, norm, activation, 2x2 pooling; then mean and linear layer."""
 
     name: Literal["cnn"] = "cnn"
     channels: Annotated[list[Width], Field(min_length=1, max_length=16)] = Field(
@@ -103,6 +102,11 @@ class ImportedModelSpec(Frozen):
         return self.name.split(":")[2]
 
 
+def _model_kind(value: Any) -> str | None:
+    """Tell which kind of model a part of a spec is: `mlp` unless it says otherwise."""
+    return kind_of(value, default="mlp")
+
+
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
@@ -110,7 +114,7 @@ ModelSpec = Annotated[
     | Annotated[LibraryModelSpec, Tag("timm")]
     | Annotated[ImportedModelSpec, Tag("import")],
     Discriminator(
-        partial(kind_of, default="mlp"),
+        _model_kind,
         custom_error_type="model_name",
         custom_error_message="takes mlp, cnn, torchvision:<name>, timm:<name> or import:<module>:<function> as name",
     ),

@@ -1,0 +1,37 @@
+"""Models that a function of an installed module builds."""
+
+import importlib
+import inspect
+
+from torch import nn
+
+from trainer.errors import ConfigurationError
+from trainer.spec import ImportedModelSpec
+
+
+def build_imported(spec: ImportedModelSpec) -> nn.Module:
+    """Call the function; whether its module may be imported has been checked before (`Permissions.check`).
+
+    Raises:
+        ConfigurationError: there is no such module or function, it does not take the arguments, or returns no module.
+        Exception: what the module or the function itself raises.
+    """
+    try:
+        module = importlib.import_module(spec.module)
+    except ModuleNotFoundError as error:
+        # A module that is there, but misses one of its own imports, is its author's to mend.
+        if error.name is None or not f"{spec.module}.".startswith(f"{error.name}."):
+            raise
+        raise ConfigurationError("model.name", spec.name, f"there is no module {error.name}") from None
+    function = getattr(module, spec.function, None)
+    if not callable(function):
+        raise ConfigurationError("model.name", spec.name, f"{spec.module} has no function {spec.function}")
+    try:
+        inspect.signature(function).bind(**spec.arguments)
+    except TypeError as error:
+        raise ConfigurationError("model.arguments", spec.arguments, f"takes what {spec.name} takes: {error}") from None
+    model = function(**spec.arguments)
+    if not isinstance(model, nn.Module):
+        takes = f"takes a function that returns a torch.nn.Module, not {type(model).__name__}"
+        raise ConfigurationError("model.name", spec.name, takes)
+    return model

@@ -1,0 +1,90 @@
+"""Which modules are normalisation layers, and where their channels are."""
+
+import re
+
+from torch import nn
+
+CHANNELS_FIRST = frozenset(
+    {
+        "syncbn.module.SyncBatchNorm",
+        "timm.layers.norm.GroupNorm",
+        "timm.layers.norm.GroupNorm1",
+        "timm.layers.norm.LayerNorm2d",
+        "timm.layers.norm.LayerNorm2dFp32",
+        "timm.layers.norm.LayerNormExp2d",
+        "timm.layers.norm.RmsNorm2d",
+        "timm.layers.norm.RmsNorm2dFp32",
+        "timm.layers.norm.SimpleNorm2d",
+        "timm.layers.norm.SimpleNorm2dFp32",
+        "timm.layers.norm_act.BatchNormAct2d",
+        "timm.layers.norm_act.FrozenBatchNormAct2d",
+        "timm.layers.norm_act.GroupNorm1Act",
+        "timm.layers.norm_act.GroupNormAct",
+        "timm.layers.norm_act.LayerNormAct2d",
+        "timm.layers.norm_act.LayerNormAct2dFp32",
+        "timm.layers.norm_act.RmsNormAct2d",
+        "timm.layers.norm_act.RmsNormAct2dFp32",
+        "timm.layers.norm_act.SyncBatchNormAct",
+        "torch.nn.modules.batchnorm.SyncBatchNorm",
+        "torch.nn.modules.batchnorm._BatchNorm",
+        "torch.nn.modules.instancenorm._InstanceNorm",
+        "torch.nn.modules.normalization.GroupNorm",
+        "torchvision.models.convnext.LayerNorm2d",
+        "torchvision.ops.misc.FrozenBatchNorm2d",
+    }
+)
+"""Classes whose `forward` takes (N, C, *)."""
+CHANNELS_LAST = frozenset(
+    {
+        "timm.layers.norm.LayerNorm",
+        "timm.layers.norm.LayerNormFp32",
+        "timm.layers.norm.RmsNorm",
+        "timm.layers.norm.RmsNormFp32",
+        "timm.layers.norm.SimpleNorm",
+        "timm.layers.norm.SimpleNormFp32",
+        "timm.layers.norm_act.LayerNormAct",
+        "timm.layers.norm_act.LayerNormActFp32",
+        "timm.layers.norm_act.RmsNormAct",
+        "timm.layers.norm_act.RmsNormActFp32",
+        "torch.nn.modules.normalization.LayerNorm",
+        "torch.nn.modules.normalization.RMSNorm",
+    }
+)
+"""Classes whose `forward` takes (N, *, C)."""
+OTHERS = frozenset({"GlobalResponseNorm", "LocalResponseNorm"})
+"""Competition between channels rather than normalisation: part of the architecture, in every mode."""
+NAME = re.compile(r"norm(?!al)|abn$", re.IGNORECASE)
+"""What normalisation layers are called; `normal`, as in `Normalize` or `NormalCell`, is something else."""
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer that can be switched."""
+    return forward_of(module) in CHANNELS_FIRST | CHANNELS_LAST
+
+
+def is_unknown_norm(path: str, module: nn.Module) -> bool:
+    """Whether a module that cannot be switched is a normalisation layer by its name.
+
+    Modules that only hold others (`ConvNormAct`), and the parametrisations of weights (`_WeightNorm`), are none.
+    """
+    # A scripted module has its own class's name as an attribute.
+    name = str(getattr(module, "original_name", type(module).__name__))
+    holds_values = bool(module._parameters or module._buffers) or not module._modules
+    return (
+        bool(NAME.search(name))
+        and holds_values
+        and name not in OTHERS
+        and not is_norm(module)
+        and "parametrizations" not in path.split(".")
+    )
+
+
+def channels_last(layer: nn.Module) -> bool:
+    """Whether a normalisation layer takes (N, *, C), and not (N, C, *)."""
+    return forward_of(layer) in CHANNELS_LAST
+
+
+def forward_of(module: nn.Module) -> str:
+    """Return the full name of the class that a module has its `forward` from: what it does, whatever it is called."""
+    owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
+    return f"{owner.__module__}.{owner.__qualname__}"
