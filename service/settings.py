@@ -5,6 +5,8 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from trainer.spec import Permissions
+
 
 class Settings(BaseSettings):
     """One field per `SYNCBN_*` variable, and Ray's own two; a test keeps the README's table the same."""
@@ -35,6 +37,13 @@ class Settings(BaseSettings):
         8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
     )
     max_attempts: int = Field(3, ge=1, description="attempts of a job whose cluster was lost under it")
+    allowed_imports: str = Field(
+        "", description="modules, parted by commas, whose functions `import:` models may name, with all below them"
+    )
+    allowed_roots: str = Field(
+        "",
+        description="folders and fsspec addresses, parted by commas, that specs may read data from and write checkpoints to",
+    )
     grace_seconds: float = Field(
         10,
         ge=0,
@@ -52,8 +61,16 @@ class Settings(BaseSettings):
         description="or a file that holds it",
     )
 
+    def permissions(self) -> Permissions:
+        """What the operator allows specs to reach."""
+        return Permissions(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+
     def ray_token(self) -> str | None:
         """Ray's token, from wherever it was given. Raises OSError if the file cannot be read."""
         if self.ray_auth_token is not None:
             return self.ray_auth_token.get_secret_value()
         return self.ray_auth_token_path.read_text().strip() if self.ray_auth_token_path else None
+
+
+def _parted(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())

@@ -16,9 +16,11 @@ from trainer.spec import (
     OUTCOME_FILE,
     JobSpec,
     Outcome,
+    Permissions,
     RunContext,
     Task,
     attempt_folder,
+    field_path,
     read_yaml,
 )
 
@@ -29,18 +31,22 @@ def main() -> int:
         prog="python -m trainer", description="Train one spec on a local Ray, without the service."
     )
     parser.add_argument("spec", type=Path, nargs="?", help="YAML file with a JobSpec")
-    parser.add_argument("--output", type=Path, help="folder for log, metrics and model; default: runs/SPEC-TIME")
+    parser.add_argument(
+        "--output", type=Path, help="folder for metrics, checkpoints and model; default: runs/SPEC-TIME"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
     arguments = parser.parse_args()
     try:
         if arguments.spec is not None:
-            return _run(_task_of_file(arguments.spec, arguments.output), ray_address="local")
+            task = _task_of_file(arguments.spec, arguments.output, resume=arguments.resume)
+            return _run(task, ray_address="local")
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
         task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
         _redirect_output(task)
         return _run(task, ray_address=None)
     except (OSError, ValueError) as error:
-        print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {_explain(error)}", file=sys.stderr)
+        print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -54,8 +60,10 @@ def _run(task: Task, ray_address: str | None) -> int:
 
         outcome = run(task, ray_address=ray_address)
     except Exception as error:
+        # The trainer's own mistake, or the cluster's: the service decides whether to try again.
         traceback.print_exc()
-        outcome = Outcome(state="failed", reason=f"driver: {type(error).__name__}: {error}")
+        reason, trace = f"driver: {type(error).__name__}: {error}", traceback.format_exc()
+        outcome = Outcome(state="failed", reason=reason, cause="worker_lost", traceback=trace)
     write_whole(folder / OUTCOME_FILE, outcome)
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
@@ -67,12 +75,25 @@ def _folder(task: Task) -> Path:
     return folder
 
 
-def _task_of_file(path: Path, output: Path | None) -> Task:
-    spec = JobSpec.model_validate(read_yaml(path))
+def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
+    content = read_yaml(path)
+    try:
+        spec = JobSpec.model_validate(content)
+    except ValidationError as error:
+        raise ValueError(_explain(error, content)) from error
     folder = (output or Path("runs") / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}").resolve()
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files already; --output takes a new or an empty folder")
-    return Task(spec=spec, context=RunContext(job_id=path.stem, attempt=1, name=path.stem, folder=str(folder)))
+    attempt = 1
+    if resume:
+        while attempt_folder(folder, attempt).exists():
+            attempt += 1
+        if attempt == 1:
+            raise FileNotFoundError(f"{folder} holds no run; --resume takes the --output folder of an earlier one")
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds files already; --output takes a new folder, or --resume to go on in it")
+    # By hand, everything is allowed that the user is.
+    permissions = Permissions(everything=True)
+    context = RunContext(job_id=path.stem, attempt=attempt, name=path.stem, folder=str(folder), permissions=permissions)
+    return Task(spec=spec, context=context)
 
 
 def _redirect_output(task: Task) -> None:
@@ -87,11 +108,10 @@ def _redirect_output(task: Task) -> None:
     os.close(handle)
 
 
-def _explain(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
+def _explain(error: ValidationError, content: object) -> str:
     return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {e['input']!r})" for e in error.errors(include_url=False)
+        f"{field_path(e['loc'], content) or 'the file'}: {e['msg'].removeprefix('Value error, ')} (got {e['input']!r})"
+        for e in error.errors(include_url=False)
     )
 
 

@@ -1,45 +1,136 @@
 """Evaluation over all workers: each test sample counts once."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
+from torchmetrics import Metric
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassCalibrationError,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
 
-from trainer.data import Dataset, shard
+from syncbn import SyncBatchNorm, update_population_statistics
+from trainer.data import Dataset
+from trainer.errors import ConfigurationError
+from trainer.spec import EvaluationSpec
+from trainer.worker import Worker
 
-EVALUATION_BATCH = 1_000
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, rank: int, world_size: int) -> Iterator[tuple[str, float]]:
-    """Yield (`accuracy`, share of test samples) and (`test_loss`, mean cross-entropy in nats), equal on every worker.
-
-    Issues one broadcast of rank 0's buffers and one reduction of three numbers. Where workers have statistics of their own
-    (mode `batch`), those of rank 0 are used, as DistributedDataParallel does.
-    """
-    share_buffers(model, world_size)
-    was_training = model.training
-    model.eval()
-    total = torch.zeros(3, dtype=torch.float64, device=dataset.test_labels.device)
-    mine = shard(np.arange(len(dataset.test_labels)), rank, world_size)
-    for start in range(0, len(mine), EVALUATION_BATCH):
-        part = torch.from_numpy(mine[start : start + EVALUATION_BATCH]).to(total.device)
-        logits, labels = model(dataset.test_inputs[part]), dataset.test_labels[part]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        total += torch.stack([(logits.argmax(1) == labels).sum(), loss, torch.tensor(len(labels), device=loss.device)])
-    model.train(was_training)
-    correct, loss_sum, count = sum_over_workers(total, world_size).tolist()
-    yield "accuracy", correct / count
-    yield "test_loss", loss_sum / count
+METRICS: dict[str, Callable[[int], Metric]] = {
+    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False),
+    "top5_accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False),
+    "balanced_accuracy": lambda classes: MulticlassAccuracy(classes, average="macro", validate_args=False),
+    "f1": lambda classes: MulticlassF1Score(classes, average="macro", validate_args=False),
+    "precision": lambda classes: MulticlassPrecision(classes, average="macro", validate_args=False),
+    "recall": lambda classes: MulticlassRecall(classes, average="macro", validate_args=False),
+    "auroc": lambda classes: MulticlassAUROC(classes, thresholds=200, validate_args=False),
+    "calibration_error": lambda classes: MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
+}
+"""By name in the spec. AUROC over 200 thresholds, so that its state does not grow with the data."""
 
 
-def share_buffers(model: nn.Module, world_size: int) -> None:
-    """Give every worker rank 0's buffers. Under `sync` they agree already, and this changes nothing."""
-    if world_size > 1:
-        for buffer in model.buffers():
+class Evaluator:
+    """Measures a model on a dataset's test samples."""
+
+    def __init__(self, spec: EvaluationSpec, model: nn.Module, dataset: Dataset, worker: Worker) -> None:
+        if "top5_accuracy" in spec.metrics and dataset.classes <= 5:
+            takes = f"top5_accuracy takes more than 5 classes; there are {dataset.classes}"
+            raise ConfigurationError("evaluation.metrics", spec.metrics, takes)
+        self._spec, self._model, self._dataset, self._worker = spec, model, dataset, worker
+        self._metrics = {name: METRICS[name](dataset.classes).to(worker.device) for name in spec.metrics}
+        self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> Iterator[tuple[str, float]]:
+        """Yield each metric's name and value, and (`test_loss`, mean cross-entropy in nats), equal on every worker.
+
+        Weights, buffers, modes and random numbers are afterwards what they were. `step` is how many steps are done: `precise` takes
+        the training batches that come next.
+
+        Collectives: those of the metrics' states and of the loss; a broadcast of rank 0's buffers where workers have statistics of
+        their own (as DistributedDataParallel does); and the model's where it takes statistics of the batches it is given.
+        """
+        loss = torch.zeros(2, dtype=torch.float64, device=self._worker.device)
+        for metric in self._metrics.values():
+            metric.reset()
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())), self._statistics(step):
+            for batch in self._dataset.test():
+                count = len(batch.labels)
+                logits = self._forward(batch.inputs)
+                if logits is not None and count:
+                    loss += torch.stack(
+                        [F.cross_entropy(logits, batch.labels, reduction="sum"), loss.new_tensor(count)]
+                    )
+                    for metric in self._metrics.values():
+                        metric.update(logits, batch.labels)
+        for name, metric in self._metrics.items():
+            # float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
+            yield name, round(float(metric.compute()), 6)
+        total, samples = sum_over_workers(loss, self._worker.world_size).tolist()
+        yield "test_loss", total / samples
+
+    def _forward(self, inputs: Tensor) -> Tensor | None:
+        takes_own_batch = self._spec.statistics == "batch" and any(True for _ in self._norms)
+        if not len(inputs) and not (takes_own_batch and self._shares_statistics()):
+            return None
+        # One sample has no variance: where a worker's share is that small, and its statistics its own, the moving ones are taken.
+        if takes_own_batch:
+            for norm in self._norms:
+                norm.train(len(inputs) > 1 or isinstance(norm, SyncBatchNorm))
+        logits: Tensor = self._model(inputs)
+        return logits.double() if logits.dtype == torch.float64 else logits.float()
+
+    def _shares_statistics(self) -> bool:
+        return any(isinstance(norm, SyncBatchNorm) for norm in self._norms)
+
+    @contextmanager
+    def _statistics(self, step: int) -> Iterator[None]:
+        """Give batch normalisation the statistics that are asked for, in evaluation mode, and afterwards what it had."""
+        buffers = [(buffer, buffer.clone()) for norm in self._norms for buffer in norm.buffers()]
+        modes = [(module, module.training) for module in self._model.modules()]
+        try:
+            if self._spec.statistics == "precise" and self._norms:
+                self._take_population_statistics(step)
+            elif self._spec.statistics == "moving":
+                share_buffers(self._norms, self._worker)
+            self._model.eval()
+            yield
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
+            for module, mode in modes:
+                module.training = mode
+
+    def _take_population_statistics(self, step: int) -> None:
+        """Take means over training batches (Ioffe & Szegedy 2015, Algorithm 2), and over workers where each has its own."""
+        steps = self._dataset.train(step)
+        batches = (part.inputs for parts in itertools.islice(steps, self._spec.precise_batches) for part in parts)
+        if self._shares_statistics():
+            update_population_statistics(self._model, batches)
+            share_buffers(self._norms, self._worker)
+        else:
+            update_bn(batches, self._model)
+            for norm in self._norms:
+                for buffer in (norm.running_mean, norm.running_var):
+                    if buffer is not None:
+                        sum_over_workers(buffer, self._worker.world_size).div_(self._worker.world_size)
+
+
+def share_buffers(norms: list[_BatchNorm], worker: Worker) -> None:
+    """Give every worker rank 0's statistics, where they are a worker's own or those of a group of workers."""
+    for norm in norms:
+        agrees = isinstance(norm, SyncBatchNorm) and norm.process_group is None
+        for buffer in () if agrees or worker.world_size == 1 else norm.buffers():
             dist.broadcast(buffer, src=0)
 
 

@@ -1,12 +1,40 @@
 """What rank 0 tells the world while it trains: a line to read, the progress file, and metrics for MLflow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+from trainer.checkpoint import Manifest
 from trainer.progress import ProgressFile
 from trainer.spec import Task, attempt_folder
-from trainer.tracking import Journal, Outbox, Silent
+from trainer.tracking import Outbox
+
+
+class Journal(Protocol):
+    """Where the loop tells what happens."""
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics measured after `step` steps."""
+
+    def update(self, step: int) -> None:
+        """Tell that `step` steps are done."""
+
+
+class Silent:
+    """The journal of every rank but the first: says nothing."""
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Do nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Do nothing."""
+
+    def update(self, step: int) -> None:
+        """Do nothing."""
 
 
 class RankZeroJournal:
@@ -14,6 +42,13 @@ class RankZeroJournal:
 
     def __init__(self, total_steps: int, outbox: Outbox, progress: ProgressFile) -> None:
         self._total_steps, self._outbox, self._progress = total_steps, outbox, progress
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+        for reason in refused:
+            print(f"checkpoint refused: {reason}", flush=True)
+        if checkpoint is not None:
+            print(f"goes on from {checkpoint.name}, saved by {checkpoint.world_size} workers", flush=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics measured after `step` steps."""

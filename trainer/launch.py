@@ -1,25 +1,33 @@
-"""From a task to a finished Ray Train run: the trainer's only door to Ray."""
+"""From a task to a finished Ray Train run: the driver's door to Ray."""
 
 import os
 import secrets
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import RunError
-from trainer.spec import Outcome, Task, attempt_folder
+from trainer.manifest import RunManifest
+from trainer.spec import Outcome, Refusal, Task, attempt_folder
+from trainer.work import FAILURES_FOLDER, checkpoint_folder, work
 
-COLLECTIVE_TIMEOUT_SECONDS = 300
-"""A collective that a worker never reaches ends the run after this long, instead of Ray's 30 minutes."""
+RESTARTED = ("worker_lost", "preempted", "hang")
+"""Causes that another try on other processes, from the last checkpoint, can mend."""
+MOST_RESTARTS = 3
+"""Restarts in a row that come no further than the one before."""
 
 
 def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     """Train `task` on as many workers as its spec asks for; `ray_address` as in `ray.init`.
 
-    A failure of training is an outcome with its reason, not an exception. KeyboardInterrupt passes through.
+    A failure of training is an outcome with its cause, not an exception. Where the cluster is to blame, the workers are started
+    again from the last checkpoint, as long as they get further. KeyboardInterrupt passes through.
     """
+    try:
+        task.context.permissions.check(task.spec)
+    except Refusal as error:
+        return Outcome(state="failed", reason=str(error), cause="configuration")
     os.environ.update(
         RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="60",
-        RAY_TRAIN_COLLECTIVE_TIMEOUT_S=str(COLLECTIVE_TIMEOUT_SECONDS),
+        RAY_TRAIN_COLLECTIVE_TIMEOUT_S=str(task.spec.collective_timeout_seconds),
         RAY_CHDIR_TO_TRIAL_DIR="0",
         RAY_TRAIN_ENABLE_PRINT_PATCH="0",
         RAY_COLOR_PREFIX="0",
@@ -31,65 +39,88 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
 
     spec = task.spec
     is_local = ray_address == "local"
     # On this machine alone, workers may be more than cores: slow, but what was asked for.
-    cpus = max(os.cpu_count() or 1, spec.num_workers) if is_local else None
+    cpus = max(os.cpu_count() or 1, spec.max_workers) if is_local else None
     ray.init(address=ray_address, num_cpus=cpus, log_to_driver=True)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        if is_local and spec.use_gpu and gpus < spec.num_workers:
-            return Outcome(
-                state="failed", reason=f"use_gpu: {spec.num_workers} workers need a GPU each, this machine has {gpus}"
-            )
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"task": task.model_dump_json()},
-            torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-            scaling_config=ScalingConfig(num_workers=spec.num_workers, use_gpu=spec.use_gpu),
-            run_config=RunConfig(
-                name="ray",
-                storage_path=str(attempt_folder(Path(task.context.folder), task.context.attempt)),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            ),
-        )
-        metrics = trainer.fit().return_value
-        return Outcome(state="succeeded", reason=f"finished {spec.steps} steps", metrics=metrics)
-    except ray.train.TrainingFailedError as error:
-        return Outcome(state="failed", reason=_reason(error))
+        if is_local and spec.use_gpu and gpus < spec.min_workers:
+            reason = f"use_gpu: {spec.min_workers} workers need a GPU each, this machine has {gpus}"
+            return Outcome(state="failed", reason=reason, cause="configuration")
+        manifest = RunManifest(checkpoint_folder(task), task)
+        outcome = _run_until_it_stays(task, manifest)
+        manifest.end(outcome)
+        return outcome
     finally:
         ray.shutdown()
 
 
-def _reason(error: Exception) -> str:
-    """Say in one line which worker failed first in rank order, and of what; the log has the traceback."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    if not failures:
-        return str(error).strip().splitlines()[-1]
-    rank = min(failures)
-    cause: BaseException = failures[rank]
-    cause = getattr(cause, "cause", None) or cause.__cause__ or cause
-    text = str(cause).strip()
-    return text if isinstance(cause, RunError) else f"worker {rank}: {type(cause).__name__}: {text}"
+def _run_until_it_stays(task: Task, manifest: RunManifest) -> Outcome:
+    furthest, restarts = -1, 0
+    for number in range(1_000_000):
+        outcome = _fit(task, number)
+        if outcome.cause not in RESTARTED:
+            return outcome
+        step = outcome.step or 0
+        restarts = restarts + 1 if step <= furthest else 1
+        furthest = max(furthest, step)
+        if restarts > MOST_RESTARTS:
+            break
+        manifest.restart(outcome)
+        print(f"{outcome.cause}: {outcome.reason}; starting again from the last checkpoint", flush=True)
+    return outcome
 
 
-def _work(config: dict[str, Any]) -> dict[str, float]:
-    """Run the loop on one worker; rank 0 keeps the journal and saves the model."""
-    import ray.train
-    import torch
-    from ray.train.torch import get_device
+def _fit(task: Task, number: int) -> Outcome:
+    """Run Ray Train once."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
 
-    from trainer.journal import open_journal
-    from trainer.loop import Worker, train
+    spec = task.spec
+    folder = attempt_folder(Path(task.context.folder), task.context.attempt)
+    failures_folder = folder / FAILURES_FOLDER / str(number)
+    workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
+    trainer = TorchTrainer(
+        work,
+        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder)},
+        torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
+        run_config=RunConfig(
+            name=f"ray-{number}",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+        ),
+    )
+    try:
+        return Outcome.model_validate(trainer.fit().return_value)
+    except TrainingFailedError as error:
+        return _explain(error, failures_folder, task)
 
-    task = Task.model_validate_json(config["task"])
-    context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
-    with open_journal(task, worker.rank) as journal:
-        model, metrics = train(task.spec, worker, journal)
-        if worker.rank == 0:
-            torch.save(model.state_dict(), attempt_folder(Path(task.context.folder), task.context.attempt) / "model.pt")
-    return metrics
+
+def _explain(error: Any, failures_folder: Path, task: Task) -> Outcome:
+    from ray.exceptions import OutOfMemoryError, RayActorError
+    from ray.train import ControllerError, PreemptionError
+
+    from trainer import failures
+    from trainer.progress import read_step
+
+    step = read_step(attempt_folder(Path(task.context.folder), task.context.attempt))
+    if isinstance(error, PreemptionError):
+        return Outcome(state="failed", reason=str(error), cause="preempted", step=step)
+    if isinstance(error, ControllerError):
+        reason = f"the workers could not be started: {str(error.controller_failure).strip().splitlines()[0]}"
+        return Outcome(state="failed", reason=reason, cause="worker_lost", step=step)
+    causes = {
+        rank: getattr(failure, "health_check_failure", None) or failure
+        for rank, failure in getattr(error, "worker_failures", {}).items()
+    }
+    deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, (RayActorError, OutOfMemoryError))}
+    return failures.explain(
+        failures.read(failures_folder),
+        {rank: str(cause).strip().splitlines()[0] for rank, cause in deaths.items()},
+        out_of_memory=any(isinstance(cause, OutOfMemoryError) for cause in deaths.values()),
+        step=step,
+    )

@@ -1,77 +1,148 @@
 """The training loop, read from top to bottom."""
 
 import math
+import time
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from trainer.data import batch_indices, load_dataset, shard
-from trainer.errors import Diverged
-from trainer.evaluate import evaluate, sum_over_workers
+from syncbn import new_sync_groups
+from trainer.checkpoint import Checkpoints
+from trainer.control import Control, NoNotices, Notices, Wishes
+from trainer.data import Dataset
+from trainer.errors import Diverged, Preempted
+from trainer.evaluate import Evaluator
+from trainer.journal import Journal
 from trainer.models import build_model
-from trainer.optim import build_optimizer
+from trainer.optim import build_optimizer, build_schedule
+from trainer.parallel import clip, gradients_stay_local, parallelise, warm_up, without_checkpointing
 from trainer.spec import JobSpec
-from trainer.tracking import Journal
+from trainer.state import Position, State, seed_everything
+from trainer.stopping import is_enough, take_note
+from trainer.worker import Worker
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+SECONDS_BETWEEN_LOOKS = 2.0
+"""At the cluster's notices: a node that is drained usually has half a minute or more."""
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Worker:
-    """This process's place among the workers. With more than one, torch's default process group is initialised."""
+class Result:
+    """What a run came to."""
 
-    rank: int
-    world_size: int
-    device: torch.device
+    model: nn.Module
+    metrics: dict[str, float]
+    step: int
+    end: Literal["finished", "stopped early", "deadline"]
 
 
-def train(spec: JobSpec, worker: Worker, journal: Journal) -> tuple[nn.Module, dict[str, float]]:
+def train(
+    spec: JobSpec,
+    worker: Worker,
+    journal: Journal,
+    dataset: Dataset,
+    checkpoints: Checkpoints | None = None,
+    notices: Notices | None = None,
+    position: Position | None = None,
+) -> Result:
     """Train by `spec` and return the model and its last metrics; every worker calls it and gets the same metrics.
 
-    Each step's loss is the mean over the global batch. DistributedDataParallel averages gradients over W workers, so a worker's
-    share is the sum over its own samples times W/n: exact also where the batch cannot be divided evenly.
+    Each step's loss is the mean over the global batch. Gradients are averaged over W workers, so a worker's share is the sum over
+    its own samples times W/n: exact also where the batch cannot be divided evenly. With `checkpoints`, it goes on from the newest
+    one; `position` is where the caller can see how far it is.
 
-    Raises Diverged, on every worker at the same step, if the loss is not finite when it is evaluated.
+    Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
+    saved, if `notices` tell that a node is about to go.
     """
-    dtype = DTYPES[spec.precision]
-    dataset = load_dataset(spec.data, dtype, worker.device)
-    samples, features = len(dataset.train_labels), dataset.train_inputs[0].numel()
-    model = build_model(spec.model, spec.norm, features, dataset.classes, spec.seed).to(worker.device, dtype)
-    parallel: nn.Module = model
-    if worker.world_size > 1:
-        # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
-        parallel = DistributedDataParallel(model, forward_sync_buffers=False)
+    notices, position = notices or NoNotices(), position or Position()
+    seed_everything(worker, spec.seed)
+    group = new_sync_groups(spec.sync_group_size) if spec.sync_group_size else None
+    model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed, group)
+    model.to(worker.device, torch.float64 if spec.precision == "fp64" else torch.float32)
+    parallel = parallelise(model, spec, worker)
     optimizer = build_optimizer(spec.optimizer, model)
-    metrics: dict[str, float] = {}
-    train_loss = torch.zeros((), dtype=torch.float64, device=worker.device)
-    seen = 0
+    schedule = build_schedule(spec.schedule, optimizer, spec.steps)
+    scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
+    state = State(model, optimizer, schedule, scaler, position, worker)
+    autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
+    evaluator, control = Evaluator(spec.evaluation, model, dataset, worker), Control(worker)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    warm_up(parallel, spec, dataset.shape, worker)
+    if checkpoints is not None:
+        journal.resume(checkpoints.load(state), checkpoints.refused)
+    batches = dataset.train(position.step)
+    began = time.monotonic() - position.seconds
+    saved, saved_at, looked_at = position.step, time.monotonic(), time.monotonic()
+    is_late = spec.deadline_seconds is not None and position.seconds >= spec.deadline_seconds
+    save_now = node_goes = False
 
-    for step in range(spec.steps + 1):
-        if step % spec.eval_every == 0 or step == spec.steps:
-            metrics = dict(evaluate(model, dataset, worker.rank, worker.world_size))
-            if seen:
-                metrics["train_loss"] = sum_over_workers(train_loss, worker.world_size).item() / seen
-                train_loss.zero_()
-                seen = 0
+    while True:
+        step = position.step
+        if (step % spec.eval_every == 0 or step == spec.steps or is_late) and position.evaluated < step:
+            with autocast:
+                metrics = dict(evaluator.evaluate(step))
+            if position.samples:
+                metrics["train_loss"] = position.loss_sum / position.samples
+            metrics["learning_rate"] = float(schedule.get_last_lr()[0])
             if not all(math.isfinite(value) for value in metrics.values()):
-                raise Diverged(f"diverged: the loss is not finite after {step} steps ({metrics})")
+                raise Diverged(step, f"the evaluation is not finite ({metrics})")
+            position.metrics, position.evaluated = metrics, step
+            position.loss_sum, position.samples = 0.0, 0
+            take_note(spec.early_stop, position)
             journal.log(step, metrics)
         journal.update(step)
-        if step == spec.steps:
+
+        is_done = step == spec.steps or is_late or is_enough(spec.early_stop, position)
+        is_due = save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
+        if checkpoints is not None and (is_due or node_goes) and saved < step:
+            position.seconds = time.monotonic() - began
+            checkpoints.save(state)
+            saved, saved_at = step, time.monotonic()
+        if is_done:
             break
+        if node_goes:
+            raise Preempted(step)
 
-        batch = batch_indices(samples, spec.global_batch_size, step, spec.seed)
-        mine = torch.from_numpy(shard(batch, worker.rank, worker.world_size)).to(worker.device)
-        logits = parallel(dataset.train_inputs[mine])
-        loss_sum = F.cross_entropy(logits, dataset.train_labels[mine], reduction="sum")
+        parts = next(batches)
         optimizer.zero_grad(set_to_none=True)
-        share = loss_sum * (worker.world_size / spec.global_batch_size)
-        share.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        train_loss += loss_sum.detach()
-        seen += spec.global_batch_size
+        loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
+        for number, part in enumerate(parts, start=1):
+            is_last_part = number == len(parts)
+            with gradients_stay_local(parallel, unless=is_last_part):
+                with autocast:
+                    loss = F.cross_entropy(parallel(part.inputs), part.labels, reduction="sum")
+                loss_sum += loss.detach()
+                if is_last_part:
+                    now = time.monotonic()
+                    wishes = Wishes(
+                        save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
+                        stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
+                        look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
+                    )
+                    control.begin(loss_sum, wishes if worker.rank == 0 else Wishes())
+                share = loss * (worker.world_size / spec.global_batch_size)
+                scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        agreed = control.finish()
+        if not agreed.is_finite:
+            raise Diverged(step + 1, "the training loss is not finite")
+        if spec.clip_norm is not None:
+            scaler.unscale_(optimizer)
+            clip(parameters, spec.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        position.step = step + 1
+        position.loss_sum += agreed.loss_sum
+        position.samples += spec.global_batch_size
+        save_now, is_late = agreed.wishes.save, agreed.wishes.stop
+        if agreed.wishes.look:
+            looked_at, node_goes = time.monotonic(), notices.node_is_about_to_go()
 
-    return model, metrics
+    without_checkpointing(model)
+    if position.step == spec.steps:
+        return Result(model, position.metrics, position.step, "finished")
+    return Result(model, position.metrics, position.step, "deadline" if is_late else "stopped early")

@@ -1,14 +1,93 @@
-"""Optimisers by name."""
+"""Optimisers, and the course of the learning rate over the steps."""
+
+import math
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim.lr_scheduler import LambdaLR
 
-from trainer.spec import SgdSpec
+from trainer.errors import ConfigurationError
+from trainer.spec import (
+    AdamWSpec,
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    OptimizerSpec,
+    ScheduleSpec,
+    SgdSpec,
+    StepSchedule,
+    TorchOptimizerSpec,
+)
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def build_optimizer(spec: SgdSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser; weight decay acts on weight matrices alone, not on biases or the norm's scale and shift."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    kept = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": spec.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimiser; unless `spec.decay_all`, weight decay leaves out biases and the scale and shift of norms.
+
+    Raises ConfigurationError if torch does not take the values of `spec.arguments`.
+    """
+    kept = {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name.endswith("bias") or parameter.ndim <= 1 or isinstance(module, NORMS)
+    }
+    if spec.decay_all:
+        kept = set()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if id(p) not in kept], "weight_decay": spec.weight_decay},
+        {"params": [p for p in parameters if id(p) in kept], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    match spec:
+        case SgdSpec():
+            return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov)
+        case AdamWSpec():
+            return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps)
+        case TorchOptimizerSpec():
+            kind = getattr(torch.optim, spec.name.removeprefix("torch:"))
+            # JSON has no tuples, which torch asks for.
+            arguments = {
+                name: tuple(value) if isinstance(value, list) else value for name, value in spec.arguments.items()
+            }
+            try:
+                optimizer: torch.optim.Optimizer = kind(groups, lr=spec.lr, **arguments)
+            except (TypeError, ValueError, RuntimeError) as error:
+                takes = f"values that {spec.name} takes: {error}"
+                raise ConfigurationError("optimizer.arguments", spec.arguments, takes) from error
+            return optimizer
+
+
+def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Build the schedule of the learning rate; its `step` is called after each of the `steps` optimiser steps."""
+    return LambdaLR(optimizer, lambda step: rate_factor(spec, step, steps))
+
+
+def rate_factor(spec: ScheduleSpec, step: int, steps: int) -> float:
+    """Factor on the learning rate for step `step` (from 0) of `steps`: a function of these alone, so that any step can be resumed.
+
+    With t = step - warmup_steps:
+
+        constant     1
+        step         factor^(number of `spec.steps` ≤ step)
+        exponential  factor^(t / every)
+        cosine       final + (1 - final) · (1 + cos(π·t / (steps - warmup_steps))) / 2
+
+    In the warm-up it is warmup_factor + (1 - warmup_factor) · (step + 1) / warmup_steps (Goyal et al. 2017, section 2.2).
+    """
+    if step < spec.warmup_steps:
+        return spec.warmup_factor + (1 - spec.warmup_factor) * (step + 1) / spec.warmup_steps
+    passed = step - spec.warmup_steps
+    match spec:
+        case ConstantSchedule():
+            return 1.0
+        case StepSchedule():
+            return float(spec.factor ** sum(at <= step for at in spec.steps))
+        case ExponentialSchedule():
+            return float(spec.factor ** (passed / spec.every))
+        case CosineSchedule():
+            share = min(1.0, passed / max(1, steps - spec.warmup_steps))
+            return spec.final_factor + (1 - spec.final_factor) * (1 + math.cos(math.pi * share)) / 2

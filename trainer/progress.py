@@ -3,6 +3,8 @@
 import time
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from trainer.files import write_whole
 from trainer.spec import PROGRESS_FILE, Progress
 
@@ -34,3 +36,11 @@ class ProgressFile:
                 step=step, total_steps=self._total_steps, samples_per_second=round(speed, 1), eta_seconds=round(left, 1)
             ),
         )
+
+
+def read_step(folder: Path) -> int:
+    """Read the step that `progress.json` tells of; 0 if there is none."""
+    try:
+        return Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes()).step
+    except (OSError, ValidationError):
+        return 0

@@ -12,33 +12,13 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 OUTBOX_FILE = "metrics.jsonl"
 METRICS_PER_CALL = 1_000
 """What MLflow takes in one log_batch."""
 SECONDS_BETWEEN_CALLS = 1.0
 SECONDS_TO_FINISH = 60.0
-
-
-class Journal(Protocol):
-    """Where the loop tells what happens."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics measured after `step` steps."""
-
-    def update(self, step: int) -> None:
-        """Tell that `step` steps are done."""
-
-
-class Silent:
-    """The journal of every rank but the first: says nothing."""
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Do nothing."""
-
-    def update(self, step: int) -> None:
-        """Do nothing."""
 
 
 class Outbox:

@@ -100,6 +100,7 @@ async def _open_components(
             ray = cluster = RayJobsOverHttp(settings.ray_address, settings.ray_token(), seconds)
             stack.push_async_callback(cluster.close)
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
+        permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
         dispatcher = Dispatcher(
             jobs,
@@ -108,12 +109,13 @@ async def _open_components(
             mlflow,
             files,
             mlflow_url=settings.mlflow_url,
+            permissions=permissions,
             poll_seconds=settings.poll_seconds,
             max_active_jobs=settings.max_active_jobs,
             max_attempts=settings.max_attempts,
             grace_seconds=settings.grace_seconds,
         )
-        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher, public_url)
+        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher, permissions, public_url)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

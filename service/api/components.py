@@ -12,6 +12,7 @@ from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.jobs import JobStore
+from trainer.spec import Permissions
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Components:
     mlflow: MlflowRuns
     files: RunFiles
     dispatcher: Dispatcher
+    permissions: Permissions
+    """What the operator allows specs to reach."""
     mlflow_public_url: str
     """Where a browser finds MLflow; addresses are made of it when they are asked for, since it may change between two starts."""
 

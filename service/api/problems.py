@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from service.api.schemas import FieldError, Problem
 from service.domain.errors import Conflict, InvalidField, NotFound, ServiceError, Unavailable
+from trainer.spec import Refusal, field_path
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {
@@ -38,6 +39,7 @@ def install(app: FastAPI) -> None:
     """Map every error of `app`."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
+    app.add_exception_handler(Refusal, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_mistake_of_ours)
 
@@ -63,6 +65,12 @@ def _on_service_error(_: Request, error: Exception) -> Response:
     return answer(STATUS[type(error)], str(error), errors, headers)
 
 
+def _on_refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refusal)
+    item = FieldError(field=f"spec.{error.field}", value=_short(error.value), takes=error.takes)
+    return answer(HTTPStatus.UNPROCESSABLE_ENTITY, f"{item.field}: {error.takes}", [item])
+
+
 def _on_http_exception(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = "the body cannot be read as JSON" if error.status_code == HTTPStatus.BAD_REQUEST else str(error.detail)
@@ -75,25 +83,9 @@ def _on_mistake_of_ours(_: Request, error: Exception) -> Response:
 
 
 def _path(location: Sequence[str | int], body: Any) -> str:
-    """Write an error's location as a path into what the user sent.
-
-    pydantic puts the tag of a chosen alternative into the location; such a part does not exist in the body, and is left out.
-    """
+    """Write an error's location as a path into what the user sent."""
     where, *parts = location
-    if where != "body":
-        return ".".join(str(part) for part in parts)
-    path, place = "", body
-    for number, part in enumerate(parts):
-        is_last = number == len(parts) - 1
-        found = (isinstance(place, dict) and part in place) or (
-            isinstance(place, list) and isinstance(part, int) and part < len(place)
-        )
-        if found:
-            place = place[part]
-        elif not is_last:
-            continue
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-    return path or "body"
+    return (field_path(parts, body) or "body") if where == "body" else ".".join(str(part) for part in parts)
 
 
 def _takes(item: dict[str, Any]) -> str:

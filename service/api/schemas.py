@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.config import JsonDict
@@ -11,7 +11,7 @@ from service.domain import reports
 from service.domain.comparisons import Comparison
 from service.domain.jobs import Event, Job, JobState
 from service.domain.statistics import Verdict
-from trainer.spec import JobSpec, Progress
+from trainer.spec import JobSpec, Measured, Progress
 
 Name = Annotated[
     str,
@@ -76,9 +76,7 @@ class SubmitComparison(Body):
     baseline: dict[str, JsonValue] | None = Field(
         None, description="variant that the others are measured against; default: the first value of each path"
     )
-    metric: Literal["accuracy"] = Field(
-        "accuracy", description="metric to compare: share of test samples that are right"
-    )
+    metric: Measured = Field("accuracy", description="metric to compare, such as `accuracy` or `balanced_accuracy`")
     target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
 
 

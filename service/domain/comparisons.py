@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from service.domain.errors import InvalidField
-from trainer.spec import JobSpec
+from trainer.spec import JobSpec, field_path
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
@@ -73,9 +73,9 @@ def _resolve(base: dict[str, Any], point: Variant, matrix: Matrix) -> JobSpec:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         takes = first["msg"].removeprefix("Value error, ")
-        broken = ".".join(str(part) for part in first["loc"])
+        broken = field_path(first["loc"], content)
         for path, value in point.items():
-            if broken == path or broken.startswith(f"{path}."):
+            if broken == path or broken.startswith((f"{path}.", f"{path}[")):
                 raise InvalidField(f"matrix.{path}[{matrix[path].index(value)}]", value, takes) from None
         raise InvalidField("matrix", point, f"this variant has no valid {broken}: {takes}") from None
 

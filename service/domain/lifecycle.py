@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
-from trainer.spec import Outcome
+from trainer.spec import Cause, Outcome
+
+RETRIED: frozenset[Cause] = frozenset({"worker_lost", "preempted", "hang"})
+"""Causes that another attempt, on other processes and from the last checkpoint, can mend."""
 
 
 class RayStatus(StrEnum):
@@ -44,20 +47,20 @@ def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, 
         return Transition(state=JobState.SUCCEEDED, reason=outcome.reason)
     if job.cancel_requested:
         return Transition(state=JobState.CANCELLED, reason="cancelled on request")
-    if outcome is not None:
+    if outcome is not None and outcome.cause not in RETRIED:
         return Transition(state=JobState.FAILED, reason=outcome.reason)
+    if outcome is not None:
+        return _try_again(job, f"{outcome.cause}: {outcome.reason}", max_attempts)
     if submission is None:
-        return _after_loss(job, max_attempts) if job.state == JobState.RUNNING else None
+        return _try_again(job, "Ray lost it", max_attempts) if job.state == JobState.RUNNING else None
     if submission.status == RayStatus.STOPPED:
         return Transition(state=JobState.FAILED, reason="stopped in Ray, not through this service")
-    return Transition(
-        state=JobState.FAILED,
-        reason=f"the driver ended without an outcome; Ray says: {submission.message.strip() or submission.status}",
-    )
+    what = f"the driver ended without an outcome; Ray says: {submission.message.strip() or submission.status}"
+    return _try_again(job, what, max_attempts)
 
 
-def _after_loss(job: Job, max_attempts: int) -> Transition:
+def _try_again(job: Job, what: str, max_attempts: int) -> Transition:
     if job.attempt < max_attempts:
-        reason = f"Ray lost attempt {job.attempt}; waiting for attempt {job.attempt + 1}"
+        reason = f"attempt {job.attempt}: {what}; waiting for attempt {job.attempt + 1}"
         return Transition(state=JobState.QUEUED, reason=reason, attempt=job.attempt + 1)
-    return Transition(state=JobState.FAILED, reason=f"Ray lost attempt {job.attempt}, the last of {max_attempts}")
+    return Transition(state=JobState.FAILED, reason=f"attempt {job.attempt}, the last of {max_attempts}: {what}")

@@ -16,8 +16,17 @@ class Capacity:
 
 
 def needs(spec: JobSpec) -> Capacity:
-    """Resources that a job holds while it runs: one CPU for each worker, and one GPU where asked for."""
-    return Capacity(cpus=spec.num_workers, gpus=spec.num_workers if spec.use_gpu else 0)
+    """Resources that a job needs to start: one CPU for each worker, and one GPU where asked for."""
+    return _resources(spec, spec.min_workers)
+
+
+def may_hold(spec: JobSpec) -> Capacity:
+    """Resources that a job may hold while it runs: an elastic one takes what is free, up to its largest number of workers."""
+    return _resources(spec, spec.max_workers)
+
+
+def _resources(spec: JobSpec, workers: int) -> Capacity:
+    return Capacity(cpus=workers, gpus=workers if spec.use_gpu else 0)
 
 
 def fits(spec: JobSpec, capacity: Capacity) -> bool:
@@ -36,8 +45,8 @@ def next_job(queued: Sequence[Job], active: Iterable[Job], capacity: Capacity, m
     if len(running) >= most_active:
         return None
     free = Capacity(
-        cpus=capacity.cpus - sum(needs(job.spec).cpus for job in running),
-        gpus=capacity.gpus - sum(needs(job.spec).gpus for job in running),
+        cpus=capacity.cpus - sum(may_hold(job.spec).cpus for job in running),
+        gpus=capacity.gpus - sum(may_hold(job.spec).gpus for job in running),
     )
     for job in queued:
         if fits(job.spec, free):

@@ -22,7 +22,7 @@ from service.engine.ray_jobs import RayJobs
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
-from trainer.spec import RunContext, Task
+from trainer.spec import Permissions, RunContext, Task
 
 logger = logging.getLogger(__name__)
 ACTOR = "dispatcher"
@@ -46,6 +46,7 @@ class Dispatcher:
         files: RunFiles,
         *,
         mlflow_url: str,
+        permissions: Permissions,
         poll_seconds: float,
         max_active_jobs: int,
         max_attempts: int,
@@ -54,6 +55,7 @@ class Dispatcher:
         self._jobs, self._comparisons = jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
         self._mlflow_url, self._poll_seconds = mlflow_url, poll_seconds
+        self._permissions = permissions
         self._max_active_jobs, self._max_attempts = max_active_jobs, max_attempts
         self._woken = asyncio.Event()
         self._refusals: Counter[str] = Counter()
@@ -204,6 +206,7 @@ class Dispatcher:
             folder=str(self._files.job_folder(job)),
             mlflow_url=self._mlflow_url,
             mlflow_run_id=job.mlflow_run_id,
+            permissions=self._permissions,
         )
         try:
             await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))

@@ -88,7 +88,7 @@ class MlflowRunsOverHttp:
             "norm": spec.norm.value,
             "seed": str(spec.seed),
             "attempt": str(job.attempt),
-            "world_size": str(spec.num_workers),
+            "world_size": "-".join(map(str, sorted({spec.min_workers, spec.max_workers}))),
         }
         if comparison is not None:
             tags |= {COMPARISON_TAG: comparison.id, "variant": describe(job.variant)}

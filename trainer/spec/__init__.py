@@ -12,7 +12,7 @@ from trainer.spec.data import (
     TorchvisionDataSpec,
     train_samples,
 )
-from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
+from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured
 from trainer.spec.job import JobSpec, Norm
 from trainer.spec.models import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec
 from trainer.spec.optimizers import (
@@ -26,6 +26,7 @@ from trainer.spec.optimizers import (
     StepSchedule,
     TorchOptimizerSpec,
 )
+from trainer.spec.paths import field_path
 from trainer.spec.permissions import Permissions, Refusal
 from trainer.spec.probes import ProbesSpec
 from trainer.spec.run import (
@@ -64,6 +65,7 @@ __all__ = [
     "ImportedModelSpec",
     "JobSpec",
     "LibraryModelSpec",
+    "Measured",
     "MlpSpec",
     "Mnist5kSpec",
     "ModelSpec",
@@ -84,6 +86,7 @@ __all__ = [
     "TorchOptimizerSpec",
     "TorchvisionDataSpec",
     "attempt_folder",
+    "field_path",
     "read_yaml",
     "train_samples",
 ]

@@ -21,6 +21,8 @@ ComparisonId = Annotated[
 async def submit_comparison(body: SubmitComparison, components: GivenComponents, response: Response) -> ComparisonView:
     """Store a comparison and one job for each point of its matrix, all or none."""
     points = expand(body.spec, body.matrix)
+    for _, spec in points:
+        components.permissions.check(spec)
     now = datetime.now(UTC)
     comparison = Comparison(
         id=new_id("comparison"),

@@ -27,6 +27,7 @@ JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", descriptio
 @router.post("", status_code=202)
 async def submit_job(body: SubmitJob, components: GivenComponents, response: Response) -> JobView:
     """Store a job and answer with its address; the dispatcher takes it from there."""
+    components.permissions.check(body.spec)
     job = Job(
         id=new_id("job"), name=body.name, spec=body.spec, reason="submitted by the user", created_at=datetime.now(UTC)
     )

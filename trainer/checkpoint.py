@@ -1,0 +1,255 @@
+"""Checkpoints: the complete state of a run in one folder, on any storage that fsspec reaches.
+
+A checkpoint is a folder `step-<steps>-<token>` with `shared.pt`, one `rank-<number>.pt` for each worker, and `manifest.json`, which
+names all files with their sizes and hashes, and is written last. A folder without a manifest is one that was never finished.
+"""
+
+import hashlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import fsspec
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+
+from trainer.spec import CheckpointSpec
+from trainer.state import State
+from trainer.worker import Worker
+
+FORMAT = 1
+"""Changes when older checkpoints cannot be read any more."""
+MANIFEST = "manifest.json"
+SHARED = "shared.pt"
+NAME = re.compile(r"^step-(\d{12})-[0-9a-f]{8}$")
+CHUNK_BYTES = 1 << 22
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message says which, and why."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint that is whole."""
+
+    name: str
+    step: int
+    world_size: int
+    identity: dict[str, str]
+    """What must be equal for the state to be taken over: the parts of the spec and the data that shape it."""
+    metrics: dict[str, float]
+    files: dict[str, tuple[int, str]]
+    """File name to bytes and SHA-256."""
+
+
+class Checkpoints:
+    """The checkpoints of one job; every worker has one, and all workers call the same methods."""
+
+    def __init__(self, folder: str, spec: CheckpointSpec, identity: dict[str, str], worker: Worker) -> None:
+        self._files, self._root = fsspec.core.url_to_fs(folder)
+        self._spec, self._identity, self._worker = spec, identity, worker
+        self.refused: list[str] = []
+        """Why newer checkpoints than the one loaded were not taken; on rank 0."""
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint. It exists once all workers' files are there: a kill at any moment leaves the one before it.
+
+        Raises OSError, on every worker, if any of them could not write.
+        """
+        step, metrics = state.position.step, state.position.metrics
+        name: str = self._from_rank_zero(f"step-{step:012d}-{secrets.token_hex(4)}")
+        shared = state.shared()
+        try:
+            self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
+            written = {rank_file(self._worker.rank): self._write(name, rank_file(self._worker.rank), state.own())}
+            if shared is not None:
+                written[SHARED] = self._write(name, SHARED, shared)
+            mine: dict[str, tuple[int, str]] | str = written
+        except OSError as error:
+            mine = f"worker {self._worker.rank}: {type(error).__name__}: {error}"
+        all_written = self._from_all(mine)
+        failures = [entry for entry in all_written if isinstance(entry, str)]
+        if failures:
+            raise OSError(f"the checkpoint of step {step} in {self._root} could not be written: {'; '.join(failures)}")
+        if self._worker.rank == 0:
+            files = {file: place for entry in all_written for file, place in entry.items()}
+            self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, dict(metrics), files))
+            self._prune(name)
+
+    def load(self, state: State) -> Manifest | None:
+        """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
+
+        What is torn, or was written for another spec, is named in `refused`, and the one before it is taken.
+        """
+        chosen = self._choose() if self._worker.rank == 0 else None
+        manifest: Manifest | None = self._from_rank_zero(chosen)
+        if manifest is None:
+            return None
+        is_same_size = manifest.world_size == self._worker.world_size
+        own = self._read(manifest, rank_file(self._worker.rank)) if is_same_size else None
+        state.restore(self._read(manifest, SHARED), own)
+        return manifest
+
+    def manifests(self) -> Iterator[Manifest]:
+        """Yield whole checkpoints of this job, newest first; notes in `refused` why others are not taken."""
+        for name in sorted(self._names(), reverse=True):
+            try:
+                yield self._verify(name)
+            except CheckpointError as error:
+                self.refused.append(str(error))
+
+    def _choose(self) -> Manifest | None:
+        return next(self.manifests(), None)
+
+    def _names(self) -> list[str]:
+        if not self._files.exists(self._root):
+            return []
+        self._files.invalidate_cache(self._root)
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        return [name for name in names if NAME.match(name)]
+
+    def _verify(self, name: str) -> Manifest:
+        """Read a manifest and compare every file with it."""
+        try:
+            content = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
+            if content["format"] != FORMAT:
+                raise CheckpointError(f"{name}: has format {content['format']}; taken is {FORMAT}")
+            manifest = Manifest(
+                name=name,
+                step=content["step"],
+                world_size=content["world_size"],
+                identity=content["identity"],
+                metrics=content["metrics"],
+                files={file: (size, digest) for file, (size, digest) in content["files"].items()},
+            )
+        except FileNotFoundError:
+            raise CheckpointError(f"{name}: torn: it has no {MANIFEST}") from None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f"{name}: torn: {MANIFEST} is not one of ours") from None
+        differing = sorted(
+            key
+            for key in self._identity.keys() | manifest.identity.keys()
+            if self._identity.get(key) != manifest.identity.get(key)
+        )
+        if differing:
+            raise CheckpointError(f"{name}: foreign: it was written for another {', '.join(differing)}")
+        for file, expected in manifest.files.items():
+            self._compare(name, file, expected)
+        return manifest
+
+    def _compare(self, name: str, file: str, expected: tuple[int, str]) -> None:
+        digest, size = hashlib.sha256(), 0
+        try:
+            with self._files.open(f"{self._root}/{name}/{file}", "rb") as stream:
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    size += len(chunk)
+        except FileNotFoundError:
+            raise CheckpointError(f"{name}: torn: {file} is missing") from None
+        if (size, digest.hexdigest()) != expected:
+            raise CheckpointError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
+
+    def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
+        with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
+            hashing = _HashingWriter(stream)
+            torch.save(content, cast("IO[bytes]", hashing))
+            _to_disk(stream)
+        return hashing.size, hashing.digest.hexdigest()
+
+    def _read(self, manifest: Manifest, file: str) -> dict[str, Any]:
+        with self._files.open(f"{self._root}/{manifest.name}/{file}", "rb") as stream:
+            content: dict[str, Any] = torch.load(stream, map_location="cpu", weights_only=True)
+        return content
+
+    def _write_manifest(self, manifest: Manifest) -> None:
+        content = {
+            "format": FORMAT,
+            "step": manifest.step,
+            "world_size": manifest.world_size,
+            "identity": manifest.identity,
+            "metrics": manifest.metrics,
+            "files": manifest.files,
+        }
+        path, text = f"{self._root}/{manifest.name}/{MANIFEST}", json.dumps(content, indent=1).encode()
+        if not isinstance(self._files, LocalFileSystem):
+            self._files.pipe_file(path, text)  # an object appears as a whole
+            return
+        with open(f"{path}.new", "wb") as stream:
+            stream.write(text)
+            _to_disk(stream)
+        Path(f"{path}.new").replace(path)
+        for folder in (self._root, f"{self._root}/{manifest.name}"):
+            handle = os.open(folder, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+    def _prune(self, newest: str) -> None:
+        """Remove what the policy does not keep: all but the last ones and the best, and what was never finished."""
+        whole, torn = [], []
+        for name in sorted(self._names(), reverse=True):
+            try:
+                whole.append((name, json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))["metrics"]))
+            except (FileNotFoundError, ValueError, KeyError):
+                torn.append(name)
+        kept = {name for name, _ in whole[: self._spec.keep_last]} | {newest}
+        if self._spec.keep_best is not None:
+            sign = 1 if self._spec.best_mode == "max" else -1
+            scored = [(sign * m[self._spec.keep_best], name) for name, m in whole if self._spec.keep_best in m]
+            kept |= {max(scored)[1]} if scored else set()
+        for name in [name for name, _ in whole if name not in kept] + torn:
+            path = f"{self._root}/{name}"
+            if self._files.exists(f"{path}/{MANIFEST}"):
+                self._files.rm_file(f"{path}/{MANIFEST}")  # first, so that no half of it is ever taken for whole
+            self._files.rm(path, recursive=True)
+
+    def _from_rank_zero(self, value: Any) -> Any:
+        if self._worker.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def _from_all(self, value: Any) -> list[Any]:
+        if self._worker.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self._worker.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+class _HashingWriter:
+    """Passes on what is written, and hashes it on the way."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        self.size += len(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file that holds what is a worker's own."""
+    return f"rank-{rank:05d}.pt"
+
+
+def _to_disk(stream: Any) -> None:
+    """Have a local file survive a loss of power; other storages promise that once they have answered."""
+    try:
+        handle = stream.fileno()
+    except (AttributeError, OSError):
+        return
+    stream.flush()
+    os.fsync(handle)

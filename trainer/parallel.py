@@ -1,0 +1,117 @@
+"""A model made ready for one worker's part of the training: memory format, checkpointing, compilation, and parallel wrapping."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import ConfigurationError
+from trainer.spec import JobSpec
+from trainer.worker import Worker
+
+
+def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
+    """Prepare `model`, in place, and return what to call in training: it, or its wrapping by DistributedDataParallel.
+
+    Raises ConfigurationError if activations are to be checkpointed, and the model has no blocks to do so by.
+    """
+    if spec.channels_last:
+        model.to(memory_format=torch.channels_last)
+    blocks = find_blocks(model)
+    if spec.activation_checkpointing:
+        if not blocks:
+            takes = "takes a model with blocks: modules with parts, in an nn.Sequential or nn.ModuleList"
+            raise ConfigurationError("activation_checkpointing", spec.model.name, takes)
+        for block in blocks:
+            # Not a module around the block, which would change the names of its parameters.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if spec.compile:
+        model.compile()
+    if worker.world_size == 1:
+        return model
+    if spec.parallel == "fsdp":
+        mesh = dist.device_mesh.init_device_mesh(worker.device.type, (worker.world_size,))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
+    return DistributedDataParallel(model, forward_sync_buffers=False)
+
+
+def find_blocks(model: nn.Module) -> list[nn.Module]:
+    """Find the model's blocks: the outermost members of an nn.Sequential or nn.ModuleList that have parts and parameters."""
+    blocks: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            is_block = isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in child.children())
+            if (
+                is_block
+                and not isinstance(child, (nn.Sequential, nn.ModuleList))
+                and any(True for _ in child.parameters())
+            ):
+                blocks.append(child)
+            else:
+                search(child)
+
+    search(model)
+    return blocks
+
+
+def without_checkpointing(model: nn.Module) -> None:
+    """Undo the checkpointing of activations, so that the model can be copied and pickled."""
+    for module in model.modules():
+        vars(module).pop("forward", None)
+
+
+def gradients_stay_local(model: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
+    """Return a context in which backward adds to a worker's own gradients, without reducing them over all workers."""
+    if unless:
+        return nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return _unsharded(model) if isinstance(model, FSDPModule) else nullcontext()
+
+
+@contextmanager
+def _unsharded(model: FSDPModule) -> Iterator[None]:
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients so that their norm together is at most `most`; return what it was."""
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
+
+
+def warm_up(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: Worker) -> None:
+    """Have DistributedDataParallel arrange its buckets before the first step, by one pass over noise that leaves no trace.
+
+    After its first backward pass it orders gradients as they came. A sum over three workers or more depends in its last bit on a
+    gradient's place in the bucket, so a run that is resumed must not have its first pass in other buckets than one that goes on.
+    """
+    if not isinstance(parallel, DistributedDataParallel) or worker.world_size < 3:
+        return
+    buffers = [(buffer, buffer.clone()) for buffer in parallel.module.buffers()]
+    samples = max(2, spec.global_batch_size // spec.accumulate // worker.world_size)
+    dtype = next(parallel.module.parameters()).dtype
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        noise = torch.randn(samples, *shape, device=worker.device, dtype=dtype)
+        if spec.channels_last and noise.ndim == 4:
+            noise = noise.to(memory_format=torch.channels_last)
+        parallel(noise).sum().backward()
+    parallel.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -1,0 +1,29 @@
+"""When a run has seen enough, by its evaluations."""
+
+from trainer.errors import ConfigurationError
+from trainer.spec import EarlyStopSpec
+from trainer.state import Position
+
+
+def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
+    """Count the newest evaluation in. Raises ConfigurationError if it has no such metric."""
+    if spec is None:
+        return
+    if spec.metric not in position.metrics:
+        raise ConfigurationError("early_stop.metric", spec.metric, f"takes one of {', '.join(position.metrics)}")
+    value = position.metrics[spec.metric]
+    gain = value - position.best if position.best is not None else None
+    if gain is None or (gain if spec.mode == "max" else -gain) > spec.min_delta:
+        position.best, position.stale = value, 0
+    else:
+        position.stale += 1
+
+
+def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
+    """Whether to end the run now: the target is reached, or patience is at its end."""
+    if spec is None or position.best is None:
+        return False
+    is_there = spec.target is not None and (
+        position.best >= spec.target if spec.mode == "max" else position.best <= spec.target
+    )
+    return is_there or position.stale >= spec.patience

@@ -1,0 +1,115 @@
+"""What Ray runs on each worker: the loop with all that it needs, and the word of how it ended."""
+
+import json
+import os
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from trainer.spec import JobSpec, Task, attempt_folder
+
+FAILURES_FOLDER = "failures"
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """Train on this worker; return what rank 0 knows of the end: `state`, `reason`, `cause`, `step`, `metrics`.
+
+    To diverge is a result. Any other error is written down here, where it happens, and passed on to Ray, which ends the others.
+    """
+    import ray.train
+    from ray.train.torch import get_device
+
+    from trainer import failures
+    from trainer.errors import Diverged
+    from trainer.state import Position
+    from trainer.worker import Worker
+
+    task = Task.model_validate_json(config["task"])
+    # The layers' own time limit, which they read when they are made.
+    os.environ["SYNCBN_TIMEOUT_SECONDS"] = str(task.spec.collective_timeout_seconds)
+    context = ray.train.get_context()
+    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    print(f"worker {worker.rank} of {worker.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
+    position = Position()
+    try:
+        return _train(task, worker, position, config.get("feeder"))
+    except Diverged as error:
+        return {
+            "state": "succeeded",
+            "reason": str(error),
+            "cause": "diverged",
+            "step": error.step,
+            "metrics": position.metrics,
+        }
+    except Exception as error:
+        failures.record(Path(config["failures"]), error, worker.rank, position.step)
+        raise
+
+
+def _train(task: Task, worker: Any, position: Any, feeder: Any) -> dict[str, Any]:
+    import torch
+
+    from trainer.checkpoint import Checkpoints
+    from trainer.data import open_dataset
+    from trainer.export import export_weights
+    from trainer.journal import open_journal
+    from trainer.loop import train
+
+    spec, context = task.spec, task.context
+    dtype = torch.float64 if spec.precision == "fp64" else torch.float32
+    with ExitStack() as stack:
+        journal = stack.enter_context(open_journal(task, worker.rank))
+        dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
+        stack.callback(dataset.close)
+        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, identity(spec, dataset.digest), worker)
+        result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
+        folder = attempt_folder(Path(context.folder), context.attempt)
+        export_weights(result.model, folder / "model.pt", worker)
+    return {
+        "state": "succeeded",
+        "reason": f"{result.end} after {result.step} of {spec.steps} steps",
+        "step": result.step,
+        "metrics": result.metrics,
+    }
+
+
+class RayNotices:
+    """Ray's own notices of nodes that are drained or reclaimed."""
+
+    def node_is_about_to_go(self) -> bool:
+        """Ask Ray, by a collective of its own that hands every worker rank 0's answer."""
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
+
+
+def checkpoint_folder(task: Task) -> str:
+    """Path or address of a job's checkpoints."""
+    address = task.spec.checkpoint.address
+    return f"{address.rstrip('/')}/{task.context.job_id}" if address else str(Path(task.context.folder) / "checkpoints")
+
+
+SHAPING_FIELDS = (
+    "model",
+    "data",
+    "norm",
+    "sync_group_size",
+    "sharding",
+    "global_batch_size",
+    "accumulate",
+    "optimizer",
+    "schedule",
+    "clip_norm",
+    "seed",
+    "precision",
+)
+"""Fields of the spec that the state of a run depends on. The others, such as `steps` or `num_workers`, may change in between."""
+
+
+def identity(spec: JobSpec, data_digest: str) -> dict[str, str]:
+    """Name what a checkpoint must agree on to be this run's."""
+    content = spec.model_dump(mode="json")
+    return {field: json.dumps(content[field], sort_keys=True) for field in SHAPING_FIELDS} | {
+        "data's content": data_digest
+    }
