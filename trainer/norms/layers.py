@@ -3,6 +3,7 @@
 import re
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 CHANNELS_FIRST = frozenset(
     {
@@ -53,6 +54,7 @@ CHANNELS_LAST = frozenset(
 """Classes whose `forward` takes (N, *, C)."""
 OTHERS = frozenset({"GlobalResponseNorm", "LocalResponseNorm"})
 """Competition between channels rather than normalisation: part of the architecture, in every mode."""
+BASES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 NAME = re.compile(r"norm(?!al)|abn$", re.IGNORECASE)
 """What normalisation layers are called; `normal`, as in `Normalize` or `NormalCell`, is something else."""
 
@@ -63,20 +65,17 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_unknown_norm(path: str, module: nn.Module) -> bool:
-    """Whether a module that cannot be switched is a normalisation layer by its name.
+    """Whether a module that cannot be switched is a normalisation layer by its base class or its name.
 
     Modules that only hold others (`ConvNormAct`), and the parametrisations of weights (`_WeightNorm`), are none.
     """
-    # A scripted module has its own class's name as an attribute.
-    name = str(getattr(module, "original_name", type(module).__name__))
+    if is_norm(module):
+        return False
+    if isinstance(module, BASES):
+        return True
+    name = type(module).__name__
     holds_values = bool(module._parameters or module._buffers) or not module._modules
-    return (
-        bool(NAME.search(name))
-        and holds_values
-        and name not in OTHERS
-        and not is_norm(module)
-        and "parametrizations" not in path.split(".")
-    )
+    return bool(NAME.search(name)) and holds_values and name not in OTHERS and "parametrizations" not in path.split(".")
 
 
 def channels_last(layer: nn.Module) -> bool:

@@ -79,6 +79,8 @@ def refusal(norm: Norm, path: str, module: nn.Module, reason: str) -> Configurat
 
 def _refuse_what_cannot_be_switched(model: nn.Module, norm: Norm, trace: Trace) -> None:
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise refusal(norm, path, module, "TorchScript's modules cannot be changed")
         if is_unknown_norm(path, module):
             raise refusal(norm, path, module, "a normalisation layer of a class that is not known")
     for path, module, function, on_parameter in trace.calls:
@@ -111,9 +113,11 @@ def _replace(model: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Mod
         for name, child in parent._modules.items():
             if child in successors:
                 parent._modules[name] = successors[child]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    # Its fused pass for inference reads the scale and shift of layer normalisations out of these children.
-                    parent.activation_relu_or_gelu = 0
+        # torch's fused passes for inference read the scale and shift of layer normalisations out of these children.
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0
+        elif isinstance(parent, nn.TransformerEncoder):
+            parent.use_nested_tensor = False
     return successors.get(model, model)
 
 

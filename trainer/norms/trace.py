@@ -60,6 +60,8 @@ class Trace(TorchFunctionMode):
         }
         with ExitStack() as hooks:
             for path, module in model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                    continue
                 hooks.enter_context(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(self._leave))
             with self:
