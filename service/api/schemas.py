@@ -4,14 +4,14 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 
 from service.domain import reports
 from service.domain.comparisons import Comparison
 from service.domain.jobs import Event, Job, JobState
 from service.domain.statistics import Verdict
-from trainer.spec import JobSpec, Measured, Progress
+from trainer.spec import JobSpec, Metric, Progress
 
 Name = Annotated[
     str,
@@ -76,8 +76,16 @@ class SubmitComparison(Body):
     baseline: dict[str, JsonValue] | None = Field(
         None, description="variant that the others are measured against; default: the first value of each path"
     )
-    metric: Measured = Field("accuracy", description="metric to compare, such as `accuracy` or `balanced_accuracy`")
+    metric: Metric = Field("accuracy", description="metric to compare, one of the spec's `evaluation.metrics`")
     target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
+
+    @field_validator("metric")
+    @classmethod
+    def _is_measured(cls, metric: Metric, info: ValidationInfo) -> Metric:
+        spec = info.data.get("spec")
+        if spec is not None and metric not in spec.evaluation.metrics:
+            raise ValueError(f"takes one of the spec's evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
+        return metric
 
 
 class JobView(BaseModel):

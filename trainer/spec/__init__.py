@@ -12,7 +12,7 @@ from trainer.spec.data import (
     TorchvisionDataSpec,
     train_samples,
 )
-from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured
+from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured, Metric
 from trainer.spec.job import JobSpec, Norm
 from trainer.spec.models import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec
 from trainer.spec.optimizers import (
@@ -66,6 +66,7 @@ __all__ = [
     "JobSpec",
     "LibraryModelSpec",
     "Measured",
+    "Metric",
     "MlpSpec",
     "Mnist5kSpec",
     "ModelSpec",

@@ -15,15 +15,20 @@ class ImageTransformSpec(Frozen):
     """How an image becomes an input; what is random acts in training alone, and depends on seed, step and sample alone."""
 
     resize: Pixels | None = Field(None, description="pixels of the shorter side")
-    crop: Pixels | None = Field(None, description="side of a square crop: the centre; in training, at random")
+    crop: Pixels | None = Field(
+        None, description="side of a square crop: the centre; in training, at random; black fills up smaller images"
+    )
     padding: int = Field(0, ge=0, le=512, description="pixels of black added to each side before a random crop")
     random_resized_crop: bool = Field(
-        False, description="in training, `crop` from a random part of 8 to 100 % of the area (Szegedy et al. 2015)"
+        False,
+        description="in training, `crop` from a random part of 8 to 100 % of the image, not resized before (Szegedy et al. 2015)",
     )
     flip: bool = Field(False, description="in training, mirror every other image")
     color_jitter: float = Field(0.0, ge=0, le=1, description="in training, change brightness, contrast and saturation")
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="in training")
-    channels: Literal[1, 3] | None = Field(None, description="grey or RGB; null: as the dataset has it")
+    channels: Literal[1, 3] | None = Field(
+        None, description="grey or RGB; null: RGB for images in folders, else as the dataset has them"
+    )
     mean: Triple = Field([0.0], description="subtracted from each channel, whose values are 0 to 1")
     std: Triple = Field([1.0], description="divides each channel")
 
@@ -31,6 +36,8 @@ class ImageTransformSpec(Frozen):
     def _fits_together(self) -> Self:
         if self.random_resized_crop and self.crop is None:
             raise ValueError("random_resized_crop takes a crop, its size in pixels")
+        if self.padding and self.crop is None:
+            raise ValueError("padding takes a crop, the size that is cut from what it makes larger")
         if any(value <= 0 for value in self.std):
             raise ValueError(f"std takes positive numbers (got {self.std})")
         return self

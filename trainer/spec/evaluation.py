@@ -9,7 +9,8 @@ from trainer.spec.base import Frozen
 Metric = Literal[
     "accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"
 ]
-Measured = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_/.-]*$", max_length=200)]
+Measured = Metric | Literal["test_loss"]
+"""What every evaluation yields, if it is among the metrics asked for."""
 
 
 class EvaluationSpec(Frozen):

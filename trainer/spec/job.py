@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from trainer.spec.base import Frozen
 from trainer.spec.data import DataSpec, Mnist5kSpec, RayDataSpec, train_samples
@@ -25,7 +25,17 @@ class Norm(StrEnum):
     LAYER = "layer"
 
 
-Workers = Annotated[int, Field(ge=1, le=4_096)]
+Count = Annotated[int, Field(ge=1, le=4_096)]
+
+
+def _count_or_range(value: Any) -> str:
+    return "range" if isinstance(value, list) else "count"
+
+
+Workers = Annotated[
+    Annotated[Count, Tag("count")] | Annotated[list[Count], Field(min_length=2, max_length=2), Tag("range")],
+    Discriminator(_count_or_range),
+]
 
 
 class JobSpec(Frozen):
@@ -34,7 +44,7 @@ class JobSpec(Frozen):
     model: ModelSpec = MlpSpec()
     data: DataSpec = Mnist5kSpec()
     norm: Norm = Field(Norm.SYNC, strict=False, description="every normalisation layer of the model")
-    num_workers: Workers | Annotated[list[Workers], Field(min_length=2, max_length=2)] = Field(
+    num_workers: Workers = Field(
         1,
         description="processes that share each batch; [least, most]: as many of them as the cluster has, changing as it does",
     )
@@ -86,6 +96,15 @@ class JobSpec(Frozen):
     collective_timeout_seconds: int = Field(
         300, ge=5, le=86_400, description="time for all workers to come to a collective before the run ends as a hang"
     )
+
+    @field_validator("early_stop", "checkpoint")
+    @classmethod
+    def _is_measured(cls, part: Any, info: ValidationInfo) -> Any:
+        evaluation = info.data.get("evaluation")
+        metric = getattr(part, "metric", None) or getattr(part, "keep_best", None)
+        if evaluation is not None and metric is not None and metric not in (*evaluation.metrics, "test_loss"):
+            raise ValueError(f"{metric!r} is not among evaluation.metrics, which are {', '.join(evaluation.metrics)}")
+        return part
 
     @property
     def min_workers(self) -> int:

@@ -1,7 +1,6 @@
 """Optimisers and the course of the learning rate."""
 
-from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator
 
@@ -90,10 +89,14 @@ class TorchOptimizerSpec(Frozen):
         return arguments
 
 
+def _kind(value: Any) -> str | None:
+    return kind_of(value, default="sgd")
+
+
 OptimizerSpec = Annotated[
     Annotated[SgdSpec, Tag("sgd")] | Annotated[AdamWSpec, Tag("adamw")] | Annotated[TorchOptimizerSpec, Tag("torch")],
     Discriminator(
-        partial(kind_of, default="sgd"),
+        _kind,
         custom_error_type="optimizer_name",
         custom_error_message="takes sgd, adamw or torch:<class of torch.optim> as name",
     ),

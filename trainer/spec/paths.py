@@ -17,7 +17,7 @@ def field_path(location: Sequence[str | int], content: Any) -> str:
         )
         if found:
             place = place[part]
-        elif not is_last:
+        elif not (is_last and isinstance(place, dict)):
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path

@@ -71,12 +71,30 @@ async def test_cancelling(client, ray):
     ray.is_down = False
     ended = await submit(client)
     await until(client, ended, "submitted")
-    ray.set(f"{ended['id']}-a1", RayStatus.FAILED, "no memory")
-    assert "no memory" in (await until(client, ended, "failed"))["reason"]
+    ray.set(f"{ended['id']}-a1", RayStatus.STOPPED)
+    assert "stopped in Ray" in (await until(client, ended, "failed"))["reason"]
     refused = await client.post(f"/v1/jobs/{ended['id']}:cancel")
     assert refused.status_code == 409
     assert refused.headers["content-type"] == "application/problem+json"
     assert "already failed" in refused.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"model": {"name": "import:os:system"}}, "spec.model.name"),
+        ({"data": {"name": "imagefolder", "root": "/etc"}}, "spec.data.root"),
+        ({"checkpoint": {"address": "/root/.ssh"}}, "spec.checkpoint.address"),
+    ],
+)
+async def test_what_the_operator_does_not_allow_is_refused_and_nothing_is_stored(client, change, field):
+    answer = await client.post("/v1/jobs", json={"name": "mine", "spec": SPEC | change})
+    assert answer.status_code == 422
+    assert [error["field"] for error in answer.json()["errors"]] == [field]
+    assert "the operator allows them" in answer.json()["errors"][0]["takes"]
+    comparison = {"name": "mine", "spec": SPEC | change, "matrix": {"seed": [0, 1]}}
+    assert (await client.post("/v1/comparisons", json=comparison)).status_code == 422
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
 async def test_pages(client):
@@ -104,8 +122,8 @@ async def test_pages(client):
             "spec.model.hidden[1]",
             "greater than or equal to 1",
         ),
-        ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model.name", "'mlp'"),
-        ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "'mnist5k', 'digits'"),
+        ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model", "takes mlp, cnn, torchvision:<name>"),
+        ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "takes mnist5k, digits, synthetic"),
         ({"spec": SPEC | {"data": {"name": "digits", "root": "/etc"}}}, "spec.data.root", "no such field"),
         ({"spec": SPEC | {"norm": "instance"}}, "spec.norm", "'none', 'batch', 'sync', 'group' or 'layer'"),
         ({"spec": SPEC | {"global_batch_size": 1}}, "spec.global_batch_size", "take 2 to 4000 samples"),

@@ -6,7 +6,8 @@ from tests.service.examples import make_job
 from trainer.spec import Outcome
 
 GOOD = Outcome(state="succeeded", reason="finished 10 steps")
-BAD = Outcome(state="failed", reason="worker 1: ValueError: no")
+BAD = Outcome(state="failed", reason="worker 1: ValueError: no", cause="user_code")
+LOST = Outcome(state="failed", reason="worker 1 was lost", cause="worker_lost")
 
 
 def step(state, status, outcome=None, attempt=1, *, cancel=False):
@@ -25,8 +26,11 @@ def step(state, status, outcome=None, attempt=1, *, cancel=False):
         ("running", "SUCCEEDED", GOOD, False, "succeeded"),
         ("running", "FAILED", GOOD, False, "succeeded"),
         ("running", "FAILED", BAD, False, "failed"),
-        ("running", "FAILED", None, False, "failed"),
-        ("running", "SUCCEEDED", None, False, "failed"),
+        ("running", "FAILED", None, False, "queued"),
+        ("running", "SUCCEEDED", None, False, "queued"),
+        ("running", "FAILED", LOST, False, "queued"),
+        ("running", None, LOST, False, "queued"),
+        ("running", "FAILED", LOST, True, "cancelled"),
         ("running", "STOPPED", None, False, "failed"),
         ("running", "STOPPED", None, True, "cancelled"),
         ("running", "FAILED", BAD, True, "cancelled"),

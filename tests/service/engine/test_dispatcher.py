@@ -13,7 +13,7 @@ from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
 from tests.fakes import FakeMlflow, FakeRay
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress, attempt_folder
+from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Permissions, Progress, attempt_folder
 
 
 class House:
@@ -30,7 +30,8 @@ class House:
     def reopen(self):
         self.dispatcher = Dispatcher(
             self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
-            mlflow_url="http://mlflow", poll_seconds=0.01, max_active_jobs=8, max_attempts=2, grace_seconds=self.grace_seconds,
+            mlflow_url="http://mlflow", permissions=Permissions(), poll_seconds=0.01,
+            max_active_jobs=8, max_attempts=2, grace_seconds=self.grace_seconds,
         )  # fmt: skip
 
     async def add(self, **changes):
@@ -198,7 +199,7 @@ async def test_a_torn_outcome_is_not_taken_for_one(house):
     folder.mkdir(parents=True)
     (folder / OUTCOME_FILE).write_text(json.dumps({"state": "succeeded"}))
     await house.round()
-    assert await house.state(job) == "failed"
+    assert (await house.jobs.get(job.id)).attempt == 2
 
 
 async def test_a_failure_that_only_ray_tells_of_is_given_time(house):
@@ -233,7 +234,7 @@ async def test_progress_prolongs_the_time_that_a_suspect_is_given(house, monkeyp
     assert await house.state(job) == "running"
     now += 9
     await house.round()
-    assert await house.state(job) == "failed"
+    assert (await house.jobs.get(job.id)).attempt == 2
 
 
 async def test_cancelling_what_ray_has_not_started_yet_stops_it_once_it_runs(house):
@@ -300,6 +301,7 @@ async def test_a_comparison_has_one_parent_run_that_ends_after_its_jobs(house):
     for job, status in zip(jobs, (RayStatus.SUCCEEDED, RayStatus.FAILED), strict=True):
         house.ray.set(job.submission_id, status)
     house.write(jobs[0], OUTCOME_FILE, SUCCEEDED)
+    house.write(jobs[1], OUTCOME_FILE, Outcome(state="failed", reason="worker 0: ValueError: no", cause="user_code"))
     await house.round()
     await house.round()
     assert house.mlflow.runs[parent] == "failed"

@@ -1,0 +1,75 @@
+import pytest
+
+from trainer.spec import JobSpec, Permissions, Refusal
+
+
+def spec(**changes):
+    return JobSpec.model_validate({"steps": 1} | changes)
+
+
+def folder(root):
+    return spec(data={"name": "imagefolder", "root": str(root)})
+
+
+def test_nothing_is_needed_by_what_reaches_nowhere():
+    Permissions().check(spec())
+    Permissions().check(spec(model={"name": "torchvision:resnet18"}, data={"name": "torchvision:FakeData"}))
+
+
+@pytest.mark.parametrize("module", ["models", "models.vision"])
+def test_modules_are_allowed_with_all_below_them(module):
+    Permissions(imports=("models",)).check(spec(model={"name": f"import:{module}:build"}))
+
+
+@pytest.mark.parametrize("module", ["model", "models2", "other.models", "os"])
+def test_other_modules_are_refused(module):
+    with pytest.raises(Refusal, match=r"model\.name: takes modules under models"):
+        Permissions(imports=("models",)).check(spec(model={"name": f"import:{module}:build"}))
+
+
+def test_a_path_is_taken_by_where_it_leads(tmp_path):
+    allowed, other = tmp_path / "data", tmp_path / "data-of-others"
+    (allowed / "mine").mkdir(parents=True)
+    other.mkdir()
+    (allowed / "link").symlink_to(other)
+    permissions = Permissions(roots=(str(allowed),))
+    permissions.check(folder(allowed))
+    permissions.check(folder(allowed / "mine"))
+    permissions.check(folder(f"{other}/../data/mine"))
+    for refused in (other, allowed / "link", f"{allowed}/../data-of-others", "data", tmp_path, "/"):
+        with pytest.raises(Refusal, match=r"data\.root"):
+            permissions.check(folder(refused))
+
+
+@pytest.mark.parametrize(
+    ("address", "is_allowed"),
+    [
+        ("s3://bucket/mine/images", True),
+        ("s3://bucket/mine", True),
+        ("s3://bucket/mine2", False),
+        ("s3://bucket/mine/../others", False),
+        ("s3://other/mine", False),
+        ("gs://bucket/mine", False),
+        ("zip://x::s3://bucket/mine", False),
+        ("/bucket/mine", False),
+        ("file:///data/images", True),
+        ("file:///etc", False),
+    ],
+)
+def test_addresses_are_taken_under_their_root(address, is_allowed):
+    data = {"name": "ray", "format": "parquet", "train": address, "test": address, "classes": 2, "shape": [4]}
+    permissions = Permissions(roots=("s3://bucket/mine", "/data"))
+    if is_allowed:
+        permissions.check(spec(data=data))
+    else:
+        with pytest.raises(Refusal, match=r"data\.train"):
+            permissions.check(spec(data=data))
+
+
+def test_checkpoints_are_written_under_a_root_alone():
+    with pytest.raises(Refusal, match=r"checkpoint\.address: takes absolute paths and addresses under none"):
+        Permissions().check(spec(checkpoint={"address": "/anywhere"}))
+
+
+def test_by_hand_everything_is_allowed_that_the_user_is():
+    Permissions(everything=True).check(spec(model={"name": "import:models:build"}, checkpoint={"address": "/anywhere"}))
