@@ -3,8 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.data import _READERS
-from trainer.spec import TRAIN_SAMPLES, JobSpec, read_yaml
+from trainer.spec import JobSpec, read_yaml
 
 
 def test_a_spec_survives_being_written_and_read():
@@ -35,8 +34,10 @@ def test_yaml_numbers_are_those_of_json(tmp_path):
     assert read_yaml(path) == {"optimizer": {"lr": 1e-3}, "steps": 10, "name": "1e"}
 
 
-def test_every_dataset_has_a_reader_and_a_size():
-    assert TRAIN_SAMPLES.keys() == _READERS.keys()
+@pytest.mark.parametrize(("field", "value"), [("padding", 4), ("random_resized_crop", True)])
+def test_what_is_cut_at_random_takes_a_size(field, value):
+    with pytest.raises(ValidationError, match=f"{field} takes a crop"):
+        JobSpec.model_validate({"steps": 1, "data": {"name": "digits", "transform": {field: value}}})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0, -1, "0.1", True, None])

@@ -1,0 +1,55 @@
+"""Datasets by name."""
+
+from typing import Any
+
+import torch
+
+from trainer.data.dataset import Batch, Dataset
+from trainer.data.order import batch_indices, shard
+from trainer.spec import (
+    DigitsSpec,
+    ImageFolderSpec,
+    JobSpec,
+    Mnist5kSpec,
+    RayDataSpec,
+    SyntheticSpec,
+    TorchvisionDataSpec,
+)
+
+__all__ = ["Batch", "Dataset", "batch_indices", "open_dataset", "shard"]
+
+
+def open_dataset(
+    spec: JobSpec, rank: int, world_size: int, device: torch.device, dtype: torch.dtype, feeder: Any = None
+) -> Dataset:
+    """Open the data of a spec as worker `rank` of `world_size` sees it: inputs of `dtype`, on `device`.
+
+    `feeder` is what `trainer.data.stream.start_feeder` returned, for Ray Data alone.
+
+    Raises ConfigurationError or DataError, naming the field, if the data is missing, broken or not as the spec describes it.
+    """
+    # What a dataset is read with is imported where it is needed.
+    data = spec.data
+    match data:
+        case Mnist5kSpec() | DigitsSpec():
+            from trainer.data.memory import InMemoryDataset
+
+            return InMemoryDataset(spec, data, rank, world_size, device, dtype)
+        case SyntheticSpec():
+            from trainer.data.synthetic import SyntheticDataset
+
+            return SyntheticDataset(spec, data, rank, world_size, device, dtype)
+        case ImageFolderSpec():
+            from trainer.data.folders import open_folders
+            from trainer.data.loading import LoadedDataset
+
+            return LoadedDataset(spec, data.transform, open_folders(data), rank, world_size, device, dtype)
+        case TorchvisionDataSpec():
+            from trainer.data.library import open_library
+            from trainer.data.loading import LoadedDataset
+
+            return LoadedDataset(spec, data.transform, open_library(data), rank, world_size, device, dtype)
+        case RayDataSpec():
+            from trainer.data.stream import StreamedDataset
+
+            return StreamedDataset(spec, data, rank, world_size, device, dtype, feeder)

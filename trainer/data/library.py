@@ -1,0 +1,128 @@
+"""Classification datasets of torchvision, in a folder that the user has; nothing is downloaded."""
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torchvision.datasets
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import FakeData, VisionDataset
+
+from trainer.data.digest import digest
+from trainer.data.loading import Parts
+from trainer.data.order import Indices
+from trainer.errors import ConfigurationError, DataError
+from trainer.spec import TorchvisionDataSpec
+
+TRAIN_SPLITS = ("train", "trainval", "train-standard")
+TEST_SPLITS = ("test", "val", "valid")
+"""Names that datasets with a `split` have for their parts, in order of preference."""
+
+FAKE_TRAIN_SAMPLES, FAKE_TEST_SAMPLES = 1_000, 200
+
+
+@dataclass(frozen=True)
+class LibraryImages:
+    """One part of a dataset of torchvision."""
+
+    dataset: VisionDataset
+    title: str
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """See Images."""
+        try:
+            image, label = self.dataset[index]
+        except OSError as error:
+            raise DataError("data.root", self.name(index), f"takes images that can be read: {error}") from error
+        if isinstance(image, Image.Image) and image.mode not in ("L", "RGB"):
+            image = image.convert("RGB")
+        return image, self._check(label, index)
+
+    def name(self, index: int) -> str:
+        """See Images."""
+        return f"image {index} of {self.title}"
+
+    def labels(self) -> Indices:
+        """See Images. Where the dataset does not tell, all images are read."""
+        for attribute in ("targets", "labels"):
+            if (labels := getattr(self.dataset, attribute, None)) is not None:
+                return np.array(labels, dtype=np.int64)
+        return np.array([self._check(self.dataset[index][1], index) for index in range(len(self))])
+
+    def _check(self, label: Any, index: int) -> int:
+        if isinstance(label, Tensor) and label.ndim == 0:
+            label = label.item()
+        if not isinstance(label, int | np.integer):
+            raise DataError(
+                "data.name", label, f"takes a dataset with one whole number as label; {self.name(index)} has none"
+            )
+        return int(label)
+
+
+def open_library(spec: TorchvisionDataSpec) -> Parts:
+    """Open both parts of a dataset.
+
+    Raises ConfigurationError for a name that torchvision does not have, or that is not a dataset with a part to train and one to
+    test on; DataError if its files are missing or broken.
+    """
+    name = spec.name.removeprefix("torchvision:")
+    kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
+    if not (inspect.isclass(kind) and issubclass(kind, VisionDataset)):
+        close = difflib.get_close_matches(name, torchvision.datasets.__all__) or ["CIFAR10"]
+        raise ConfigurationError(
+            "data.name", spec.name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
+        )
+    training, testing = (LibraryImages(_open(kind, spec, train=train), f"{name}, {part}") for train, part in PARTS)
+    classes = _count_classes(training)
+    samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
+    return Parts(training, testing, classes, digest(name, classes, samples))
+
+
+PARTS = ((True, "train"), (False, "test"))
+
+
+def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) -> VisionDataset:
+    if issubclass(kind, FakeData):
+        size, offset = (FAKE_TRAIN_SAMPLES, 0) if train else (FAKE_TEST_SAMPLES, FAKE_TRAIN_SAMPLES)
+        return FakeData(size=size, random_offset=offset)
+    if spec.root is None:
+        raise ConfigurationError("data.root", None, f"takes the folder that holds the files of {spec.name}")
+    parameters = inspect.signature(kind).parameters
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    }
+    choices: list[dict[str, Any]] = []
+    if needed <= {"root"} and "train" in parameters:
+        choices = [{"train": train}]
+    elif needed <= {"root"} and "split" in parameters:
+        choices = [{"split": split} for split in (TRAIN_SPLITS if train else TEST_SPLITS)]
+    for choice in choices:
+        try:
+            return kind(root=spec.root, **choice)
+        except (ValueError, RuntimeError, OSError) as error:
+            if isinstance(error, ValueError) and "Unknown value" in str(error):  # it calls this part otherwise
+                continue
+            missing = str(error).splitlines()[0] if str(error) else type(error).__name__
+            takes = f"takes the folder that holds the files of {spec.name}, which is not downloaded: {missing}"
+            raise DataError("data.root", spec.root, takes) from error
+    raise ConfigurationError("data.name", spec.name, "takes a dataset with labelled images to train and to test on")
+
+
+def _count_classes(images: LibraryImages) -> int:
+    for attribute in ("classes", "num_classes"):
+        if (found := getattr(images.dataset, attribute, None)) is not None:
+            return found if isinstance(found, int) else len(found)
+    return int(images.labels().max()) + 1
+
+
+def _fingerprint(images: LibraryImages) -> str:
+    image, label = images[0]
+    return digest(np.asarray(image).tobytes(), label)

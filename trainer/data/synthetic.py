@@ -1,0 +1,71 @@
+"""Random inputs of any shape, which cost next to nothing, so that throughput is the trainer's."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.data.dataset import Batch
+from trainer.data.digest import digest
+from trainer.data.order import Indices, Order
+from trainer.spec import JobSpec, SyntheticSpec
+
+POOL_SAMPLES = 1_024
+POOL_VALUES = 2**25
+"""The samples drawn are at most so many, of so many numbers in all (128 MiB in float32); they come again and again."""
+
+MEANS, TRAINING, TESTING = range(3)
+
+
+class SyntheticDataset:
+    """Sample i is number i % pool of those drawn at first: a Gaussian of variance 1 around the mean of its class, N(0, 1) too.
+
+    Samples come in the order of their indices, since they are random already: to shuffle up to 10⁹ of them would cost.
+    """
+
+    skipped_images = 0
+
+    def __init__(
+        self, spec: JobSpec, data: SyntheticSpec, rank: int, world_size: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.shape, self.classes = tuple(data.shape), data.classes
+        self.digest = digest(data.model_dump_json())
+        self._test_samples, self._device = data.test_samples, device
+        pool = max(1, min(POOL_SAMPLES, POOL_VALUES // math.prod(self.shape)))
+        self._training = self._draw(TRAINING, min(pool, data.train_samples), dtype)
+        self._testing = self._draw(TESTING, min(pool, data.test_samples), dtype)
+        labels = None
+        if spec.sharding == "by_label":
+            labels = np.arange(data.train_samples) % len(self._training.labels) % data.classes
+        self._order = Order(spec, rank, world_size, data.train_samples, labels, shuffle=False)
+
+    def train(self, first_step: int) -> Iterator[list[Batch]]:
+        """See Dataset."""
+        step = first_step
+        while True:
+            yield [self._take(self._training, indices) for indices in self._order.train(step)]
+            step += 1
+
+    def test(self) -> Iterator[Batch]:
+        """See Dataset."""
+        for indices in self._order.test(self._test_samples):
+            yield self._take(self._testing, indices)
+
+    def close(self) -> None:
+        """See Dataset."""
+
+    def _take(self, pool: Batch, indices: Indices) -> Batch:
+        place = torch.from_numpy(indices % len(pool.labels)).to(self._device)
+        return Batch(pool.inputs[place], pool.labels[place])
+
+    def _draw(self, part: int, samples: int, dtype: torch.dtype) -> Batch:
+        labels = torch.arange(samples) % self.classes
+        inputs = torch.empty(samples, *self.shape, dtype=dtype)
+        for number, label in enumerate(labels.tolist()):
+            inputs[number] = self._normal(MEANS, label) + self._normal(part, number)
+        return Batch(inputs.to(self._device), labels.to(self._device))
+
+    def _normal(self, *seed: int) -> Tensor:
+        return torch.from_numpy(np.random.default_rng(seed).standard_normal(self.shape, dtype=np.float32))

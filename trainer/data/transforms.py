@@ -1,0 +1,93 @@
+"""How an image becomes an input: torchvision's transforms, seeded by sample."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from trainer.errors import ConfigurationError
+from trainer.spec import ImageTransformSpec
+
+
+def is_random(spec: ImageTransformSpec) -> bool:
+    """Tell whether training images are altered at random."""
+    return bool(spec.crop or spec.flip or spec.color_jitter or spec.auto_augment != "none")
+
+
+class PixelTransform:
+    """What is done to the pixels of an image; scaling follows when the images of a batch are together (`normalize`)."""
+
+    def __init__(self, spec: ImageTransformSpec, *, training: bool) -> None:
+        steps: list[Any] = [v2.ToImage()]
+        if spec.channels is not None:
+            steps.append(v2.Grayscale() if spec.channels == 1 else v2.RGB())
+        if training and spec.random_resized_crop:
+            # A random part of the whole image, whatever `resize` says: that is for testing.
+            steps.append(v2.RandomResizedCrop(spec.crop, antialias=True))
+        else:
+            if spec.resize is not None:
+                steps.append(v2.Resize(spec.resize, antialias=True))
+            if spec.crop is not None and training:
+                # Black fills up what is smaller than the crop, as CenterCrop does.
+                steps.append(v2.RandomCrop(spec.crop, padding=spec.padding or None, pad_if_needed=True))
+            elif spec.crop is not None:
+                steps.append(v2.CenterCrop(spec.crop))
+        if training:
+            steps.extend(_augmentations(spec))
+        self._transform = v2.Compose(steps)
+
+    def __call__(self, image: Any) -> Tensor:
+        """Transform a PIL image or tensors (..., C, H, W), alike for all of them; pixels keep their type, PIL's are uint8."""
+        pixels: Tensor = self._transform(image)
+        return pixels.as_subclass(Tensor)
+
+    def at_random(self, image: Any, *seed: int) -> Tensor:
+        """Transform one image as `seed` has it, and leave the process's random numbers as they were."""
+        with seeded(*seed):
+            return self(image)
+
+
+def _augmentations(spec: ImageTransformSpec) -> Iterator[Any]:
+    if spec.flip:
+        yield v2.RandomHorizontalFlip()
+    if spec.auto_augment == "randaugment":
+        yield v2.RandAugment()
+    elif spec.auto_augment == "trivialaugment":
+        yield v2.TrivialAugmentWide()
+    if spec.color_jitter:
+        yield v2.ColorJitter(spec.color_jitter, spec.color_jitter, spec.color_jitter)
+
+
+@contextmanager
+def seeded(*seed: int) -> Iterator[None]:
+    """Seed the CPU's random numbers, which torchvision draws from, and put them back afterwards; GPUs' are left alone."""
+    before = torch.default_generator.get_state()
+    number = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
+    torch.default_generator.manual_seed(int(number >> np.uint64(1)))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def normalize(spec: ImageTransformSpec, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scale images (n, C, H, W) to (x - mean) / std of `dtype`, where uint8 becomes 0 to 1 first.
+
+    Raises ConfigurationError if mean and std are for other channels.
+    """
+    scaled = images.to(dtype)
+    if images.dtype == torch.uint8:
+        scaled = scaled / 255
+    if spec.mean == [0.0] and spec.std == [1.0]:
+        return scaled
+    for field, values in (("mean", spec.mean), ("std", spec.std)):
+        if len(values) not in (1, images.shape[1]):
+            raise ConfigurationError(
+                f"data.transform.{field}", values, f"takes 1 number or one for each of {images.shape[1]} channels"
+            )
+    mean, std = (scaled.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return (scaled - mean) / std
