@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import torchvision.datasets
 from PIL import Image
 from torch import Tensor
@@ -52,7 +53,7 @@ class LibraryImages:
         """See Images. Where the dataset does not tell, all images are read."""
         for attribute in ("targets", "labels"):
             if (labels := getattr(self.dataset, attribute, None)) is not None:
-                return np.array(labels, dtype=np.int64)
+                return torch.as_tensor(labels, dtype=torch.int64).numpy()
         return np.array([self._check(self.dataset[index][1], index) for index in range(len(self))])
 
     def _check(self, label: Any, index: int) -> int:

@@ -1,0 +1,205 @@
+import shutil
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, truncate, write_images
+from trainer.data import open_dataset
+from trainer.data.folders import open_folders
+from trainer.data.loading import LoadedDataset, count_processes
+from trainer.errors import ConfigurationError, DataError
+from trainer.spec import ImageFolderSpec, ImageTransformSpec
+
+AUGMENTED = ImageTransformSpec(resize=9, crop=8, flip=True, color_jitter=0.3, auto_augment="trivialaugment")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def root(tmp_path):
+    return write_images(tmp_path / "data")
+
+
+def open_here(spec, world_size=1, processes=0):
+    return [
+        LoadedDataset(
+            spec, spec.data.transform, open_folders(spec.data), rank, world_size, CPU, torch.float32, processes
+        )
+        for rank in range(world_size)
+    ]
+
+
+def folder(root, **changes):
+    return ImageFolderSpec(root=str(root), **changes)
+
+
+def test_images_come_with_the_class_of_their_folder(root):
+    [dataset] = open_here(make_spec(folder(root), global_batch_size=10))
+    assert (dataset.shape, dataset.classes, dataset.skipped_images) == ((3, 10, 12), 2, 0)
+    [(inputs, labels)] = take([dataset], 0, 1)
+    expected = {}
+    for number, name in enumerate(["cat", "dog"]):
+        for path in (root / "train" / name).iterdir():
+            expected[np.asarray(Image.open(path)).tobytes()] = number
+    for image, label in zip(inputs, labels.tolist(), strict=True):
+        pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+        assert expected.pop(pixels.numpy().tobytes()) == label
+    assert not expected
+    assert torch.cat([labels for _, labels in take_test([dataset])]).tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_neither_workers_processes_nor_a_resumption_change_a_sample(root):
+    """In loader processes as in this one, which keep off the random numbers of this one, and end with the dataset."""
+    spec = make_spec(folder(root, transform=AUGMENTED), accumulate=2, global_batch_size=7)
+    whole, tests = take(open_here(spec), 0, 4), take_test(open_here(spec))
+    assert_same(take(open_here(spec, 3), 0, 4), whole)
+    assert_same(take_test(open_here(spec, 3)), tests)
+    before = torch.get_rng_state(), set(psutil.Process().children())
+    [loaded] = open_here(spec, processes=1)
+    stream = loaded.train(2)
+    parts = [part for _ in range(2) for part in next(stream)]
+    assert_same([(part.inputs, part.labels) for part in parts], whole[4:])
+    assert_same(take_test([loaded]), tests)
+    assert_same(take_test([loaded]), tests)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    new = [
+        child
+        for child in psutil.Process().children()
+        if child not in before[1] and "spawn_main" in str(child.cmdline())
+    ]
+    assert len(new) == 2
+    loaded.close()
+    gone, alive = psutil.wait_procs(new, timeout=20)
+    assert len(gone) == 2, alive
+
+
+def test_augmentation_differs_between_steps(root):
+    spec = make_spec(folder(root, transform=ImageTransformSpec(crop=4)), global_batch_size=10)
+    [(first, first_labels), (second, second_labels)] = take(open_here(spec), 0, 2)
+    images = [{tuple(image.flatten().tolist()) for image in step} for step in (first, second)]
+    assert len(images[0] & images[1]) < 5
+    assert first_labels.sum() == second_labels.sum() == 5
+
+
+def test_by_label_shows_each_worker_a_class_of_its_own(root):
+    spec = make_spec(folder(root), sharding="by_label", num_workers=2)
+    shares = [[next(stream) for _ in range(3)] for stream in (dataset.train(0) for dataset in open_here(spec, 2))]
+    assert [{label for step in steps for part in step for label in part.labels.tolist()} for steps in shares] == [
+        {0},
+        {1},
+    ]
+
+
+def test_corrupt_images_are_named_before_training(root):
+    truncate(root / "train" / "cat" / "1.png")
+    (root / "val" / "dog" / "0.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"2 cannot: train/cat/1.png, val/dog/0.png"):
+        open_dataset(make_spec(folder(root)), 0, 1, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
+def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix):
+    root = write_images(tmp_path / "data", size=(64, 48), suffix=suffix)
+    assert len(open_folders(folder(root)).training) == 10
+    truncate(root / "train" / "cat" / f"1.{suffix}")
+    with pytest.raises(DataError, match=f"train/cat/1.{suffix}"):
+        open_folders(folder(root))
+
+
+def test_corrupt_images_are_skipped_and_counted_alike_on_all_workers(root):
+    truncate(root / "train" / "cat" / "1.png")
+    spec = make_spec(folder(root, corrupt_images="skip"), global_batch_size=6)
+    alone = open_here(spec)
+    assert alone[0].skipped_images == 1
+    assert_same(take(open_here(spec, 2), 0, 3), take(alone, 0, 3))
+    (_, labels), *_ = take(open_here(spec.model_copy(update={"global_batch_size": 9})), 0, 1)
+    assert labels.bincount().tolist() == [4, 5]
+
+
+def test_what_was_verified_is_verified_again_once_it_changes(root, monkeypatch):
+    open_folders(folder(root))
+    monkeypatch.setattr("trainer.data.folders._is_corrupt", lambda path: True)
+    assert open_folders(folder(root)).skipped_images == 0
+    truncate(root / "train" / "cat" / "1.png")
+    with pytest.raises(DataError, match="16 cannot"):
+        open_folders(folder(root))
+
+
+def test_an_image_that_breaks_later_is_named(root):
+    spec = make_spec(folder(root), global_batch_size=10)
+    [dataset] = open_here(spec)
+    truncate(root / "train" / "dog" / "3.png")
+    with pytest.raises(DataError, match=r"train/dog/3.png"):
+        next(dataset.train(0))
+
+
+def test_the_fingerprint_is_that_of_the_images_wherever_they_are(root, tmp_path):
+    shutil.copytree(root, tmp_path / "copy")
+    first = open_folders(folder(root)).digest
+    assert open_folders(folder(tmp_path / "copy")).digest == first
+    (tmp_path / "copy" / "train" / "cat" / "1.png").unlink()
+    assert open_folders(folder(tmp_path / "copy")).digest != first
+
+
+def test_images_of_several_sizes_take_a_crop(root):
+    Image.new("L", (30, 30)).save(root / "train" / "cat" / "wide.png")
+    [dataset] = open_here(make_spec(folder(root), global_batch_size=11))
+    with pytest.raises(DataError, match=r"data.transform.crop.*wide.png makes \(3, 30, 30\), others \(3, 10, 12\)"):
+        next(dataset.train(0))
+    [dataset] = open_here(make_spec(folder(root, transform=ImageTransformSpec(crop=16)), global_batch_size=11))
+    assert next(dataset.train(0))[0].inputs.shape == (11, 3, 16, 16)
+
+
+def remove(path):
+    shutil.rmtree(path)
+
+
+def empty(path):
+    for image in path.iterdir():
+        image.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda root: remove(root), "data.root: takes a folder that holds 'train'"),
+        (lambda root: remove(root / "val"), "data.root: takes a folder that holds 'val'"),
+        (lambda root: [remove(root / "val" / name) for name in ("cat", "dog")], "takes a folder of images per class"),
+        (lambda root: empty(root / "train" / "dog"), "takes images in every class; there are none in dog"),
+        (lambda root: [truncate(path) for path in (root / "train" / "dog").iterdir()], "all are corrupt in dog"),
+        (
+            lambda root: remove(root / "train" / "dog"),
+            "data.test_folder: takes the classes of 'train'; not among them: dog",
+        ),
+        (lambda root: (root / "train" / "cat" / "x.png").symlink_to("/etc/hosts"), "takes links that stay below"),
+        (lambda root: (root / "train" / "fox").symlink_to("/etc"), "takes links that stay below"),
+        (lambda root: (root / "train" / "cat" / "loop").symlink_to(root / "train"), "do not lead in a circle"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_named(root, spoil, message):
+    spoil(root)
+    with pytest.raises(DataError, match=message):
+        open_folders(folder(root, corrupt_images="skip"))
+
+
+def test_links_within_the_root_are_followed(root):
+    (root / "train" / "cat" / "again.png").symlink_to(root / "val" / "cat" / "0.png")
+    assert len(open_folders(folder(root)).training) == 11
+
+
+def test_a_batch_larger_than_the_data_is_refused(root):
+    with pytest.raises(ConfigurationError, match="global_batch_size: takes 10 at most"):
+        open_here(make_spec(folder(root), global_batch_size=11))
+
+
+def test_workers_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(12))
+    assert [count_processes(workers) for workers in (1, 2, 3, 12, 100)] == [8, 6, 4, 1, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert count_processes(100) == 3

@@ -1,0 +1,117 @@
+import struct
+
+import numpy as np
+import pytest
+import torch
+from torchvision.datasets import FakeData
+
+from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test
+from trainer.data.library import open_library
+from trainer.data.loading import LoadedDataset, Parts
+from trainer.errors import ConfigurationError, DataError
+from trainer.spec import ImageTransformSpec, TorchvisionDataSpec
+
+MNIST = "torchvision:MNIST"
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """A folder with files of the format and the names that MNIST has: 30 images to train on, 10 to test on."""
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 30), ("t10k", 10)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+    return tmp_path
+
+
+def open_here(spec, world_size=1):
+    return [
+        LoadedDataset(spec, spec.data.transform, open_library(spec.data), rank, world_size, CPU, torch.float32, 0)
+        for rank in range(world_size)
+    ]
+
+
+def test_a_dataset_of_files_that_the_user_has(mnist):
+    spec = make_spec(TorchvisionDataSpec(name=MNIST, root=str(mnist)), accumulate=2)
+    alone = open_here(spec)
+    assert (alone[0].shape, alone[0].classes) == ((1, 28, 28), 10)
+    assert [len(labels) for _, labels in take_test(alone)] == [4, 4, 2]
+    workers = open_here(spec, 2)
+    assert_same(take(workers, 1, 2), take(alone, 1, 2))
+    assert workers[1].digest == alone[0].digest
+
+
+def test_by_label_takes_the_labels_that_the_dataset_has(mnist):
+    data = TorchvisionDataSpec(name=MNIST, root=str(mnist))
+    spec = make_spec(data, sharding="by_label", num_workers=2)
+    first, second = (
+        {label for _ in range(5) for part in next(stream) for label in part.labels.tolist()}
+        for stream in (dataset.train(0) for dataset in open_here(spec, 2))
+    )
+    assert max(first) < 5 <= min(second)
+
+
+def test_fake_data_needs_no_files():
+    data = TorchvisionDataSpec(
+        name="torchvision:FakeData", transform=ImageTransformSpec(random_resized_crop=True, crop=8)
+    )
+    spec = make_spec(data, evaluation={"batch_size": 50})
+    alone = open_here(spec)
+    assert (alone[0].shape, alone[0].classes) == ((3, 8, 8), 10)
+    assert_same(take(open_here(spec, 2), 1, 1), take(alone, 0, 2)[1:])
+    assert len(open_library(data).testing) == 200
+
+
+def test_a_label_out_of_range_is_named_with_its_image():
+    fakes = open_library(TorchvisionDataSpec(name="torchvision:FakeData"))
+    spec = make_spec(TorchvisionDataSpec(name="torchvision:FakeData"))
+    dataset = LoadedDataset(
+        spec, ImageTransformSpec(crop=4), Parts(fakes.training, fakes.testing, 2, ""), 0, 1, CPU, torch.float32, 0
+    )
+    with pytest.raises(
+        DataError, match=r"takes labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
+    ):
+        next(dataset.train(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CIFAR11", "data.name: takes a dataset of torchvision, such as CIFAR10"),
+        ("os", "data.name: takes a dataset of torchvision"),
+        ("VisionDataset", "with labelled images to train and to test on"),
+        ("ImageFolder", "with labelled images to train and to test on"),
+        ("SBU", "with labelled images to train and to test on"),
+        ("Kinetics", "with labelled images to train and to test on"),
+    ],
+)
+def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "name", ["MNIST", "CIFAR10", "SVHN", "STL10", "Food101", "ImageNet", "GTSRB", "FGVCAircraft", "DTD"]
+)
+def test_missing_files_are_not_downloaded(name, tmp_path):
+    with pytest.raises(DataError, match=f"data.root: takes the folder that holds the files of torchvision:{name}"):
+        open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_need_a_root():
+    with pytest.raises(
+        ConfigurationError, match=r"data.root: takes the folder that holds the files of torchvision:MNIST"
+    ):
+        open_library(TorchvisionDataSpec(name=MNIST))
+
+
+def test_fake_data_is_torchvisions():
+    image, label = open_library(TorchvisionDataSpec(name="torchvision:FakeData")).testing[3]
+    expected, expected_label = FakeData(size=200, random_offset=1_000)[3]
+    assert (np.asarray(image) == np.asarray(expected)).all()
+    assert label == int(expected_label)
