@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from trainer.errors import ConfigurationError
+from trainer.models.alterations import refuse_functional_activations
 from trainer.models.imported import build_imported
 from trainer.models.networks import build_cnn, build_mlp
 from trainer.norms import Trace, switch_norms, trace_forward
@@ -87,7 +88,5 @@ def _trace(model: nn.Module, sample: Tensor, spec: ModelSpec, classes: int) -> T
         )
         raise ConfigurationError("model", spec.name, takes)
     if isinstance(spec, LibraryModelSpec) and spec.activation is not None:
-        from trainer.models.alterations import refuse_functional_activations
-
         refuse_functional_activations(spec, trace)
     return trace

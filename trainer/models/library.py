@@ -6,7 +6,7 @@ from typing import Any
 
 import timm
 import torch
-import torchvision.models  # type: ignore[import-untyped]
+import torchvision.models
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -26,8 +26,7 @@ def build_library_model(spec: LibraryModelSpec, shape: Sequence[int], classes: i
     Raises ConfigurationError for a name that the library does not know, and for what its builder refuses.
     """
     library, _, name = spec.name.partition(":")
-    names = timm.list_models() if library == "timm" else torchvision.models.list_models(module=torchvision.models)
-    if name.partition(".")[0] not in names:  # timm has names of weights behind a dot
+    if name not in (names := _names(library)):
         close = ", ".join(difflib.get_close_matches(name, names, n=5)) or "none"
         raise ConfigurationError("model.name", spec.name, f"takes a model of {library}; of a close name are: {close}")
     try:
@@ -39,11 +38,20 @@ def build_library_model(spec: LibraryModelSpec, shape: Sequence[int], classes: i
     return model
 
 
-def _build(library: str, name: str, arguments: dict[str, Any], channels: int, classes: int) -> nn.Module:
+def _names(library: str) -> list[str]:
     if library == "timm":
-        return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **arguments)
+        # The latter are names with that of trained weights behind a dot, which choose a network's variant.
+        return [*timm.list_models(), *timm.list_models(pretrained=True)]
+    return list(torchvision.models.list_models(module=torchvision.models))
+
+
+def _build(library: str, name: str, arguments: dict[str, Any], channels: int, classes: int) -> nn.Module:
+    model: nn.Module
+    if library == "timm":
+        model = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **arguments)
+        return model
     defaults = {"aux_logits": False, "init_weights": True} if name in WITH_AUXILIARY_HEADS else {}
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **(defaults | arguments))
+    model = torchvision.models.get_model(name, weights=None, num_classes=classes, **(defaults | arguments))
     if channels != COLOURS:
         _take_channels(model, channels)
     return model

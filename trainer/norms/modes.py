@@ -48,7 +48,7 @@ def build_successor(layer: nn.Module, norm: Norm, dimensions: int) -> nn.Module:
     """
     successor = _build(layer, norm, dimensions)
     if channels_last(layer) and dimensions > 2 and norm in (Norm.BATCH, Norm.SYNC, Norm.GROUP):
-        from torchvision.ops import Permute  # type: ignore[import-untyped]  # here, as it takes seconds to import
+        from torchvision.ops import Permute  # here, as it takes seconds to import
 
         to_first = [0, dimensions - 1, *range(1, dimensions - 1)]
         to_last = [0, *range(2, dimensions), 1]

@@ -149,8 +149,8 @@ def trace_forward(model: nn.Module, sample: Tensor) -> Trace:
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """Return the tensors in nested containers."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    """Return the tensors in nested containers, except parameters that have no values yet."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and not nn.parameter.is_lazy(leaf)]
 
 
 def dimension_in_view(tensor: Tensor, dimension: int, view: Tensor) -> int | None:

@@ -107,10 +107,6 @@ def _model_kind(value: Any) -> str | None:
     return kind_of(value, default="mlp")
 
 
-def _kind(value: Any) -> str | None:
-    return kind_of(value, default="mlp")
-
-
 ModelSpec = Annotated[
     Annotated[MlpSpec, Tag("mlp")]
     | Annotated[CnnSpec, Tag("cnn")]
