@@ -381,7 +381,7 @@ def test_what_cannot_be_switched_is_refused_by_name(message):
 
 def test_models_that_cannot_do_without_their_own_layers_are_refused():
     with pytest.raises(ConfigurationError, match=r"replaced it fails: AttributeError: .*num_features"):
-        switch(ReadsItsNorm(), Norm.LAYER, 3, 4, 4) and switch(ReadsItsNorm(), Norm.NONE, 3, 4, 4)
+        switch(ReadsItsNorm(), Norm.LAYER, 3, 4, 4)
     with pytest.raises(ConfigurationError, match=r"\(.*KeepsItsNorm\): it normalises by batch_norm"):
         switch(KeepsItsNorm(), Norm.GROUP, 3, 4, 4)
 
