@@ -35,6 +35,14 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the message says which, and why."""
 
 
+class TornError(CheckpointError):
+    """It was never finished, or has been damaged since."""
+
+
+class ForeignError(CheckpointError):
+    """It is whole, but another run's."""
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A checkpoint that is whole."""
@@ -117,10 +125,16 @@ class Checkpoints:
 
     def _verify(self, name: str) -> Manifest:
         """Read a manifest and compare every file with it."""
+        manifest = self._read_manifest(name)
+        for file, expected in manifest.files.items():
+            self._compare(name, file, expected)
+        return manifest
+
+    def _read_manifest(self, name: str) -> Manifest:
         try:
             content = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
             if content["format"] != FORMAT:
-                raise CheckpointError(f"{name}: has format {content['format']}; taken is {FORMAT}")
+                raise ForeignError(f"{name}: has format {content['format']}; taken is {FORMAT}")
             manifest = Manifest(
                 name=name,
                 step=content["step"],
@@ -129,19 +143,16 @@ class Checkpoints:
                 metrics=content["metrics"],
                 files={file: (size, digest) for file, (size, digest) in content["files"].items()},
             )
+            theirs = manifest.identity
+            differing = sorted(
+                key for key in self._identity.keys() | theirs.keys() if self._identity.get(key) != theirs.get(key)
+            )
         except FileNotFoundError:
-            raise CheckpointError(f"{name}: torn: it has no {MANIFEST}") from None
+            raise TornError(f"{name}: torn: it has no {MANIFEST}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{name}: torn: {MANIFEST} is not one of ours") from None
-        differing = sorted(
-            key
-            for key in self._identity.keys() | manifest.identity.keys()
-            if self._identity.get(key) != manifest.identity.get(key)
-        )
+            raise TornError(f"{name}: torn: {MANIFEST} is not one of ours") from None
         if differing:
-            raise CheckpointError(f"{name}: foreign: it was written for another {', '.join(differing)}")
-        for file, expected in manifest.files.items():
-            self._compare(name, file, expected)
+            raise ForeignError(f"{name}: foreign: it was written for another {', '.join(differing)}")
         return manifest
 
     def _compare(self, name: str, file: str, expected: tuple[int, str]) -> None:
@@ -152,9 +163,9 @@ class Checkpoints:
                     digest.update(chunk)
                     size += len(chunk)
         except FileNotFoundError:
-            raise CheckpointError(f"{name}: torn: {file} is missing") from None
+            raise TornError(f"{name}: torn: {file} is missing") from None
         if (size, digest.hexdigest()) != expected:
-            raise CheckpointError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
+            raise TornError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
         with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
@@ -191,19 +202,26 @@ class Checkpoints:
             os.close(handle)
 
     def _prune(self, newest: str) -> None:
-        """Remove what the policy does not keep: all but the last ones and the best, and what was never finished."""
-        whole, torn = [], []
+        """Remove what the policy does not keep: all but the last ones and the best, and what was never finished before `newest`.
+
+        What is whole and another run's is not ours to remove.
+        """
+        whole: list[Manifest] = []
+        removed: list[str] = []
         for name in sorted(self._names(), reverse=True):
             try:
-                whole.append((name, json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))["metrics"]))
-            except (FileNotFoundError, ValueError, KeyError):
-                torn.append(name)
-        kept = {name for name, _ in whole[: self._spec.keep_last]} | {newest}
-        if self._spec.keep_best is not None:
-            sign = 1 if self._spec.best_mode == "max" else -1
-            scored = [(sign * m[self._spec.keep_best], name) for name, m in whole if self._spec.keep_best in m]
-            kept |= {max(scored)[1]} if scored else set()
-        for name in [name for name, _ in whole if name not in kept] + torn:
+                whole.append(self._read_manifest(name))
+            except TornError:
+                removed += [name] if name < newest else []
+            except ForeignError:
+                continue
+        kept = {manifest.name for manifest in whole[: self._spec.keep_last]} | {newest}
+        metric, sign = self._spec.keep_best, 1 if self._spec.best_mode == "max" else -1
+        scored = [manifest for manifest in whole if metric in manifest.metrics]
+        if metric is not None and scored:
+            kept.add(max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step)).name)
+        removed += [manifest.name for manifest in whole if manifest.name not in kept]
+        for name in removed:
             path = f"{self._root}/{name}"
             if self._files.exists(f"{path}/{MANIFEST}"):
                 self._files.rm_file(f"{path}/{MANIFEST}")  # first, so that no half of it is ever taken for whole

@@ -62,7 +62,6 @@ class State:
             "scaler": self.scaler.state_dict(),
             "position": asdict(self.position),
         }
-        content["schedule"].pop("lr_lambdas", None)  # functions of the spec
         return content if self.worker.rank == 0 else None
 
     def own(self) -> dict[str, Any]:

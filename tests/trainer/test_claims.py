@@ -1,18 +1,14 @@
 """The main claim, in one process: a sigmoid network reaches 80 % in at least five times fewer steps with synchronised BN."""
 
-import torch
-
 from service.cli.demo import RECIPE
-from tests.trainer.test_loop import Notes
-from trainer.loop import Worker, train
+from tests.trainer.training import train_here
 from trainer.spec import JobSpec, read_yaml
 
 
 def best_accuracy(norm, steps):
     content = read_yaml(RECIPE)["spec"] | {"norm": norm, "steps": steps, "num_workers": 1}
-    notes = Notes()
-    train(JobSpec.model_validate(content), Worker(0, 1, torch.device("cpu")), notes)
-    return max(metrics["accuracy"] for metrics in notes.metrics.values())
+    _, _, curve = train_here(JobSpec.model_validate(content))
+    return max(metrics["accuracy"] for metrics in curve.values())
 
 
 def test_with_sync_200_steps_do_what_1000_do_not_without():

@@ -1,0 +1,33 @@
+"""Networks that tests import by name."""
+
+from torch import nn
+
+
+class Backwards(nn.Module):
+    """Uses its layers in another order than that in which it has them, so that gradients come in another order too."""
+
+    def __init__(self, widths):
+        super().__init__()
+        self.output = nn.Linear(widths[-1], 10)
+        self.norms = nn.ModuleList([nn.BatchNorm1d(width) for width in widths])
+        self.layers = nn.ModuleList(
+            [nn.Linear(inputs, outputs) for inputs, outputs in zip([64, *widths], widths, strict=False)]
+        )
+
+    def forward(self, x):
+        x = x.flatten(1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = norm(layer(x)).relu()
+        return self.output(x)
+
+
+def backwards():
+    return Backwards([24, 16, 12])
+
+
+def a_list():
+    return [1]
+
+
+def mistaken():
+    return {}["weights"]

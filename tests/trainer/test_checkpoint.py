@@ -1,0 +1,180 @@
+"""What is torn or foreign is refused by name, and the checkpoint before it is taken."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import fsspec
+import pytest
+
+from tests.dist import run_on_ranks
+from tests.trainer.training import Notes, make_spec, run_here
+
+SPEC = {"steps": 8, "eval_every": 2, "checkpoint": {"every": 2, "keep_last": 3}}
+
+
+def write_checkpoints(folder, **changes):
+    run_here(make_spec(**SPEC | changes), folder)
+    return sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
+
+
+def go_on(folder, **changes):
+    return run_here(make_spec(**SPEC | {"steps": 10} | changes), folder)[1]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "told"),
+    [
+        ("manifest.json", lambda path: path.unlink(), "torn: it has no manifest.json"),
+        ("manifest.json", cut_short, "torn: manifest.json is not one of ours"),
+        ("manifest.json", lambda path: path.write_text("[1]"), "torn: manifest.json is not one of ours"),
+        ("shared.pt", cut_short, "torn: shared.pt has"),
+        ("shared.pt", flip_a_bit, "torn: shared.pt has"),
+        ("rank-00000.pt", lambda path: path.unlink(), "torn: rank-00000.pt is missing"),
+        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 1"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, file, damage, told):
+    *_, before, last = write_checkpoints(tmp_path)
+    damage(last / file)
+    notes = go_on(tmp_path)
+    assert notes.resumed_from == 6
+    assert [refusal for refusal in notes.refused if last.name in refusal and told in refusal]
+    assert before.name.startswith("step-000000000006")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, "another seed"),
+        ({"optimizer": {"lr": 0.1}}, "another optimizer"),
+        ({"norm": "batch", "global_batch_size": 40}, "another global_batch_size, norm"),
+    ],
+)
+def test_a_checkpoint_of_another_spec_is_named_and_not_taken(tmp_path, changes, told):
+    paths = write_checkpoints(tmp_path)
+    notes = go_on(tmp_path, **changes)
+    assert notes.resumed_from is None
+    assert all("foreign" in refusal and told in refusal for refusal in notes.refused)
+    assert len(notes.refused) == 3
+    assert all(path.exists() for path in paths)
+
+
+def test_what_does_not_shape_the_state_may_change(tmp_path):
+    write_checkpoints(tmp_path)
+    assert go_on(tmp_path, eval_every=5, collective_timeout_seconds=20, probes={"every": 3}).resumed_from == 8
+
+
+def test_nothing_is_taken_from_an_empty_or_a_strange_folder(tmp_path):
+    (tmp_path / "step-of-somebody").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    notes = go_on(tmp_path)
+    assert (notes.resumed_from, notes.refused) == (None, [])
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_the_policy_keeps_the_last_and_the_best(tmp_path):
+    changes = {"steps": 30, "checkpoint": {"every": 2, "keep_last": 2, "keep_best": "test_loss", "best_mode": "min"}}
+    write_checkpoints(tmp_path, **changes)
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(tmp_path.glob("step-*"))]
+    steps = [manifest["step"] for manifest in manifests]
+    assert steps[-2:] == [28, 30]
+    assert len(steps) <= 3
+    _, notes = run_here(make_spec(**SPEC | changes))
+    losses = {step: values["test_loss"] for step, values in notes.metrics.items() if step > 0}
+    assert min(losses, key=losses.get) in steps
+
+
+def test_a_checkpoint_holds_no_code(tmp_path):
+    """Whoever can write to the storage must not be able to run anything here: files are read as data alone."""
+    *_, last = write_checkpoints(tmp_path)
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, ("true",)
+
+    import hashlib
+
+    import torch
+
+    torch.save({"model": Evil()}, last / "shared.pt")
+    manifest = json.loads((last / "manifest.json").read_text())
+    content = (last / "shared.pt").read_bytes()
+    manifest["files"]["shared.pt"] = [len(content), hashlib.sha256(content).hexdigest()]
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match="Weights only load failed"):
+        go_on(tmp_path)
+
+
+def test_any_storage_that_fsspec_reaches(tmp_path):
+    address = "memory://checkpoints/job-1"
+    run_here(make_spec(**SPEC), address)
+    assert go_on(address).resumed_from == 8
+    names = [path.rpartition("/")[2] for path in fsspec.filesystem("memory").ls("/checkpoints/job-1", detail=False)]
+    assert len(names) == 3
+
+
+def save_without_end(folder):
+    spec = make_spec(steps=1_000_000, eval_every=1_000_000, checkpoint={"every": 1})
+    run_here(spec, folder)
+
+
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_can_be_used(tmp_path):
+    """A process that saves in every step is killed again and again; each one after it goes on from where another was."""
+    context = multiprocessing.get_context("fork")
+    reached = -1
+    for number in range(6):
+        process = context.Process(target=save_without_end, args=(tmp_path,), daemon=True)
+        process.start()
+        deadline = time.monotonic() + 30
+        while newest(tmp_path) <= reached and time.monotonic() < deadline:
+            time.sleep(0.003 * (number + 1))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        notes = Notes()
+        steps = newest(tmp_path)
+        assert steps > reached
+        run_here(make_spec(steps=steps, eval_every=1_000_000, checkpoint={"every": 1}), tmp_path, journal=notes)
+        assert notes.resumed_from == steps
+        reached = steps
+
+
+def newest(folder):
+    """Step of the newest checkpoint with a manifest; -1 if there is none."""
+    return max((int(path.parent.name.split("-")[1]) for path in folder.glob("step-*/manifest.json")), default=-1)
+
+
+def fail_to_write(spec, folder):
+    import torch.distributed as dist
+
+    from trainer.checkpoint import Checkpoints
+
+    if dist.get_rank() == 1:
+
+        def refuse(*_):
+            raise OSError(28, "No space left on device")
+
+        Checkpoints._write = refuse
+    with pytest.raises(OSError, match=r"worker 1: OSError: .*No space left on device") as error:
+        run_here(spec, folder)
+    return str(error.value)
+
+
+@pytest.mark.dist
+def test_a_worker_that_cannot_write_ends_the_run_on_all_with_its_reason(tmp_path):
+    spec = make_spec(num_workers=2, **SPEC)
+    first, second = run_on_ranks(fail_to_write, 2, spec, tmp_path)
+    assert first == second
+    assert not list(tmp_path.glob("step-*/manifest.json"))
