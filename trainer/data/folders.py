@@ -17,6 +17,7 @@ from trainer.data.cache import cached
 from trainer.data.digest import digest
 from trainer.data.loading import Parts
 from trainer.data.order import Indices
+from trainer.data.transforms import decode
 from trainer.errors import DataError
 from trainer.spec import ImageFolderSpec
 
@@ -76,20 +77,6 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
     training, testing = (_without(corrupt, part, root, numbers) for part in (train_files, test_files))
     sizes = [(path, (root / path).stat().st_size) for path in (*training.paths, *testing.paths)]
     return Parts(training, testing, len(numbers), digest("imagefolder", sorted(sizes)), len(corrupt))
-
-
-def decode(source: Path | BinaryIO) -> Image.Image:
-    """Decode a whole image, as RGB. Raises OSError if it is not one, or is cut off."""
-    try:
-        with Image.open(source) as image:
-            return image.convert("RGB")
-    except (
-        SyntaxError,
-        ValueError,
-        IndexError,
-        Image.DecompressionBombError,
-    ) as error:  # as Pillow has it for some formats
-        raise OSError(str(error)) from error
 
 
 def _list_classes(root: Path, part: str) -> dict[str, list[str]]:

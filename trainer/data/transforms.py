@@ -2,15 +2,31 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
 from trainer.errors import ConfigurationError
 from trainer.spec import ImageTransformSpec
+
+
+def decode(source: Path | BinaryIO) -> Image.Image:
+    """Decode a whole image, as RGB. Raises OSError if it is not one, or is cut off."""
+    try:
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (
+        SyntaxError,
+        ValueError,
+        IndexError,
+        Image.DecompressionBombError,
+    ) as error:  # as Pillow has it for some formats
+        raise OSError(str(error)) from error
 
 
 def is_random(spec: ImageTransformSpec) -> bool:

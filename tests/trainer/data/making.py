@@ -1,12 +1,18 @@
-"""Specs, and folders of images for tests."""
+"""Specs, and files of data for tests."""
+
+import io
+import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import torch
 from PIL import Image
 
 from trainer.data import open_dataset
-from trainer.spec import JobSpec
+from trainer.spec import ImageTransformSpec, JobSpec, RayDataSpec
 
+AUGMENTED = ImageTransformSpec(crop=8, flip=True, color_jitter=0.3)
 CPU = torch.device("cpu")
 
 
@@ -71,3 +77,49 @@ def write_images(root, *, train=5, test=3, classes=("cat", "dog"), size=(12, 10)
 def truncate(path):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
+
+
+def encode(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def draw(count, seed=0):
+    """Some images (12, 10), and labels."""
+    random = np.random.default_rng(seed)
+    return random.integers(0, 256, (count, 12, 10, 3), dtype=np.uint8), np.arange(count) % 3
+
+
+def write_parquet(folder, counts, column=lambda image: encode(image), seed=0):
+    folder.mkdir(parents=True)
+    for number, count in enumerate(counts):
+        images, labels = draw(count, seed + number)
+        table = pa.table({"image": [column(image) for image in images], "label": labels})
+        pyarrow.parquet.write_table(table, folder / f"{number}.parquet")
+    return str(folder)
+
+
+def write_webdataset(folder, counts):
+    folder.mkdir(parents=True)
+    for number, count in enumerate(counts):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for place, (image, label) in enumerate(zip(*draw(count, number), strict=True)):
+                for suffix, content in (("png", encode(image)), ("cls", str(label).encode())):
+                    member = tarfile.TarInfo(f"{place:03}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    return str(folder)
+
+
+def make_stream(kind, tmp_path):
+    if kind == "images":
+        root = write_images(tmp_path / "data", train=7, test=3, size=(10, 12), classes=("a", "b", "c"))
+        places = {"train": str(root / "train"), "test": f"file://{root}/val"}
+    else:
+        write = write_parquet if kind == "parquet" else write_webdataset
+        places = {"train": write(tmp_path / "train", [7, 8, 6]), "test": write(tmp_path / "test", [5, 4])}
+    columns = {"input_column": "png", "label_column": "cls"} if kind == "webdataset" else {}
+    return RayDataSpec(
+        name="ray", format=kind, classes=3, shape=[3, 8, 8], transform=AUGMENTED, shuffle_rows=5, **places, **columns
+    )

@@ -1,0 +1,151 @@
+"""Listing, counting and preparing rows, which Ray's tasks do, without Ray."""
+
+import json
+import os
+
+import fsspec
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
+from trainer.data.files import list_files
+from trainer.data.rows import Preparation
+from trainer.errors import DataError
+from trainer.spec import RayDataSpec
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def list_train(data):
+    return list_files("data.train", data.train, data)
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("parquet", [7, 8, 6]), ("webdataset", [7, 8, 6]), ("images", [1] * 21)])
+def test_rows_are_counted_once_for_each_state_of_the_files(kind, rows, tmp_path, monkeypatch):
+    data = make_stream(kind, tmp_path)
+    files = list_train(data)
+    assert (files.rows.tolist(), files.samples) == (rows, 21)
+    assert files.paths == sorted(files.paths)
+    assert files.digest != list_files("data.test", data.test, data).digest
+    monkeypatch.setattr("trainer.data.files._count", lambda *_: pytest.fail("counted again"))
+    assert list_train(data).digest == files.digest
+
+
+def test_files_are_found_at_any_address_of_fsspec(tmp_path):
+    data = make_stream("parquet", tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(data.train, "/bucket/train", recursive=True)
+    there = list_files("data.train", "memory://bucket/train", data)
+    assert there.rows.tolist() == [7, 8, 6]
+    assert there.digest == list_train(data).digest
+    one = list_files("data.train", "memory://bucket/train/1.parquet", data)
+    assert one.rows.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("parquet", {"train": "/nowhere"}, "data.train: takes files of format 'parquet'"),
+        ("parquet", {"train": "nowhere://x"}, "data.train: takes a path or an fsspec address"),
+        ("parquet", {"format": "webdataset"}, "takes files of format 'webdataset', which end in .tar; there are none"),
+        ("parquet", {"label_column": "y"}, r"data.label_column: takes a column of .*0.parquet: image, label"),
+        ("webdataset", {"input_column": "jpg"}, r"data.input_column: takes a column of .*0.tar: png, cls"),
+    ],
+)
+def test_what_is_not_there_is_named(kind, changes, message, tmp_path):
+    data = make_stream(kind, tmp_path)
+    with pytest.raises(DataError, match=message):
+        list_train(RayDataSpec.model_validate(data.model_dump() | changes))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("parquet", "1.parquet"), ("webdataset", "1.tar")])
+def test_a_file_that_cannot_be_read_is_named(kind, name, tmp_path):
+    data = make_stream(kind, tmp_path)
+    truncate(tmp_path / "train" / name)
+    with pytest.raises(DataError, match=f"data.train: takes files that can be read.*{name}"):
+        list_train(data)
+
+
+@pytest.mark.parametrize("way", ["train/cat/0.png", "train/cat"])
+def test_links_out_of_the_folder_are_refused(tmp_path, way):
+    data = make_stream("images", tmp_path)
+    outside = write_images(tmp_path / "outside")
+    os.symlink(outside / way, tmp_path / "data" / "train" / "a" / "way.png")
+    with pytest.raises(DataError, match="takes links that stay below"):
+        list_train(data)
+
+
+def prepare(data, columns, seed=None, classes=None):
+    count = len(next(iter(columns.values())))
+    return Preparation(data, classes, seed)({"path": np.array(["file"] * count), **columns})
+
+
+def spec_of(shape, /, **changes):
+    values = {"name": "ray", "format": "parquet", "train": "x", "test": "x", "classes": 3, "shape": shape}
+    return RayDataSpec.model_validate(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("column", "shape", "expected"),
+    [
+        (encode, [3, 12, 10], lambda images: images.transpose(0, 3, 1, 2)),
+        (
+            lambda image: {"bytes": encode(image), "path": None},
+            [3, 12, 10],
+            lambda images: images.transpose(0, 3, 1, 2),
+        ),
+        (lambda image: image, [3, 12, 10], lambda images: images.transpose(0, 3, 1, 2)),
+        (lambda image: (image.reshape(-1) / 510).tolist(), [12, 10, 3], lambda images: images / 510),
+        (lambda image: image[:, :, 0].tolist(), [12, 10], lambda images: images[:, :, :, 0]),
+    ],
+)
+def test_columns_hold_files_of_images_or_numbers(tmp_path, column, shape, expected):
+    """As they come from a parquet file, but for arrays, which Ray Data keeps in a type of its own."""
+    images, labels = draw(4)
+    cells = np.empty(4, dtype=object)
+    for number, image in enumerate(images):
+        cells[number] = column(image)
+    if not isinstance(cells[0], np.ndarray):
+        table = pyarrow.parquet.read_table(write_parquet(tmp_path / "x", [4], column))
+        cells = table.to_pandas()["image"].to_numpy()
+    prepared = prepare(spec_of(shape), {"image": cells, "label": labels})
+    assert prepared["error"].tolist() == [""] * 4
+    assert prepared["label"].tolist() == labels.tolist()
+    assert np.allclose(prepared["input"], expected(images), atol=1e-6)
+
+
+def test_augmentation_depends_on_seed_and_content_alone():
+    images, labels = draw(4)
+    data = spec_of([3, 6, 6], transform={"crop": 6})
+    cells = np.array([encode(image) for image in images], dtype=object)
+    together = prepare(data, {"image": cells, "label": labels}, [1, 2])["input"]
+    apart = prepare(data, {"image": cells[2:3], "label": labels[2:3]}, [1, 2])["input"]
+    assert (together[2:3] == apart).all()
+    assert (prepare(data, {"image": cells, "label": labels}, [1, 3])["input"] != together).any()
+    centre = images.transpose(0, 3, 1, 2)[:, :, 3:9, 2:8]
+    assert (prepare(data, {"image": cells, "label": labels})["input"] == centre).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "label", "changes", "error"),
+    [
+        (b"no image", 0, {}, ["data.input_column", "file", "takes images that can be read"]),
+        (encode(draw(1)[0][0]), 3, {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
+        (encode(draw(1)[0][0]), b"x", {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
+        (encode(draw(1)[0][0]), 0, {"shape": [3, 9, 9]}, ["data.shape", "[3, 9, 9]", "takes the shape"]),
+        (np.zeros(5), 0, {"transform": {"crop": 2}}, ["data.transform", "file", "takes images"]),
+        ("text", 0, {}, ["data.input_column", "image", "takes a column of images or of arrays of numbers"]),
+    ],
+)
+def test_what_is_wrong_with_a_row_is_named(image, label, changes, error):
+    cells = np.empty(1, dtype=object)
+    cells[0] = image
+    labels = np.array([label], dtype=object)
+    [message] = prepare(spec_of([3, 12, 10], **changes), {"image": cells, "label": labels})["error"]
+    field, value, takes = json.loads(message)
+    assert [field, value] == error[:2]
+    assert takes.startswith(error[2])

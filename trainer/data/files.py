@@ -1,0 +1,139 @@
+"""Files of rows at any fsspec address: which there are, and how many rows each holds."""
+
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import fsspec
+import numpy as np
+import pyarrow.parquet
+from fsspec.implementations.local import LocalFileSystem
+
+from trainer.data.cache import cached
+from trainer.data.digest import digest
+from trainer.data.order import Indices
+from trainer.errors import DataError
+from trainer.spec import RayDataSpec
+
+SUFFIXES = {
+    "parquet": (".parquet",),
+    "images": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
+    "webdataset": (".tar",),
+}
+THREADS = 16
+"""They wait for storage, mostly."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files in the order of their names, below `folder` of `filesystem`."""
+
+    filesystem: fsspec.AbstractFileSystem
+    folder: str
+    paths: list[str]
+    sizes: list[int]
+    rows: Indices
+    """Of each file (len(paths),)."""
+
+    @cached_property
+    def samples(self) -> int:
+        """Rows of all files."""
+        return int(self.rows.sum())
+
+    @property
+    def digest(self) -> str:
+        """Fingerprint, equal wherever the files lie."""
+        names = [path.removeprefix(self.folder) for path in self.paths]
+        return digest(list(zip(names, self.sizes, self.rows.tolist(), strict=True)))
+
+    @property
+    def folders(self) -> list[str]:
+        """Names of the folders that the files lie in: of images these are the classes."""
+        return sorted({PurePosixPath(path).parent.name for path in self.paths})
+
+
+def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
+    """List the files of a spec's format at `address`, and count their rows, once for each state of them.
+
+    Raises DataError, naming `field`: there are none, they cannot be read, they lead out of the folder, or have not the columns.
+    """
+    try:
+        filesystem, folder = fsspec.url_to_fs(address)
+        found = {
+            path: entry
+            for path, entry in sorted(filesystem.find(folder, detail=True).items())
+            if path.lower().endswith(SUFFIXES[spec.format])
+        }
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(field, address, f"takes a path or an fsspec address that can be read: {error}") from error
+    if not found:
+        endings = " or ".join(SUFFIXES[spec.format])
+        raise DataError(
+            field, address, f"takes files of format {spec.format!r}, which end in {endings}; there are none"
+        )
+    if isinstance(filesystem, LocalFileSystem):
+        _refuse_ways_out(field, Path(folder), list(found))
+    paths, sizes = list(found), [int(entry["size"]) for entry in found.values()]
+    if spec.format == "images":
+        return Files(filesystem, folder, paths, sizes, np.ones(len(paths), dtype=np.int64))
+    count = _count_parquet if spec.format == "parquet" else _count_webdataset
+
+    def write(file: BinaryIO) -> None:
+        with ThreadPoolExecutor(THREADS) as threads:
+            counts = list(threads.map(lambda path: _count(count, filesystem, field, path), paths))
+        file.write(json.dumps(counts).encode())
+
+    state = digest(address, found)
+    counts = json.loads(cached(f"rows-{state}.json", write).read_text())
+    for path, (_, columns) in zip(paths, counts, strict=True):
+        for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
+            if column not in columns:
+                raise DataError(f"data.{name}", column, f"takes a column of {path}: {', '.join(columns)}")
+    return Files(filesystem, folder, paths, sizes, np.array([rows for rows, _ in counts], dtype=np.int64))
+
+
+def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
+    """Raise DataError if links lead out of a folder, or of that of a single file."""
+    inside = (folder if folder.is_dir() else folder.parent).resolve()
+    for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
+        if not path.resolve().is_relative_to(inside):
+            raise DataError(field, str(path), f"takes links that stay below {inside}")
+
+
+END_BYTES = 1_024
+"""Zeros that end an archive."""
+
+Count = Callable[[BinaryIO], tuple[int, list[str]]]
+
+
+def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, list[str]]:
+    """Return a file's number of rows and its columns."""
+    try:
+        with filesystem.open(path, "rb") as file:
+            return count(file)
+    except (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException) as error:
+        raise DataError(field, path, f"takes files that can be read: {error}") from error
+
+
+def _count_parquet(file: BinaryIO) -> tuple[int, list[str]]:
+    parquet = pyarrow.parquet.ParquetFile(file)
+    return parquet.metadata.num_rows, parquet.schema_arrow.names
+
+
+def _count_webdataset(file: BinaryIO) -> tuple[int, list[str]]:
+    """A row is what stands together with one name up to its first point; what follows the point is its column."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        names = (re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name) for member in archive if member.isreg())
+        rows = [[match[2] for match in row] for _, row in groupby(filter(None, names), key=lambda match: match[1])]
+    file.seek(-END_BYTES, os.SEEK_END)
+    if file.read().strip(b"\0"):  # tarfile takes one that was cut off between two members for whole
+        raise tarfile.ReadError("the end is missing")
+    return len(rows), rows[0] if rows else []

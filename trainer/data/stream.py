@@ -1,0 +1,248 @@
+"""Data that outgrows a machine, by Ray Data: the trainer's door to it.
+
+One actor, the feeder, reads the data for all workers: each row is read and decoded once, by Ray Data's tasks anywhere in the
+cluster. The feeder puts rows in order, cuts batches, and hands each worker its share when asked.
+"""
+
+import json
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from functools import cached_property, partial
+from itertools import count, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.data
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.exceptions import GetTimeoutError, RayTaskError
+
+from trainer.data.dataset import Batch
+from trainer.data.digest import digest
+from trainer.data.feeder import Cursor, RowOrder, Rows
+from trainer.data.files import Files, list_files
+from trainer.data.order import Indices, shard
+from trainer.data.rows import Preparation
+from trainer.data.transforms import normalize
+from trainer.errors import ConfigurationError, DataError, RunError
+from trainer.spec import JobSpec, RayDataSpec
+
+PREFETCH = 2
+"""Batches that a worker asks for ahead."""
+READ_ROWS = 64
+"""Rows that are decoded, and handed to the feeder, at a time."""
+LEAST_TIMEOUT_SECONDS = 300
+"""Counting rows, and decoding a first window of them, comes before the first batch."""
+CURSORS = 2
+"""Streams of training batches that are read at a time: training's, and that of an evaluation with precise statistics."""
+
+
+class Description(NamedTuple):
+    """What the feeder has found."""
+
+    train_samples: int
+    test_samples: int
+    digest: str
+
+
+def start_feeder(spec: JobSpec) -> Any:
+    """Start the feeder of a run, in the Ray that this process is connected to, and return its handle for `open_dataset`.
+
+    It ends with `stop_feeder`, or with the Ray job. If its process dies, Ray starts it anew: it holds nothing that it cannot find
+    again. Raises ConfigurationError or DataError as `open_dataset` does.
+    """
+    feeder = (
+        ray.remote(_Feeder).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(spec.model_dump_json())
+    )
+    try:
+        _get(feeder.describe.remote(), spec)
+    except BaseException:
+        stop_feeder(feeder)
+        raise
+    return feeder
+
+
+def stop_feeder(feeder: Any) -> None:
+    """End a feeder and what it reads."""
+    ray.kill(feeder)
+
+
+class StreamedDataset:
+    """A worker's view of the feeder's batches."""
+
+    skipped_images = 0
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        data: RayDataSpec,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        feeder: Any,
+    ) -> None:
+        self._spec, self._transform, self._feeder = spec, data.transform, feeder
+        self._place, self._device, self._dtype = (rank, world_size), device, dtype
+        description = _get(feeder.describe.remote(), spec)
+        self.shape, self.classes, self.digest = tuple(data.shape), data.classes, description.digest
+        self._test_batches = -(-description.test_samples // spec.evaluation.batch_size)
+
+    def train(self, first_step: int) -> Iterator[list[Batch]]:
+        """See Dataset."""
+        steps = (self._feeder.train.remote(first_step, step, *self._place) for step in count(first_step))
+        for parts in self._receive(steps):
+            yield [self._to_batch(part) for part in parts]
+
+    def test(self) -> Iterator[Batch]:
+        """See Dataset."""
+        batches = (self._feeder.test.remote(number, *self._place) for number in range(self._test_batches))
+        for share in self._receive(batches):
+            yield self._to_batch(share)
+
+    def close(self) -> None:
+        """See Dataset. The feeder goes on, for other workers."""
+
+    def _receive(self, requests: Iterator[Any]) -> Iterator[Any]:
+        """Yield the answers to requests, which are made a few ahead."""
+        waiting = deque(islice(requests, PREFETCH))
+        while waiting:
+            waiting.extend(islice(requests, 1))
+            yield _get(waiting.popleft(), self._spec)
+
+    def _to_batch(self, share: Rows) -> Batch:
+        inputs, labels = (torch.tensor(array).to(self._device) for array in share)
+        return Batch(normalize(self._transform, inputs, self._dtype), labels)
+
+
+class _Feeder:
+    """The actor. Each call answers for itself, so that calls may be repeated, and come from any number of workers."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = JobSpec.model_validate_json(spec)
+        self._cursors: OrderedDict[int, Cursor] = OrderedDict()
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False
+        context.use_datasource_v2 = False  # it lists files in an order of its own
+
+    def describe(self) -> Description:
+        """Find the data, or raise what is wrong with it."""
+        (train, _), (test, _) = self._parts
+        return Description(train.samples, test.samples, digest(self._data.format, train.digest, test.digest))
+
+    def train(self, first_step: int, step: int, rank: int, world_size: int) -> list[Rows]:
+        """Return a worker's share of each part of a step; `first_step` tells streams apart that go on side by side."""
+        cursor = self._cursors.pop(first_step, None) or Cursor(
+            self._parts[0][1].rows_from, self._spec.global_batch_size
+        )
+        self._cursors[first_step] = cursor
+        if len(self._cursors) > CURSORS:
+            self._cursors.popitem(last=False)
+        batch = cursor.batch(step)
+        parts = np.array_split(np.arange(len(batch[1])), self._spec.accumulate)
+        return [_share(batch, shard(part, rank, world_size)) for part in parts]
+
+    def test(self, number: int, rank: int, world_size: int) -> Rows:
+        """Return a worker's share of a test batch."""
+        batch = self._test_cursor.batch(number)
+        return _share(batch, shard(np.arange(len(batch[1])), rank, world_size))
+
+    @property
+    def _data(self) -> RayDataSpec:
+        assert isinstance(self._spec.data, RayDataSpec)
+        return self._spec.data
+
+    @cached_property
+    def _test_cursor(self) -> Cursor:
+        return Cursor(self._parts[1][1].rows_from, self._spec.evaluation.batch_size)
+
+    @cached_property
+    def _parts(self) -> tuple[tuple[Files, RowOrder], tuple[Files, RowOrder]]:
+        """The files to train and to test on, each with their order."""
+        data = self._data
+        train, test = list_files("data.train", data.train, data), list_files("data.test", data.test, data)
+        if self._spec.global_batch_size > train.samples:
+            raise ConfigurationError(
+                "global_batch_size",
+                self._spec.global_batch_size,
+                f"takes {train.samples} at most, all samples of the data",
+            )
+        classes = _check_classes(data, train, test) if data.format == "images" else None
+
+        def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
+            seed = [self._spec.seed, number] if training else None
+            paths = [files.paths[index] for index in indices]
+            return _read(data, files, paths, Preparation(data, classes, seed), self._task_options)
+
+        # Each image is a file, and files are permuted already.
+        window = data.shuffle_rows if data.format != "images" else 0
+        return (
+            (train, RowOrder(train.rows, partial(read, train, True), self._spec.seed, window)),
+            (test, RowOrder(test.rows, partial(read, test, False), None)),
+        )
+
+    @cached_property
+    def _task_options(self) -> dict[str, Any]:
+        """Where training takes all CPUs, tasks go without one of their own, or they would wait for its end."""
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        workers = 0 if self._spec.use_gpu else self._spec.max_workers
+        return {"num_cpus": 1} if cpus > workers else {"num_cpus": 0, "concurrency": max(1, cpus)}
+
+
+def _read(
+    data: RayDataSpec, files: Files, paths: list[str], preparation: Preparation, options: dict[str, Any]
+) -> Iterator[Rows]:
+    """Read and prepare the rows of files, in the order of `paths`."""
+    if not isinstance(files.filesystem, LocalFileSystem):
+        options_of_reading = {"filesystem": PyFileSystem(FSSpecHandler(files.filesystem)), **options}
+    else:
+        options_of_reading = dict(options)
+    match data.format:
+        case "parquet":
+            columns = [data.input_column, data.label_column]
+            rows = ray.data.read_parquet(paths, columns=columns, include_paths=True, **options_of_reading)
+        case "images":
+            rows = ray.data.read_binary_files(paths, include_paths=True, **options_of_reading)
+        case "webdataset":
+            rows = ray.data.read_webdataset(paths, decoder=None, include_paths=True, **options_of_reading)
+    rows = rows.map_batches(preparation, batch_size=READ_ROWS, batch_format="numpy", **options)
+    for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
+        for error in filter(None, batch["error"]):
+            raise DataError(*json.loads(error))
+        # A copy, since what Ray hands out keeps whole blocks in its shared memory.
+        yield np.array(batch["input"]), np.array(batch["label"])
+
+
+def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:
+    classes = train.folders
+    if len(classes) != data.classes:
+        raise DataError("data.classes", data.classes, f"takes {len(classes)}, as many as there are folders of images")
+    unknown = sorted(set(test.folders) - set(classes))
+    if unknown:
+        raise DataError(
+            "data.test", data.test, f"takes the classes of {data.train}; not among them: {', '.join(unknown)}"
+        )
+    return classes
+
+
+def _share(batch: Rows, indices: Indices) -> Rows:
+    inputs, labels = batch
+    return inputs[indices], labels[indices]
+
+
+def _get(reference: Any, spec: JobSpec) -> Any:
+    """Wait for the feeder's answer, for so long; raise its errors of ours as they were."""
+    seconds = max(LEAST_TIMEOUT_SECONDS, spec.collective_timeout_seconds)
+    try:
+        return ray.get(reference, timeout=seconds)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"Ray Data had no batch within {seconds} seconds") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, RunError):
+            raise error.cause from None
+        raise
