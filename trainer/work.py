@@ -68,7 +68,9 @@ def _train(task: Task, worker: Any, position: Any, feeder: Any) -> dict[str, Any
         export_weights(result.model, folder / "model.pt", worker)
     return {
         "state": "succeeded",
-        "reason": f"{result.end} after {result.step} of {spec.steps} steps",
+        "reason": f"finished {spec.steps} steps"
+        if result.end == "finished"
+        else f"{result.end} after {result.step} of {spec.steps} steps",
         "step": result.step,
         "metrics": result.metrics,
     }
