@@ -51,7 +51,7 @@ class Parts:
     skipped_images: int = 0
 
 
-class Job(NamedTuple):
+class Request(NamedTuple):
     """Images to load together; a step only in training."""
 
     step: int | None
@@ -82,8 +82,8 @@ class LoadedDataset:
         self._reader = Reader(parts, transform, spec.seed)
         self.shape = self._reader.shape
         # Evaluations follow each other, so that they share processes.
-        jobs = [Job(None, indices) for indices in self._order.test(len(parts.testing))]
-        self._test_loader = self._load(jobs, keep_processes=True)
+        requests = [Request(None, indices) for indices in self._order.test(len(parts.testing))]
+        self._test_loader = self._load(requests, keep_processes=True)
         self._streams: WeakSet[Generator[Any, None, None]] = WeakSet()
 
     def train(self, first_step: int) -> Iterator[list[Batch]]:
@@ -106,12 +106,14 @@ class LoadedDataset:
         return stream
 
     def _train(self, first_step: int) -> Generator[list[Batch], None, None]:
-        jobs = (Job(step, indices) for step in itertools.count(first_step) for indices in self._order.train(step))
-        loaded = iter(self._load(jobs))
+        requests = (
+            Request(step, indices) for step in itertools.count(first_step) for indices in self._order.train(step)
+        )
+        loaded = iter(self._load(requests))
         while True:
             yield [self._receive(next(loaded)) for _ in range(self._accumulate)]
 
-    def _load(self, jobs: Iterable[Job], *, keep_processes: bool = False) -> DataLoader[Any]:
+    def _load(self, requests: Iterable[Request], *, keep_processes: bool = False) -> DataLoader[Any]:
         options: dict[str, Any] = {}
         if self._processes:
             # A fork would take over locks that threads of Ray and torch hold.
@@ -123,8 +125,8 @@ class LoadedDataset:
             }
         return DataLoader(
             self._reader,
-            batch_size=None,  # a job is a batch
-            sampler=jobs,
+            batch_size=None,  # a request is a batch
+            sampler=requests,
             num_workers=self._processes,
             collate_fn=_as_it_is,
             pin_memory=self._device.type == "cuda",
@@ -140,7 +142,7 @@ class LoadedDataset:
 
 
 class Reader(torch.utils.data.Dataset[Any]):
-    """Reads jobs, in whatever process."""
+    """Reads requests, in whatever process."""
 
     def __init__(self, parts: Parts, transform: ImageTransformSpec, seed: int) -> None:
         self._parts, self._seed, self._random = parts, seed, is_random(transform)
@@ -148,13 +150,13 @@ class Reader(torch.utils.data.Dataset[Any]):
         self._test_transform = PixelTransform(transform, training=False)
         self.shape = tuple(self._test_transform(parts.testing[0][0]).shape)
 
-    def __getitem__(self, job: Job) -> tuple[Tensor, Tensor] | InvalidInput:
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | InvalidInput:
         """Return images (n, *shape) uint8 and labels (n,) int64; or an error, which DataLoader would raise as another."""
-        images = torch.empty(len(job.indices), *self.shape, dtype=torch.uint8)
-        labels = torch.empty(len(job.indices), dtype=torch.int64)
+        images = torch.empty(len(request.indices), *self.shape, dtype=torch.uint8)
+        labels = torch.empty(len(request.indices), dtype=torch.int64)
         try:
-            for place, index in enumerate(job.indices.tolist()):
-                images[place], labels[place] = self._read(job.step, index)
+            for place, index in enumerate(request.indices.tolist()):
+                images[place], labels[place] = self._read(request.step, index)
         except InvalidInput as error:
             return error
         return images, labels

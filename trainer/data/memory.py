@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from trainer.data.dataset import Batch
-from trainer.data.digest import digest
 from trainer.data.order import Indices, Order
 from trainer.data.small import load_small
+from trainer.data.transforms import PixelTransform, is_random, normalize
 from trainer.spec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
 
 
@@ -29,14 +29,14 @@ class InMemoryDataset:
     ) -> None:
         samples = load_small(data, device, dtype)
         labels = samples.train_labels.cpu().numpy()
-        self._samples, self._device = samples, device
+        self._samples, self._device, self._dtype = samples, device, dtype
         self._order = Order(spec, rank, world_size, len(labels), labels)
-        self._preparation: _Preparation | None = None
-        if data.transform != ImageTransformSpec():
-            self._preparation = _Preparation(data.transform, spec.seed, dtype)
-        self.classes = int(labels.max()) + 1
+        self._seed, self._transform = spec.seed, data.transform
+        self._is_plain, self._is_random = data.transform == ImageTransformSpec(), is_random(data.transform)
+        self._train_pixels = PixelTransform(data.transform, training=True)
+        self._test_pixels = PixelTransform(data.transform, training=False)
+        self.classes, self.digest = int(labels.max()) + 1, samples.digest
         self.shape = tuple(self._test_batch(np.arange(1)).inputs.shape[1:])
-        self.digest = digest(data.name, *(part.cpu().numpy().tobytes() for part in vars(samples).values()))
 
     def train(self, first_step: int) -> Iterator[list[Batch]]:
         """See Dataset."""
@@ -55,41 +55,21 @@ class InMemoryDataset:
 
     def _train_batch(self, step: int, indices: Indices) -> Batch:
         place = torch.from_numpy(indices).to(self._device)
-        inputs = self._samples.train_inputs[place]
-        if self._preparation is not None:
-            inputs = self._preparation.train(inputs, step, indices)
-        return Batch(inputs, self._samples.train_labels[place])
+        inputs, labels = self._samples.train_inputs[place], self._samples.train_labels[place]
+        if not self._is_random or not len(indices):
+            return Batch(self._prepare(inputs), labels)
+        images = [
+            self._train_pixels.at_random(image, self._seed, step, int(index))
+            for image, index in zip(inputs, indices, strict=True)
+        ]
+        return Batch(normalize(self._transform, torch.stack(images), self._dtype), labels)
 
     def _test_batch(self, indices: Indices) -> Batch:
         place = torch.from_numpy(indices).to(self._device)
-        inputs = self._samples.test_inputs[place]
-        if self._preparation is not None:
-            inputs = self._preparation.test(inputs)
-        return Batch(inputs, self._samples.test_labels[place])
+        return Batch(self._prepare(self._samples.test_inputs[place]), self._samples.test_labels[place])
 
-
-class _Preparation:
-    """Transforms of whole batches, or image by image where they are random."""
-
-    def __init__(self, spec: ImageTransformSpec, seed: int, dtype: torch.dtype) -> None:
-        # Imports torchvision, which runs on small data do without.
-        from trainer.data.transforms import PixelTransform
-
-        self._spec, self._seed, self._dtype = spec, seed, dtype
-        self._training, self._testing = PixelTransform(spec, training=True), PixelTransform(spec, training=False)
-
-    def train(self, inputs: Tensor, step: int, indices: Indices) -> Tensor:
-        from trainer.data.transforms import is_random, normalize
-
-        if not is_random(self._spec) or not len(inputs):
-            return self.test(inputs)
-        images = [
-            self._training.at_random(image, self._seed, step, int(index))
-            for image, index in zip(inputs, indices, strict=True)
-        ]
-        return normalize(self._spec, torch.stack(images), self._dtype)
-
-    def test(self, inputs: Tensor) -> Tensor:
-        from trainer.data.transforms import normalize
-
-        return normalize(self._spec, self._testing(inputs), self._dtype)
+    def _prepare(self, inputs: Tensor) -> Tensor:
+        """Do what is the same for all images, and nothing where nothing is asked for: steps may take a millisecond."""
+        if self._is_plain:
+            return inputs
+        return normalize(self._transform, self._test_pixels(inputs), self._dtype)

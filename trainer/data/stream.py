@@ -177,7 +177,7 @@ class _Feeder:
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
             seed = [self._spec.seed, number] if training else None
             paths = [files.paths[index] for index in indices]
-            return _read(data, files, paths, Preparation(data, classes, seed), self._task_options)
+            return _read(data, files, paths, Preparation(data, classes, seed), self._limits)
 
         # Each image is a file, and files are permuted already.
         window = data.shuffle_rows if data.format != "images" else 0
@@ -187,30 +187,36 @@ class _Feeder:
         )
 
     @cached_property
-    def _task_options(self) -> dict[str, Any]:
-        """Where training takes all CPUs, tasks go without one of their own, or they would wait for its end."""
+    def _limits(self) -> tuple[int, int | None]:
+        """CPUs of a task, and tasks at a time: where training takes all CPUs, tasks have none, or they would wait for its end."""
         cpus = int(ray.cluster_resources().get("CPU", 0))
         workers = 0 if self._spec.use_gpu else self._spec.max_workers
-        return {"num_cpus": 1} if cpus > workers else {"num_cpus": 0, "concurrency": max(1, cpus)}
+        return (1, None) if cpus > workers else (0, max(1, cpus))
 
 
 def _read(
-    data: RayDataSpec, files: Files, paths: list[str], preparation: Preparation, options: dict[str, Any]
+    data: RayDataSpec, files: Files, paths: list[str], preparation: Preparation, limits: tuple[int, int | None]
 ) -> Iterator[Rows]:
     """Read and prepare the rows of files, in the order of `paths`."""
+    cpus, tasks = limits
+    options: dict[str, Any] = {"include_paths": True, "num_cpus": cpus, "concurrency": tasks}
     if not isinstance(files.filesystem, LocalFileSystem):
-        options_of_reading = {"filesystem": PyFileSystem(FSSpecHandler(files.filesystem)), **options}
-    else:
-        options_of_reading = dict(options)
+        options["filesystem"] = PyFileSystem(FSSpecHandler(files.filesystem))
     match data.format:
         case "parquet":
             columns = [data.input_column, data.label_column]
-            rows = ray.data.read_parquet(paths, columns=columns, include_paths=True, **options_of_reading)
+            rows = ray.data.read_parquet(paths, columns=columns, **options)
         case "images":
-            rows = ray.data.read_binary_files(paths, include_paths=True, **options_of_reading)
+            rows = ray.data.read_binary_files(paths, **options)
         case "webdataset":
-            rows = ray.data.read_webdataset(paths, decoder=None, include_paths=True, **options_of_reading)
-    rows = rows.map_batches(preparation, batch_size=READ_ROWS, batch_format="numpy", **options)
+            rows = ray.data.read_webdataset(paths, decoder=None, **options)
+    rows = rows.map_batches(
+        preparation,
+        batch_size=READ_ROWS,
+        batch_format="numpy",
+        num_cpus=cpus,
+        compute=ray.data.TaskPoolStrategy(size=tasks),
+    )
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
         for error in filter(None, batch["error"]):
             raise DataError(*json.loads(error))

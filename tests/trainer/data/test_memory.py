@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.trainer.data.making import assert_same, make_spec, open_all, take, take_test
+from tests.trainer.data.making import CPU, assert_same, make_spec, open_all, take, take_test
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError
 from trainer.spec import DigitsSpec, ImageTransformSpec, Mnist5kSpec, SyntheticSpec, train_samples
@@ -43,6 +43,7 @@ def test_datasets_are_whole_and_split_by_label(tmp_path, monkeypatch, data, shap
     assert (shares - 0.1).abs().max() < 0.005
     again = open_all(spec, 1)
     assert again[0].digest == first[0].digest
+    assert open_dataset(spec, 0, 1, CPU, torch.float64).digest == first[0].digest
     assert_same(take(again, 0, 1), [(inputs, take(first, 0, 1)[0][1])])
     assert (tmp_path / "syncbn" / "datasets-1" / f"{data.name}.npz").is_file()
 
@@ -120,7 +121,7 @@ def test_by_label_shows_each_worker_a_part_of_the_classes(data):
 
 def test_synthetic_classes_differ_and_samples_come_again_at_their_index():
     spec = make_spec(SyntheticSpec(shape=[50], classes=2, train_samples=20, test_samples=20), global_batch_size=20)
-    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float64)
+    dataset = open_dataset(spec, 0, 1, CPU, torch.float64)
     stream = dataset.train(0)
     first, again = next(stream)[0], next(stream)[0]
     assert torch.equal(first.inputs, again.inputs)
