@@ -1,6 +1,5 @@
 """Folders with one folder of images per class."""
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -22,7 +21,9 @@ from trainer.errors import DataError
 from trainer.spec import ImageFolderSpec
 
 NAMED = 5
-"""Corrupt images that an error names."""
+"""Of the images, or classes, that are wrong: so many an error names."""
+CHUNK = 256
+"""Images that a thread takes to decode at a time."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
         takes = f"takes the classes of {spec.train_folder!r}; not among them: {', '.join(unknown[:NAMED])}"
         raise DataError("data.test_folder", spec.test_folder, takes)
     files = [path for part in (train_files, test_files) for paths in part.values() for path in paths]
-    corrupt = _find_corrupt(root, files)
+    states = {path: (root / path).stat() for path in files}
+    corrupt = _find_corrupt(root, states)
     if corrupt and spec.corrupt_images == "refuse":
         named = ", ".join(sorted(corrupt)[:NAMED])
         raise DataError(
@@ -75,8 +77,8 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
         )
     numbers = {name: number for number, name in enumerate(sorted(train_files))}
     training, testing = (_without(corrupt, part, root, numbers) for part in (train_files, test_files))
-    sizes = [(path, (root / path).stat().st_size) for path in (*training.paths, *testing.paths)]
-    return Parts(training, testing, len(numbers), digest("imagefolder", sorted(sizes)), len(corrupt))
+    kept = [(path, states[path].st_size) for part in (training, testing) for path in part.paths]
+    return Parts(training, testing, len(numbers), digest("imagefolder", kept), len(corrupt))
 
 
 def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
@@ -87,6 +89,7 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
             "data.root", str(root), f"takes a folder that holds {part!r}, with a folder of images per class"
         )
     inside = root.resolve()
+    _check_link(folder, inside)
     classes = {
         entry.name: [str(path.relative_to(root)) for path in _walk(entry, inside)]
         for entry in sorted(folder.iterdir())
@@ -103,10 +106,8 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
 
 
 def _walk(path: Path, inside: Path) -> Iterator[Path]:
-    """Yield the images at and below `path` by name; links are followed where they stay below `inside` and lead to no ancestor."""
-    target = path.resolve() if path.is_symlink() else None
-    if target is not None and (not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target)):
-        raise DataError("data.root", str(path), f"takes links that stay below {inside} and do not lead in a circle")
+    """Yield the images at and below `path` by name; links are followed where they stay below `inside`."""
+    _check_link(path, inside)
     if path.is_dir():
         for entry in sorted(path.iterdir()):
             yield from _walk(entry, inside)
@@ -114,19 +115,28 @@ def _walk(path: Path, inside: Path) -> Iterator[Path]:
         yield path
 
 
-def _find_corrupt(root: Path, files: list[str]) -> frozenset[str]:
+def _check_link(path: Path, inside: Path) -> None:
+    if not path.is_symlink():
+        return
+    target = path.resolve()
+    if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
+        raise DataError("data.root", str(path), f"takes links that stay below {inside} and do not lead in a circle")
+
+
+def _find_corrupt(root: Path, states: dict[str, os.stat_result]) -> frozenset[str]:
     """Decode all images and return those that cannot be; the answer is kept until a file's size or time of change differs."""
+    paths = list(states)
+
+    def find(start: int) -> list[str]:
+        return [path for path in paths[start : start + CHUNK] if _is_corrupt(root / path)]
 
     def write(file: BinaryIO) -> None:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # decoding is outside of Python's lock
-            bad = threads.map(lambda path: _is_corrupt(root / path), files, chunksize=1)
-            file.write(json.dumps([path for path, is_bad in zip(files, bad, strict=True) if is_bad]).encode())
+            corrupt = [path for found in threads.map(find, range(0, len(paths), CHUNK)) for path in found]
+        file.write(json.dumps(corrupt).encode())
 
-    listing = hashlib.sha256(str(root.resolve()).encode())
-    for path in files:
-        state = (root / path).stat()
-        listing.update(f"\0{path}\0{state.st_size}\0{state.st_mtime_ns}".encode())
-    return frozenset(json.loads(cached(f"corrupt-{listing.hexdigest()}.json", write).read_text()))
+    listing = digest(root.resolve(), [(path, state.st_size, state.st_mtime_ns) for path, state in states.items()])
+    return frozenset(json.loads(cached(f"corrupt-{listing}.json", write).read_text()))
 
 
 def _is_corrupt(path: Path) -> bool:

@@ -39,7 +39,7 @@ class LibraryImages:
         """See Images."""
         try:
             image, label = self.dataset[index]
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # as Pillow has it for PNG
             raise DataError("data.root", self.name(index), f"takes images that can be read: {error}") from error
         if isinstance(image, Image.Image) and image.mode not in ("L", "RGB"):
             image = image.convert("RGB")

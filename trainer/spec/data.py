@@ -94,7 +94,10 @@ class ImageFolderSpec(Frozen):
 
 
 class RayDataSpec(Frozen):
-    """Data that outgrows a machine, read by Ray Data in a stream."""
+    """Data that outgrows a machine, read by Ray Data in a stream.
+
+    Inputs are files of images (bytes, or the datasets library's {bytes, path}), uint8 images (H, W, C), or numbers of `shape`.
+    """
 
     name: Literal["ray"] = "ray"
     format: Literal["parquet", "images", "webdataset"]
@@ -104,8 +107,15 @@ class RayDataSpec(Frozen):
     shape: Annotated[list[Width], Field(min_length=1, max_length=4)] = Field(
         description="shape of a sample after `transform`, channels first"
     )
-    input_column: str = Field("image", min_length=1, max_length=255)
-    label_column: str = Field("label", min_length=1, max_length=255)
+    input_column: str = Field(
+        "image", min_length=1, max_length=255, description="of parquet; of webdataset, a suffix: `jpg`"
+    )
+    label_column: str = Field(
+        "label",
+        min_length=1,
+        max_length=255,
+        description="whole numbers; of webdataset, a suffix: `cls`; images are labelled by their folder",
+    )
     shuffle_rows: int = Field(
         10_000,
         ge=0,

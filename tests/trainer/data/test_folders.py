@@ -160,6 +160,11 @@ def remove(path):
     shutil.rmtree(path)
 
 
+def move_out(path):
+    path.rename(path.parent.parent / "outside")
+    path.symlink_to(path.parent.parent / "outside")
+
+
 def empty(path):
     for image in path.iterdir():
         image.unlink()
@@ -178,6 +183,7 @@ def empty(path):
             "data.test_folder: takes the classes of 'train'; not among them: dog",
         ),
         (lambda root: (root / "train" / "cat" / "x.png").symlink_to("/etc/hosts"), "takes links that stay below"),
+        (lambda root: move_out(root / "val"), "takes links that stay below"),
         (lambda root: (root / "train" / "fox").symlink_to("/etc"), "takes links that stay below"),
         (lambda root: (root / "train" / "cat" / "loop").symlink_to(root / "train"), "do not lead in a circle"),
     ],

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.feeder import KEPT_BATCHES, Cursor, RowOrder
+from trainer.data.row_order import KEPT_BATCHES, Cursor, RowOrder
 from trainer.errors import DataError
 
 counts = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(sum).map(np.array)

@@ -27,7 +27,7 @@ class RowOrder:
     def __init__(
         self, rows: Indices, read: Callable[[int, Indices], Iterator[Rows]], seed: int | None, window: int = 0
     ) -> None:
-        """Take the files' numbers of `rows`.
+        """Order the rows of files.
 
         Args:
             rows: of each file (F,).
@@ -40,11 +40,11 @@ class RowOrder:
 
     def rows_from(self, position: int) -> Iterator[tuple[NDArray[Any], int]]:
         """Yield inputs and labels one by one, from that of number `position` on, counted over all passes."""
-        if self._seed is None:
-            yield from self._pass(0, position)
-            return
-        for number in count(position // self._samples):
-            yield from self._pass(number, position % self._samples if number == position // self._samples else 0)
+        first, place = divmod(position, self._samples)
+        yield from self._pass(first, place)
+        if self._seed is not None:
+            for number in count(first + 1):
+                yield from self._pass(number, 0)
 
     def _pass(self, number: int, start: int) -> Iterator[tuple[NDArray[Any], int]]:
         files = np.arange(len(self._rows))
