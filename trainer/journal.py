@@ -1,14 +1,16 @@
-"""What rank 0 tells the world while it trains: a line to read, the progress file, and metrics for MLflow."""
+"""What rank 0 tells the world while it trains: lines to read, the progress file, and all that goes to MLflow."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from trainer.checkpoint import Manifest
+from trainer.outbox import Kind, Outbox
 from trainer.progress import ProgressFile
 from trainer.spec import Task, attempt_folder
-from trainer.tracking import Outbox
+from trainer.system_metrics import SystemMetrics
+from trainer.tracking import Tracking
 
 
 class Journal(Protocol):
@@ -17,7 +19,7 @@ class Journal(Protocol):
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
         """Tell from which checkpoint the run goes on, and which ones were not taken."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
         """Record metrics measured after `step` steps."""
 
     def update(self, step: int) -> None:
@@ -30,7 +32,7 @@ class Silent:
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
         """Do nothing."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
         """Do nothing."""
 
     def update(self, step: int) -> None:
@@ -41,7 +43,8 @@ class RankZeroJournal:
     """Prints metrics, appends them to the outbox and keeps the progress file."""
 
     def __init__(self, total_steps: int, outbox: Outbox, progress: ProgressFile) -> None:
-        self._total_steps, self._outbox, self._progress = total_steps, outbox, progress
+        self._total_steps, self._progress = total_steps, progress
+        self.outbox = outbox
 
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
         """Tell from which checkpoint the run goes on, and which ones were not taken."""
@@ -50,11 +53,12 @@ class RankZeroJournal:
         if checkpoint is not None:
             print(f"goes on from {checkpoint.name}, saved by {checkpoint.world_size} workers", flush=True)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
         """Record metrics measured after `step` steps."""
-        values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        print(f"step {step}/{self._total_steps}  {values}", flush=True)
-        self._outbox.log(step, metrics)
+        if kind == "evaluation":
+            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"step {step}/{self._total_steps}  {values}", flush=True)
+        self.outbox.log(step, metrics, kind)
 
     def update(self, step: int) -> None:
         """Tell that `step` steps are done."""
@@ -63,14 +67,19 @@ class RankZeroJournal:
 
 @contextmanager
 def open_journal(task: Task, rank: int) -> Iterator[Journal]:
-    """Open this rank's journal; on leaving, metrics that are still on their way are sent (at most 60 seconds)."""
+    """Open this rank's journal; on leaving, what is still on its way to MLflow is sent (at most three minutes)."""
     if rank != 0:
         yield Silent()
         return
     context, spec = task.context, task.spec
     folder = Path(context.folder)
     progress = ProgressFile(attempt_folder(folder, context.attempt), spec.steps, spec.global_batch_size)
-    with Outbox(folder, context.mlflow_url, context.mlflow_run_id) as outbox:
+    with ExitStack() as stack:
+        outbox = Outbox(folder)
+        stack.callback(outbox.close)
+        tracking = stack.enter_context(Tracking(outbox, context.mlflow_url, context.mlflow_run_id))
+        if context.mlflow_run_id:
+            stack.enter_context(SystemMetrics(outbox))
         yield RankZeroJournal(spec.steps, outbox, progress)
-    if outbox.unsent:
-        print(f"{outbox.unsent} steps' metrics did not reach MLflow; they stay in {folder}", flush=True)
+    if tracking.unsent_bytes:
+        print(f"{tracking.unsent_bytes} bytes of metrics did not reach MLflow; they stay in {outbox.path}", flush=True)

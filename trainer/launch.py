@@ -5,10 +5,10 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from trainer.manifest import RunManifest
+from trainer.manifest import RunManifest, checkpoint_folder
 from trainer.spec import Outcome, Refusal, Task, attempt_folder
-from trainer.work import FAILURES_FOLDER, checkpoint_folder, work
 
+FAILURES_FOLDER = "failures"
 RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
 MOST_RESTARTS = 3
@@ -84,7 +84,7 @@ def _fit(task: Task, number: int) -> Outcome:
     failures_folder = folder / FAILURES_FOLDER / str(number)
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
     trainer = TorchTrainer(
-        work,
+        _work,
         train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder)},
         torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
@@ -98,6 +98,13 @@ def _fit(task: Task, number: int) -> Outcome:
         return Outcome.model_validate(trainer.fit().return_value)
     except TrainingFailedError as error:
         return _explain(error, failures_folder, task)
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """Work on one worker; the driver, which hands this on by name, does not load what it takes."""
+    from trainer.work import work
+
+    return work(config)
 
 
 def _explain(error: Any, failures_folder: Path, task: Task) -> Outcome:

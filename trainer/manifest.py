@@ -1,6 +1,7 @@
 """The run's manifest, beside its checkpoints: every attempt of a job, how it began and ended, and why."""
 
 import time
+from pathlib import Path
 
 import fsspec
 from pydantic import ValidationError
@@ -8,6 +9,12 @@ from pydantic import ValidationError
 from trainer.spec import Frozen, Outcome, Task
 
 MANIFEST_FILE = "run.json"
+
+
+def checkpoint_folder(task: Task) -> str:
+    """Path or address of a job's checkpoints."""
+    address = task.spec.checkpoint.address
+    return f"{address.rstrip('/')}/{task.context.job_id}" if address else str(Path(task.context.folder) / "checkpoints")
 
 
 class Try(Frozen):

@@ -7,9 +7,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from trainer.spec import JobSpec, Task, attempt_folder
+import torch
 
-FAILURES_FOLDER = "failures"
+from trainer import failures
+from trainer.checkpoint import Checkpoints
+from trainer.data import Dataset, open_dataset
+from trainer.errors import Diverged
+from trainer.export import export_model, export_weights
+from trainer.journal import RankZeroJournal, open_journal
+from trainer.loop import train
+from trainer.manifest import checkpoint_folder
+from trainer.outbox import Outbox
+from trainer.spec import JobSpec, Task, attempt_folder
+from trainer.state import Position
+from trainer.worker import Worker
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -19,11 +30,6 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """
     import ray.train
     from ray.train.torch import get_device
-
-    from trainer import failures
-    from trainer.errors import Diverged
-    from trainer.state import Position
-    from trainer.worker import Worker
 
     task = Task.model_validate_json(config["task"])
     # The layers' own time limit, which they read when they are made.
@@ -47,25 +53,23 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _train(task: Task, worker: Any, position: Any, feeder: Any) -> dict[str, Any]:
-    import torch
-
-    from trainer.checkpoint import Checkpoints
-    from trainer.data import open_dataset
-    from trainer.export import export_weights
-    from trainer.journal import open_journal
-    from trainer.loop import train
-
+def _train(task: Task, worker: Worker, position: Position, feeder: Any) -> dict[str, Any]:
     spec, context = task.spec, task.context
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
+    folder = attempt_folder(Path(context.folder), context.attempt)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(task, worker.rank))
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)
+        if isinstance(journal, RankZeroJournal):
+            _describe(journal.outbox, spec, worker, dataset)
         checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, identity(spec, dataset.digest), worker)
         result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
-        folder = attempt_folder(Path(context.folder), context.attempt)
-        export_weights(result.model, folder / "model.pt", worker)
+        weights = export_weights(result.model, folder / "model.pt", worker)
+        if isinstance(journal, RankZeroJournal) and context.mlflow_run_id:
+            example = next(batch.inputs[:2] for batch in dataset.test() if len(batch.labels))
+            if export_model(spec, weights, dataset.shape, dataset.classes, example, folder / "model"):
+                journal.outbox.put("model", path=str(folder / "model"), step=result.step)
     return {
         "state": "succeeded",
         "reason": f"finished {spec.steps} steps"
@@ -76,6 +80,16 @@ def _train(task: Task, worker: Any, position: Any, feeder: Any) -> dict[str, Any
     }
 
 
+def _describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset) -> None:
+    """Tell MLflow what the spec does not say."""
+    tags = {"workers": worker.world_size, "device": worker.device.type, "torch": torch.__version__}
+    if dataset.skipped_images:
+        tags["skipped_images"] = dataset.skipped_images
+    outbox.put("tags", tags=tags)
+    source = getattr(spec.data, "root", None) or getattr(spec.data, "train", None) or spec.data.name
+    outbox.put("dataset", name=spec.data.name, digest=dataset.digest, source=source)
+
+
 class RayNotices:
     """Ray's own notices of nodes that are drained or reclaimed."""
 
@@ -84,12 +98,6 @@ class RayNotices:
         import ray.train
 
         return ray.train.get_preemption_info() is not None
-
-
-def checkpoint_folder(task: Task) -> str:
-    """Path or address of a job's checkpoints."""
-    address = task.spec.checkpoint.address
-    return f"{address.rstrip('/')}/{task.context.job_id}" if address else str(Path(task.context.folder) / "checkpoints")
 
 
 SHAPING_FIELDS = (
