@@ -81,7 +81,7 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
         )
     if isinstance(filesystem, LocalFileSystem):
         _refuse_ways_out(field, Path(folder), list(found))
-    paths, sizes = list(found), [int(entry["size"]) for entry in found.values()]
+    paths, sizes = list(found), [entry["size"] or 0 for entry in found.values()]
     if spec.format == "images":
         return Files(filesystem, folder, paths, sizes, np.ones(len(paths), dtype=np.int64))
     count = _count_parquet if spec.format == "parquet" else _count_webdataset

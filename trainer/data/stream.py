@@ -22,9 +22,9 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
-from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.files import Files, list_files
 from trainer.data.order import Indices, shard
+from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.rows import Preparation
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError, DataError, RunError

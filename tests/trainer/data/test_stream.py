@@ -1,5 +1,8 @@
 import contextlib
 import secrets
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -54,6 +57,20 @@ def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
     labels = torch.cat([labels for _, labels in whole])
     assert labels[:21].bincount().tolist() == labels[21:42].bincount().tolist()
     assert labels[:21].tolist() != labels[21:42].tolist()
+
+
+def test_data_lies_at_any_address(tmp_path):
+    """Through fsspec and a real server, as an object store would be reached."""
+    data = make_stream("webdataset", tmp_path)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        there = data.model_copy(update={"train": f"{address}/train/", "test": f"{address}/test/"})
+        with feeding(make_spec(there)) as feeder:
+            tests = take_test(open_all(make_spec(there), 1, feeder=feeder))
+        server.shutdown()
+    assert torch.cat([labels for _, labels in tests]).tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]
 
 
 def test_a_corrupt_image_is_named(tmp_path):
