@@ -19,6 +19,7 @@ from trainer.journal import Journal
 from trainer.models import build_model
 from trainer.optim import build_optimizer, build_schedule
 from trainer.parallel import clip, gradients_stay_local, parallelise, warm_up, without_checkpointing
+from trainer.probes import Probes
 from trainer.spec import JobSpec
 from trainer.state import Position, State, seed_everything
 from trainer.stopping import is_enough, take_note
@@ -67,8 +68,9 @@ def train(
     optimizer = build_optimizer(spec.optimizer, model)
     schedule = build_schedule(spec.schedule, optimizer, spec.steps)
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
-    state = State(model, optimizer, schedule, scaler, position, worker)
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
+    probes = Probes(spec, model, worker, autocast, scaler)
+    state = State(model, optimizer, schedule, scaler, probes, position, worker)
     evaluator, control = Evaluator(spec.evaluation, model, dataset, worker), Control(worker)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     warm_up(parallel, spec, dataset.shape, worker)
@@ -109,6 +111,8 @@ def train(
 
         parts = next(batches)
         optimizer.zero_grad(set_to_none=True)
+        if probes.are_due(step):
+            journal.log(step, probes.measure(parts, float(schedule.get_last_lr()[0])), "probes")
         loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
         for number, part in enumerate(parts, start=1):
             is_last_part = number == len(parts)

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.lr_scheduler import LambdaLR
 
+from trainer.probes import Probes
 from trainer.worker import Worker
 
 
@@ -49,6 +50,7 @@ class State:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
+    probes: Probes
     position: Position
     worker: Worker
 
@@ -60,6 +62,7 @@ class State:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "probes": self.probes.state_dict(),
             "position": asdict(self.position),
         }
         return content if self.worker.rank == 0 else None
@@ -83,6 +86,7 @@ class State:
         set_optimizer_state_dict(self.model, self.optimizer, shared["optimizer"], options=options)
         self.schedule.load_state_dict(shared["schedule"])
         self.scaler.load_state_dict(shared["scaler"])
+        self.probes.load_state_dict(shared["probes"])
         for name, value in shared["position"].items():
             setattr(self.position, name, value)
         if own is None:

@@ -16,6 +16,7 @@ class Notes:
 
     def __init__(self):
         self.metrics = {}
+        self.probes = {}
         self.steps = []
         self.resumed_from = None
         self.refused = []
@@ -24,8 +25,8 @@ class Notes:
         self.resumed_from = checkpoint.step if checkpoint else None
         self.refused = list(refused)
 
-    def log(self, step, metrics):
-        self.metrics[step] = dict(metrics)
+    def log(self, step, metrics, kind="evaluation"):
+        (self.probes if kind == "probes" else self.metrics)[step] = dict(metrics)
 
     def update(self, step):
         self.steps.append(step)

@@ -1,0 +1,174 @@
+"""Measurements of layers and of the loss around a step, taken between two steps, without a trace in the run.
+
+What each of them is, and what it costs, is in `docs/probes.md`.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from syncbn import Moments
+from trainer.data import Batch
+from trainer.errors import ConfigurationError
+from trainer.probes.landscape import landscape
+from trainer.probes.layers import Gathered
+from trainer.probes.objective import Objective
+from trainer.probes.places import Observer, Place, activation_inputs, named_modules, norm_inputs
+from trainer.probes.statistics import discrepancy, drift, percentiles, variance_share
+from trainer.probes.weights import Shift, gradient_norms, layers_with_weights
+from trainer.spec import JobSpec, Norm
+from trainer.worker import Worker
+
+__all__ = ["Probes"]
+
+OF_ACTIVATIONS = ("percentiles", "drift")
+OF_NORMS = ("discrepancy", "variance_share")
+OF_GRADIENTS = ("gradient_norm", "landscape", "shift")
+
+
+class Probes:
+    """The measurements that a spec asks for; every worker has them, and all workers measure together.
+
+    Places are the outputs of `spec.probes.layers`; without any, the inputs of all activation modules and, for discrepancy and
+    variance share, of all normalisation layers, or of the activations where there is none.
+
+    Raises ConfigurationError for layers that the model does not have, or for a measurement that finds nothing to measure.
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        model: nn.Module,
+        worker: Worker,
+        autocast: AbstractContextManager[object] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        """`model` is the one that is trained, sharded if it is to be, but not its wrapping; `autocast` is that of its passes."""
+        self._spec, self._model, self._worker = spec, model, worker
+        self._autocast, self._scaler = autocast or nullcontext(), scaler
+        self._wanted = frozenset(spec.probes.measure)
+        named = named_modules(model, spec.probes.layers)
+        self._of_activations, self._of_norms = self._choose_places(named)
+        self._layers = layers_with_weights(model, named)
+        self._shift = Shift(model, named)
+        if "shift" in self._wanted and not self._shift.layers:
+            raise ConfigurationError("probes.layers", spec.probes.layers, "shift takes modules with trained weights")
+        self._before: dict[str, Moments] = {}
+
+    def are_due(self, step: int) -> bool:
+        """Whether to measure before training step `step`."""
+        return bool(self._wanted) and step % self._spec.probes.every == 0
+
+    def measure(self, parts: Sequence[Batch], rate: float) -> dict[str, float]:
+        """Measure on a step's own batch, with the weights before it; return values by metric name, the same on every worker.
+
+        What is not finite is left out. Weights, gradients, buffers and random numbers are afterwards what they were.
+
+        Args:
+            parts: this worker's share of each part of the global batch.
+            rate: the step's learning rate.
+
+        Raises:
+            ConfigurationError: a place was not reached by the forward pass, or holds no tensor with channels.
+        """
+        scale = self._scaler.get_scale() if self._scaler is not None else 1.0
+        size = self._spec.global_batch_size
+        objective = Objective(self._model, parts, size, self._worker, self._autocast, scale)
+        values: dict[str, float] = {}
+        # Hooks that are set after compilation would go unseen.
+        with torch.compiler.set_stance("force_eager") if self._spec.compile else nullcontext():
+            if self._of_activations or self._of_norms:
+                values |= self._measure_places(objective)
+            if self._wanted.intersection(OF_GRADIENTS):
+                values |= self._measure_gradients(objective, rate)
+        return {f"probe/{_clean(name)}": value for name, value in values.items() if math.isfinite(value)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what drift is measured from; the same on every worker."""
+        return {name: moments.pack() for name, moments in self._before.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        self._before = {name: Moments.unpack(vector) for name, vector in state.items()}
+
+    def _choose_places(self, named: dict[str, nn.Module]) -> tuple[list[Place], list[Place]]:
+        activations = [Place(path, module, is_input=False) for path, module in named.items()]
+        norms = activations
+        if not named:
+            activations = activation_inputs(self._model)
+            norms = norm_inputs(self._model) or activations
+        chosen = (
+            activations if self._wanted.intersection(OF_ACTIVATIONS) else [],
+            norms if self._wanted.intersection(OF_NORMS) else [],
+        )
+        for places, probes in zip((activations, norms), (OF_ACTIVATIONS, OF_NORMS), strict=True):
+            if not places and self._wanted.intersection(probes):
+                takes = f"takes paths of modules here: {self._spec.model.name} has no activation modules to go by"
+                raise ConfigurationError("probes.layers", [], takes)
+        return chosen
+
+    def _measure_places(self, objective: Objective) -> dict[str, float]:
+        observer = Observer({place.path: place for place in (*self._of_activations, *self._of_norms)}.values())
+        with observer.watch(self._model):
+            objective.forward()
+        gathered = Gathered(observer.seen, self._worker)
+        names = list(observer.seen[0])
+        return self._of_the_batch(gathered, [name for name in names if _is_of(name, self._of_activations)]) | (
+            self._of_the_workers(gathered, [name for name in names if _is_of(name, self._of_norms)])
+        )
+
+    def _of_the_batch(self, gathered: Gathered, names: list[str]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        if "percentiles" in self._wanted:
+            for name, (unit, numbers) in gathered.units(names).items():
+                for percent, value in percentiles(numbers).items():
+                    values[f"{name}/unit{unit}/p{percent}"] = value
+        if "drift" in self._wanted:
+            after = {name: gathered.total(name) for name in names}
+            for name in after.keys() & self._before.keys():
+                moves = drift(self._before[name], after[name])
+                values[f"{name}/mean_drift"], values[f"{name}/variance_drift"] = moves
+            self._before = after
+        return values
+
+    def _of_the_workers(self, gathered: Gathered, names: list[str]) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name in names:
+            if "discrepancy" in self._wanted:
+                values[f"{name}/discrepancy"] = gathered.mean_over_parts(name, discrepancy)
+                if self._spec.norm in (Norm.BATCH, Norm.SYNC):
+                    values[f"{name}/discrepancy_used"] = gathered.mean_over_parts(name, self._discrepancy_used)
+            if "variance_share" in self._wanted:
+                values[f"{name}/variance_share"] = gathered.mean_over_parts(name, variance_share)
+        return values
+
+    def _discrepancy_used(self, by_worker: Sequence[Moments]) -> float:
+        """Of the statistics that batch normalisation takes: those of a worker, or of the workers that share theirs."""
+        size = 1 if self._spec.norm is Norm.BATCH else self._spec.sync_group_size or len(by_worker)
+        return discrepancy([Moments.merge(by_worker[first : first + size]) for first in range(0, len(by_worker), size)])
+
+    def _measure_gradients(self, objective: Objective, rate: float) -> dict[str, float]:
+        with self._shift.watch():
+            _, gradient = objective.loss_and_gradient()
+        values: dict[str, float] = {}
+        if "gradient_norm" in self._wanted:
+            values |= gradient_norms(objective, gradient, self._layers)
+        if "landscape" in self._wanted:
+            values |= landscape(objective, gradient, rate)
+        if "shift" in self._wanted:
+            values |= self._shift.measure(objective, gradient, rate)
+        return values
+
+
+def _is_of(name: str, places: Sequence[Place]) -> bool:
+    return any(place.path == name.partition(":")[0] for place in places)
+
+
+def _clean(name: str) -> str:
+    """Replace what MLflow takes in no metric's name."""
+    return re.sub(r"[^\w.\-: /]", "_", name)

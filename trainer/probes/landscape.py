@@ -1,0 +1,41 @@
+"""The loss along the step that is about to be taken, and how far the gradient can be trusted there.
+
+Source: Santurkar, Tsipras, Ilyas & Madry 2018, "How Does Batch Normalization Help Optimization?", section 3.2 and Figure 4 (a, b).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trainer.probes.objective import Objective
+
+STEP_SIZES = (0.5, 1.0, 2.0, 4.0)
+"""Learning rates tried, in the present one."""
+
+
+def landscape(objective: Objective, gradient: Tensor, rate: float) -> dict[str, float]:
+    """Go along the gradient g from the weights w, on one batch, by each size h of 0.5, 1, 2 and 4 times the learning rate.
+
+        loss_least, loss_most, loss_range    min, max and their difference of L(w - h·g)
+        gradient_change                      max of ‖∇L(w - h·g) - g‖₂
+        gradient_change_ratio                that by ‖g‖₂
+
+    It is the plain gradient's direction, whatever the optimiser makes of it. Cost: four forward and four backward passes.
+    """
+    losses, changes = [], []
+    for size in STEP_SIZES:
+        with objective.moved(gradient, size * rate):
+            loss, there = objective.loss_and_gradient()
+        losses.append(loss)
+        changes.append((there - gradient, there - gradient))
+    *squares, length = objective.products([*changes, (gradient, gradient)])
+    least, most = torch.tensor(losses, dtype=torch.float64).aminmax()  # of which one not a number makes both that
+    change = math.sqrt(torch.tensor(squares, dtype=torch.float64).max())
+    return {
+        "loss_least": float(least),
+        "loss_most": float(most),
+        "loss_range": float(most - least),
+        "gradient_change": change,
+        "gradient_change_ratio": change / math.sqrt(length) if length > 0 else math.nan,
+    }
