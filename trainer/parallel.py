@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from syncbn import SyncBatchNorm
 from trainer.errors import ConfigurationError
 from trainer.spec import JobSpec
 from trainer.worker import Worker
@@ -30,7 +31,9 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
             raise ConfigurationError("activation_checkpointing", spec.model.name, takes)
         for block in blocks:
             # Not a module around the block, which would change the names of its parameters.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            # A compiled graph changes buffers once in any case, and takes no contexts.
+            contexts = {} if spec.compile else {"context_fn": partial(_recompute_once, block)}
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
     if spec.compile:
         model.compile()
     if worker.world_size == 1:
@@ -43,6 +46,22 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
         return model
     # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
     return DistributedDataParallel(model, forward_sync_buffers=False)
+
+
+def _recompute_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of the first pass and of the one that computes anew, in which torch's own BN must not count the batch again."""
+    plain = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return nullcontext(), _buffers_kept([norm for norm in plain if not isinstance(norm, SyncBatchNorm)])
+
+
+@contextmanager
+def _buffers_kept(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:  # torch leaves by an exception, once all that backward needs is there
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:

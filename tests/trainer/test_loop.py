@@ -1,11 +1,12 @@
 import math
+import shutil
 
 import pytest
 import torch
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import make_spec, train_here
-from trainer.errors import Diverged
+from tests.trainer.training import make_spec, run_here, train_here
+from trainer.errors import ConfigurationError, Diverged
 from trainer.spec import MlpSpec, SgdSpec
 
 
@@ -70,3 +71,85 @@ def diverge(spec):
     with pytest.raises(Diverged, match="the training loss is not finite") as error:
         train_here(spec)
     return error.value.step
+
+
+CNN = {"name": "cnn", "channels": [4, 8]}
+RESNET = {"model": {"name": "torchvision:resnet18"}, "global_batch_size": 8,
+          "data": {"name": "digits", "transform": {"resize": 16, "channels": 3}}}  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("norm", ["none", "sync"])
+def test_half_precision_comes_near_float32(precision, norm):
+    whole = train_here(make_spec(precision="fp32", norm=norm, steps=60, eval_every=60))
+    half = train_here(make_spec(precision=precision, norm=norm, steps=60, eval_every=60))
+    assert half[1]["test_loss"] == pytest.approx(whole[1]["test_loss"], rel=0.1)
+    assert half[0]["linear1.weight"].dtype == torch.float32
+    assert not torch.equal(half[0]["linear1.weight"], whole[0]["linear1.weight"])
+
+
+@pytest.mark.parametrize("norm", ["none", "batch", "sync"])
+def test_channels_last_changes_the_memory_and_not_the_result(norm):
+    plain = train_here(make_spec(model=CNN, norm=norm))
+    last = train_here(make_spec(model=CNN, norm=norm, channels_last=True))
+    assert last[1] == pytest.approx(plain[1], abs=1e-9)
+
+
+def test_channels_last_is_for_images():
+    spec = make_spec(channels_last=True, data={"name": "synthetic", "shape": [5], "classes": 3, "train_samples": 100})
+    assert train_here(spec)[2].keys() == {0, 10, 20}
+
+
+@pytest.mark.parametrize("norm", ["batch", "sync"])
+def test_activations_that_are_computed_anew_change_nothing(norm):
+    spec = make_spec(**RESNET, norm=norm, steps=2, eval_every=2)
+    plain = train_here(spec)
+    anew = train_here(spec.model_copy(update={"activation_checkpointing": True}))
+    assert all(torch.equal(plain[0][name], anew[0][name]) for name in plain[0])
+
+
+def test_a_model_without_blocks_has_no_activations_to_forget():
+    with pytest.raises(ConfigurationError, match="activation_checkpointing: takes a model with blocks"):
+        train_here(make_spec(activation_checkpointing=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+def test_a_compiled_model_trains_alike():
+    plain = train_here(make_spec(steps=6))
+    compiled = train_here(make_spec(steps=6, compile=True))
+    assert compiled[0].keys() == plain[0].keys()
+    assert compiled[1] == pytest.approx(plain[1], abs=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "layer"])
+def test_parts_of_a_batch_add_up_where_statistics_do_not_depend_on_it(norm):
+    whole, parts = train_here(make_spec(norm=norm)), train_here(make_spec(norm=norm, accumulate=7))
+    assert parts[1] == pytest.approx(whole[1], abs=1e-9)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("changes", [{}, {"clip_norm": 0.1}, {"accumulate": 3}, {"precision": "bf16"}], ids=str)
+def test_sharded_parameters_give_what_copies_give(changes):
+    spec = make_spec(num_workers=2, **changes)
+    copies = run_on_ranks(train_here, 2, spec)[0]
+    shards = run_on_ranks(train_whole, 2, spec.model_copy(update={"parallel": "fsdp"}))[0]
+    assert shards[1] == pytest.approx(copies[1], abs=1e-9 if spec.precision == "fp64" else 1e-2)
+
+
+def train_whole(spec):
+    """Train with shards, and return metrics alone."""
+    result, notes = run_here(spec)
+    return None, result.metrics, notes.metrics
+
+
+@pytest.mark.dist
+def test_ghost_batches_are_between_one_and_all():
+    """Groups of one worker are what each worker's own statistics are; groups of all are `sync`."""
+    alone = run_on_ranks(train_here, 2, make_spec(num_workers=2, norm="batch"))
+    groups = run_on_ranks(train_here, 2, make_spec(num_workers=2, sync_group_size=1))
+    together = run_on_ranks(train_here, 2, make_spec(num_workers=2, sync_group_size=2))
+    plain = run_on_ranks(train_here, 2, make_spec(num_workers=2))
+    for rank in range(2):
+        assert groups[rank][1] == pytest.approx(alone[rank][1], abs=1e-9)
+        assert together[rank][1] == pytest.approx(plain[rank][1], abs=1e-12)
+    assert plain[0][1]["test_loss"] != pytest.approx(alone[0][1]["test_loss"], abs=1e-6)
