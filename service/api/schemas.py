@@ -4,14 +4,14 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from service.domain import reports
-from service.domain.comparisons import Comparison
+from service.domain.comparisons import Comparison, ComparisonSpec
 from service.domain.jobs import Event, Job, JobState
 from service.domain.statistics import Verdict
-from trainer.spec import JobSpec, Metric, Progress
+from trainer.spec import JobSpec, Progress
 
 Name = Annotated[
     str,
@@ -51,7 +51,7 @@ class SubmitJob(Body):
     spec: JobSpec
 
 
-class SubmitComparison(Body):
+class SubmitComparison(ComparisonSpec):
     """One base spec under several variants."""
 
     model_config = ConfigDict(
@@ -69,23 +69,6 @@ class SubmitComparison(Body):
     )
 
     name: Name
-    spec: JobSpec
-    matrix: Annotated[dict[str, Annotated[list[JsonValue], Field(min_length=1)]], Field(min_length=1)] = Field(
-        description="path into the spec, such as `optimizer.lr`, to its values; `seed` repeats each variant"
-    )
-    baseline: dict[str, JsonValue] | None = Field(
-        None, description="variant that the others are measured against; default: the first value of each path"
-    )
-    metric: Metric = Field("accuracy", description="metric to compare, one of the spec's `evaluation.metrics`")
-    target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
-
-    @field_validator("metric")
-    @classmethod
-    def _is_measured(cls, metric: Metric, info: ValidationInfo) -> Metric:
-        spec = info.data.get("spec")
-        if spec is not None and metric not in spec.evaluation.metrics:
-            raise ValueError(f"takes one of the spec's evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
-        return metric
 
 
 class JobView(BaseModel):
@@ -147,7 +130,7 @@ class ComparisonView(BaseModel):
 
     id: str
     name: str
-    matrix: dict[str, list[Any]]
+    matrix: dict[str, list[Any]] = Field(description="with the names of variants, if there are any, as `variant`")
     baseline: dict[str, Any]
     metric: str
     target: float | None

@@ -4,22 +4,70 @@ import copy
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from service.domain.errors import InvalidField
-from trainer.spec import JobSpec, field_path
+from trainer.spec import Frozen, JobSpec, Metric, field_path
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
 SEED = "seed"
 """The path that repeats a variant instead of making another one."""
+VARIANT = "variant"
+"""The axis of variants that have a name, because several of their fields change together."""
 
 Matrix = dict[str, list[Any]]
 Variant = dict[str, Any]
+
+
+class ComparisonSpec(Frozen):
+    """What to compare: one base spec under several variants, and by which metric."""
+
+    spec: JobSpec
+    variants: dict[
+        Annotated[str, Field(pattern=r"^[\w.-]+$", max_length=60)],
+        Annotated[dict[str, JsonValue], Field(max_length=32)],
+    ] = Field(
+        {},
+        description="variants by name, each with the paths into the spec that it sets together, such as "
+        '`{"bn-x5": {"norm": "sync", "optimizer.lr": 0.05}}`; the matrix multiplies them',
+    )
+    matrix: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
+        {},
+        validate_default=True,
+        description="path into the spec, such as `optimizer.lr`, to its values; `seed` repeats each variant",
+    )
+    baseline: dict[str, JsonValue] | None = Field(
+        None,
+        description="variant that the others are measured against, a named one by `variant`; default: the first value of each path",
+    )
+    metric: Metric = Field("accuracy", description="metric to compare, one of the spec's `evaluation.metrics`")
+    target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
+
+    @field_validator("matrix")
+    @classmethod
+    def _has_variants(cls, matrix: Matrix, info: ValidationInfo) -> Matrix:
+        if not matrix and not info.data.get("variants"):
+            raise ValueError("takes a path with its values, unless there are variants")
+        return matrix
+
+    @field_validator("metric")
+    @classmethod
+    def _is_measured(cls, metric: Metric, info: ValidationInfo) -> Metric:
+        spec = info.data.get("spec")
+        if spec is not None and metric not in spec.evaluation.metrics:
+            raise ValueError(f"takes one of the spec's evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
+        return metric
+
+    @property
+    def axes(self) -> Matrix:
+        """The matrix, with the names of the variants as its first axis if there are any."""
+        return ({VARIANT: list(self.variants)} if self.variants else {}) | self.matrix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +86,27 @@ class Comparison:
     mlflow_closed: bool = False
 
 
-def expand(spec: JobSpec, matrix: Matrix) -> list[tuple[Variant, JobSpec]]:
-    """Make one spec per point of `matrix`, in its order; the last key varies fastest.
+def expand(
+    spec: JobSpec, matrix: Matrix, variants: Mapping[str, Variant] | None = None
+) -> list[tuple[Variant, JobSpec]]:
+    """Make one spec per point of `matrix`, in its order, for each of the named `variants`; the last key varies fastest.
 
     Raises InvalidField naming the key and the value that cannot be taken.
     """
-    count = math.prod(len(values) for values in matrix.values())
+    variants = variants or {}
+    if variants and VARIANT in matrix:
+        raise InvalidField(f"matrix.{VARIANT}", matrix[VARIANT], "is the name of the variants, which are given already")
+    axes = ({VARIANT: list(variants)} if variants else {}) | matrix
+    count = math.prod(len(values) for values in axes.values())
     if count > MOST_JOBS:
         raise InvalidField("matrix", f"{count} jobs", f"takes at most {MOST_JOBS} jobs in all")
-    for path, other in itertools.permutations(matrix, 2):
-        if other.startswith(f"{path}."):
-            raise InvalidField(f"matrix.{other}", other, f"the matrix sets {path} as a whole already")
+    _refuse_overlaps(matrix, variants)
     base = spec.model_dump(mode="json")
     points: list[tuple[Variant, JobSpec]] = []
     known: dict[str, Variant] = {}
-    for values in itertools.product(*matrix.values()):
-        point = dict(zip(matrix, values, strict=True))
-        resolved = _resolve(base, point, matrix)
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        resolved = _resolve(base, _changes(point, matrix, variants), point)
         same = known.setdefault(resolved.model_dump_json(), point)
         if same is not point:
             raise InvalidField(
@@ -64,30 +116,55 @@ def expand(spec: JobSpec, matrix: Matrix) -> list[tuple[Variant, JobSpec]]:
     return points
 
 
-def _resolve(base: dict[str, Any], point: Variant, matrix: Matrix) -> JobSpec:
+def _refuse_overlaps(matrix: Matrix, variants: Mapping[str, Variant]) -> None:
+    """Refuse a path that is set by, or within, another one of the same point: which value holds would be a matter of order."""
+    of_matrix = [(f"matrix.{path}", path) for path in matrix]
+    for name, variant in variants.items() or [("", {})]:
+        fields = [*of_matrix, *((f"variants.{name}.{path}", path) for path in variant)]
+        for (_, path), (field, other) in itertools.permutations(fields, 2):
+            if other.startswith(f"{path}."):
+                raise InvalidField(field, other, f"the comparison sets {path} as a whole already")
+            if other == path:
+                raise InvalidField(field, other, "takes a path that is set once")
+
+
+def _changes(point: Variant, matrix: Matrix, variants: Mapping[str, Variant]) -> list[tuple[str, str, Any]]:
+    """List what a point sets: the field of the request, the path into the spec, and the value."""
+    named = point.get(VARIANT) if variants else None
+    changes = (
+        [(f"variants.{named}.{path}", path, value) for path, value in variants.get(named, {}).items()] if named else []
+    )
+    return changes + [
+        (f"matrix.{path}[{matrix[path].index(value)}]", path, value)
+        for path, value in point.items()
+        if not (named and path == VARIANT)
+    ]
+
+
+def _resolve(base: dict[str, Any], changes: list[tuple[str, str, Any]], point: Variant) -> JobSpec:
     content = copy.deepcopy(base)
-    for path, value in point.items():
-        _set(content, path, value)
+    for field, path, value in changes:
+        _set(content, field.partition("[")[0], path, value)
     try:
         return JobSpec.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         takes = first["msg"].removeprefix("Value error, ")
         broken = field_path(first["loc"], content)
-        for path, value in point.items():
+        for field, path, value in changes:
             if broken == path or broken.startswith((f"{path}.", f"{path}[")):
-                raise InvalidField(f"matrix.{path}[{matrix[path].index(value)}]", value, takes) from None
+                raise InvalidField(field, value, takes) from None
         raise InvalidField("matrix", point, f"this variant has no valid {broken}: {takes}") from None
 
 
-def _set(content: dict[str, Any], path: str, value: Any) -> None:
+def _set(content: dict[str, Any], field: str, path: str, value: Any) -> None:
     """Set the field at a dotted `path`; it must be there already, so that a misspelt path is an error and not a new field."""
     *parents, last = path.split(".")
     place: Any = content
     for parent in parents:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
-        raise InvalidField(f"matrix.{path}", path, f"takes a path into the spec, one of {', '.join(_paths(content))}")
+        raise InvalidField(field, path, f"takes a path into the spec, one of {', '.join(_paths(content))}")
     place[last] = value
 
 

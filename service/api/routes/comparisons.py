@@ -20,15 +20,15 @@ ComparisonId = Annotated[
 @router.post("", status_code=202)
 async def submit_comparison(body: SubmitComparison, components: GivenComponents, response: Response) -> ComparisonView:
     """Store a comparison and one job for each point of its matrix, all or none."""
-    points = expand(body.spec, body.matrix)
+    points = expand(body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
     now = datetime.now(UTC)
     comparison = Comparison(
         id=new_id("comparison"),
         name=body.name,
-        matrix=body.matrix,
-        baseline=choose_baseline(body.matrix, body.baseline),
+        matrix=body.axes,
+        baseline=choose_baseline(body.axes, body.baseline),
         metric=body.metric,
         target=body.target,
         created_at=now,

@@ -1,6 +1,6 @@
 import pytest
 
-from service.domain.comparisons import MOST_JOBS, choose_baseline, describe, expand, without_seed
+from service.domain.comparisons import MOST_JOBS, ComparisonSpec, choose_baseline, describe, expand, without_seed
 from service.domain.errors import InvalidField
 from trainer.spec import JobSpec, Norm
 
@@ -40,6 +40,40 @@ def test_what_cannot_be_taken_is_named(matrix, field, told):
         expand(SPEC, matrix)
     assert caught.value.field == field
     assert told in caught.value.takes
+
+
+BN_X5 = {"norm": "sync", "optimizer.lr": 0.05}
+
+
+def test_named_variants_set_several_fields_together_and_the_matrix_multiplies_them():
+    comparison = ComparisonSpec(
+        spec=SPEC, variants={"baseline": {"norm": "none"}, "bn-x5": BN_X5}, matrix={"seed": [0, 1]}
+    )
+    points = expand(comparison.spec, comparison.matrix, comparison.variants)
+    assert [point for point, _ in points] == [
+        {"variant": name, "seed": seed} for name in ("baseline", "bn-x5") for seed in (0, 1)
+    ]
+    assert (points[3][1].norm, points[3][1].optimizer.lr, points[3][1].seed) == (Norm.SYNC, 0.05, 1)
+    assert choose_baseline(comparison.axes, {"variant": "bn-x5"}) == {"variant": "bn-x5"}
+
+
+@pytest.mark.parametrize(
+    ("variants", "matrix", "field"),
+    [
+        ({"a": {"optimizer.lr": -1}}, {"seed": [0]}, "variants.a.optimizer.lr"),
+        ({"a": {"lr": 1}}, {"seed": [0]}, "variants.a.lr"),
+        ({"a": BN_X5, "b": BN_X5}, {"seed": [0]}, "matrix"),
+        ({"a": BN_X5}, {"norm": ["none"]}, "variants.a.norm"),
+        ({"a": BN_X5}, {"optimizer": [{"lr": 1}]}, "variants.a.optimizer.lr"),
+        ({"a": {"optimizer": {"lr": 1}}}, {"optimizer.lr": [1]}, "matrix.optimizer.lr"),
+        ({"a": BN_X5}, {"variant": ["a"]}, "matrix.variant"),
+        ({}, {"variant": ["a"]}, "matrix.variant"),
+    ],
+)
+def test_what_cannot_be_taken_of_named_variants_is_named(variants, matrix, field):
+    with pytest.raises(InvalidField) as caught:
+        expand(SPEC, matrix, variants)
+    assert caught.value.field == field
 
 
 def test_baseline_is_completed_with_first_values():
