@@ -72,11 +72,15 @@ def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
 def test_the_recipes_are_comparisons_that_the_service_takes():
     from service.api.schemas import SubmitComparison
     from service.domain.comparisons import choose_baseline, expand
+    from service.domain.recipes import read_recipe
 
     recipes = sorted((ROOT / "trainer" / "recipes").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        body = SubmitComparison.model_validate(yaml.safe_load(recipe.read_text()))
-        assert body.name == recipe.stem
-        assert len(expand(body.spec, body.matrix)) > 1
-        assert choose_baseline(body.matrix, body.baseline)
+    assert len(recipes) == 11
+    for path in recipes:
+        recipe = read_recipe(path)
+        assert recipe.name == path.stem
+        assert {"quick", "paper"} <= recipe.presets.keys()
+        for preset in recipe.presets:
+            body = SubmitComparison.model_validate(recipe.request(preset))
+            assert len(expand(body.spec, body.matrix, body.variants)) > 1
+            assert choose_baseline(body.axes, body.baseline)

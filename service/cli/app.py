@@ -18,6 +18,7 @@ from rich.markup import escape
 from service.cli.client import ApiError, Client
 from service.cli.local import Connection, LocalStack, StackError, read_connection, run_until_stopped
 from service.cli.show import JobBars, jobs_table, report_table, save_plot
+from service.domain.recipes import read_recipe
 from trainer.spec import read_yaml
 
 app = typer.Typer(
@@ -115,15 +116,18 @@ def submit(
 
 @app.command()
 def compare(
-    body: SpecFile,
+    file: SpecFile,
+    preset: Annotated[str, typer.Option(help="of a recipe: quick or paper")] = "quick",
     wait: Annotated[bool, typer.Option(help="wait for the jobs and show the report")] = True,
     data_dir: DataDir = DEFAULT_DATA_DIR,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Submit a comparison: a file with name, spec, matrix and, if you like, baseline, metric and target."""
+    """Submit a comparison: a recipe, or a file with name, spec, matrix and, if you like, baseline, metric and target."""
+    content = _read_yaml(file)
+    recipe = read_recipe(file) if "presets" in content else None
     with _client(data_dir, url, token) as client:
-        comparison = client.submit_comparison(_read_yaml(body))
+        comparison = client.submit_comparison(content if recipe is None else recipe.request(preset))
         console.print(f"{comparison.id}: {len(comparison.jobs)} jobs")
         if wait:
             with JobBars() as bars:

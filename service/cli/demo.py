@@ -11,7 +11,7 @@ from service.api.schemas import ComparisonView
 from service.cli.client import Client
 from service.cli.local import LocalStack, StackError, first_signal_interrupts
 from service.cli.show import JobBars, report_table, save_plot
-from trainer.spec import read_yaml
+from service.domain.recipes import read_recipe
 
 RECIPE = Path(str(files("trainer"))) / "recipes" / "fig1-activations.yaml"
 FEWEST_CPUS = 2
@@ -21,9 +21,9 @@ MOST_SECONDS = 1_800
 
 
 def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path = RECIPE) -> int:
-    """Run the comparison in `recipe_path` on a stack of its own and return the exit code: 0 if every job succeeded."""
+    """Run the demo preset of `recipe_path` on a stack of its own and return the exit code: 0 if every job succeeded."""
     began = time.monotonic()
-    recipe = read_yaml(recipe_path)
+    body = read_recipe(recipe_path).request("demo")
     console.print(f"Starting Ray, MLflow and the API in {data_dir} …")
     with first_signal_interrupts(), LocalStack(data_dir, cpus=max(FEWEST_CPUS, os.cpu_count() or 1)) as stack:
         connection = stack.connection
@@ -31,7 +31,7 @@ def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path 
             f"Ready after {time.monotonic() - began:.0f} s: {connection.url}/docs and {connection.mlflow_url}"
         )
         with Client(connection.url, connection.token) as client:
-            comparison = client.submit_comparison(recipe)
+            comparison = client.submit_comparison(body)
             console.print(
                 f"Submitted {comparison.id}: {len(comparison.jobs)} jobs by POST {connection.url}/v1/comparisons"
             )

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.e2e
 
 def test_the_demo_compares_and_shows_and_leaves_nothing_running(tmp_path):
     recipe = yaml.safe_load(RECIPE.read_text())
-    recipe["spec"] |= {"data": {"name": "digits"}, "steps": 40, "eval_every": 10}
-    recipe["matrix"] = {"norm": ["none", "sync"], "seed": [0]}
+    recipe["presets"]["demo"]["spec"] |= {"data": {"name": "digits"}, "steps": 40, "eval_every": 10}
+    recipe["presets"]["demo"]["matrix"] = {"norm": ["none", "sync"], "seed": [0]}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     told = io.StringIO()
     assert (

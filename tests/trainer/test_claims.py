@@ -6,7 +6,7 @@ from trainer.spec import JobSpec, read_yaml
 
 
 def best_accuracy(norm, steps):
-    content = read_yaml(RECIPE)["spec"] | {"norm": norm, "steps": steps, "num_workers": 1}
+    content = read_yaml(RECIPE)["presets"]["demo"]["spec"] | {"norm": norm, "steps": steps, "num_workers": 1}
     _, _, curve = train_here(JobSpec.model_validate(content))
     return max(metrics["accuracy"] for metrics in curve.values())
 

@@ -1,0 +1,227 @@
+"""Judging a recipe by its runs: holds, fails or not enough data, with the figures used; pure.
+
+Each number is an interval, for not all is known of a run that never reached its level: it would have taken its own steps or more.
+A rule fails if it does for any seed or case; it holds if it is certain to for all of them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from service.domain.comparisons import Variant
+from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
+from service.domain.statistics import Curve, steps_to_target
+
+Judgement = Literal["holds", "fails", "not enough data"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is known of one finished run."""
+
+    variant: Variant
+    """Point of the matrix, without the seed."""
+    seed: int
+    curves: Mapping[str, Curve]
+    """By metric."""
+    diverged: bool = False
+    """Whether it ended before its time, its loss not finite: a run that has no final value."""
+    weights: Sequence[float] | None = None
+    """Final weights and buffers, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number of which only bounds may be known."""
+
+    low: float
+    high: float
+
+
+UNKNOWN = Interval(-math.inf, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A figure's number for one case and seed; None where runs are missing."""
+
+    seed: int
+    number: Interval | None
+    of: Interval | None = None
+    against: Interval | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A figure in one case, such as one learning rate, over seeds."""
+
+    figure: Figure
+    case: Selection
+    """The value of `each` that it is about; empty if there is none."""
+    values: Sequence[Value]
+    judgement: Judgement | None
+    """None for a figure that no rule is about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeVerdict:
+    """What the runs say about a recipe's claim."""
+
+    judgement: Judgement
+    findings: Sequence[Finding]
+
+
+def judge(recipe: Recipe, runs: Sequence[Run]) -> RecipeVerdict:
+    """Judge a recipe by the runs of one of its presets, of which some may be missing."""
+    findings = [finding for figure in (*recipe.verdict, *recipe.figures) for finding in _find(figure, runs)]
+    found = {finding.judgement for finding in findings}
+    judgement: Judgement = "fails" if "fails" in found else "not enough data" if "not enough data" in found else "holds"
+    return RecipeVerdict(judgement=judgement, findings=findings)
+
+
+def select(selection: Selection, variants: Sequence[Variant], beside: str | None = None) -> list[int]:
+    """Return the places of the variants that a selection means: those it gives all paths of, but for the one `beside`."""
+    return [
+        place
+        for place, variant in enumerate(variants)
+        if {path: value for path, value in variant.items() if path != beside} == selection
+    ]
+
+
+def metrics_of(recipe: Recipe) -> set[str]:
+    """Collect the metrics whose curves the recipe's verdict and figures are made of."""
+    measures = [figure.measure for figure in (*recipe.verdict, *recipe.figures) if figure.measure is not None]
+    return {name for measure in measures for name in (measure.metric, measure.minus) if name is not None}
+
+
+def _find(figure: Figure, runs: Sequence[Run]) -> list[Finding]:
+    seeds = sorted({run.seed for run in runs})
+    findings = []
+    for case, of, against in figure.cases():
+        values = [_value(figure, of, against, [run for run in runs if run.seed == seed], seed) for seed in seeds]
+        judgement = _judge(figure, values) if isinstance(figure, Rule) else None
+        findings.append(Finding(figure=figure, case=case, values=values, judgement=judgement))
+    return findings
+
+
+def _judge(rule: Rule, values: Sequence[Value]) -> Judgement:
+    held = [None if value.number is None else _holds(value.number, rule) for value in values]
+    if False in held:
+        return "fails"
+    return "holds" if held and None not in held else "not enough data"
+
+
+def _holds(number: Interval, rule: Rule) -> bool | None:
+    """Whether a number keeps to the bound; None where it may or may not."""
+    ends = (number.low, number.high)
+    match rule.relation:
+        case "above":
+            held = [end > rule.bound for end in ends]
+        case "at_least":
+            held = [end >= rule.bound for end in ends]
+        case "below":
+            held = [end < rule.bound for end in ends]
+        case "at_most":
+            held = [end <= rule.bound for end in ends]
+    return held[0] if held[0] == held[1] else None
+
+
+def _value(figure: Figure, of: Selection, against: Selection, runs: Sequence[Run], seed: int) -> Value:
+    """Measure one seed's runs."""
+    if figure.measure is None:
+        return Value(seed=seed, number=_weight_difference(_single(of, runs), _single(against, runs)))
+    one = _measure(figure.measure, of, runs)
+    if figure.by == "value":
+        return Value(seed=seed, number=one, of=one)
+    other = _measure(figure.measure, against, runs)
+    if one is None or other is None:
+        return Value(seed=seed, number=None, of=one, against=other)
+    number = _ratio(one, other) if figure.by == "ratio" else Interval(one.low - other.high, one.high - other.low)
+    return Value(seed=seed, number=number, of=one, against=other)
+
+
+def _single(selection: Selection, runs: Sequence[Run]) -> Run | None:
+    places = select(selection, [run.variant for run in runs])
+    return runs[places[0]] if places else None
+
+
+def _weight_difference(one: Run | None, other: Run | None) -> Interval | None:
+    if one is None or other is None or one.weights is None or other.weights is None:
+        return None
+    difference = max(abs(a - b) for a, b in zip(one.weights, other.weights, strict=True))
+    return Interval(difference, difference)
+
+
+def _ratio(one: Interval, other: Interval) -> Interval:
+    """Divide; nothing by nothing is nothing, so that an empty window is no wider than another."""
+
+    def divide(a: float, b: float) -> float:
+        if b == 0:
+            return math.inf if a > 0 else 0.0
+        return 0.0 if math.isinf(b) else a / b
+
+    return Interval(divide(one.low, other.high), divide(one.high, other.low))
+
+
+def _measure(measure: Measure, selection: Selection, runs: Sequence[Run]) -> Interval | None:
+    if measure.window is None:
+        run = _single(selection, runs)
+        return None if run is None else _of_run(measure, run, runs)
+    window = measure.window
+    chosen = [runs[place] for place in select(selection, [run.variant for run in runs], window.along)]
+    chosen = [run for run in chosen if window.along in run.variant]
+    if not chosen:
+        return None
+    inside = sorted(
+        run.variant[window.along]
+        for run in chosen
+        if (value := _of_run(measure, run, runs)) is not None and value.low >= window.at_least
+    )
+    sizes = {
+        "count": float(len(inside)),
+        "lowest": inside[0] if inside else math.inf,
+        "highest": inside[-1] if inside else 0.0,
+        "width": inside[-1] / inside[0] if inside else 0.0,
+    }
+    return Interval(sizes[window.size], sizes[window.size])
+
+
+def _of_run(measure: Measure, run: Run, runs: Sequence[Run]) -> Interval | None:
+    curve = _curve(measure, run)
+    values = [value for _, value in curve]
+    if not values:
+        return None
+    if measure.take == "steps_to":
+        return _steps_to(measure, curve, runs)
+    if measure.take == "final" and run.diverged:
+        return UNKNOWN
+    results: dict[str, float] = {
+        "final": values[-1],
+        "most": max(values),
+        "least": min(values),
+        "mean": math.fsum(values) / len(values),
+        "range": max(values) - min(values),
+    }
+    return Interval(results[measure.take], results[measure.take])
+
+
+def _curve(measure: Measure, run: Run) -> Curve:
+    curve = run.curves.get(measure.metric, ())
+    if measure.minus is not None:
+        other = dict(run.curves.get(measure.minus, ()))
+        curve = [(step, value - other[step]) for step, value in curve if step in other]
+    return [(step, value) for step, value in curve if step >= measure.from_step]
+
+
+def _steps_to(measure: Measure, curve: Curve, runs: Sequence[Run]) -> Interval | None:
+    level: Any = measure.level
+    if isinstance(level, dict):
+        model = _single(level, runs)
+        reached = [value for _, value in _curve(measure, model)] if model else []
+        if not reached:
+            return None
+        level = max(reached)
+    steps = steps_to_target(curve, level)
+    # Step 0 counts as 1: a ratio needs a divisor.
+    return Interval(max(curve[-1][0], 1), math.inf) if steps is None else Interval(max(steps, 1), max(steps, 1))
