@@ -1,0 +1,249 @@
+"""Measures the paper's claims: trains what a recipe asks for without Ray, judges it by the recipe's rules, and prints both.
+
+    python benchmarks/paper.py                          the shortest recipe
+    python benchmarks/paper.py all --markdown FILE      all of them; about half an hour on two cores
+    python benchmarks/paper.py lr-sweep init-scale --seeds 0 1 2
+
+Workers are processes joined by gloo, one thread each. Teams of them train side by side, as many as there are cores for.
+"""
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from importlib.resources import files
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from service.domain.comparisons import Variant, describe, expand, without_seed
+from service.domain.recipes import Recipe, Rule, read_recipe
+from service.domain.statistics import spread
+from service.domain.verdicts import Finding, Interval, RecipeVerdict, Run, judge
+from trainer.data import open_dataset
+from trainer.errors import Diverged
+from trainer.loop import train
+from trainer.spec import JobSpec
+from trainer.worker import Worker
+
+RECIPES = {path.stem: path for path in sorted((Path(str(files("trainer"))) / "recipes").glob("*.yaml"))}
+SHORTEST = "world-size-invariance"
+JOIN_SECONDS = 300
+
+Point = tuple[Variant, JobSpec]
+
+
+class Curves:
+    """A journal that keeps every metric by step."""
+
+    def __init__(self) -> None:
+        self.by_metric: dict[str, list[tuple[int, float]]] = {}
+
+    def resume(self, *_: Any) -> None:
+        """Do nothing: runs are not saved."""
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: str = "evaluation") -> None:
+        """Keep metrics measured after `step` steps."""
+        for name, value in metrics.items():
+            self.by_metric.setdefault(name, []).append((step, value))
+
+    def update(self, step: int) -> None:
+        """Do nothing."""
+
+
+def serve(channel: Connection) -> None:
+    """Train whatever comes through `channel`, until it ends, and answer with what each run showed."""
+    torch.set_num_threads(1)
+    while True:
+        try:
+            point, rank, world_size, store = channel.recv()
+        except EOFError:
+            return
+        if world_size > 1:
+            limit = timedelta(seconds=JOIN_SECONDS)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
+            )
+        run = train_point(point, Worker(rank, world_size, torch.device("cpu")))
+        channel.send(run if rank == 0 else None)
+        if world_size > 1:
+            dist.destroy_process_group()
+
+
+def train_point(point: Point, worker: Worker) -> Run:
+    """Train one run by the service's own loop."""
+    variant, spec = point
+    curves, weights, diverged = Curves(), None, False
+    dtype = torch.float64 if spec.precision == "fp64" else torch.float32
+    dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype)
+    try:
+        model = train(spec, worker, curves, dataset).model
+        if spec.precision == "fp64":  # those of float32 runs are not compared
+            weights = torch.cat([value.double().flatten() for value in model.state_dict().values()]).tolist()
+    except Diverged:
+        diverged = True
+    finally:
+        dataset.close()
+    return Run(
+        variant=without_seed(variant), seed=spec.seed, curves=curves.by_metric, diverged=diverged, weights=weights
+    )
+
+
+class Teams:
+    """Processes that train together, started as they are needed."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="paper-")
+        self._members: list[tuple[Any, Connection]] = []
+        self._stores = iter(range(1 << 31))
+
+    def __enter__(self) -> "Teams":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, channel in self._members:
+            channel.close()
+            process.join(5)
+            process.kill()
+        self._folder.cleanup()
+
+    def run(self, points: Sequence[Point]) -> list[Run]:
+        """Train all points: those of as many workers each side by side."""
+        runs: list[Run] = []
+        for size in sorted({spec.max_workers for _, spec in points}):
+            todo: SimpleQueue[Point] = SimpleQueue()
+            for point in points:
+                if point[1].max_workers == size:
+                    todo.put(point)
+            teams = self._teams(size)
+            threads = [threading.Thread(target=self._work, args=(team, todo, runs), daemon=True) for team in teams]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        if len(runs) < len(points):
+            raise RuntimeError(f"{len(points) - len(runs)} of {len(points)} runs ended in an error, which is above")
+        return runs
+
+    def _teams(self, size: int) -> list[list[Connection]]:
+        """Make as many teams of `size` processes as there are cores for, and at least one."""
+        count = max(1, (os.cpu_count() or 1) // size)
+        while len(self._members) < count * size:
+            here, there = self._context.Pipe()
+            process = self._context.Process(target=serve, args=(there,), daemon=True)
+            process.start()
+            there.close()
+            self._members.append((process, here))
+        channels = [channel for _, channel in self._members]
+        return [channels[first : first + size] for first in range(0, count * size, size)]
+
+    def _work(self, team: list[Connection], todo: "SimpleQueue[Point]", runs: list[Run]) -> None:
+        while True:
+            try:
+                point = todo.get_nowait()
+            except Empty:
+                return
+            store = Path(self._folder.name, f"store-{next(self._stores)}")
+            for rank, channel in enumerate(team):
+                channel.send((point, rank, len(team), store))
+            first, *_ = [channel.recv() for channel in team]
+            runs.append(first)
+
+
+def measure(recipe: Recipe, preset: str, seeds: Sequence[int] | None, teams: Teams) -> str:
+    """Train a recipe's preset, and return what came of it in Markdown."""
+    began = time.monotonic()
+    comparison = recipe.presets[preset]  # type: ignore[index]
+    matrix = comparison.matrix | ({"seed": list(seeds)} if seeds else {})
+    points = expand(comparison.spec, matrix, comparison.variants)
+    runs = teams.run(points)
+    seconds = time.monotonic() - began
+    steps = sum(spec.steps for _, spec in points)
+    diverged = sum(run.diverged for run in runs)
+    counts = f"{len(runs)} runs, {len({run.seed for run in runs})} seeds, {steps:,} steps"
+    return "\n".join(
+        [
+            f"## {recipe.name}: {(verdict := judge(recipe, runs)).judgement}",
+            "",
+            f"**Claim.** {recipe.claim} ({recipe.source})",
+            "",
+            f"**Reported there.** {recipe.paper}",
+            "",
+            f"**Falsified by** {recipe.falsified_if}.",
+            "",
+            *table(verdict),
+            "",
+            f"Preset `{preset}`: {counts} in {seconds:.0f} s"
+            + (f"; {diverged} runs diverged." if diverged else "; no run diverged."),
+            "",
+        ]
+    )
+
+
+def table(verdict: RecipeVerdict) -> list[str]:
+    """Return a row per finding: median and range over seeds."""
+    heading = ["| measured | first | second | result | must be | |", "|---|---|---|---|---|---|"]
+    return heading + [f"| {' | '.join(row(finding))} |" for finding in verdict.findings]
+
+
+def row(finding: Finding) -> list[str]:
+    """Return the cells of one finding."""
+    figure = finding.figure
+    case = f" ({describe(finding.case)})" if finding.case else ""
+    sides = [[value.of for value in finding.values], [value.against for value in finding.values]]
+    needs = f"{figure.relation.replace('_', ' ')} {figure.bound:g}" if isinstance(figure, Rule) else ""
+    return [
+        figure.says + case,
+        *("" if figure.by in ("value", "weights") else numbers(side) for side in sides),
+        numbers([value.number for value in finding.values]),
+        needs,
+        finding.judgement or "",
+    ]
+
+
+def numbers(values: Sequence[Interval | None]) -> str:
+    """Write median and range; a number of which only the lower bound is known counts by that, and is marked."""
+    known = [value for value in values if value is not None]
+    found = spread([value.low for value in known])
+    if found is None:
+        return "–"
+    mark = "≥ " if any(value.high > value.low for value in known) else ""
+    form = "{:,.0f}" if found.high >= 1_000 and found.low >= 10 else "{:.3g}"
+    low, middle, high = (form.format(value) for value in (found.low, found.median, found.high))
+    return mark + (middle if low == high else f"{middle} ({low} to {high})")
+
+
+def main() -> None:
+    """Read the command line, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=[SHORTEST], metavar="RECIPE", help=f"all, {', '.join(RECIPES)}")
+    parser.add_argument("--preset", default="quick", choices=["quick", "paper", "demo"])
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of the recipe's own")
+    parser.add_argument("--markdown", type=Path, help="file that is written as well")
+    options = parser.parse_args()
+    names = list(RECIPES) if options.recipes == ["all"] else options.recipes
+    if unknown := [name for name in names if name not in RECIPES]:
+        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    written = []
+    with Teams() as teams:
+        for name in names:
+            written.append(measure(read_recipe(RECIPES[name]), options.preset, options.seeds, teams))
+            print(written[-1], flush=True)
+            if options.markdown:
+                options.markdown.write_text("\n".join(written))
+
+
+if __name__ == "__main__":
+    main()
