@@ -97,20 +97,19 @@ class Probes:
         self._before = {name: Moments.unpack(vector) for name, vector in state.items()}
 
     def _choose_places(self, named: dict[str, nn.Module]) -> tuple[list[Place], list[Place]]:
-        activations = [Place(path, module, is_input=False) for path, module in named.items()]
-        norms = activations
+        activations = norms = [Place(path, module, is_input=False) for path, module in named.items()]
         if not named:
             activations = activation_inputs(self._model)
             norms = norm_inputs(self._model) or activations
-        chosen = (
-            activations if self._wanted.intersection(OF_ACTIVATIONS) else [],
-            norms if self._wanted.intersection(OF_NORMS) else [],
-        )
-        for places, probes in zip((activations, norms), (OF_ACTIVATIONS, OF_NORMS), strict=True):
-            if not places and self._wanted.intersection(probes):
-                takes = f"takes paths of modules here: {self._spec.model.name} has no activation modules to go by"
-                raise ConfigurationError("probes.layers", [], takes)
-        return chosen
+        chosen = [
+            (places, bool(self._wanted.intersection(probes)))
+            for places, probes in ((activations, OF_ACTIVATIONS), (norms, OF_NORMS))
+        ]
+        if any(is_wanted and not places for places, is_wanted in chosen):
+            takes = f"takes paths of modules here: {self._spec.model.name} has no activation modules to go by"
+            raise ConfigurationError("probes.layers", [], takes)
+        of_activations, of_norms = (places if is_wanted else [] for places, is_wanted in chosen)
+        return of_activations, of_norms
 
     def _measure_places(self, objective: Objective) -> dict[str, float]:
         observer = Observer({place.path: place for place in (*self._of_activations, *self._of_norms)}.values())
@@ -130,9 +129,10 @@ class Probes:
                     values[f"{name}/unit{unit}/p{percent}"] = value
         if "drift" in self._wanted:
             after = {name: gathered.total(name) for name in names}
-            for name in after.keys() & self._before.keys():
-                moves = drift(self._before[name], after[name])
-                values[f"{name}/mean_drift"], values[f"{name}/variance_drift"] = moves
+            for name in names:
+                if name in self._before:
+                    moves = drift(self._before[name], after[name])
+                    values[f"{name}/mean_drift"], values[f"{name}/variance_drift"] = moves
             self._before = after
         return values
 

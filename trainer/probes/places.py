@@ -82,7 +82,8 @@ class Observer:
     def watch(self, model: nn.Module) -> Iterator[None]:
         """Watch the passes within.
 
-        Raises ConfigurationError, in the pass, for a place without channels, and after it for one that was not reached.
+        Raises ConfigurationError, in the pass, for a place without channels, and after it for an output that was not reached, or if
+        nothing was.
         """
         with ExitStack() as hooks:
             hooks.enter_context(model.register_forward_pre_hook(lambda *_: self.seen.append({})))
@@ -93,7 +94,8 @@ class Observer:
                 hooks.enter_context(self._hook(place))
             yield
         unseen = [place.path for place in self._places if place.path not in self.seen[0]]
-        if unseen:
+        # A model may have activations that it does not use; what a user has named must be there.
+        if any(place.path in unseen and not place.is_input for place in self._places) or not self.seen[0]:
             raise ConfigurationError("probes.layers", unseen, "takes modules that the model calls in its forward pass")
 
     def _hook(self, place: Place) -> torch.utils.hooks.RemovableHandle:

@@ -10,7 +10,7 @@ Probe = Literal["percentiles", "drift", "discrepancy", "variance_share", "gradie
 
 
 class ProbesSpec(Frozen):
-    """Measurements of layers and of the loss around a step; `trainer/probes.py` states what each one costs."""
+    """Measurements of layers and of the loss around a step; docs/probes.md states what each one is and costs."""
 
     measure: list[Probe] = Field(
         [],
@@ -20,7 +20,9 @@ class ProbesSpec(Frozen):
     )
     every: int = Field(100, ge=1, le=100_000_000, description="steps between measurements")
     layers: Annotated[list[str], Field(max_length=1_000)] = Field(
-        [], description="paths of modules whose outputs are measured; none: the inputs of all activations"
+        [],
+        description="paths of modules whose outputs are measured, and for gradient_norm and shift the weights within; none: the "
+        "inputs of all activations, for discrepancy and variance_share of all norms, and all weights",
     )
 
     @field_validator("measure")

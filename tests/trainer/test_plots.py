@@ -1,0 +1,38 @@
+import json
+import struct
+
+from tests.trainer.training import make_spec, run_here
+from trainer.outbox import Outbox
+from trainer.plots import write_figures
+
+
+def is_drawn(path):
+    """Whether a file is a PNG image of some size."""
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    return content.startswith(b"\x89PNG") and width > 300 and height > 200
+
+
+def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
+    _, notes = run_here(make_spec(steps=10, eval_every=5, probes={"measure": ["percentiles"], "every": 2}))
+    outbox = Outbox(tmp_path)
+    for step, metrics in notes.metrics.items():
+        outbox.log(step, metrics)
+    for step, metrics in notes.probes.items():
+        outbox.log(step, metrics, "probes")
+    outbox.put("tags", tags={"norm": "sync"})
+    outbox.close()
+    paths = write_figures(outbox.path, tmp_path / "figures")
+    assert [path.name for path in paths] == [
+        "accuracy.png",
+        "percentiles-activation1.png",
+        "percentiles-activation2.png",
+    ]
+    assert all(is_drawn(path) for path in paths)
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "metrics": {"f1": 0.5}}, {"step": 4, "metrics": {"probe/layer1.0.relu:2/unit8/p50": 0.1}}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [path.name for path in write_figures(metrics, tmp_path)] == ["percentiles-layer1.0.relu-2.png"]
