@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from service.domain.comparisons import Variant, describe, expand, without_seed
-from service.domain.recipes import Recipe, Rule, read_recipe
-from service.domain.statistics import spread
-from service.domain.verdicts import Finding, Interval, RecipeVerdict, Run, judge
+from service.cli.show import FINDING_HEADINGS, finding_cells
+from service.domain.comparisons import Variant, expand, without_seed
+from service.domain.recipes import Recipe, read_recipe
+from service.domain.verdicts import RecipeVerdict, Run, judge
 from trainer.data import open_dataset
 from trainer.errors import Diverged
 from trainer.loop import train
@@ -194,35 +194,8 @@ def measure(recipe: Recipe, preset: str, seeds: Sequence[int] | None, teams: Tea
 
 def table(verdict: RecipeVerdict) -> list[str]:
     """Return a row per finding: median and range over seeds."""
-    heading = ["| measured | first | second | result | must be | |", "|---|---|---|---|---|---|"]
-    return heading + [f"| {' | '.join(row(finding))} |" for finding in verdict.findings]
-
-
-def row(finding: Finding) -> list[str]:
-    """Return the cells of one finding."""
-    figure = finding.figure
-    case = f" ({describe(finding.case)})" if finding.case else ""
-    sides = [[value.of for value in finding.values], [value.against for value in finding.values]]
-    needs = f"{figure.relation.replace('_', ' ')} {figure.bound:g}" if isinstance(figure, Rule) else ""
-    return [
-        figure.says + case,
-        *("" if figure.by in ("value", "weights") else numbers(side) for side in sides),
-        numbers([value.number for value in finding.values]),
-        needs,
-        finding.judgement or "",
-    ]
-
-
-def numbers(values: Sequence[Interval | None]) -> str:
-    """Write median and range; a number of which only the lower bound is known counts by that, and is marked."""
-    known = [value for value in values if value is not None]
-    found = spread([value.low for value in known])
-    if found is None:
-        return "–"
-    mark = "≥ " if any(value.high > value.low for value in known) else ""
-    form = "{:,.0f}" if found.high >= 1_000 and found.low >= 10 else "{:.3g}"
-    low, middle, high = (form.format(value) for value in (found.low, found.median, found.high))
-    return mark + (middle if low == high else f"{middle} ({low} to {high})")
+    rows = [FINDING_HEADINGS, ["---"] * len(FINDING_HEADINGS), *map(finding_cells, verdict.findings)]
+    return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def main() -> None:

@@ -173,6 +173,13 @@ class RunCurve(BaseModel):
     points: list[tuple[int, float]]
 
 
+class Curves(BaseModel):
+    """One metric of all runs of a comparison."""
+
+    metric: str
+    runs: list[RunCurve] = Field(description="without points where a run has no metric of that name")
+
+
 class VariantReport(BaseModel):
     """What one variant shows."""
 

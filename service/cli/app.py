@@ -15,10 +15,13 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
+from service.api.schemas import ComparisonView
 from service.cli.client import ApiError, Client
 from service.cli.local import Connection, LocalStack, StackError, read_connection, run_until_stopped
-from service.cli.show import JobBars, jobs_table, report_table, save_plot
+from service.cli.show import JobBars, jobs_table, report_table, save_plot, verdict_table
+from service.domain.comparisons import without_seed
 from service.domain.recipes import read_recipe
+from service.domain.verdicts import Run, judge, metrics_of
 from trainer.spec import read_yaml
 
 app = typer.Typer(
@@ -131,8 +134,10 @@ def compare(
         console.print(f"{comparison.id}: {len(comparison.jobs)} jobs")
         if wait:
             with JobBars() as bars:
-                client.wait(comparison.id, float("inf"), bars.show)
+                comparison = client.wait(comparison.id, float("inf"), bars.show)
             console.print(report_table(client.report(comparison.id)))
+            if recipe is not None:
+                console.print(verdict_table(recipe, judge(recipe, _runs(client, comparison, metrics_of(recipe)))))
 
 
 @app.command()
@@ -187,6 +192,22 @@ def report(
     _print(found.model_dump(mode="json") if as_json else report_table(found))
     if plot is not None:
         save_plot(found, plot)
+
+
+def _runs(client: Client, comparison: ComparisonView, metrics: set[str]) -> list[Run]:
+    """Collect what a verdict is made of."""
+    curves = {metric: client.curves(comparison.id, metric) for metric in metrics}
+    points = {(metric, run.job_id): run.points for metric, found in curves.items() for run in found.runs}
+    return [
+        Run(
+            variant=without_seed(job.variant),
+            seed=job.spec.seed,
+            curves={metric: points[metric, job.id] for metric in metrics},
+            diverged=job.reason.startswith("diverged"),
+        )
+        for job in comparison.jobs
+        if job.state == "succeeded"
+    ]
 
 
 @contextmanager

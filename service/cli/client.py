@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import ComparisonView, EventList, JobList, JobView, Problem, Readiness, Report
+from service.api.schemas import ComparisonView, Curves, EventList, JobList, JobView, Problem, Readiness, Report
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -75,6 +75,10 @@ class Client:
     def report(self, comparison_id: str, *, curves: bool = False) -> Report:
         """Read a comparison's report, with each run's curve if asked for."""
         return self._read(Report, "GET", f"/v1/comparisons/{comparison_id}/report", params={"curves": curves})
+
+    def curves(self, comparison_id: str, metric: str) -> Curves:
+        """Read one metric of all runs of a comparison."""
+        return self._read(Curves, "GET", f"/v1/comparisons/{comparison_id}/curves", params={"metric": metric})
 
     def ready(self) -> Readiness:
         """Ask what the service depends on; also when not all of it answers."""

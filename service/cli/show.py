@@ -1,5 +1,6 @@
 """Tables, bars and plots of what the API answers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.markup import escape
@@ -7,6 +8,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
 from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
+from service.domain.comparisons import describe
+from service.domain.recipes import Recipe, Rule
+from service.domain.statistics import spread
+from service.domain.verdicts import Finding, Interval, RecipeVerdict
 
 COLOURS = {
     "queued": "dim",
@@ -106,6 +111,44 @@ def _spread(spread: SpreadView | None, form: str) -> str:
 
 def _ratio(variant: VariantReport) -> str:
     return ("≥ " if variant.ratio_is_at_least else "") + _spread(variant.ratio, "{:.1f}×")
+
+
+def verdict_table(recipe: Recipe, verdict: RecipeVerdict) -> Table:
+    """A row per rule and figure of a recipe."""
+    title = f"{recipe.name}: the claim {verdict.judgement}" if verdict.judgement != "not enough data" else recipe.name
+    caption = f"{escape(recipe.claim)} Falsified by {escape(recipe.falsified_if)}."
+    table = Table(*FINDING_HEADINGS, title=f"{title}; median and range over seeds", caption=caption)
+    for finding in verdict.findings:
+        table.add_row(*map(escape, finding_cells(finding)))
+    return table
+
+
+FINDING_HEADINGS = ("measured", "first", "second", "result", "must be", "verdict")
+
+
+def finding_cells(finding: Finding) -> list[str]:
+    """Return what one finding says, as `FINDING_HEADINGS` name it."""
+    figure, values = finding.figure, finding.values
+    has_sides = figure.by in ("ratio", "difference")
+    return [
+        figure.says + (f" ({describe(finding.case)})" if finding.case else ""),
+        _intervals([value.of for value in values]) if has_sides else "",
+        _intervals([value.against for value in values]) if has_sides else "",
+        _intervals([value.number for value in values]),
+        f"{figure.relation.replace('_', ' ')} {figure.bound:g}" if isinstance(figure, Rule) else "",
+        finding.judgement or "",
+    ]
+
+
+def _intervals(values: Sequence[Interval | None]) -> str:
+    """Write median and range; a number of which only the lower bound is known counts by that, and is marked."""
+    known = [value for value in values if value is not None]
+    found = spread([value.low for value in known])
+    if found is None:
+        return "–"
+    form = "{:,.0f}" if found.low >= 100 else "{:.3g}"
+    shown = _spread(SpreadView.model_validate(found), form)
+    return ("≥ " if any(value.high > value.low for value in known) else "") + shown
 
 
 def save_plot(report: Report, path: Path) -> None:

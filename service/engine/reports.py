@@ -14,13 +14,18 @@ READS_AT_ONCE = 8
 
 async def report(comparison: Comparison, jobs: Sequence[Job], mlflow: MlflowRuns) -> ComparisonReport:
     """Report on a comparison by what MLflow holds now."""
+    return make_report(comparison, jobs, await read_curves(jobs, comparison.metric, mlflow))
+
+
+async def read_curves(jobs: Sequence[Job], metric: str, mlflow: MlflowRuns) -> dict[str, Curve]:
+    """Read a metric by job id; empty for jobs that have none of that name, or no run yet."""
     gate = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(job: Job) -> Curve:
         if job.mlflow_run_id is None:
             return []
         async with gate:
-            return await mlflow.curve(job.mlflow_run_id, comparison.metric)
+            return await mlflow.curve(job.mlflow_run_id, metric)
 
     curves = await asyncio.gather(*[read(job) for job in jobs])
-    return make_report(comparison, jobs, dict(zip([job.id for job in jobs], curves, strict=True)))
+    return dict(zip([job.id for job in jobs], curves, strict=True))

@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from service.api.components import GivenComponents
-from service.api.schemas import ComparisonView, Report, SubmitComparison
+from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, Job, new_id
-from service.engine.reports import report
+from service.engine.reports import read_curves, report
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
 ComparisonId = Annotated[
@@ -69,3 +69,19 @@ async def report_comparison(
     comparison = await components.comparisons.get(comparison_id)
     jobs = await components.jobs.of_comparison(comparison_id)
     return Report.of(await report(comparison, jobs, components.mlflow), with_curves=curves)
+
+
+@router.get("/{comparison_id}/curves")
+async def show_curves(
+    comparison_id: ComparisonId,
+    components: GivenComponents,
+    metric: Annotated[
+        str, Query(max_length=250, description="any metric or probe that the runs log, such as `test_loss`")
+    ] = "accuracy",
+) -> Curves:
+    """Show one metric of all runs, as MLflow holds it."""
+    await components.comparisons.get(comparison_id)
+    jobs = await components.jobs.of_comparison(comparison_id)
+    curves = await read_curves(jobs, metric, components.mlflow)
+    runs = [RunCurve(job_id=job.id, seed=job.spec.seed, state=job.state, points=list(curves[job.id])) for job in jobs]
+    return Curves(metric=metric, runs=runs)

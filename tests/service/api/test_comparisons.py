@@ -43,6 +43,32 @@ async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
     assert (await client.get(f"/v1/comparisons/{comparison['id']}/report")).json()["variants"][0]["curves"] is None
 
 
+async def test_any_metric_of_all_runs_can_be_read(client, app, mlflow):
+    comparison = (await client.post("/v1/comparisons", json=BODY)).json()
+    jobs, job = app.state.components.jobs, comparison["jobs"][0]
+    mlflow.curves[f"run-of-{job['id']}", "probe/loss_range"] = [(0, 0.4), (100, 0.1)]
+    async with asyncio.timeout(10):
+        while (await jobs.get(job["id"])).mlflow_run_id is None:
+            await asyncio.sleep(0.01)
+    address = f"/v1/comparisons/{comparison['id']}/curves"
+    curves = (await client.get(address, params={"metric": "probe/loss_range"})).json()
+    assert curves["metric"] == "probe/loss_range"
+    assert [(run["job_id"], run["seed"], run["points"]) for run in curves["runs"]] == [
+        (other["id"], other["spec"]["seed"], [[0, 0.4], [100, 0.1]] if other == job else [])
+        for other in comparison["jobs"]
+    ]
+    assert (await client.get(address.replace(comparison["id"], "comparison-0"))).status_code == 404
+
+
+async def test_named_variants_are_jobs_of_their_own(client):
+    variants = {"plain": {"norm": "none"}, "bn-x5": {"norm": "sync", "optimizer.lr": 0.5}}
+    body = BODY | {"variants": variants, "matrix": {"seed": [0, 1]}, "baseline": {"variant": "plain"}}
+    comparison = (await client.post("/v1/comparisons", json=body)).json()
+    assert comparison["matrix"] == {"variant": ["plain", "bn-x5"], "seed": [0, 1]}
+    assert [job["name"] for job in comparison["jobs"]][1:3] == ["variant=plain seed=1", "variant=bn-x5 seed=0"]
+    assert comparison["jobs"][2]["spec"]["optimizer"]["lr"] == 0.5
+
+
 async def test_a_report_without_mlflow_is_unavailable_and_says_when_to_try_again(client, app, mlflow):
     comparison = (await client.post("/v1/comparisons", json=BODY)).json()
     async with asyncio.timeout(10):

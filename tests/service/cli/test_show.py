@@ -3,9 +3,11 @@ import io
 from rich.console import Console
 
 from service.api.schemas import ComparisonView, JobView, Report
-from service.cli.show import JobBars, jobs_table, report_table, save_plot
+from service.cli.show import JobBars, jobs_table, report_table, save_plot, verdict_table
 from service.domain.jobs import JobState
+from service.domain.recipes import Recipe
 from service.domain.reports import make_report
+from service.domain.verdicts import Run, judge
 from tests.service.examples import make_comparison, make_job
 
 GLOO = "worker 0: RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [batch]"
@@ -79,3 +81,37 @@ def test_failed_runs_are_counted_in_the_report():
     assert report.variants[1].failed == 1
     assert report.variants[1].verdict == "runs failed"
     assert "1 of 1, 1 failed" in render(report_table(report))
+
+
+def test_a_verdict_is_a_row_per_rule():
+    recipe = Recipe.model_validate(
+        dict.fromkeys(("claim", "source", "paper", "falsified_if"), "words")
+        | {
+            "name": "example",
+            "presets": {"quick": {"spec": {"steps": 10}, "matrix": {"norm": ["none", "sync"]}}},
+            "verdict": [
+                {
+                    "says": "steps, none / sync",
+                    "measure": {"take": "steps_to", "level": 0.8},
+                    "of": {"norm": "none"},
+                    "against": {"norm": "sync"},
+                    "by": "ratio",
+                    "relation": "at_least",
+                    "bound": 5,
+                }
+            ],
+        }
+    )
+    never, soon = [(0, 0.1), (1000, 0.7)], [(0, 0.1), (100, 0.85)]
+    runs = [
+        Run(variant={"norm": norm}, seed=seed, curves={"accuracy": curve})
+        for seed in (0, 1)
+        for norm, curve in (("none", never), ("sync", soon))
+    ]
+    text = render(verdict_table(recipe, judge(recipe, runs)))
+    assert "the claim holds" in text
+    row = next(line for line in text.splitlines() if "none / sync" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+        "steps, none / sync", "≥ 1,000", "100", "≥ 10", "at least 5", "holds",
+    ]  # fmt: skip
+    assert "–" in render(verdict_table(recipe, judge(recipe, runs[:1])))
