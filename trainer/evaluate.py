@@ -1,8 +1,9 @@
 """Evaluation over all workers: each test sample counts once."""
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,15 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
-from torchmetrics import Metric
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassAUROC,
-    MulticlassCalibrationError,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
 
 from syncbn import SyncBatchNorm, update_population_statistics
 from trainer.data import Dataset
@@ -26,17 +18,28 @@ from trainer.errors import ConfigurationError
 from trainer.spec import EvaluationSpec
 from trainer.worker import Worker
 
-METRICS: dict[str, Callable[[int], Metric]] = {
-    "accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", validate_args=False),
-    "top5_accuracy": lambda classes: MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False),
-    "balanced_accuracy": lambda classes: MulticlassAccuracy(classes, average="macro", validate_args=False),
-    "f1": lambda classes: MulticlassF1Score(classes, average="macro", validate_args=False),
-    "precision": lambda classes: MulticlassPrecision(classes, average="macro", validate_args=False),
-    "recall": lambda classes: MulticlassRecall(classes, average="macro", validate_args=False),
-    "auroc": lambda classes: MulticlassAUROC(classes, thresholds=200, validate_args=False),
-    "calibration_error": lambda classes: MulticlassCalibrationError(classes, n_bins=15, validate_args=False),
-}
-"""By name in the spec. AUROC over 200 thresholds, so that its state does not grow with the data."""
+
+def build_metric(name: str, classes: int) -> Any:
+    """Build a metric of torchmetrics. AUROC is taken over 200 thresholds, so that its state does not grow with the data."""
+    # Here, as it takes seconds, which a run that measures accuracy alone need not wait for.
+    from torchmetrics import classification
+
+    match name:
+        case "top5_accuracy":
+            return classification.MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
+        case "balanced_accuracy":
+            return classification.MulticlassAccuracy(classes, average="macro", validate_args=False)
+        case "f1":
+            return classification.MulticlassF1Score(classes, average="macro", validate_args=False)
+        case "precision":
+            return classification.MulticlassPrecision(classes, average="macro", validate_args=False)
+        case "recall":
+            return classification.MulticlassRecall(classes, average="macro", validate_args=False)
+        case "auroc":
+            return classification.MulticlassAUROC(classes, thresholds=200, validate_args=False)
+        case "calibration_error":
+            return classification.MulticlassCalibrationError(classes, n_bins=15, validate_args=False)
+    raise AssertionError(f"no metric {name!r}")
 
 
 class Evaluator:
@@ -47,7 +50,8 @@ class Evaluator:
             takes = f"top5_accuracy takes more than 5 classes; there are {dataset.classes}"
             raise ConfigurationError("evaluation.metrics", spec.metrics, takes)
         self._spec, self._model, self._dataset, self._worker = spec, model, dataset, worker
-        self._metrics = {name: METRICS[name](dataset.classes).to(worker.device) for name in spec.metrics}
+        others = [name for name in spec.metrics if name != "accuracy"]
+        self._metrics = {name: build_metric(name, dataset.classes).to(worker.device) for name in others}
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
     @torch.no_grad()
@@ -60,7 +64,7 @@ class Evaluator:
         Collectives: those of the metrics' states and of the loss; a broadcast of rank 0's buffers where workers have statistics of
         their own (as DistributedDataParallel does); and the model's where it takes statistics of the batches it is given.
         """
-        loss = torch.zeros(2, dtype=torch.float64, device=self._worker.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
         for metric in self._metrics.values():
             metric.reset()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), self._statistics(step):
@@ -68,16 +72,18 @@ class Evaluator:
                 count = len(batch.labels)
                 logits = self._forward(batch.inputs)
                 if logits is not None and count:
-                    loss += torch.stack(
-                        [F.cross_entropy(logits, batch.labels, reduction="sum"), loss.new_tensor(count)]
-                    )
+                    loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+                    correct = (logits.argmax(1) == batch.labels).sum()
+                    sums += torch.stack([loss, correct, sums.new_tensor(count)])
                     for metric in self._metrics.values():
                         metric.update(logits, batch.labels)
         for name, metric in self._metrics.items():
-            # float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
+            # It is float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
             yield name, round(float(metric.compute()), 6)
-        total, samples = sum_over_workers(loss, self._worker.world_size).tolist()
-        yield "test_loss", total / samples
+        loss_sum, right, samples = sum_over_workers(sums, self._worker.world_size).tolist()
+        if "accuracy" in self._spec.metrics:
+            yield "accuracy", right / samples
+        yield "test_loss", loss_sum / samples
 
     def _forward(self, inputs: Tensor) -> Tensor | None:
         takes_own_batch = self._spec.statistics == "batch" and any(True for _ in self._norms)
@@ -113,13 +119,16 @@ class Evaluator:
 
     def _take_population_statistics(self, step: int) -> None:
         """Take means over training batches (Ioffe & Szegedy 2015, Algorithm 2), and over workers where each has its own."""
-        steps = self._dataset.train(step)
-        batches = (part.inputs for parts in itertools.islice(steps, self._spec.precise_batches) for part in parts)
+        with closing(self._dataset.train(step)) as steps:
+            chosen = itertools.islice(steps, self._spec.precise_batches)
+            batches = (part.inputs for parts in chosen for part in parts)
+            if self._shares_statistics():
+                update_population_statistics(self._model, batches)
+            else:
+                update_bn(batches, self._model)
         if self._shares_statistics():
-            update_population_statistics(self._model, batches)
             share_buffers(self._norms, self._worker)
         else:
-            update_bn(batches, self._model)
             for norm in self._norms:
                 for buffer in (norm.running_mean, norm.running_var):
                     if buffer is not None:

@@ -2,11 +2,14 @@
 
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import InvalidInput
 from trainer.manifest import RunManifest, checkpoint_folder
-from trainer.spec import Outcome, Refusal, Task, attempt_folder
+from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
 
 FAILURES_FOLDER = "failures"
 RESTARTED = ("worker_lost", "preempted", "hang")
@@ -43,7 +46,8 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     spec = task.spec
     is_local = ray_address == "local"
     # On this machine alone, workers may be more than cores: slow, but what was asked for.
-    cpus = max(os.cpu_count() or 1, spec.max_workers) if is_local else None
+    readers = 1 if isinstance(spec.data, RayDataSpec) else 0
+    cpus = max(os.cpu_count() or 1, spec.max_workers + readers) if is_local else None
     ray.init(address=ray_address, num_cpus=cpus, log_to_driver=True)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -51,17 +55,36 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
             reason = f"use_gpu: {spec.min_workers} workers need a GPU each, this machine has {gpus}"
             return Outcome(state="failed", reason=reason, cause="configuration")
         manifest = RunManifest(checkpoint_folder(task), task)
-        outcome = _run_until_it_stays(task, manifest)
+        try:
+            with _feeder(task.spec) as feeder:
+                outcome = _run_until_it_stays(task, manifest, feeder)
+        except InvalidInput as error:
+            outcome = Outcome(state="failed", reason=str(error), cause=error.cause)
         manifest.end(outcome)
         return outcome
     finally:
         ray.shutdown()
 
 
-def _run_until_it_stays(task: Task, manifest: RunManifest) -> Outcome:
+@contextmanager
+def _feeder(spec: JobSpec) -> Iterator[Any]:
+    """Start what reads streamed data for all workers; None for other data."""
+    if not isinstance(spec.data, RayDataSpec):
+        yield None
+        return
+    from trainer.data.stream import start_feeder, stop_feeder
+
+    feeder = start_feeder(spec)
+    try:
+        yield feeder
+    finally:
+        stop_feeder(feeder)
+
+
+def _run_until_it_stays(task: Task, manifest: RunManifest, feeder: Any) -> Outcome:
     furthest, restarts = -1, 0
     for number in range(1_000_000):
-        outcome = _fit(task, number)
+        outcome = _fit(task, number, feeder)
         if outcome.cause not in RESTARTED:
             return outcome
         step = outcome.step or 0
@@ -74,7 +97,7 @@ def _run_until_it_stays(task: Task, manifest: RunManifest) -> Outcome:
     return outcome
 
 
-def _fit(task: Task, number: int) -> Outcome:
+def _fit(task: Task, number: int, feeder: Any) -> Outcome:
     """Run Ray Train once."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -85,7 +108,7 @@ def _fit(task: Task, number: int) -> Outcome:
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder)},
+        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder), "feeder": feeder},
         torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
         run_config=RunConfig(

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -39,6 +39,8 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
     if worker.world_size == 1:
         return model
     if spec.parallel == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
         mesh = dist.device_mesh.init_device_mesh(worker.device.type, (worker.world_size,))
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -96,11 +98,11 @@ def gradients_stay_local(model: nn.Module, *, unless: bool) -> AbstractContextMa
         return nullcontext()
     if isinstance(model, DistributedDataParallel):
         return model.no_sync()
-    return _unsharded(model) if isinstance(model, FSDPModule) else nullcontext()
+    return _unsharded(model) if hasattr(model, "set_requires_gradient_sync") else nullcontext()
 
 
 @contextmanager
-def _unsharded(model: FSDPModule) -> Iterator[None]:
+def _unsharded(model: Any) -> Iterator[None]:
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -111,7 +113,8 @@ def _unsharded(model: FSDPModule) -> Iterator[None]:
 def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
     """Scale all gradients so that their norm together is at most `most`; return what it was."""
     norm = nn.utils.clip_grad_norm_(parameters, most)
-    return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
+    whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return whole
 
 
 def warm_up(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: Worker) -> None:

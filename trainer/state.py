@@ -7,13 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainer.probes import Probes
@@ -56,6 +49,13 @@ class State:
 
     def shared(self) -> dict[str, Any] | None:
         """Collect what all workers have in common; the dictionary on rank 0, None on others. With shards, a collective."""
+        # Here, as it takes more than a second, which the first step need not wait for.
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+        )
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         content: dict[str, Any] = {
             "model": get_model_state_dict(self.model, options=options),
@@ -81,6 +81,12 @@ class State:
 
     def restore(self, shared: dict[str, Any], own: dict[str, Any] | None) -> None:
         """Take over a checkpoint. Without `own`, that of another number of workers, random numbers start anew."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(self.model, shared["model"], options=options)
         set_optimizer_state_dict(self.model, self.optimizer, shared["optimizer"], options=options)

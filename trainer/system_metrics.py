@@ -25,6 +25,8 @@ class SystemMetrics:
         self._thread.join(SECONDS_BETWEEN_SAMPLES)
 
     def _sample(self) -> None:
+        if self._finished.wait(SECONDS_BETWEEN_SAMPLES):
+            return
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -33,10 +35,12 @@ class SystemMetrics:
         monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
         with suppress(ImportError, RuntimeError):  # no GPU
             monitors.append(GPUMonitor())
-        while not self._finished.wait(SECONDS_BETWEEN_SAMPLES):
+        is_last = False
+        while not is_last:
             sample: dict[str, float] = {}
             for monitor in monitors:
                 monitor.collect_metrics()
                 sample |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
             self._outbox.log(self._outbox.next_step("system"), sample, "system")
+            is_last = self._finished.wait(SECONDS_BETWEEN_SAMPLES)

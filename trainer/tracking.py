@@ -14,6 +14,7 @@ SENT_FILE = "metrics.sent"
 METRICS_PER_CALL = 1_000
 """What MLflow takes in one log_batch."""
 SECONDS_BETWEEN_CALLS = 1.0
+SECONDS_BEFORE_FIRST_CALL = 5.0
 SECONDS_TO_FINISH = 180.0
 """After the last step, for what is still on its way: longer than a restart of MLflow."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
@@ -54,6 +55,8 @@ class Tracking:
 
     def _drain(self) -> None:
         """Send all lines, in order, until the outbox is closed and empty or the time to finish is over."""
+        # What it takes is not imported while the run gets under way.
+        self._finished.wait(SECONDS_BEFORE_FIRST_CALL)
         # One short try a call: the waiting is done here, where nothing else waits for it.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")

@@ -5,12 +5,7 @@ from typing import Any
 import torch
 
 from trainer.data.dataset import Batch, Dataset
-from trainer.data.folders import open_folders
-from trainer.data.library import open_library
-from trainer.data.loading import LoadedDataset
-from trainer.data.memory import InMemoryDataset
 from trainer.data.order import batch_indices, shard
-from trainer.data.synthetic import SyntheticDataset
 from trainer.spec import (
     DigitsSpec,
     ImageFolderSpec,
@@ -33,17 +28,28 @@ def open_dataset(
 
     Raises ConfigurationError or DataError, naming the field, if the data is missing, broken or not as the spec describes it.
     """
+    # What each kind is read with is imported where it is needed: some of it takes seconds.
     data, place = spec.data, (rank, world_size, device, dtype)
     match data:
         case Mnist5kSpec() | DigitsSpec():
+            from trainer.data.memory import InMemoryDataset
+
             return InMemoryDataset(spec, data, *place)
         case SyntheticSpec():
+            from trainer.data.synthetic import SyntheticDataset
+
             return SyntheticDataset(spec, data, *place)
         case ImageFolderSpec():
+            from trainer.data.folders import open_folders
+            from trainer.data.loading import LoadedDataset
+
             return LoadedDataset(spec, data.transform, open_folders(data), *place)
         case TorchvisionDataSpec():
+            from trainer.data.library import open_library
+            from trainer.data.loading import LoadedDataset
+
             return LoadedDataset(spec, data.transform, open_library(data), *place)
         case RayDataSpec():
-            from trainer.data.stream import StreamedDataset  # Ray Data takes seconds to import
+            from trainer.data.stream import StreamedDataset
 
             return StreamedDataset(spec, data, *place, feeder)

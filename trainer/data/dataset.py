@@ -1,6 +1,6 @@
 """What the training loop sees of any data: batches by step."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,7 @@ class Dataset(Protocol):
     def digest(self) -> str:
         """Fingerprint of the samples, equal wherever they lie and however they are transformed."""
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """Yield without end: item k is this worker's share of step `first_step` + k, one batch for each of `accumulate` parts."""
 
     def test(self) -> Iterator[Batch]:

@@ -86,7 +86,7 @@ class LoadedDataset:
         self._test_loader = self._load(requests, keep_processes=True)
         self._streams: WeakSet[Generator[Any, None, None]] = WeakSet()
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
         return self._keep(self._train(first_step))
 

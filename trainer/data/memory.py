@@ -1,6 +1,7 @@
 """Data held in memory, on the worker's device."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -33,12 +34,18 @@ class InMemoryDataset:
         self._order = Order(spec, rank, world_size, len(labels), labels)
         self._seed, self._transform = spec.seed, data.transform
         self._is_plain, self._is_random = data.transform == ImageTransformSpec(), is_random(data.transform)
-        self._train_pixels = PixelTransform(data.transform, training=True)
-        self._test_pixels = PixelTransform(data.transform, training=False)
         self.classes, self.digest = int(labels.max()) + 1, samples.digest
         self.shape = tuple(self._test_batch(np.arange(1)).inputs.shape[1:])
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    @cached_property
+    def _train_pixels(self) -> PixelTransform:
+        return PixelTransform(self._transform, training=True)
+
+    @cached_property
+    def _test_pixels(self) -> PixelTransform:
+        return PixelTransform(self._transform, training=False)
+
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
         step = first_step
         while True:

@@ -7,7 +7,7 @@ cluster. The feeder puts rows in order, cuts batches, and hands each worker its 
 import json
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cached_property, partial
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ class StreamedDataset:
         self.shape, self.classes, self.digest = tuple(data.shape), data.classes, description.digest
         self._test_batches = -(-description.test_samples // spec.evaluation.batch_size)
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
         steps = (self._feeder.train.remote(first_step, step, *self._place) for step in count(first_step))
         for parts in self._receive(steps):

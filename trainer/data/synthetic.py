@@ -1,7 +1,7 @@
 """Random inputs of any shape, which cost next to nothing, so that throughput is the trainer's."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class SyntheticDataset:
             labels = np.arange(data.train_samples) % len(self._training.labels) % data.classes
         self._order = Order(spec, rank, world_size, data.train_samples, labels, shuffle=False)
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
         step = first_step
         while True:

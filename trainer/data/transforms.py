@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
 
 from trainer.errors import ConfigurationError
 from trainer.spec import ImageTransformSpec
@@ -38,6 +37,8 @@ class PixelTransform:
     """What is done to the pixels of an image; scaling follows when the images of a batch are together (`normalize`)."""
 
     def __init__(self, spec: ImageTransformSpec, *, training: bool) -> None:
+        from torchvision.transforms import v2  # here, as it takes a second that untransformed data need not wait for
+
         steps: list[Any] = [v2.ToImage()]
         if spec.channels is not None:
             steps.append(v2.Grayscale() if spec.channels == 1 else v2.RGB())
@@ -68,6 +69,8 @@ class PixelTransform:
 
 
 def _augmentations(spec: ImageTransformSpec) -> Iterator[Any]:
+    from torchvision.transforms import v2
+
     if spec.flip:
         yield v2.RandomHorizontalFlip()
     if spec.auto_augment == "randaugment":
