@@ -18,6 +18,7 @@ from trainer.journal import RankZeroJournal, open_journal
 from trainer.loop import train
 from trainer.manifest import checkpoint_folder
 from trainer.outbox import Outbox
+from trainer.plots import write_figures
 from trainer.spec import JobSpec, Task, attempt_folder
 from trainer.state import Position
 from trainer.worker import Worker
@@ -66,6 +67,9 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any) -> dict[
         checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, identity(spec, dataset.digest), worker)
         result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
         weights = export_weights(result.model, folder / "model.pt", worker)
+        if isinstance(journal, RankZeroJournal):
+            for figure in write_figures(journal.outbox.path, folder / "figures"):
+                journal.outbox.put("artifact", path=str(figure), folder="figures")
         if isinstance(journal, RankZeroJournal) and context.mlflow_run_id:
             example = next(batch.inputs[:2] for batch in dataset.test() if len(batch.labels))
             if export_model(spec, weights, dataset.shape, dataset.classes, example, folder / "model"):

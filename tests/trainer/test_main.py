@@ -63,3 +63,66 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     again = run("spec.yaml", "--output", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert "holds files already" in again.stderr
+
+
+MODELS = """
+import torch
+from torch import nn
+
+class Fragile(nn.Module):
+    def __init__(self, calls):
+        super().__init__()
+        self.layer, self.calls = nn.Linear(4, 3), calls
+
+    def forward(self, x):
+        self.calls -= self.training
+        if self.calls < 0 and torch.distributed.get_rank() == 1:
+            raise KeyError("weights of my own")
+        return self.layer(x)
+
+def fragile(calls):
+    return Fragile(calls)
+"""
+
+
+@pytest.mark.ray
+def test_streamed_data_and_a_model_of_the_users_that_fails_on_one_worker(tmp_path):
+    import numpy as np
+    import pandas as pd
+
+    random = np.random.default_rng(0)
+    for folder, rows in (("train", 64), ("test", 16)):
+        (tmp_path / folder).mkdir()
+        inputs = list(random.normal(size=(rows, 4)).astype(np.float32))
+        pd.DataFrame({"image": inputs, "label": random.integers(0, 3, rows)}).to_parquet(
+            tmp_path / folder / "0.parquet"
+        )
+    (tmp_path / "models.py").write_text(MODELS)
+    spec = {
+        "model": {"name": "import:models:fragile", "arguments": {"calls": 7}},
+        "data": {
+            "name": "ray",
+            "format": "parquet",
+            "train": str(tmp_path / "train"),
+            "test": str(tmp_path / "test"),
+            "classes": 3,
+            "shape": [4],
+        },
+        "norm": "none",
+        "num_workers": 2,
+        "global_batch_size": 8,
+        "steps": 30,
+        "eval_every": 5,
+        "collective_timeout_seconds": 20,
+        "checkpoint": {"every": 5},
+    }
+    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
+    result = run("spec.yaml", "--output", "out", cwd=tmp_path, timeout=200)
+    assert result.returncode == 1, result.stdout + result.stderr
+    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-1" / OUTCOME_FILE).read_text())
+    assert (outcome.state, outcome.cause, outcome.rank, outcome.step) == ("failed", "user_code", 1, 7)
+    assert outcome.reason == "worker 1: KeyError: 'weights of my own'"
+    assert "models.py" in outcome.traceback
+    tries = json.loads((tmp_path / "out/checkpoints/run.json").read_text())["tries"]
+    assert [(tried["attempt"], tried["outcome"]["cause"]) for tried in tries] == [(1, "user_code")]
+    assert list((tmp_path / "out/checkpoints").glob("step-000000000005-*/manifest.json"))

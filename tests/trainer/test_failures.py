@@ -1,0 +1,155 @@
+"""Twenty faults, each classified where it happens, and the first of several found among its consequences."""
+
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn import DesyncError
+from tests.dist import run_on_ranks
+from tests.trainer.training import make_spec, run_here
+from trainer import failures
+from trainer.errors import ConfigurationError, DataError, Diverged, Preempted
+from trainer.spec import Outcome
+
+
+def gloo_error(kind):
+    """What gloo says when a peer is gone, or stays away."""
+    words = {
+        "closed": "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5000",
+        "reset": "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:5000: Connection reset by peer",
+        "timeout": "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv",
+        "application": "[../third_party/gloo/gloo/transport/tcp/pair.cc:161] Application timeout caused pair closure",
+    }
+    return RuntimeError(words[kind])
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "is_consequence"),
+    [
+        (KeyError("weights"), "user_code", False),
+        (ValueError("Expected input batch_size (3) to match target batch_size (4)."), "user_code", False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), "user_code", False),
+        (AttributeError("'NoneType' object has no attribute 'shape'"), "user_code", False),
+        (TypeError("the request timed out of its type"), "user_code", False),
+        (ConfigurationError("model.name", "torchvision:resnet19", "takes a model"), "configuration", False),
+        (DataError("data.root", "/nowhere", "takes a folder"), "data", False),
+        (Diverged(7, "the training loss is not finite"), "diverged", False),
+        (Preempted(7), "preempted", False),
+        (MemoryError(), "out_of_memory", False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", False),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", False),
+        (gloo_error("closed"), "worker_lost", True),
+        (gloo_error("reset"), "worker_lost", True),
+        (gloo_error("timeout"), "hang", True),
+        (gloo_error("application"), "hang", True),
+        (RuntimeError("NCCL error: remote process exited or there was a network error"), "worker_lost", True),
+        (
+            RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 30000 ms"),
+            "hang",
+            True,
+        ),
+        (
+            dist.DistNetworkError("The client socket has timed out after 60000ms while connecting to store"),
+            "hang",
+            True,
+        ),
+        (DesyncError("layer norm1 waits for ranks 1", "norm1", "forward", 3, (1,)), "hang", True),
+    ],
+)
+def test_causes(error, cause, is_consequence):
+    assert failures.classify(error) == (cause, is_consequence)
+
+
+def test_a_real_allocation_that_is_too_large():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert failures.classify(error.value)[0] == "out_of_memory"
+
+
+def record_all(folder, *errors):
+    """Record one worker's error after the other's."""
+    for rank, error in errors:
+        failures.record(folder, error, rank, step=5 + rank)
+    return failures.read(folder)
+
+
+def explain(folder, *errors, deaths=None, out_of_memory=False):
+    return failures.explain(record_all(folder, *errors), deaths or {}, out_of_memory=out_of_memory, step=3)
+
+
+def test_the_first_failure_is_told_and_not_what_it_drew_after_it(tmp_path):
+    outcome = explain(tmp_path, (0, gloo_error("closed")), (1, KeyError("weights")), (2, ValueError("later")))
+    assert (outcome.cause, outcome.rank, outcome.step) == ("user_code", 1, 6)
+    assert outcome.reason == "worker 1: KeyError: 'weights'"
+    assert "KeyError: 'weights'" in outcome.traceback
+
+
+def test_a_death_comes_before_the_errors_of_those_that_noticed(tmp_path):
+    outcome = explain(tmp_path, (0, gloo_error("reset")), (2, gloo_error("timeout")), deaths={1: "The actor died"})
+    assert (outcome.cause, outcome.rank, outcome.step) == ("worker_lost", 1, 3)
+    assert "The actor died" in outcome.reason
+
+
+def test_a_death_for_want_of_memory_is_told_as_that(tmp_path):
+    assert explain(tmp_path, deaths={1: "killed"}, out_of_memory=True).cause == "out_of_memory"
+
+
+def test_a_hang_is_told_where_nobody_died(tmp_path):
+    outcome = explain(tmp_path, (1, gloo_error("closed")), (0, gloo_error("timeout")))
+    assert (outcome.cause, outcome.rank) == ("hang", 0)
+
+
+def test_what_nobody_recorded_is_a_lost_worker(tmp_path):
+    assert explain(tmp_path).cause == "worker_lost"
+    assert explain(tmp_path, (1, gloo_error("closed"))).cause == "worker_lost"
+
+
+def test_half_a_record_is_passed_by(tmp_path):
+    tmp_path.joinpath("rank-00000.json").write_text('{"rank": 0')
+    assert explain(tmp_path, (1, KeyError("weights"))).rank == 1
+
+
+def test_a_long_traceback_keeps_its_end(tmp_path):
+    outcome = explain(tmp_path, (0, ValueError("x" * 100_000 + " the end")))
+    assert outcome.traceback.endswith("the end\n")
+    assert len(outcome.traceback) <= failures.LONGEST_TRACEBACK
+    assert Outcome.model_validate_json(outcome.model_dump_json()) == outcome
+
+
+class Fault:
+    """A journal that makes its rank fail after four steps."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def resume(self, *_):
+        pass
+
+    def log(self, *_):
+        pass
+
+    def update(self, step):
+        if step != 4 or dist.get_rank() != self.rank:
+            return
+        raise KeyError("weights")
+
+
+def train_with_fault(spec, folder, rank):
+    """Train until some rank fails, and record what this one meets, as a worker does."""
+    try:
+        run_here(spec, journal=Fault(rank))
+    except Exception as error:
+        failures.record(folder, error, dist.get_rank(), 4)
+        raise
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("norm", ["none", "sync"])
+def test_an_error_on_one_rank_is_told_apart_from_those_of_the_others(tmp_path, norm):
+    spec = make_spec(num_workers=3, norm=norm)
+    with pytest.raises(KeyError, match="weights"):
+        run_on_ranks(train_with_fault, 3, spec, tmp_path, 1, timeout_seconds=20)
+    outcome = failures.explain(failures.read(tmp_path), {}, out_of_memory=False, step=4)
+    assert (outcome.cause, outcome.rank, outcome.step) == ("user_code", 1, 4)
+    assert [failure.is_consequence for failure in failures.read(tmp_path)] == [False, True, True]
