@@ -48,7 +48,7 @@ def measure(spec, *batches, shape=(64,)):
 def differentiate(model, batch):
     loss = F.cross_entropy(model(batch.inputs), batch.labels)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    return float(loss), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+    return float(loss.detach()), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def step(model, gradients, rate, names=None):

@@ -23,19 +23,20 @@ def landscape(objective: Objective, gradient: Tensor, rate: float) -> dict[str, 
 
     It is the plain gradient's direction, whatever the optimiser makes of it. Cost: four forward and four backward passes.
     """
-    losses, changes = [], []
+    losses, squares = [], []
     for size in STEP_SIZES:
         with objective.moved(gradient, size * rate):
             loss, there = objective.loss_and_gradient()
+        change = there - gradient
         losses.append(loss)
-        changes.append((there - gradient, there - gradient))
-    *squares, length = objective.products([*changes, (gradient, gradient)])
+        squares += objective.products([(change, change)])
+    [length] = objective.products([(gradient, gradient)])
     least, most = torch.tensor(losses, dtype=torch.float64).aminmax()  # of which one not a number makes both that
-    change = math.sqrt(torch.tensor(squares, dtype=torch.float64).max())
+    largest = math.sqrt(torch.tensor(squares, dtype=torch.float64).max())
     return {
         "loss_least": float(least),
         "loss_most": float(most),
         "loss_range": float(most - least),
-        "gradient_change": change,
-        "gradient_change_ratio": change / math.sqrt(length) if length > 0 else math.nan,
+        "gradient_change": largest,
+        "gradient_change_ratio": largest / math.sqrt(length) if length > 0 else math.nan,
     }
