@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test lint bench
+.PHONY: setup demo up test test-cluster lint bench
 
 setup: $(VENV)/.ready
 
@@ -35,3 +35,7 @@ lint: setup
 
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# What needs several nodes of Ray on this machine, and minutes.
+test-cluster: setup
+	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)

@@ -1,5 +1,7 @@
 """Networks that tests import by name."""
 
+import time
+
 from torch import nn
 
 
@@ -31,3 +33,20 @@ def a_list():
 
 def mistaken():
     return {}["weights"]
+
+
+class Slow(nn.Sequential):
+    """Takes its time for each training batch, so that things can happen to the cluster meanwhile."""
+
+    def __init__(self, seconds):
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
+        self.seconds = seconds
+
+    def forward(self, x):
+        if self.training:
+            time.sleep(self.seconds)
+        return super().forward(x)
+
+
+def slow(seconds):
+    return Slow(seconds)

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.spec import JobSpec, read_yaml
+from trainer.spec import JobSpec, field_path, read_yaml
 
 
 def test_a_spec_survives_being_written_and_read():
@@ -44,3 +44,62 @@ def test_what_is_cut_at_random_takes_a_size(field, value):
 def test_a_learning_rate_is_a_positive_finite_number(value):
     with pytest.raises(ValidationError):
         JobSpec.model_validate({"steps": 1, "optimizer": {"lr": value}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "takes"),
+    [
+        ({"num_workers": [4, 2]}, "num_workers", r"takes \[least, most\]"),
+        ({"num_workers": [2]}, "num_workers", "at least 2 items"),
+        ({"num_workers": 4, "sync_group_size": 3}, "sync_group_size", "takes a divisor of the 4 workers"),
+        ({"num_workers": [2, 4], "sync_group_size": 2}, "sync_group_size", "takes a fixed number of workers"),
+        ({"num_workers": 4, "norm": "batch", "sync_group_size": 2}, "sync_group_size", "takes norm 'sync'"),
+        ({"num_workers": [2, 4], "sharding": "by_label"}, "sharding", "takes a fixed number of workers"),
+        (
+            {"num_workers": [2, 4], "norm": "batch", "global_batch_size": 6},
+            "global_batch_size",
+            "take 8 to 4000 samples",
+        ),
+        ({"num_workers": 4, "sync_group_size": 1, "global_batch_size": 6}, "global_batch_size", "take 8 to 4000"),
+        ({"global_batch_size": 10, "accumulate": 6}, "accumulate", "6 parts of 10 samples leave 1"),
+        ({"early_stop": {"metric": "f1"}}, "early_stop", "'f1' is not among evaluation.metrics"),
+        ({"checkpoint": {"keep_best": "auroc"}}, "checkpoint", "'auroc' is not among evaluation.metrics"),
+        ({"evaluation": {"metrics": ["f1", "f1"]}}, "evaluation.metrics", "takes each metric once"),
+        (
+            {"model": {"name": "torchvision:resnet18", "arguments": {"weights": "DEFAULT"}}},
+            "model.arguments",
+            "weights",
+        ),
+        ({"model": {"name": "timm:resnet26", "arguments": {"checkpoint_path": "/x"}}}, "model.arguments", "untrained"),
+        ({"model": {"name": "torchvision:../x"}}, "model.name", "pattern"),
+        ({"model": {"name": "import:os"}}, "model.name", "pattern"),
+        ({"data": {"name": "imagefolder", "root": "/x", "train_folder": "../y"}}, "data.train_folder", "pattern"),
+        ({"deadline_seconds": 0}, "deadline_seconds", "greater than 0"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(changes, field, takes):
+    content = {"steps": 1} | changes
+    with pytest.raises(ValidationError, match=takes) as error:
+        JobSpec.model_validate(content)
+    assert [field_path(item["loc"], content) for item in error.value.errors()] == [field]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_workers": [2, 4]},
+        {"num_workers": 4, "sync_group_size": 2},
+        {
+            "evaluation": {"metrics": ["accuracy", "f1"]},
+            "early_stop": {"metric": "f1"},
+            "checkpoint": {"keep_best": "f1"},
+        },
+        {"early_stop": {"metric": "test_loss", "mode": "min"}},
+        {"model": {"hidden": [3]}},
+        {"data": {"name": "digits", "transform": {"resize": 32, "channels": 3}}, "model": {"name": "timm:resnet26"}},
+    ],
+)
+def test_what_fits_survives_being_written_and_read(changes):
+    spec = JobSpec.model_validate({"steps": 1} | changes)
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert spec.min_workers <= spec.max_workers

@@ -41,3 +41,10 @@ def test_gpus_are_counted():
     on_gpu = make_job(spec=JobSpec(steps=1, num_workers=2, use_gpu=True))
     assert next_job([on_gpu], [], Capacity(8, 1), 8) is None
     assert next_job([on_gpu], [], Capacity(8, 2), 8) == on_gpu
+
+
+def test_an_elastic_job_starts_with_its_least_and_is_counted_with_its_most():
+    elastic = job([2, 4])
+    assert next_job([elastic], [], Capacity(2, 0), 8) == elastic
+    assert next_job([job(1)], [elastic], Capacity(4, 0), 8) is None
+    assert next_job([job(1)], [elastic], Capacity(5, 0), 8) is not None
