@@ -37,11 +37,11 @@ class Settings(BaseSettings):
         8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
     )
     max_attempts: int = Field(3, ge=1, description="attempts of a job whose cluster was lost under it")
-    allowed_imports: str = Field(
-        "", description="modules, parted by commas, whose functions `import:` models may name, with all below them"
+    allowed_imports: str | None = Field(
+        None, description="modules, parted by commas, whose functions `import:` models may name, with all below them"
     )
-    allowed_roots: str = Field(
-        "",
+    allowed_roots: str | None = Field(
+        None,
         description="folders and fsspec addresses, parted by commas, that specs may read data from and write checkpoints to",
     )
     grace_seconds: float = Field(
@@ -72,5 +72,5 @@ class Settings(BaseSettings):
         return self.ray_auth_token_path.read_text().strip() if self.ray_auth_token_path else None
 
 
-def _parted(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _parted(text: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
