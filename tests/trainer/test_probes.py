@@ -324,7 +324,7 @@ def test_tokens_have_their_channels_last_and_a_module_used_twice_is_two_places()
 @pytest.mark.parametrize(
     ("probes", "takes"),
     [
-        ({"measure": ["drift"], "layers": ["linear1", "linear9"]}, r"\['linear9'\].*|such as linear2"),
+        ({"measure": ["drift"], "layers": ["linear1", "linear9"]}, r"such as linear.*'linear9'"),
         ({"measure": ["shift"], "layers": ["activation1"]}, "shift takes modules with trained weights"),
     ],
 )
