@@ -1,6 +1,5 @@
 """Twenty faults, each classified where it happens, and the first of several found among its consequences."""
 
-
 import pytest
 import torch
 import torch.distributed as dist
