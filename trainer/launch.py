@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_f
 FAILURES_FOLDER = "failures"
 RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
+SECONDS_FOR_ROOM = 300.0
+"""What the cluster has to come to enough nodes for the fewest workers; Ray itself would wait for an elastic job's for ever."""
 MOST_RESTARTS = 3
 """Restarts in a row that come no further than the one before."""
 
@@ -84,6 +87,9 @@ def _feeder(spec: JobSpec) -> Iterator[Any]:
 def _run_until_it_stays(task: Task, manifest: RunManifest, feeder: Any) -> Outcome:
     furthest, restarts = -1, 0
     for number in range(1_000_000):
+        if not _has_room(task.spec):
+            reason = f"the cluster has no room for {task.spec.min_workers} workers"
+            return Outcome(state="failed", reason=reason, cause="worker_lost", step=max(furthest, 0))
         outcome = _fit(task, number, feeder)
         if outcome.cause not in RESTARTED:
             return outcome
@@ -95,6 +101,19 @@ def _run_until_it_stays(task: Task, manifest: RunManifest, feeder: Any) -> Outco
         manifest.restart(outcome)
         print(f"{outcome.cause}: {outcome.reason}; starting again from the last checkpoint", flush=True)
     return outcome
+
+
+def _has_room(spec: JobSpec) -> bool:
+    """Wait until the cluster's nodes have resources for the fewest workers, used by others or not."""
+    import ray
+
+    resource = "GPU" if spec.use_gpu else "CPU"
+    deadline = time.monotonic() + SECONDS_FOR_ROOM
+    while ray.cluster_resources().get(resource, 0) < spec.min_workers:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1.0)
+    return True
 
 
 def _fit(task: Task, number: int, feeder: Any) -> Outcome:
