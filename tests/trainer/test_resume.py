@@ -95,7 +95,7 @@ def test_on_several_workers_too(tmp_path, world_size, name):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("rank", [0, 2])
 def test_a_worker_that_is_killed_costs_no_bit(tmp_path, rank):
     """Three workers, whose sums depend on the order of the summands, on a network whose gradients come in another order."""
     model = {"name": "import:tests.trainer.networks:backwards"}
