@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
+from trainer.errors import StorageError
 from trainer.spec import CheckpointSpec
 from trainer.state import State
 from trainer.worker import Worker
@@ -63,47 +64,65 @@ class Checkpoints:
     def __init__(self, folder: str, spec: CheckpointSpec, identity: dict[str, str], worker: Worker) -> None:
         self._files, self._root = fsspec.core.url_to_fs(folder)
         self._spec, self._identity, self._worker = spec, identity, worker
+        self._torn: set[str] = set()
         self.refused: list[str] = []
         """Why newer checkpoints than the one loaded were not taken; on rank 0."""
 
     def save(self, state: State) -> None:
         """Write a checkpoint. It exists once all workers' files are there: a kill at any moment leaves the one before it.
 
-        Raises OSError, on every worker, if any of them could not write.
+        No worker returns before it exists. Raises StorageError, on every worker, if any of them could not write.
         """
-        step, metrics = state.position.step, state.position.metrics
+        step, rank = state.position.step, self._worker.rank
         name: str = self._from_rank_zero(f"step-{step:012d}-{secrets.token_hex(4)}")
         shared = state.shared()
         try:
             self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
-            written = {rank_file(self._worker.rank): self._write(name, rank_file(self._worker.rank), state.own())}
+            mine: Any = {rank_file(rank): self._write(name, rank_file(rank), state.own())}
             if shared is not None:
-                written[SHARED] = self._write(name, SHARED, shared)
-            mine: dict[str, tuple[int, str]] | str = written
-        except OSError as error:
-            mine = f"worker {self._worker.rank}: {type(error).__name__}: {error}"
-        all_written = self._from_all(mine)
-        failures = [entry for entry in all_written if isinstance(entry, str)]
-        if failures:
-            raise OSError(f"the checkpoint of step {step} in {self._root} could not be written: {'; '.join(failures)}")
-        if self._worker.rank == 0:
-            files = {file: place for entry in all_written for file, place in entry.items()}
-            self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, dict(metrics), files))
-            self._prune(name)
+                mine[SHARED] = self._write(name, SHARED, shared)
+        except Exception as error:  # a storage's errors are of any kind, and the others wait for word of them
+            mine = f"worker {rank}: {_describe(error)}"
+        written = self._from_all(mine)
+        failure = "; ".join(entry for entry in written if isinstance(entry, str))
+        if rank == 0 and not failure:
+            try:
+                files = {file: place for entry in written for file, place in entry.items()}
+                # A step that was not evaluated has no value to be the best by.
+                metrics = dict(state.position.metrics) if state.position.evaluated == step else {}
+                self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, metrics, files))
+            except Exception as error:
+                failure = f"worker 0: {_describe(error)}"
+        failure = self._from_rank_zero(failure)
+        if failure:
+            raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
+        if rank == 0:
+            try:
+                self._prune(name)
+            except Exception as error:
+                print(f"old checkpoints in {self._root} could not be removed: {_describe(error)}", flush=True)
 
     def load(self, state: State) -> Manifest | None:
         """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
 
-        What is torn, or was written for another spec, is named in `refused`, and the one before it is taken.
+        What is torn, or was written for another spec, is named in `refused`, and the one before it is taken. Raises StorageError,
+        on every worker, if the storage cannot be read.
         """
-        chosen = self._choose() if self._worker.rank == 0 else None
-        manifest: Manifest | None = self._from_rank_zero(chosen)
+        chosen: Manifest | str | None = None
+        if self._worker.rank == 0:
+            try:
+                chosen = next(self.manifests(), None)
+            except Exception as error:
+                chosen = f"the checkpoints in {self._root} could not be read: {_describe(error)}"
+        manifest = self._from_rank_zero(chosen)
+        if isinstance(manifest, str):
+            raise StorageError(manifest)
         if manifest is None:
             return None
         is_same_size = manifest.world_size == self._worker.world_size
         own = self._read(manifest, rank_file(self._worker.rank)) if is_same_size else None
         state.restore(self._read(manifest, SHARED), own)
-        return manifest
+        return cast("Manifest", manifest)
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield whole checkpoints of this job, newest first; notes in `refused` why others are not taken."""
@@ -112,9 +131,7 @@ class Checkpoints:
                 yield self._verify(name)
             except CheckpointError as error:
                 self.refused.append(str(error))
-
-    def _choose(self) -> Manifest | None:
-        return next(self.manifests(), None)
+                self._torn |= {name} if isinstance(error, TornError) else set()
 
     def _names(self) -> list[str]:
         if not self._files.exists(self._root):
@@ -170,7 +187,11 @@ class Checkpoints:
     def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
         with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
             hashing = _HashingWriter(stream)
-            torch.save(content, cast("IO[bytes]", hashing))
+            try:
+                torch.save(content, cast("IO[bytes]", hashing))
+            except RuntimeError as error:
+                # torch tells of its own writer's state, and not of what the storage said.
+                raise hashing.error or error from error
             _to_disk(stream)
         return hashing.size, hashing.digest.hexdigest()
 
@@ -210,6 +231,8 @@ class Checkpoints:
         removed: list[str] = []
         for name in sorted(self._names(), reverse=True):
             try:
+                if name in self._torn:
+                    raise TornError(name)
                 whole.append(self._read_manifest(name))
             except TornError:
                 removed += [name] if name < newest else []
@@ -248,11 +271,16 @@ class _HashingWriter:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self.digest, self.size = hashlib.sha256(), 0
+        self.error: Exception | None = None
 
     def write(self, data: bytes) -> int:
         self.digest.update(data)
         self.size += len(data)
-        return self._stream.write(data)
+        try:
+            return self._stream.write(data)
+        except Exception as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self._stream.flush()
@@ -261,6 +289,10 @@ class _HashingWriter:
 def rank_file(rank: int) -> str:
     """Name of the file that holds what is a worker's own."""
     return f"rank-{rank:05d}.pt"
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _to_disk(stream: Any) -> None:

@@ -5,6 +5,7 @@ worker acts on the same answer in the same step.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -37,11 +38,11 @@ class Agreed:
 class Control:
     """One float64 vector a step, summed over all workers; on GPUs by gloo beside NCCL, so that it does not wait for kernels."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, timeout_seconds: float) -> None:
         self._group: Any = None
         self._world_size = worker.world_size
         if worker.world_size > 1 and worker.device.type == "cuda":
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._vector = torch.zeros(5, dtype=torch.float64)
         self._pending: dist.Work | None = None
 

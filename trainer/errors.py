@@ -4,6 +4,7 @@ RunError                       its message is the reason, for the user to read
 ├── InvalidInput               a field of the spec, or what it points to, cannot be used
 │   ├── ConfigurationError
 │   └── DataError
+├── StorageError               checkpoints cannot be written or read
 ├── Diverged
 └── Preempted
 """
@@ -38,6 +39,12 @@ class DataError(InvalidInput):
     """Data is missing, broken or not as the spec describes it."""
 
     cause = "data"
+
+
+class StorageError(RunError):
+    """The storage of checkpoints does not take or give them: the cluster's trouble, that another try may not meet."""
+
+    cause = "worker_lost"
 
 
 class Diverged(RunError):  # noqa: N818

@@ -2,7 +2,8 @@
 
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from syncbn import DesyncError
 from trainer.errors import Diverged, RunError
 from trainer.files import write_whole
 from trainer.spec import Cause, Frozen, Outcome
+from trainer.state import Position
 
 LONGEST_TRACEBACK = 20_000
 """Characters; of a longer one the end is kept, which names the error."""
@@ -52,6 +54,14 @@ def classify(error: BaseException) -> tuple[Cause, bool]:
         return "out_of_memory", False
     if isinstance(error, DesyncError):
         return "hang", True
+    if type(error).__module__.partition(".")[0] == "ray":
+        return ("out_of_memory" if type(error).__name__ == "OutOfMemoryError" else "worker_lost"), False
+    if "dataloader" in text and isinstance(error, RuntimeError):
+        # A loader's process that the kernel killed was most likely too large.
+        is_killed, is_late = "killed by signal: killed" in text, "timed out" in text
+        return ("out_of_memory" if is_killed else "hang" if is_late else "worker_lost"), False
+    if isinstance(error, TimeoutError):
+        return "hang", False
     is_of_torch = isinstance(error, (RuntimeError, ConnectionError)) and any(
         word in text for word in ("gloo", "nccl", "rendezvous", "store", "peer")
     )
@@ -78,7 +88,21 @@ def record(folder: Path, error: BaseException, rank: int, step: int) -> None:
         seconds=time.time(),
     )
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / f"rank-{rank:05d}.json").exists():
+        return  # what came first is what is looked for
     write_whole(folder / f"rank-{rank:05d}.json", failure)
+
+
+@contextmanager
+def recorded(folder: Path, rank: int, position: Position) -> Iterator[None]:
+    """Record what is raised inside, at once, and let it pass; to diverge is no failure."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except Exception as error:
+        record(folder, error, rank, position.step)
+        raise
 
 
 def read(folder: Path) -> list[Failure]:

@@ -1,7 +1,7 @@
 """What rank 0 tells the world while it trains: lines to read, the progress file, and all that goes to MLflow."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -9,8 +9,7 @@ from trainer.checkpoint import Manifest
 from trainer.outbox import Kind, Outbox
 from trainer.progress import ProgressFile
 from trainer.spec import Task, attempt_folder
-from trainer.system_metrics import SystemMetrics
-from trainer.tracking import Tracking
+from trainer.tracking import TrackingProcess
 
 
 class Journal(Protocol):
@@ -74,12 +73,6 @@ def open_journal(task: Task, rank: int) -> Iterator[Journal]:
     context, spec = task.context, task.spec
     folder = Path(context.folder)
     progress = ProgressFile(attempt_folder(folder, context.attempt), spec.steps, spec.global_batch_size)
-    with ExitStack() as stack:
-        outbox = Outbox(folder)
-        stack.callback(outbox.close)
-        tracking = stack.enter_context(Tracking(outbox, context.mlflow_url, context.mlflow_run_id))
-        if context.mlflow_run_id:
-            stack.enter_context(SystemMetrics(outbox))
+    outbox = Outbox(folder)
+    with closing(outbox), TrackingProcess(folder, context.mlflow_url, context.mlflow_run_id):
         yield RankZeroJournal(spec.steps, outbox, progress)
-    if tracking.unsent_bytes:
-        print(f"{tracking.unsent_bytes} bytes of metrics did not reach MLflow; they stay in {outbox.path}", flush=True)

@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ from trainer.manifest import RunManifest, checkpoint_folder
 from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
 
 FAILURES_FOLDER = "failures"
+STARTED_FILE = "started"
 RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
 SECONDS_FOR_ROOM = 300.0
@@ -57,7 +60,11 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
         if is_local and spec.use_gpu and gpus < spec.min_workers:
             reason = f"use_gpu: {spec.min_workers} workers need a GPU each, this machine has {gpus}"
             return Outcome(state="failed", reason=reason, cause="configuration")
-        manifest = RunManifest(checkpoint_folder(task), task)
+        try:
+            manifest = RunManifest(checkpoint_folder(task), task)
+        except (ImportError, ValueError) as error:  # of fsspec: no such protocol, or its package is not installed
+            reason = f"checkpoint.address: {error} (got {spec.checkpoint.address!r})"
+            return Outcome(state="failed", reason=reason, cause="configuration")
         try:
             with _feeder(task.spec) as feeder:
                 outcome = _run_until_it_stays(task, manifest, feeder)
@@ -118,12 +125,14 @@ def _has_room(spec: JobSpec) -> bool:
 
 def _fit(task: Task, number: int, feeder: Any) -> Outcome:
     """Run Ray Train once."""
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     spec = task.spec
     folder = attempt_folder(Path(task.context.folder), task.context.attempt)
     failures_folder = folder / FAILURES_FOLDER / str(number)
+    failures_folder.mkdir(parents=True, exist_ok=True)
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
     trainer = TorchTrainer(
         _work,
@@ -137,13 +146,39 @@ def _fit(task: Task, number: int, feeder: Any) -> Outcome:
         ),
     )
     try:
-        return Outcome.model_validate(trainer.fit().return_value)
+        with _limited_start(failures_folder) as is_late:
+            return Outcome.model_validate(trainer.fit().return_value)
     except TrainingFailedError as error:
         return _explain(error, failures_folder, task)
+    except (KeyboardInterrupt, SystemExit, RayError):
+        if not is_late.is_set():
+            raise
+        reason = f"no {spec.min_workers} workers were free within {SECONDS_FOR_ROOM:.0f} s"
+        return Outcome(state="failed", reason=reason, cause="worker_lost")
+
+
+@contextmanager
+def _limited_start(failures_folder: Path) -> Iterator[threading.Event]:
+    """End Ray Train's run if no worker has started in time: for an elastic job, it would wait for free resources for ever."""
+    is_late, is_over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        if not is_over.wait(SECONDS_FOR_ROOM) and not (failures_folder / STARTED_FILE).exists():
+            is_late.set()
+            os.kill(os.getpid(), signal.SIGINT)  # what Ray Train ends itself by
+
+    handler = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=watch, name="start", daemon=True).start()
+    try:
+        yield is_late
+    finally:
+        is_over.set()
+        signal.signal(signal.SIGINT, handler)  # Ray Train's own stays otherwise
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """Work on one worker; the driver, which hands this on by name, does not load what it takes."""
+    Path(config["failures"], STARTED_FILE).touch()
     from trainer.work import work
 
     return work(config)
@@ -160,7 +195,7 @@ def _explain(error: Any, failures_folder: Path, task: Task) -> Outcome:
     if isinstance(error, PreemptionError):
         return Outcome(state="failed", reason=str(error), cause="preempted", step=step)
     if isinstance(error, ControllerError):
-        reason = f"the workers could not be started: {str(error.controller_failure).strip().splitlines()[0]}"
+        reason = f"the workers could not be started: {_first_line(error.controller_failure)}"
         return Outcome(state="failed", reason=reason, cause="worker_lost", step=step)
     causes = {
         rank: getattr(failure, "health_check_failure", None) or failure
@@ -169,7 +204,11 @@ def _explain(error: Any, failures_folder: Path, task: Task) -> Outcome:
     deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, (RayActorError, OutOfMemoryError))}
     return failures.explain(
         failures.read(failures_folder),
-        {rank: str(cause).strip().splitlines()[0] for rank, cause in deaths.items()},
+        {rank: _first_line(cause) for rank, cause in deaths.items()},
         out_of_memory=any(isinstance(cause, OutOfMemoryError) for cause in deaths.values()),
         step=step,
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

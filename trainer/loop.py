@@ -22,12 +22,14 @@ from trainer.parallel import clip, gradients_stay_local, parallelise, warm_up, w
 from trainer.probes import Probes
 from trainer.spec import JobSpec
 from trainer.state import Position, State, seed_everything
-from trainer.stopping import is_enough, take_note
+from trainer.stopping import is_enough, is_new_best, take_note
 from trainer.worker import Worker
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SECONDS_BETWEEN_LOOKS = 2.0
 """At the cluster's notices: a node that is drained usually has half a minute or more."""
+LEAST_SCALE = 2.0**-14
+"""Of the loss in fp16, which is halved whenever gradients overflow: 30 times in a row from where it begins."""
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,7 +73,8 @@ def train(
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
     probes = Probes(spec, model, worker, autocast, scaler)
     state = State(model, optimizer, schedule, scaler, probes, position, worker)
-    evaluator, control = Evaluator(spec.evaluation, model, dataset, worker), Control(worker)
+    evaluator = Evaluator(spec.evaluation, model, dataset, worker)
+    control = Control(worker, spec.collective_timeout_seconds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     warm_up(parallel, spec, dataset.shape, worker)
     if checkpoints is not None:
@@ -84,7 +87,7 @@ def train(
 
     while True:
         step = position.step
-        if (step % spec.eval_every == 0 or step == spec.steps or is_late) and position.evaluated < step:
+        if (step % spec.eval_every == 0 or step >= spec.steps or is_late) and position.evaluated < step:
             with autocast:
                 metrics = dict(evaluator.evaluate(step))
             if position.samples:
@@ -95,10 +98,11 @@ def train(
             position.metrics, position.evaluated = metrics, step
             position.loss_sum, position.samples = 0.0, 0
             take_note(spec.early_stop, position)
+            save_now |= is_new_best(spec.checkpoint, position)
             journal.log(step, metrics)
         journal.update(step)
 
-        is_done = step == spec.steps or is_late or is_enough(spec.early_stop, position)
+        is_done = step >= spec.steps or is_late or is_enough(spec.early_stop, position)
         is_due = save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
         if checkpoints is not None and (is_due or node_goes) and saved < step:
             position.seconds = time.monotonic() - began
@@ -138,6 +142,8 @@ def train(
             clip(parameters, spec.clip_norm)
         scaler.step(optimizer)
         scaler.update()
+        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+            raise Diverged(step + 1, "the gradients overflow under every loss scale")
         schedule.step()
         position.step = step + 1
         position.loss_sum += agreed.loss_sum
@@ -147,6 +153,6 @@ def train(
             looked_at, node_goes = time.monotonic(), notices.node_is_about_to_go()
 
     without_checkpointing(model)
-    if position.step == spec.steps:
+    if position.step >= spec.steps:
         return Result(model, position.metrics, position.step, "finished")
     return Result(model, position.metrics, position.step, "deadline" if is_late else "stopped early")

@@ -55,7 +55,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
             }
             try:
                 optimizer: torch.optim.Optimizer = kind(groups, lr=spec.lr, **arguments)
-            except (TypeError, ValueError, RuntimeError) as error:
+            except Exception as error:  # torch checks some values by using them
                 takes = f"values that {spec.name} takes: {error}"
                 raise ConfigurationError("optimizer.arguments", spec.arguments, takes) from error
             return optimizer

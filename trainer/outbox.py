@@ -1,4 +1,4 @@
-"""All that MLflow is to hold, on its way there: lines in a file, which a thread of `trainer.tracking` drains.
+"""All that MLflow is to hold, on its way there: lines in a file, which `trainer.tracking` drains.
 
 The training loop never waits for MLflow: it appends a line. The outbox belongs to the job and not to one attempt: a later attempt
 sends what an earlier one could not, and does not log a step again that is there already. Lines keep the time they were written at,
@@ -6,10 +6,10 @@ so sending one twice changes nothing in MLflow.
 """
 
 import json
-import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,19 +20,17 @@ Kind = Literal["evaluation", "probes", "system"]
 class Outbox:
     """Append-only file of lines, each a JSON object with a `kind`; may be written to by several threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / OUTBOX_FILE
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]  # an attempt that was killed may have left half a line
+    def __init__(self, folder: Path, name: str = OUTBOX_FILE) -> None:
+        self.path = folder / name
         self._last_step: dict[str, int] = {}
-        for line in map(json.loads, whole):
+        content = self.path.read_bytes() if self.path.exists() else b""
+        for line in read_lines(content):
             if "step" in line:
                 self._last_step[line["kind"]] = line["step"]
-        self._file = self.path.open("r+" if lines else "w")
-        self.length = sum(map(len, whole))
-        """Bytes written."""
-        self._file.truncate(self.length)
-        self._file.seek(0, os.SEEK_END)
+        # Appending alone: whoever else still writes here cannot overwrite, nor be overwritten.
+        self._file = self.path.open("a")
+        if content and not content.endswith(b"\n"):
+            self._file.write("\n")  # ends the half line that an attempt left when it was killed
         self._lock = threading.Lock()
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
@@ -61,4 +59,12 @@ class Outbox:
         with self._lock:
             self._file.write(text)
             self._file.flush()
-            self.length += len(text)
+
+
+def read_lines(content: bytes) -> Iterator[dict[str, Any]]:
+    """Yield the lines that can be read; half a line, or what a loss of power has left, is passed by."""
+    for text in content.splitlines():
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and "kind" in line:
+                yield line

@@ -1,9 +1,10 @@
 """A run's own figures, after Ioffe & Szegedy 2015, Figure 1: accuracy, and percentiles of layers' inputs, against steps."""
 
-import json
 import re
 from collections import defaultdict
 from pathlib import Path
+
+from trainer.outbox import read_lines
 
 PERCENTILE = re.compile(r"^probe/(?P<layer>.+)/unit(?P<unit>\d+)/p(?P<percent>\d+)$")
 Curve = list[tuple[int, float]]
@@ -37,7 +38,7 @@ def write_figures(metrics: Path, folder: Path) -> list[Path]:
 
 def _read(metrics: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = defaultdict(list)
-    for line in map(json.loads, metrics.read_text().splitlines()):
+    for line in read_lines(metrics.read_bytes()):
         for name, value in line.get("metrics", {}).items():
             curves[name].append((line["step"], value))
     return curves

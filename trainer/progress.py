@@ -35,6 +35,7 @@ class ProgressFile:
             Progress(
                 step=step, total_steps=self._total_steps, samples_per_second=round(speed, 1), eta_seconds=round(left, 1)
             ),
+            durable=False,
         )
 
 

@@ -30,6 +30,8 @@ class Position:
     """Of the newest evaluation."""
     best: float | None = None
     """Best value of the early stop's metric."""
+    best_kept: float | None = None
+    """Best value of the metric by which checkpoints are kept."""
     stale: int = 0
     """Evaluations since then."""
 

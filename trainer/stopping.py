@@ -1,6 +1,6 @@
-"""When a run has seen enough, by its evaluations."""
+"""What follows from an evaluation: whether the run has seen enough, and whether it is the best so far."""
 
-from trainer.spec import EarlyStopSpec
+from trainer.spec import CheckpointSpec, EarlyStopSpec
 from trainer.state import Position
 
 
@@ -24,3 +24,14 @@ def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
         position.best >= spec.target if spec.mode == "max" else position.best <= spec.target
     )
     return is_there or position.stale >= spec.patience
+
+
+def is_new_best(spec: CheckpointSpec, position: Position) -> bool:
+    """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
+    if spec.keep_best is None:
+        return False
+    value, best = position.metrics[spec.keep_best], position.best_kept
+    if best is None or (value > best if spec.best_mode == "max" else value < best):
+        position.best_kept = value
+        return True
+    return False

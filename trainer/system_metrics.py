@@ -25,8 +25,6 @@ class SystemMetrics:
         self._thread.join(SECONDS_BETWEEN_SAMPLES)
 
     def _sample(self) -> None:
-        if self._finished.wait(SECONDS_BETWEEN_SAMPLES):
-            return
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

@@ -1,88 +1,135 @@
-"""The thread that brings the outbox to MLflow, in batches, as fast as MLflow takes it. The trainer's door to MLflow."""
+"""What brings outboxes to MLflow, in batches, as fast as MLflow takes them. The trainer's door to MLflow.
 
+`python -m trainer.tracking FOLDER URL RUN_ID` is a process of its own beside rank 0: what MLflow's client imports and waits for
+must not hold Python's lock in the middle of a step. Its threads drain the outbox of the run and one of system metrics, until its
+standard input ends; then it finishes what is there.
+"""
+
+import argparse
 import json
 import math
 import os
+import subprocess
+import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.outbox import Outbox
+from trainer.outbox import OUTBOX_FILE, Outbox, read_lines
 
-SENT_FILE = "metrics.sent"
+SYSTEM_FILE = "system.jsonl"
 METRICS_PER_CALL = 1_000
 """What MLflow takes in one log_batch."""
 SECONDS_BETWEEN_CALLS = 1.0
-SECONDS_BEFORE_FIRST_CALL = 5.0
 SECONDS_TO_FINISH = 180.0
 """After the last step, for what is still on its way: longer than a restart of MLflow."""
+SECONDS_WITHOUT_TRAINER = 5.0
+"""The same where the trainer was killed: another attempt sends the rest."""
+MOST_TRIES = 20
+"""For a line that is not metrics, such as an artifact, while MLflow answers: it must not hold up all behind it for ever."""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
 """Codes of answers that will be the same the next time."""
 MODEL_NAME = "model"
+DONE = b"done"
 
 
-class Tracking:
-    """Drains an outbox to one run, from where the last attempt came to.
+class TrackingProcess:
+    """The process, as a context manager: leaving it waits up to 180 seconds until all is sent. Without an address there is none."""
 
-    Use as a context manager: leaving it waits up to 180 seconds until all is sent. `unsent_bytes` of the file then are not in
-    MLflow; another attempt would send them. Without an address it does nothing.
-    """
+    def __init__(self, folder: Path, mlflow_url: str | None, run_id: str | None) -> None:
+        self._command = [sys.executable, "-m", "trainer.tracking", str(folder), str(mlflow_url), str(run_id)]
+        self._is_wanted = mlflow_url is not None and run_id is not None
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def __init__(self, outbox: Outbox, mlflow_url: str | None, run_id: str | None) -> None:
-        self._outbox, self._url, self._run_id = outbox, mlflow_url, run_id or ""
-        self._sent_path = outbox.path.with_name(SENT_FILE)
-        self._sent = self._read_sent()
-        self._finished = threading.Event()
-        self._give_up_at = math.inf
-        self._thread = threading.Thread(target=self._drain, name="tracking", daemon=True)
-
-    @property
-    def unsent_bytes(self) -> int:
-        """Bytes of the outbox that MLflow does not have yet; 0 without a run."""
-        return self._outbox.length - self._sent if self._run_id else 0
-
-    def __enter__(self) -> "Tracking":
-        if self._run_id:
-            self._thread.start()
+    def __enter__(self) -> "TrackingProcess":
+        if self._is_wanted:
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._give_up_at = time.monotonic() + SECONDS_TO_FINISH
+        if self._process is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self._process.communicate(DONE, timeout=SECONDS_TO_FINISH + 30)
+        self._process.kill()
+        self._process.wait()
+
+
+class Tracking:
+    """Drains one outbox to a run in a thread, from where the last attempt came to, as a context manager.
+
+    Leaving it waits until all is sent, at most for `seconds_to_finish`. `unsent_bytes` of the file then are not in MLflow; another
+    attempt would send them.
+    """
+
+    def __init__(self, path: Path, mlflow_url: str, run_id: str) -> None:
+        self._path, self._url, self._run_id = path, mlflow_url, run_id
+        self._sent_path = path.with_suffix(".sent")
+        self._sent = self._read_sent()
+        self._finished = threading.Event()
+        self._give_up_at = math.inf
+        self._tries = 0
+        self.seconds_to_finish = SECONDS_TO_FINISH
+        self._thread = threading.Thread(target=self._drain, name=f"tracking {path.name}", daemon=True)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes of the outbox that MLflow does not have yet."""
+        return (self._path.stat().st_size if self._path.exists() else 0) - self._sent
+
+    def __enter__(self) -> "Tracking":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_up_at = time.monotonic() + self.seconds_to_finish
         self._finished.set()
-        if self._run_id:
-            self._thread.join(SECONDS_TO_FINISH + 15)
+        self._thread.join(self.seconds_to_finish + 15)
 
     def _drain(self) -> None:
         """Send all lines, in order, until the outbox is closed and empty or the time to finish is over."""
-        # What it takes is not imported while the run gets under way.
-        self._finished.wait(SECONDS_BEFORE_FIRST_CALL)
-        # One short try a call: the waiting is done here, where nothing else waits for it.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         client = MlflowClient(self._url)
-        with self._outbox.path.open("rb") as file:
-            while not (self._finished.is_set() and not self.unsent_bytes) and time.monotonic() < self._give_up_at:
+        while not (self._finished.is_set() and not self.unsent_bytes) and time.monotonic() < self._give_up_at:
+            if not self.unsent_bytes:
+                self._finished.wait(SECONDS_BETWEEN_CALLS)
+                continue
+            with self._path.open("rb") as file:
                 file.seek(self._sent)
                 lines = _read(file)
-                if not lines:
-                    self._finished.wait(SECONDS_BETWEEN_CALLS)
-                    continue
-                try:
-                    _send(client, self._run_id, lines)
-                except (MlflowException, OSError) as error:
-                    is_final = isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in REFUSALS
-                    if not is_final:
-                        print(f"metrics wait for MLflow: {error}", flush=True)
-                        time.sleep(SECONDS_BETWEEN_CALLS)
-                        continue
-                    print(f"MLflow refused {lines[0]['kind']}, which stays in {self._outbox.path}: {error}", flush=True)
-                self._sent = file.tell()
+                end = file.tell()
+            if end == self._sent:  # half a line, whose rest is still to come
+                self._finished.wait(SECONDS_BETWEEN_CALLS)
+                continue
+            if self._try(client, lines):
+                self._sent = end
+                self._tries = 0
                 self._write_sent()
+            else:
+                time.sleep(SECONDS_BETWEEN_CALLS)
+
+    def _try(self, client: Any, lines: list[dict[str, Any]]) -> bool:
+        """Send lines; return whether to go on behind them. Of a batch that is refused, each line is sent alone."""
+        from mlflow.exceptions import MlflowException
+
+        if not lines:
+            return True
+        try:
+            _send(client, self._run_id, lines)
+        except (MlflowException, OSError) as error:
+            code = getattr(error, "error_code", None)
+            if code in REFUSALS and len(lines) > 1:
+                return all(self._try(client, [line]) for line in lines)
+            self._tries += "metrics" not in lines[0]
+            if code in REFUSALS or isinstance(error, FileNotFoundError) or self._tries >= MOST_TRIES:
+                print(f"MLflow refused {lines[0]['kind']}, which stays in {self._path}: {error}", flush=True)
+                return True
+            print(f"metrics wait for MLflow: {error}", flush=True)
+            return False
+        return True
 
     def _read_sent(self) -> int:
         """Find out how far an earlier attempt came with this run; what was sent and not noted is sent again, to no effect."""
@@ -90,10 +137,11 @@ class Tracking:
             run_id, place = self._sent_path.read_text().split()
         except (OSError, ValueError):
             return 0
-        return min(int(place), self._outbox.length) if run_id == self._run_id and place.isdigit() else 0
+        length = self._path.stat().st_size if self._path.exists() else 0
+        return min(int(place), length) if run_id == self._run_id and place.isdigit() else 0
 
     def _write_sent(self) -> None:
-        part = self._sent_path.with_name(f".{SENT_FILE}.part")
+        part = self._sent_path.with_name(f".{self._sent_path.name}.part")
         part.write_text(f"{self._run_id} {self._sent}")
         part.replace(self._sent_path)
 
@@ -105,16 +153,19 @@ def _read(file: BinaryIO) -> list[dict[str, Any]]:
     while True:
         place = file.tell()
         text = file.readline()
-        line = json.loads(text) if text.endswith(b"\n") else None
-        size = len(line.get("metrics", ())) if line is not None else 0
-        is_alone = line is not None and "metrics" not in line
-        if line is None or (lines and (is_alone or count + size > METRICS_PER_CALL)):
+        if not text.endswith(b"\n"):
             file.seek(place)
             return lines
-        lines.append(line)
-        count += size
-        if is_alone:
-            return lines
+        for line in read_lines(text):
+            size = len(line.get("metrics", ()))
+            is_alone = "metrics" not in line
+            if lines and (is_alone or count + size > METRICS_PER_CALL):
+                file.seek(place)
+                return lines
+            lines.append(line)
+            count += size
+            if is_alone:
+                return lines
 
 
 def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
@@ -152,3 +203,40 @@ def _send_model(client: Any, run_id: str, path: Path, step: int) -> None:
     client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+
+
+def main() -> None:
+    """Drain until standard input ends, and then what is left."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description="Send a run's outboxes to MLflow.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("url")
+    parser.add_argument("run_id")
+    arguments = parser.parse_args()
+    # One short try a call: the waiting is done by the threads, where nothing else waits for it.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.nice(10)  # training goes first
+    from trainer.system_metrics import SystemMetrics
+
+    system = Outbox(arguments.folder, SYSTEM_FILE)
+    with ExitStack() as stack:
+        drains = [
+            stack.enter_context(Tracking(path, arguments.url, arguments.run_id))
+            for path in (arguments.folder / OUTBOX_FILE, system.path)
+        ]
+        with SystemMetrics(system):
+            is_done = sys.stdin.buffer.read() == DONE
+        if not is_done:
+            for drain in drains:
+                drain.seconds_to_finish = SECONDS_WITHOUT_TRAINER
+    for drain in drains:
+        if drain.unsent_bytes:
+            print(
+                f"{drain.unsent_bytes} bytes of metrics did not reach MLflow; they stay in {arguments.folder}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -40,7 +40,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     print(f"worker {worker.rank} of {worker.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
     position = Position()
     try:
-        return _train(task, worker, position, config.get("feeder"))
+        return _train(task, worker, position, config.get("feeder"), Path(config["failures"]))
     except Diverged as error:
         return {
             "state": "succeeded",
@@ -49,17 +49,19 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             "step": error.step,
             "metrics": position.metrics,
         }
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failures.record(Path(config["failures"]), error, worker.rank, position.step)
-        raise
+        raise RuntimeError("the user's code ended the process") if isinstance(error, SystemExit) else error from error
 
 
-def _train(task: Task, worker: Worker, position: Position, feeder: Any) -> dict[str, Any]:
+def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures_folder: Path) -> dict[str, Any]:
     spec, context = task.spec, task.context
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
     folder = attempt_folder(Path(context.folder), context.attempt)
     with ExitStack() as stack:
         journal = stack.enter_context(open_journal(task, worker.rank))
+        # Before the journal waits for MLflow: whoever is first to fail is so at the time it failed.
+        stack.enter_context(failures.recorded(failures_folder, worker.rank, position))
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)
         if isinstance(journal, RankZeroJournal):

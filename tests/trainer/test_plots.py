@@ -33,6 +33,9 @@ def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    lines = [{"step": 0, "metrics": {"f1": 0.5}}, {"step": 4, "metrics": {"probe/layer1.0.relu:2/unit8/p50": 0.1}}]
+    lines = [
+        {"kind": "evaluation", "step": 0, "metrics": {"f1": 0.5}},
+        {"kind": "probes", "step": 4, "metrics": {"probe/layer1.0.relu:2/unit8/p50": 0.1}},
+    ]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [path.name for path in write_figures(metrics, tmp_path)] == ["percentiles-layer1.0.relu-2.png"]

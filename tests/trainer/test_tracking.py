@@ -8,27 +8,32 @@ import torch
 
 from tests.trainer.training import make_spec, run_here
 from trainer.journal import RankZeroJournal, Silent, open_journal
-from trainer.outbox import OUTBOX_FILE, Outbox
+from trainer.outbox import OUTBOX_FILE, Outbox, read_lines
 from trainer.progress import ProgressFile
 from trainer.spec import PROGRESS_FILE, JobSpec, Progress, RunContext, Task
-from trainer.tracking import SENT_FILE, Tracking
+from trainer.tracking import Tracking, TrackingProcess
 
 
 def read(folder):
     return [json.loads(line) for line in (folder / OUTBOX_FILE).read_text().splitlines()]
 
 
-def test_without_a_run_the_metrics_stay_in_the_file(tmp_path):
+def drain(outbox, url, run_id, seconds=60.0):
+    """Send what an outbox holds, and return the bytes that did not arrive."""
+    with Tracking(outbox.path, url, run_id) as tracking:
+        tracking.seconds_to_finish = seconds
+    return tracking.unsent_bytes
+
+
+def test_the_outbox_is_a_file_of_lines(tmp_path):
     outbox = Outbox(tmp_path)
-    with Tracking(outbox, None, None) as tracking:
-        outbox.log(0, {"accuracy": 0.1})
-        outbox.log(10, {"accuracy": 0.5, "loss": 1.0})
+    outbox.log(0, {"accuracy": 0.1})
+    outbox.log(10, {"accuracy": 0.5, "loss": 1.0})
     outbox.close()
     assert [(line["step"], line["metrics"]) for line in read(tmp_path)] == [
         (0, {"accuracy": 0.1}),
         (10, {"accuracy": 0.5, "loss": 1.0}),
     ]
-    assert tracking.unsent_bytes == 0
 
 
 def test_another_attempt_logs_no_step_again_of_its_kind(tmp_path):
@@ -45,19 +50,38 @@ def test_another_attempt_logs_no_step_again_of_its_kind(tmp_path):
         second.log(step, {"probe/loss_range": 2.0}, "probes")
     assert second.next_step("system") == 0
     second.close()
-    lines = [(line["kind"], line["step"], *line["metrics"].values()) for line in read(tmp_path)]
+    lines = [(line["kind"], line["step"], *line["metrics"].values()) for line in read_lines(whole(tmp_path))]
     assert [line[1:] for line in lines if line[0] == "evaluation"] == [(0, 0.1), (10, 0.5), (20, 0.2)]
     assert [line[1:] for line in lines if line[0] == "probes"] == [(4, 1.0), (10, 2.0), (20, 2.0)]
 
 
-def test_a_dead_server_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.tracking.SECONDS_TO_FINISH", 1.0)
+def whole(folder):
+    return (folder / OUTBOX_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b"\xff\xfe{\n", b'["a list"]\n', b"{}\n", b'{"kind": "evalu'])
+def test_what_cannot_be_read_is_passed_by_and_what_follows_is_not_lost(tmp_path, damage):
+    first = Outbox(tmp_path)
+    first.log(0, {"accuracy": 0.1})
+    first.close()
+    with (tmp_path / OUTBOX_FILE).open("ab") as file:
+        file.write(damage)
+    second = Outbox(tmp_path)
+    second.log(0, {"accuracy": 0.9})
+    second.log(10, {"accuracy": 0.2})
+    second.close()
+    assert [(line["step"], line["metrics"]["accuracy"]) for line in read_lines(whole(tmp_path))] == [
+        (0, 0.1),
+        (10, 0.2),
+    ]
+
+
+def test_a_dead_server_loses_nothing(tmp_path):
     outbox = Outbox(tmp_path)
-    with Tracking(outbox, "http://127.0.0.1:1", "some-run") as tracking:
-        for step in range(100):
-            outbox.log(step, {"accuracy": 0.5})
+    for step in range(100):
+        outbox.log(step, {"accuracy": 0.5})
     outbox.close()
-    assert tracking.unsent_bytes == outbox.length > 0
+    assert drain(outbox, "http://127.0.0.1:1", "some-run", 1.0) == len(whole(tmp_path))
     assert len(read(tmp_path)) == 100
 
 
@@ -83,9 +107,9 @@ class Deaf:
             connection.close()
 
 
-def test_a_server_that_does_not_answer_delays_no_step(tmp_path, monkeypatch):
-    spec = make_spec(steps=300, eval_every=1, precision="fp32")
-    monkeypatch.setattr("trainer.tracking.SECONDS_TO_FINISH", 0.5)
+def test_a_server_that_does_not_answer_holds_up_nothing_but_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.tracking.SECONDS_TO_FINISH", -29.0)  # for the process, which gets 30 more
+    spec = make_spec(steps=200, eval_every=1, precision="fp32")
     outbox, pauses = Outbox(tmp_path), []
     append = outbox._append
 
@@ -95,12 +119,17 @@ def test_a_server_that_does_not_answer_delays_no_step(tmp_path, monkeypatch):
         pauses.append(time.perf_counter() - began)
 
     monkeypatch.setattr(outbox, "_append", timed)
-    with Deaf() as url, Tracking(outbox, url, "some-run") as tracking:
-        run_here(spec, journal=RankZeroJournal(spec.steps, outbox, ProgressFile(tmp_path, spec.steps, 50)))
+    with Deaf() as url:
+        began = time.monotonic()
+        with TrackingProcess(tmp_path, url, "some-run") as process:
+            run_here(spec, journal=RankZeroJournal(spec.steps, outbox, ProgressFile(tmp_path, spec.steps, 50)))
+            trained = time.monotonic() - began
+        assert time.monotonic() - began < trained + 10
     outbox.close()
-    assert tracking.unsent_bytes == outbox.length
-    assert len(pauses) == len(read(tmp_path)) == 301
+    assert process._process.poll() is not None
+    assert len(pauses) == len(read(tmp_path)) == 201
     assert max(pauses) < 0.05
+    assert not (tmp_path / "metrics.sent").exists()
 
 
 def test_only_the_first_rank_writes(tmp_path, capsys):
@@ -132,26 +161,44 @@ def test_what_is_logged_is_in_mlflow_once(stack, tmp_path):
     (tmp_path / "figure.png").write_bytes(b"not really")
     for attempt in range(2):
         outbox = Outbox(tmp_path)
-        with Tracking(outbox, stack.connection.mlflow_url, run_id) as tracking:
+        with TrackingProcess(tmp_path, stack.connection.mlflow_url, run_id):
             outbox.put("tags", tags={"workers": attempt + 1})
             outbox.put("dataset", name="digits", digest="abc", source="digits")
             for step in range(1200 * (attempt + 1)):
                 outbox.log(step, {"accuracy": step / 10, "loss": float(attempt)})
-            outbox.log(7, {"probe/loss_range": 1.0}, "probes")
+            outbox.log(7, {"no such: name?": 1.0}, "probes")  # refused by MLflow, alone
+            outbox.log(8, {"probe/loss_range": 1.0}, "probes")
             outbox.put("artifact", path=str(tmp_path / "figure.png"), folder="figures")
             outbox.put("artifact", path=str(tmp_path / "gone.png"), folder="figures")  # told of, and passed by
         outbox.close()
-        assert tracking.unsent_bytes == 0
+        run, place = (tmp_path / "metrics.sent").read_text().split()
+        assert (run, int(place)) == (run_id, len(whole(tmp_path)))
         if attempt == 0:  # the next one sends all of it again
-            (tmp_path / SENT_FILE).unlink()
+            (tmp_path / "metrics.sent").unlink()
     history = client.get_metric_history(run_id, "accuracy")
-    assert [point.step for point in history] == list(range(2400))
-    assert [point.value for point in client.get_metric_history(run_id, "loss")] == [0.0] * 1200 + [1.0] * 1200
-    assert [point.step for point in client.get_metric_history(run_id, "probe/loss_range")] == [7]
+    assert sorted(point.step for point in history) == list(range(2400))
+    assert sorted(point.value for point in client.get_metric_history(run_id, "loss")) == [0.0] * 1200 + [1.0] * 1200
+    assert [point.step for point in client.get_metric_history(run_id, "probe/loss_range")] == [8]
     run = client.get_run(run_id)
     assert run.data.tags["workers"] == "2"
+    assert run.data.metrics["system/cpu_utilization_percentage"] >= 0
     assert [(item.dataset.name, item.dataset.digest) for item in run.inputs.dataset_inputs] == [("digits", "abc")]
     assert [item.path for item in client.list_artifacts(run_id, "figures")] == ["figures/figure.png"]
+
+
+@pytest.mark.ray
+def test_a_trainer_that_is_killed_leaves_no_tracking_behind(stack, tmp_path):
+    from mlflow import MlflowClient
+
+    run_id = MlflowClient(stack.connection.mlflow_url).create_run("0").info.run_id
+    with TrackingProcess(tmp_path, stack.connection.mlflow_url, run_id) as process:
+        outbox = Outbox(tmp_path)
+        outbox.log(0, {"accuracy": 0.5})
+        outbox.close()
+        process._process.stdin.close()  # as the end of the trainer does, without a word
+        assert process._process.wait(30) == 0
+        process._process.stdin = None
+    assert MlflowClient(stack.connection.mlflow_url).get_run(run_id).data.metrics["accuracy"] == 0.5
 
 
 FRESH = """
@@ -187,10 +234,9 @@ def test_the_model_is_logged_once_and_loads_without_this_project(stack, tmp_path
     run = client.create_run("0").info
     for _ in range(2):
         outbox = Outbox(tmp_path)
-        with Tracking(outbox, stack.connection.mlflow_url, run.run_id) as tracking:
-            outbox.put("model", path=str(tmp_path / "model"), step=1)
+        outbox.put("model", path=str(tmp_path / "model"), step=1)
         outbox.close()
-        assert tracking.unsent_bytes == 0
+        assert drain(outbox, stack.connection.mlflow_url, run.run_id) == 0
     assert len(client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")) == 1
     torch.save(example, tmp_path / "example.pt")
     command = [sys.executable, "-c", FRESH, stack.connection.mlflow_url, run.run_id, "example.pt", "outputs.pt"]

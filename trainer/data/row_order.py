@@ -87,6 +87,7 @@ class Cursor:
         if number not in self._kept:
             if number != self._next:
                 self._rows = self._rows_from(number * self._batch_size)
+            self._next = -1  # what breaks off here does not go on: another asker shall meet the same error, not an end
             inputs, labels = zip(*islice(self._rows, self._batch_size), strict=True)
             self._kept[number] = np.stack(inputs), np.array(labels, dtype=np.int64)
             self._next = number + 1

@@ -172,6 +172,8 @@ class _Feeder:
                 self._spec.global_batch_size,
                 f"takes {train.samples} at most, all samples of the data",
             )
+        if not test.samples:
+            raise DataError("data.test", data.test, "takes one sample or more")
         classes = _check_classes(data, train, test) if data.format == "images" else None
 
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:

@@ -26,6 +26,10 @@ def build_imported(spec: ImportedModelSpec) -> nn.Module:
     function = getattr(module, spec.function, None)
     if not callable(function):
         raise ConfigurationError("model.name", spec.name, f"{spec.module} has no function {spec.function}")
+    home = getattr(function, "__module__", None)
+    if home is None or home.partition(".")[0] != spec.module.partition(".")[0]:
+        # What an allowed module has merely imported has not been allowed with it.
+        raise ConfigurationError("model.name", spec.name, f"takes a function of {spec.module}'s own, not of {home}")
     try:
         inspect.signature(function).bind(**spec.arguments)
     except TypeError as error:

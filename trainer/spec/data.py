@@ -84,8 +84,8 @@ class ImageFolderSpec(Frozen):
 
     name: Literal["imagefolder"] = "imagefolder"
     root: str = Field(min_length=1, max_length=4_096, description="folder, under a root that the operator allows")
-    train_folder: str = Field("train", pattern=r"^[\w.-]+$", max_length=255)
-    test_folder: str = Field("val", pattern=r"^[\w.-]+$", max_length=255)
+    train_folder: str = Field("train", pattern=r"^\w[\w.-]*$", max_length=255)
+    test_folder: str = Field("val", pattern=r"^\w[\w.-]*$", max_length=255)
     corrupt_images: Literal["refuse", "skip"] = Field(
         "refuse",
         description="what to do with images that cannot be read: end the run, or leave them out and count them",

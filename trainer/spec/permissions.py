@@ -60,13 +60,15 @@ class Permissions(Frozen):
 
 
 def _is_below(value: str, root: str) -> bool:
+    # Chained addresses (`zip://x::s3://y`) name a second place behind the first, and an escaped path (`%2e%2e`) another one.
+    if "::" in value or "%" in value:
+        return False
     scheme, _, path = value.rpartition("://")
     root_scheme, _, root_path = root.rpartition("://")
     if scheme in ("", "file", "local") and root_scheme in ("", "file", "local"):
-        return Path(path).is_absolute() and Path(path).resolve().is_relative_to(Path(root_path).resolve())
-    # Chained addresses (`zip://x::s3://y`) would name a second place behind the first.
-    if scheme != root_scheme or "::" in value:
-        return False
-    path = posixpath.normpath(path)
-    root_path = posixpath.normpath(root_path)
-    return path == root_path or path.startswith(f"{root_path}/")
+        try:
+            return Path(path).is_absolute() and Path(path).resolve().is_relative_to(Path(root_path).resolve())
+        except (OSError, ValueError, RuntimeError):  # a NUL character, or links that lead in a circle
+            return False
+    path, root_path = posixpath.normpath(path), posixpath.normpath(root_path)
+    return scheme == root_scheme and (path == root_path or path.startswith(f"{root_path}/"))
