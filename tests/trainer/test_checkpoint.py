@@ -1,5 +1,6 @@
 """What is torn or foreign is refused by name, and the checkpoint before it is taken."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -11,6 +12,8 @@ import pytest
 
 from tests.dist import run_on_ranks
 from tests.trainer.training import Notes, make_spec, run_here
+from trainer.checkpoint import Checkpoints
+from trainer.errors import StorageError
 
 SPEC = {"steps": 8, "eval_every": 2, "checkpoint": {"every": 2, "keep_last": 3}}
 
@@ -97,6 +100,69 @@ def test_the_policy_keeps_the_last_and_the_best(tmp_path):
     assert min(losses, key=losses.get) in steps
 
 
+def test_the_best_is_kept_by_its_own_steps_evaluation_wherever_checkpoints_fall(tmp_path):
+    checkpoint = {"every": 7, "keep_last": 1, "keep_best": "accuracy"}
+    _, notes = run_here(make_spec(steps=60, eval_every=5, checkpoint=checkpoint), tmp_path)
+    accuracies = {step: values["accuracy"] for step, values in notes.metrics.items() if step > 0}
+    first_best = next(step for step, value in accuracies.items() if value == max(accuracies.values()))
+    kept = {json.loads(path.read_text())["step"] for path in tmp_path.glob("step-*/manifest.json")}
+    assert kept == {first_best, 60}
+
+
+def test_a_run_that_is_to_end_before_its_checkpoint_ends_there(tmp_path):
+    write_checkpoints(tmp_path)
+    result, notes = run_here(make_spec(**SPEC | {"steps": 5}), tmp_path)
+    assert (result.step, result.end, notes.resumed_from) == (8, "finished", 8)
+
+
+class Full(io.BytesIO):
+    """A disk that is full after some bytes."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 2_000:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_is_told_as_that(tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    monkeypatch.setattr(LocalFileSystem, "open", lambda *_, **__: Full())
+    with pytest.raises(StorageError, match=r"step 2 in .*could not be written: worker 0: OSError: .*No space left"):
+        run_here(make_spec(**SPEC), tmp_path)
+
+
+def save_slowly(spec, folder):
+    """Have rank 0 take its time for the manifest; return whether it is there when this rank is done saving."""
+    import torch.distributed as dist
+
+    write = Checkpoints._write_manifest
+
+    def write_late(self, manifest):
+        time.sleep(1)
+        write(self, manifest)
+
+    Checkpoints._write_manifest = write_late
+    seen = []
+
+    class Looking(Notes):
+        def update(self, step):
+            seen.append(len(list(folder.glob("step-*/manifest.json"))))
+
+    try:
+        run_here(spec, folder, journal=Looking())
+    finally:
+        Checkpoints._write_manifest = write
+    return dist.get_rank(), seen
+
+
+@pytest.mark.dist
+def test_no_worker_goes_on_before_the_checkpoint_exists(tmp_path):
+    spec = make_spec(num_workers=2, steps=2, eval_every=2, checkpoint={"every": 1})
+    for _, seen in run_on_ranks(save_slowly, 2, spec, tmp_path):
+        assert seen == [0, 0, 1]
+
+
 def test_a_checkpoint_holds_no_code(tmp_path):
     """Whoever can write to the storage must not be able to run anything here: files are read as data alone."""
     *_, last = write_checkpoints(tmp_path)
@@ -159,16 +225,16 @@ def newest(folder):
 def fail_to_write(spec, folder):
     import torch.distributed as dist
 
-    from trainer.checkpoint import Checkpoints
-
+    write = Checkpoints._write
     if dist.get_rank() == 1:
 
         def refuse(*_):
             raise OSError(28, "No space left on device")
 
         Checkpoints._write = refuse
-    with pytest.raises(OSError, match=r"worker 1: OSError: .*No space left on device") as error:
+    with pytest.raises(StorageError, match=r"worker 1: OSError: .*No space left on device") as error:
         run_here(spec, folder)
+    Checkpoints._write = write
     return str(error.value)
 
 

@@ -1,4 +1,4 @@
-"""Twenty faults, each classified where it happens, and the first of several found among its consequences."""
+"""Faults of all kinds, each classified where it happens, and the first of several found among its consequences."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from syncbn import DesyncError
 from tests.dist import run_on_ranks
 from tests.trainer.training import make_spec, run_here
 from trainer import failures
-from trainer.errors import ConfigurationError, DataError, Diverged, Preempted
+from trainer.errors import ConfigurationError, DataError, Diverged, Preempted, StorageError
 from trainer.spec import Outcome
 
 
@@ -23,6 +23,14 @@ def gloo_error(kind):
     return RuntimeError(words[kind])
 
 
+def ray_error(name):
+    """An error as Ray's workers raise it."""
+    import ray.exceptions
+
+    kind = getattr(ray.exceptions, name)
+    return kind("of Ray") if name == "OutOfMemoryError" else kind()
+
+
 @pytest.mark.parametrize(
     ("error", "cause", "is_consequence"),
     [
@@ -35,6 +43,13 @@ def gloo_error(kind):
         (DataError("data.root", "/nowhere", "takes a folder"), "data", False),
         (Diverged(7, "the training loss is not finite"), "diverged", False),
         (Preempted(7), "preempted", False),
+        (StorageError("the checkpoint of step 2 could not be written"), "worker_lost", False),
+        (RuntimeError("DataLoader timed out after 120 seconds"), "hang", False),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "out_of_memory", False),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "worker_lost", False),
+        (TimeoutError("Ray Data had no batch for 300 s"), "hang", False),
+        (ray_error("ActorDiedError"), "worker_lost", False),
+        (ray_error("OutOfMemoryError"), "out_of_memory", False),
         (MemoryError(), "out_of_memory", False),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", False),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", False),
@@ -102,6 +117,26 @@ def test_a_hang_is_told_where_nobody_died(tmp_path):
 def test_what_nobody_recorded_is_a_lost_worker(tmp_path):
     assert explain(tmp_path).cause == "worker_lost"
     assert explain(tmp_path, (1, gloo_error("closed"))).cause == "worker_lost"
+
+
+def test_an_error_is_recorded_before_what_is_around_it_is_left(tmp_path):
+    from contextlib import ExitStack
+
+    from trainer.state import Position
+
+    seen = []
+
+    def fail():
+        with ExitStack() as stack:
+            stack.callback(lambda: seen.extend(failures.read(tmp_path)))
+            stack.enter_context(failures.recorded(tmp_path, 1, Position(step=3)))
+            raise KeyError("weights")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [(failure.cause, failure.rank, failure.step) for failure in seen] == [("user_code", 1, 3)]
+    failures.record(tmp_path, gloo_error("closed"), 1, 9)  # on the way out
+    assert failures.read(tmp_path) == seen
 
 
 def test_half_a_record_is_passed_by(tmp_path):

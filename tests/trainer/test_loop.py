@@ -153,3 +153,13 @@ def test_ghost_batches_are_between_one_and_all():
         assert groups[rank][1] == pytest.approx(alone[rank][1], abs=1e-9)
         assert together[rank][1] == pytest.approx(plain[rank][1], abs=1e-12)
     assert plain[0][1]["test_loss"] != pytest.approx(alone[0][1]["test_loss"], abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
+def test_gradients_that_overflow_under_every_loss_scale_are_a_divergence(monkeypatch):
+    monkeypatch.setattr("trainer.loop.LEAST_SCALE", 2.0**12)
+    spec = make_spec(
+        precision="fp16", norm="none", model=MlpSpec(hidden=[16], activation="relu", init_std=10), steps=40
+    )
+    with pytest.raises(Diverged, match=r"overflow under every loss scale|training loss is not finite"):
+        train_here(spec.model_copy(update={"optimizer": SgdSpec(lr=1e4)}))

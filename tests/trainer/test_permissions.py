@@ -33,10 +33,11 @@ def test_a_path_is_taken_by_where_it_leads(tmp_path):
     other.mkdir()
     (allowed / "link").symlink_to(other)
     permissions = Permissions(roots=(str(allowed),))
+    (allowed / "circle").symlink_to(allowed / "circle")
     permissions.check(folder(allowed))
     permissions.check(folder(allowed / "mine"))
     permissions.check(folder(f"{other}/../data/mine"))
-    for refused in (other, allowed / "link", f"{allowed}/../data-of-others", "data", tmp_path, "/"):
+    for refused in (other, allowed / "link", allowed / "circle", f"{allowed}/../data-of-others", "data", tmp_path, "/"):
         with pytest.raises(Refusal, match=r"data\.root"):
             permissions.check(folder(refused))
 
@@ -54,6 +55,9 @@ def test_a_path_is_taken_by_where_it_leads(tmp_path):
         ("/bucket/mine", False),
         ("file:///data/images", True),
         ("file:///etc", False),
+        ("s3://bucket/mine/%2e%2e/others", False),
+        ("file:///data/x::zip", False),
+        ("/data/\0", False),
     ],
 )
 def test_addresses_are_taken_under_their_root(address, is_allowed):

@@ -74,6 +74,8 @@ def test_a_learning_rate_is_a_positive_finite_number(value):
         ({"model": {"name": "torchvision:../x"}}, "model.name", "pattern"),
         ({"model": {"name": "import:os"}}, "model.name", "pattern"),
         ({"data": {"name": "imagefolder", "root": "/x", "train_folder": "../y"}}, "data.train_folder", "pattern"),
+        ({"data": {"name": "imagefolder", "root": "/x", "train_folder": ".."}}, "data.train_folder", "pattern"),
+        ({"data": {"name": "imagefolder", "root": "/x", "test_folder": "."}}, "data.test_folder", "pattern"),
         ({"deadline_seconds": 0}, "deadline_seconds", "greater than 0"),
     ],
 )
