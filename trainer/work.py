@@ -51,7 +51,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         }
     except (Exception, SystemExit) as error:
         failures.record(Path(config["failures"]), error, worker.rank, position.step)
-        raise RuntimeError("the user's code ended the process") if isinstance(error, SystemExit) else error from error
+        if isinstance(error, SystemExit):  # which Ray would take for the end of its own worker
+            raise RuntimeError("the user's code asked the process to end") from error
+        raise
 
 
 def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures_folder: Path) -> dict[str, Any]:
