@@ -57,7 +57,9 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     outcome = Outcome.model_validate_json((tmp_path / "out/attempt-1" / OUTCOME_FILE).read_text())
     assert outcome.state == "succeeded"
     assert 0 <= outcome.metrics["accuracy"] <= 1
-    assert [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()] == [0, 30]
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 30]
+    assert (tmp_path / "out/attempt-1/figures/accuracy.png").exists()
     assert (tmp_path / "out/attempt-1/model.pt").stat().st_size > 0
     assert not (tmp_path / "out/attempt-1" / LOG_FILE).exists()
     again = run("spec.yaml", "--output", "out", cwd=tmp_path)
