@@ -114,6 +114,9 @@ def test_a_model_without_blocks_has_no_activations_to_forget():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
+@pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # of Inductor's pool
 def test_a_compiled_model_trains_alike():
     plain = train_here(make_spec(steps=6))
     compiled = train_here(make_spec(steps=6, compile=True))
