@@ -28,12 +28,12 @@ class Position:
     """What the next evaluation's training loss is the quotient of."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest evaluation."""
-    best: float | None = None
-    """Best value of the early stop's metric."""
-    best_kept: float | None = None
-    """Best value of the metric by which checkpoints are kept."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Best value by the early stop's criterion, under its name: after another has taken its place, it counts no more."""
+    best_kept: dict[str, float] = field(default_factory=dict)
+    """Best value by the criterion by which checkpoints are kept, likewise."""
     stale: int = 0
-    """Evaluations since then."""
+    """Evaluations since `best`."""
 
 
 @dataclass

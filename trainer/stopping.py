@@ -8,21 +8,20 @@ def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
     """Count the newest evaluation in."""
     if spec is None:
         return
-    value = position.metrics[spec.metric]
-    gain = value - position.best if position.best is not None else None
-    if gain is None or (gain if spec.mode == "max" else -gain) > spec.min_delta:
-        position.best, position.stale = value, 0
+    criterion, value = f"{spec.mode} {spec.metric}", position.metrics[spec.metric]
+    best = position.best.get(criterion)
+    if best is None or (value - best if spec.mode == "max" else best - value) > spec.min_delta:
+        position.best, position.stale = {criterion: value}, 0
     else:
         position.stale += 1
 
 
 def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
     """Whether to end the run now: the target is reached, or patience is at its end."""
-    if spec is None or position.best is None:
+    best = position.best.get(f"{spec.mode} {spec.metric}") if spec else None
+    if spec is None or best is None:
         return False
-    is_there = spec.target is not None and (
-        position.best >= spec.target if spec.mode == "max" else position.best <= spec.target
-    )
+    is_there = spec.target is not None and (best >= spec.target if spec.mode == "max" else best <= spec.target)
     return is_there or position.stale >= spec.patience
 
 
@@ -30,8 +29,9 @@ def is_new_best(spec: CheckpointSpec, position: Position) -> bool:
     """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
     if spec.keep_best is None:
         return False
-    value, best = position.metrics[spec.keep_best], position.best_kept
+    criterion, value = f"{spec.best_mode} {spec.keep_best}", position.metrics[spec.keep_best]
+    best = position.best_kept.get(criterion)
     if best is None or (value > best if spec.best_mode == "max" else value < best):
-        position.best_kept = value
+        position.best_kept = {criterion: value}
         return True
     return False
