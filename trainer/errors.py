@@ -4,6 +4,7 @@ RunError                       its message is the reason, for the user to read
 ├── InvalidInput               a field of the spec, or what it points to, cannot be used
 │   ├── ConfigurationError
 │   └── DataError
+│       └── CorruptImage
 ├── StorageError               checkpoints cannot be written or read
 ├── Diverged
 └── Preempted
@@ -39,6 +40,10 @@ class DataError(InvalidInput):
     """Data is missing, broken or not as the spec describes it."""
 
     cause = "data"
+
+
+class CorruptImage(DataError):  # noqa: N818
+    """An image is there, but cannot be decoded: the one thing that `corrupt_images: skip` is for; `value` names it."""
 
 
 class StorageError(RunError):

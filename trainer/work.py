@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from trainer import failures
 from trainer.checkpoint import Checkpoints
@@ -67,9 +68,13 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)
         if isinstance(journal, RankZeroJournal):
-            _describe(journal.outbox, spec, worker, dataset)
+            _describe(journal.outbox, spec, worker, dataset.digest)
         checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, identity(spec, dataset.digest), worker)
         result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
+        if getattr(spec.data, "corrupt_images", "refuse") == "skip":
+            skipped = count_skipped(dataset, worker)
+            if isinstance(journal, RankZeroJournal):
+                journal.outbox.put("tags", tags={"skipped_images": skipped})
         weights = export_weights(result.model, folder / "model.pt", worker)
         if isinstance(journal, RankZeroJournal):
             for figure in write_figures(journal.outbox.path, folder / "figures"):
@@ -88,14 +93,20 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
     }
 
 
-def _describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset) -> None:
+def _describe(outbox: Outbox, spec: JobSpec, worker: Worker, data_digest: str) -> None:
     """Tell MLflow what the spec does not say."""
     tags = {"workers": worker.world_size, "device": worker.device.type, "torch": torch.__version__}
-    if dataset.skipped_images:
-        tags["skipped_images"] = dataset.skipped_images
     outbox.put("tags", tags=tags)
     source = getattr(spec.data, "root", None) or getattr(spec.data, "train", None) or spec.data.name
-    outbox.put("dataset", name=spec.data.name, digest=dataset.digest, source=source)
+    outbox.put("dataset", name=spec.data.name, digest=data_digest, source=source)
+
+
+def count_skipped(dataset: Dataset, worker: Worker) -> int:
+    """Count the corrupt images that any worker has left out, each once. Every worker calls it: one collective."""
+    names = [dataset.skipped_images] * worker.world_size
+    if worker.world_size > 1:
+        dist.all_gather_object(names, dataset.skipped_images)
+    return len(frozenset().union(*names))
 
 
 class RayNotices:
@@ -128,6 +139,8 @@ SHAPING_FIELDS = (
 def identity(spec: JobSpec, data_digest: str) -> dict[str, str]:
     """Name what a checkpoint must agree on to be this run's."""
     content = spec.model_dump(mode="json")
+    # So that a run that met a corrupt image can go on without it: what comes before is the same.
+    content["data"].pop("corrupt_images", None)
     return {field: json.dumps(content[field], sort_keys=True) for field in SHAPING_FIELDS} | {
         "data's content": data_digest
     }

@@ -43,12 +43,12 @@ def open_dataset(
             from trainer.data.folders import open_folders
             from trainer.data.loading import LoadedDataset
 
-            return LoadedDataset(spec, data.transform, open_folders(data), *place)
+            return LoadedDataset(spec, data, open_folders(data), *place)
         case TorchvisionDataSpec():
             from trainer.data.library import open_library
             from trainer.data.loading import LoadedDataset
 
-            return LoadedDataset(spec, data.transform, open_library(data), *place)
+            return LoadedDataset(spec, data, open_library(data), *place)
         case RayDataSpec():
             from trainer.data.stream import StreamedDataset
 

@@ -31,8 +31,8 @@ class Dataset(Protocol):
         """Labels are 0 to this, exclusive."""
 
     @property
-    def skipped_images(self) -> int:
-        """Corrupt images that were left out by choice."""
+    def skipped_images(self) -> frozenset[str]:
+        """Names of the corrupt images that were left out by choice, as far as this worker has come since it was opened."""
 
     @property
     def digest(self) -> str:
@@ -45,7 +45,7 @@ class Dataset(Protocol):
         """Yield this worker's share of each test batch.
 
         Every worker gets the same number of batches, so that each can take part in collectives; shares may be empty. Over all
-        workers each test sample comes once.
+        workers each test sample comes once, but for corrupt images that are left out by choice.
         """
 
     def close(self) -> None:

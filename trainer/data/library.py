@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import FakeData, VisionDataset
 
+from trainer.data.corrupt import read, reading
 from trainer.data.digest import digest
-from trainer.data.loading import Parts
+from trainer.data.images import Parts
 from trainer.data.order import Indices
 from trainer.errors import ConfigurationError, DataError
 from trainer.spec import TorchvisionDataSpec
@@ -31,16 +32,18 @@ class LibraryImages:
 
     dataset: VisionDataset
     title: str
+    skip: bool
+    """Whether corrupt images are left out, where all are read for their labels."""
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """See Images."""
-        try:
+        with reading("data.root", self.name(index)):
             image, label = self.dataset[index]
-        except (OSError, SyntaxError) as error:  # as Pillow has it for PNG
-            raise DataError("data.root", self.name(index), f"takes images that can be read: {error}") from error
+            if isinstance(image, Image.Image):
+                image.load()  # some datasets have but opened it
         if isinstance(image, Image.Image) and image.mode not in ("L", "RGB"):
             image = image.convert("RGB")
         return image, self._check(label, index)
@@ -50,11 +53,11 @@ class LibraryImages:
         return f"image {index} of {self.title}"
 
     def labels(self) -> Indices:
-        """See Images. Where the dataset does not tell, all images are read."""
+        """See Images. Where the dataset does not tell, all images are read; a corrupt one has the label of its replacement."""
         for attribute in ("targets", "labels"):
             if (labels := getattr(self.dataset, attribute, None)) is not None:
                 return torch.as_tensor(labels, dtype=torch.int64).numpy()
-        return np.array([self._check(self.dataset[index][1], index) for index in range(len(self))])
+        return np.array([read(self, index, skip=self.skip).label for index in range(len(self))])
 
     def _check(self, label: Any, index: int) -> int:
         if isinstance(label, Tensor) and label.ndim == 0:
@@ -79,7 +82,10 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
         raise ConfigurationError(
             "data.name", spec.name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
         )
-    training, testing = (LibraryImages(_open(kind, spec, train=train), f"{name}, {part}") for train, part in PARTS)
+    skip = spec.corrupt_images == "skip"
+    training, testing = (
+        LibraryImages(_open(kind, spec, train=train), f"{name}, {part}", skip) for train, part in PARTS
+    )
     classes = _count_classes(training)
     samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
     return Parts(training, testing, classes, digest(name, classes, samples))
@@ -125,5 +131,5 @@ def _count_classes(images: LibraryImages) -> int:
 
 
 def _fingerprint(images: LibraryImages) -> str:
-    image, label = images[0]
-    return digest(np.asarray(image).tobytes(), label)
+    sample = read(images, 0, skip=images.skip)
+    return digest(np.asarray(sample.image).tobytes(), sample.label)

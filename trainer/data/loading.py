@@ -3,19 +3,20 @@
 import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from trainer.data.corrupt import SkippedImages, read
 from trainer.data.dataset import Batch
+from trainer.data.images import Parts
 from trainer.data.order import Indices, Order
 from trainer.data.transforms import PixelTransform, is_random, normalize
-from trainer.errors import DataError, InvalidInput
-from trainer.spec import ImageTransformSpec, JobSpec
+from trainer.errors import CorruptImage, DataError, InvalidInput
+from trainer.spec import ImageFolderSpec, JobSpec, TorchvisionDataSpec
 
 PREFETCH = 2
 """Parts of steps that each process loads ahead."""
@@ -25,37 +26,19 @@ LEAST_TIMEOUT_SECONDS = 120
 """Processes import torchvision before they load their first image."""
 
 
-class Images(Protocol):
-    """Labelled images by index; goes to other processes by pickle."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Read an image, PIL's or a tensor (C, H, W), and its label. Raises DataError, which names it, if that cannot be done."""
-
-    def name(self, index: int) -> str:
-        """Say which image it is."""
-
-    def labels(self) -> Indices:
-        """Labels of all images (N,)."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a dataset consists of."""
-
-    training: Images
-    testing: Images
-    classes: int
-    digest: str
-    skipped_images: int = 0
-
-
 class Request(NamedTuple):
     """Images to load together; a step only in training."""
 
     step: int | None
     indices: Indices
+
+
+class Loaded(NamedTuple):
+    """What was read for a request: images (n, *shape) uint8, labels (n,) int64, and names of corrupt images that were left out."""
+
+    images: Tensor
+    labels: Tensor
+    skipped: list[str]
 
 
 class LoadedDataset:
@@ -64,7 +47,7 @@ class LoadedDataset:
     def __init__(
         self,
         spec: JobSpec,
-        transform: ImageTransformSpec,
+        data: ImageFolderSpec | TorchvisionDataSpec,
         parts: Parts,
         rank: int,
         world_size: int,
@@ -73,18 +56,24 @@ class LoadedDataset:
         processes: int | None = None,
     ) -> None:
         """`processes` that load, 0 for this one alone; None for what the cores allow."""
-        self.classes, self.digest, self.skipped_images = parts.classes, parts.digest, parts.skipped_images
-        self._accumulate, self._transform, self._device, self._dtype = spec.accumulate, transform, device, dtype
+        self.classes, self.digest = parts.classes, parts.digest
+        self._accumulate, self._transform, self._device, self._dtype = spec.accumulate, data.transform, device, dtype
+        self._skipped = SkippedImages()
         self._processes = count_processes(world_size) if processes is None else processes
         self._timeout_seconds = max(LEAST_TIMEOUT_SECONDS, spec.collective_timeout_seconds)
         labels = parts.training.labels() if spec.sharding == "by_label" else None
         self._order = Order(spec, rank, world_size, len(parts.training), labels)
-        self._reader = Reader(parts, transform, spec.seed)
+        self._reader = Reader(parts, data, spec.seed)
         self.shape = self._reader.shape
         # Evaluations follow each other, so that they share processes.
         requests = [Request(None, indices) for indices in self._order.test(len(parts.testing))]
         self._test_loader = self._load(requests, keep_processes=True)
         self._streams: WeakSet[Generator[Any, None, None]] = WeakSet()
+
+    @property
+    def skipped_images(self) -> frozenset[str]:
+        """See Dataset."""
+        return self._skipped.names
 
     def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
@@ -134,49 +123,66 @@ class LoadedDataset:
             **options,
         )
 
-    def _receive(self, loaded: tuple[Tensor, Tensor] | InvalidInput) -> Batch:
+    def _receive(self, loaded: Loaded | InvalidInput) -> Batch:
         if isinstance(loaded, InvalidInput):
             raise loaded
-        images, labels = (tensor.to(self._device, non_blocking=True) for tensor in loaded)
+        self._skipped.add(loaded.skipped)
+        images, labels = (tensor.to(self._device, non_blocking=True) for tensor in (loaded.images, loaded.labels))
         return Batch(normalize(self._transform, images, self._dtype), labels)
 
 
 class Reader(torch.utils.data.Dataset[Any]):
     """Reads requests, in whatever process."""
 
-    def __init__(self, parts: Parts, transform: ImageTransformSpec, seed: int) -> None:
-        self._parts, self._seed, self._random = parts, seed, is_random(transform)
-        self._train_transform = PixelTransform(transform, training=True)
-        self._test_transform = PixelTransform(transform, training=False)
-        self.shape = tuple(self._test_transform(parts.testing[0][0]).shape)
+    def __init__(self, parts: Parts, data: ImageFolderSpec | TorchvisionDataSpec, seed: int) -> None:
+        self._parts, self._seed, self._random = parts, seed, is_random(data.transform)
+        self._skip = data.corrupt_images == "skip"
+        self._train_transform = PixelTransform(data.transform, training=True)
+        self._test_transform = PixelTransform(data.transform, training=False)
+        self.shape = tuple(self._test_transform(read(parts.testing, 0, skip=self._skip).image).shape)
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | InvalidInput:
-        """Return images (n, *shape) uint8 and labels (n,) int64; or an error, which DataLoader would raise as another."""
-        images = torch.empty(len(request.indices), *self.shape, dtype=torch.uint8)
-        labels = torch.empty(len(request.indices), dtype=torch.int64)
+    def __getitem__(self, request: Request) -> Loaded | InvalidInput:
+        """Read a request; or return an error, which DataLoader would raise as another."""
         try:
-            for place, index in enumerate(request.indices.tolist()):
-                images[place], labels[place] = self._read(request.step, index)
+            return self._load(request)
         except InvalidInput as error:
             return error
-        return images, labels
 
-    def _read(self, step: int | None, index: int) -> tuple[Tensor, int]:
+    def _load(self, request: Request) -> Loaded:
+        images = torch.empty(len(request.indices), *self.shape, dtype=torch.uint8)
+        labels = torch.empty(len(request.indices), dtype=torch.int64)
+        count, skipped = 0, list[str]()
+        for index in request.indices.tolist():
+            try:
+                images[count], labels[count], replaced = self._read(request.step, index)
+            except CorruptImage as error:  # in testing, where no other takes its place
+                if not self._skip:
+                    raise
+                skipped.append(str(error.value))
+            else:
+                skipped += replaced
+                count += 1
+        return Loaded(images[:count], labels[:count], skipped)
+
+    def _read(self, step: int | None, index: int) -> tuple[Tensor, int, list[str]]:
+        """Return an image, its label and the names of corrupt ones that it takes the place of."""
         part = self._parts.testing if step is None else self._parts.training
-        image, label = part[index]
+        sample = read(part, index, skip=self._skip and step is not None)
         if step is None:
-            pixels = self._test_transform(image)
+            pixels = self._test_transform(sample.image)
         elif self._random:
-            pixels = self._train_transform.at_random(image, self._seed, step, index)
+            # By the index that was asked for: one that takes another's place differs from itself in its own.
+            pixels = self._train_transform.at_random(sample.image, self._seed, step, index)
         else:
-            pixels = self._train_transform(image)
+            pixels = self._train_transform(sample.image)
         if pixels.shape != self.shape:
-            takes = f"takes a crop where images differ in size: {part.name(index)} makes {tuple(pixels.shape)}, others {self.shape}"
+            name = part.name(sample.place)
+            takes = f"takes a crop where images differ in size: {name} makes {tuple(pixels.shape)}, others {self.shape}"
             raise DataError("data.transform.crop", None, takes)
-        if not 0 <= label < self._parts.classes:
-            takes = f"takes labels from 0 to {self._parts.classes - 1}: {part.name(index)} has another"
-            raise DataError("data", label, takes)
-        return pixels, label
+        if not 0 <= sample.label < self._parts.classes:
+            takes = f"takes labels from 0 to {self._parts.classes - 1}: {part.name(sample.place)} has another"
+            raise DataError("data", sample.label, takes)
+        return pixels, sample.label, sample.skipped
 
 
 def count_processes(world_size: int) -> int:

@@ -17,7 +17,7 @@ from trainer.spec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
 class InMemoryDataset:
     """A small dataset, indexed on the device; what the spec asks for beyond that is done batch by batch, in this process."""
 
-    skipped_images = 0
+    skipped_images = frozenset[str]()
 
     def __init__(
         self,

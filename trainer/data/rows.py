@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.corrupt import CORRUPT, reading
 from trainer.data.transforms import PixelTransform, decode, is_random
-from trainer.errors import DataError
+from trainer.errors import CorruptImage, DataError
 from trainer.spec import ImageTransformSpec, RayDataSpec
 
 Columns = dict[str, NDArray[Any]]
@@ -22,6 +23,7 @@ Columns = dict[str, NDArray[Any]]
 class Preparation:
     """Turns columns as they are read into `input` (n, *shape), `label` (n,) int64 and `error`, empty or a DataError's fields.
 
+    A corrupt image has the label CORRUPT, and its error is a CorruptImage's.
     What is random depends on the seed and on the bytes of the row, so not on where or in which company the row is prepared.
     """
 
@@ -41,7 +43,8 @@ class Preparation:
             try:
                 label, pixels, error = self._label(row), self._input(row), ""
             except DataError as wrong:
-                label, pixels = 0, torch.zeros(self._spec.shape, dtype=torch.uint8)
+                label = CORRUPT if isinstance(wrong, CorruptImage) else 0
+                pixels = torch.zeros(self._spec.shape, dtype=torch.uint8)
                 error = json.dumps([wrong.field, str(wrong.value), wrong.takes])
             inputs.append(pixels.numpy())
             labels.append(label)
@@ -60,10 +63,11 @@ class Preparation:
         return pixels
 
     def _decode(self, value: bytes, row: dict[str, Any]) -> Tensor:
-        try:
+        name = _name(row)
+        if self._spec.format == "parquet":  # where a path is that of many images
+            name += f", crc32 {zlib.crc32(value):08x}"
+        with reading("data.input_column", name):
             image = decode(io.BytesIO(value))
-        except OSError as error:
-            raise DataError("data.input_column", _name(row), f"takes images that can be read: {error}") from error
         return self._alter(image, value)
 
     def _read_array(self, value: Any, row: dict[str, Any]) -> Tensor:

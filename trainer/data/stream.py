@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
 from functools import cached_property, partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, replace_corrupt
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
 from trainer.data.files import Files, list_files
@@ -27,7 +28,7 @@ from trainer.data.order import Indices, shard
 from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.rows import Preparation
 from trainer.data.transforms import normalize
-from trainer.errors import ConfigurationError, DataError, RunError
+from trainer.errors import ConfigurationError, CorruptImage, DataError, RunError
 from trainer.spec import JobSpec, RayDataSpec
 
 PREFETCH = 2
@@ -73,8 +74,6 @@ def stop_feeder(feeder: Any) -> None:
 class StreamedDataset:
     """A worker's view of the feeder's batches."""
 
-    skipped_images = 0
-
     def __init__(
         self,
         spec: JobSpec,
@@ -91,6 +90,12 @@ class StreamedDataset:
         self.shape, self.classes, self.digest = tuple(data.shape), data.classes, description.digest
         self._test_batches = -(-description.test_samples // spec.evaluation.batch_size)
 
+    @property
+    def skipped_images(self) -> frozenset[str]:
+        """See Dataset. Those that the feeder has met, for all workers; it reads ahead, and forgets them if its process dies."""
+        names: frozenset[str] = _get(self._feeder.skipped_images.remote(), self._spec)
+        return names
+
     def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
         steps = (self._feeder.train.remote(first_step, step, *self._place) for step in count(first_step))
@@ -100,8 +105,9 @@ class StreamedDataset:
     def test(self) -> Iterator[Batch]:
         """See Dataset."""
         batches = (self._feeder.test.remote(number, *self._place) for number in range(self._test_batches))
-        for share in self._receive(batches):
-            yield self._to_batch(share)
+        for inputs, labels in self._receive(batches):
+            readable = labels != CORRUPT
+            yield self._to_batch((inputs[readable], labels[readable]))
 
     def close(self) -> None:
         """See Dataset. The feeder goes on, for other workers."""
@@ -124,6 +130,7 @@ class _Feeder:
     def __init__(self, spec: str) -> None:
         self._spec = JobSpec.model_validate_json(spec)
         self._cursors: OrderedDict[int, Cursor] = OrderedDict()
+        self._skipped = SkippedImages()
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
         context.execution_options.preserve_order = True
@@ -148,9 +155,13 @@ class _Feeder:
         return [_share(batch, shard(part, rank, world_size)) for part in parts]
 
     def test(self, number: int, rank: int, world_size: int) -> Rows:
-        """Return a worker's share of a test batch."""
+        """Return a worker's share of a test batch, where corrupt images that are to be skipped are labelled CORRUPT."""
         batch = self._test_cursor.batch(number)
         return _share(batch, shard(np.arange(len(batch[1])), rank, world_size))
+
+    def skipped_images(self) -> frozenset[str]:
+        """Return the names of the corrupt images that were skipped so far."""
+        return self._skipped.names
 
     @property
     def _data(self) -> RayDataSpec:
@@ -178,8 +189,17 @@ class _Feeder:
 
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
             seed = [self._spec.seed, number] if training else None
-            paths = [files.paths[index] for index in indices]
-            return _read(data, files, paths, Preparation(data, classes, seed), self._limits)
+            mine = [files.paths[index] for index in indices]
+            prepare = Preparation(data, classes, seed)
+
+            def prepared(paths: list[str]) -> Iterator[Prepared]:
+                return _read(data, files, paths, prepare, self._limits, self._skipped)
+
+            if not training:
+                return ((batch.inputs, batch.labels) for batch in prepared(mine))
+            # File by file, since the first is likely to have a readable row.
+            from_start = chain.from_iterable(prepared([path]) for path in files.paths)
+            return replace_corrupt(prepared(mine), from_start)
 
         # Each image is a file, and files are permuted already.
         window = data.shuffle_rows if data.format != "images" else 0
@@ -197,9 +217,14 @@ class _Feeder:
 
 
 def _read(
-    data: RayDataSpec, files: Files, paths: list[str], preparation: Preparation, limits: tuple[int, int | None]
-) -> Iterator[Rows]:
-    """Read and prepare the rows of files, in the order of `paths`."""
+    data: RayDataSpec,
+    files: Files,
+    paths: list[str],
+    preparation: Preparation,
+    limits: tuple[int, int | None],
+    skipped: SkippedImages,
+) -> Iterator[Prepared]:
+    """Read and prepare the rows of files, in the order of `paths`; raise what is wrong with them, unless it is to be skipped."""
     cpus, tasks = limits
     options: dict[str, Any] = {"include_paths": True, "num_cpus": cpus, "concurrency": tasks}
     if not isinstance(files.filesystem, LocalFileSystem):
@@ -220,10 +245,16 @@ def _read(
         compute=ray.data.TaskPoolStrategy(size=tasks),
     )
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
-        for error in filter(None, batch["error"]):
-            raise DataError(*json.loads(error))
+        corrupt = [""] * len(batch["label"])
+        for place in np.flatnonzero(batch["error"] != ""):
+            field, value, takes = json.loads(batch["error"][place])
+            is_corrupt = batch["label"][place] == CORRUPT
+            if not is_corrupt or data.corrupt_images == "refuse":
+                raise (CorruptImage if is_corrupt else DataError)(field, value, takes)
+            corrupt[place] = value
+        skipped.add(filter(None, corrupt))
         # A copy, since what Ray hands out keeps whole blocks in its shared memory.
-        yield np.array(batch["input"]), np.array(batch["label"])
+        yield Prepared(np.array(batch["input"]), np.array(batch["label"]), corrupt)
 
 
 def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:

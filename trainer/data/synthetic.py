@@ -25,7 +25,7 @@ class SyntheticDataset:
     Samples come in the order of their indices, since they are random already: to shuffle up to 10⁹ of them would cost.
     """
 
-    skipped_images = 0
+    skipped_images = frozenset[str]()
 
     def __init__(
         self, spec: JobSpec, data: SyntheticSpec, rank: int, world_size: int, device: torch.device, dtype: torch.dtype

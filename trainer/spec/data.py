@@ -9,6 +9,13 @@ from trainer.spec.base import Frozen, kind_of
 Pixels = Annotated[int, Field(ge=1, le=4_096)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Triple = Annotated[list[float], Field(min_length=1, max_length=3)]
+CorruptImages = Annotated[
+    Literal["refuse", "skip"],
+    Field(
+        description="what to do with files of images that cannot be decoded: end the run at the first; or leave them out and count "
+        "them, where the next readable image takes the place in training, and none in testing"
+    ),
+]
 
 
 class ImageTransformSpec(Frozen):
@@ -76,6 +83,7 @@ class TorchvisionDataSpec(Frozen):
         description="`torchvision:CIFAR10`, `torchvision:FakeData` …"
     )
     root: str | None = Field(None, max_length=4_096, description="folder, under a root that the operator allows")
+    corrupt_images: CorruptImages = "refuse"
     transform: ImageTransformSpec = ImageTransformSpec()
 
 
@@ -86,10 +94,7 @@ class ImageFolderSpec(Frozen):
     root: str = Field(min_length=1, max_length=4_096, description="folder, under a root that the operator allows")
     train_folder: str = Field("train", pattern=r"^\w[\w.-]*$", max_length=255)
     test_folder: str = Field("val", pattern=r"^\w[\w.-]*$", max_length=255)
-    corrupt_images: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="what to do with images that cannot be read: end the run, or leave them out and count them",
-    )
+    corrupt_images: CorruptImages = "refuse"
     transform: ImageTransformSpec = ImageTransformSpec()
 
 
@@ -122,6 +127,7 @@ class RayDataSpec(Frozen):
         le=10_000_000,
         description="rows that are mixed with each other; blocks change order each pass too",
     )
+    corrupt_images: CorruptImages = "refuse"
     transform: ImageTransformSpec = ImageTransformSpec()
 
 

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from itertools import count
 
 import numpy as np
 import pyarrow as pa
@@ -64,11 +65,11 @@ def assert_same(first, second):
 def write_images(root, *, train=5, test=3, classes=("cat", "dog"), size=(12, 10), suffix="png", seed=0):
     """Write a folder of images per class below `train` and `val`; each image differs."""
     random = np.random.default_rng(seed)
-    for part, count in (("train", train), ("val", test)):
+    for part, images in (("train", train), ("val", test)):
         for name in classes:
             folder = root / part / name
             folder.mkdir(parents=True, exist_ok=True)
-            for number in range(count):
+            for number in range(images):
                 pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
     return root
@@ -85,41 +86,59 @@ def encode(pixels):
     return buffer.getvalue()
 
 
-def draw(count, seed=0):
+def encode_but(*corrupt):
+    """Encode one image after the other; those of these numbers are cut off."""
+    numbers = count()
+
+    def encode_next(pixels):
+        content = encode(pixels)
+        return content[: len(content) // 2] if next(numbers) in corrupt else content
+
+    return encode_next
+
+
+def draw(images, seed=0):
     """Some images (12, 10), and labels."""
     random = np.random.default_rng(seed)
-    return random.integers(0, 256, (count, 12, 10, 3), dtype=np.uint8), np.arange(count) % 3
+    return random.integers(0, 256, (images, 12, 10, 3), dtype=np.uint8), np.arange(images) % 3
 
 
-def write_parquet(folder, counts, column=lambda image: encode(image), seed=0):
+def write_parquet(folder, counts, column=encode):
     folder.mkdir(parents=True)
-    for number, count in enumerate(counts):
-        images, labels = draw(count, seed + number)
+    for number, size in enumerate(counts):
+        images, labels = draw(size, number)
         table = pa.table({"image": [column(image) for image in images], "label": labels})
         pyarrow.parquet.write_table(table, folder / f"{number}.parquet")
     return str(folder)
 
 
-def write_webdataset(folder, counts):
+def write_webdataset(folder, counts, column=encode):
     folder.mkdir(parents=True)
-    for number, count in enumerate(counts):
+    for number, size in enumerate(counts):
         with tarfile.open(folder / f"{number}.tar", "w") as archive:
-            for place, (image, label) in enumerate(zip(*draw(count, number), strict=True)):
-                for suffix, content in (("png", encode(image)), ("cls", str(label).encode())):
+            for place, (image, label) in enumerate(zip(*draw(size, number), strict=True)):
+                for suffix, content in (("png", column(image)), ("cls", str(label).encode())):
                     member = tarfile.TarInfo(f"{place:03}.{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     return str(folder)
 
 
-def make_stream(kind, tmp_path):
+def make_stream(kind, tmp_path, corrupt_train=(), corrupt_test=(), **changes):
+    """21 rows to train on and 9 to test on, of which those of these numbers are corrupt."""
     if kind == "images":
         root = write_images(tmp_path / "data", train=7, test=3, size=(10, 12), classes=("a", "b", "c"))
+        for part, numbers in (("train", corrupt_train), ("val", corrupt_test)):
+            files = sorted((root / part).glob("*/*"))
+            for number in numbers:
+                truncate(files[number])
         places = {"train": str(root / "train"), "test": f"file://{root}/val"}
     else:
         write = write_parquet if kind == "parquet" else write_webdataset
-        places = {"train": write(tmp_path / "train", [7, 8, 6]), "test": write(tmp_path / "test", [5, 4])}
+        places = {
+            "train": write(tmp_path / "train", [7, 8, 6], encode_but(*corrupt_train)),
+            "test": write(tmp_path / "test", [5, 4], encode_but(*corrupt_test)),
+        }
     columns = {"input_column": "png", "label_column": "cls"} if kind == "webdataset" else {}
-    return RayDataSpec(
-        name="ray", format=kind, classes=3, shape=[3, 8, 8], transform=AUGMENTED, shuffle_rows=5, **places, **columns
-    )
+    values = {"format": kind, "classes": 3, "shape": [3, 8, 8], "transform": AUGMENTED, "shuffle_rows": 5}
+    return RayDataSpec(name="ray", **(values | places | columns | changes))

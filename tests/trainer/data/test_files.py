@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
+from trainer.data.corrupt import CORRUPT
 from trainer.data.files import list_files
 from trainer.data.rows import Preparation
 from trainer.errors import DataError
@@ -133,7 +134,7 @@ def test_augmentation_depends_on_seed_and_content_alone():
 @pytest.mark.parametrize(
     ("image", "label", "changes", "error"),
     [
-        (b"no image", 0, {}, ["data.input_column", "file", "takes images that can be read"]),
+        (b"no image", 3, {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
         (encode(draw(1)[0][0]), 3, {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
         (encode(draw(1)[0][0]), b"x", {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
         (encode(draw(1)[0][0]), 0, {"shape": [3, 9, 9]}, ["data.shape", "[3, 9, 9]", "takes the shape"]),
@@ -149,3 +150,22 @@ def test_what_is_wrong_with_a_row_is_named(image, label, changes, error):
     field, value, takes = json.loads(message)
     assert [field, value] == error[:2]
     assert takes.startswith(error[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "place", "name"),
+    [
+        ({}, {}, "file, crc32 d90ea798"),
+        ({"format": "webdataset", "input_column": "png"}, {"__key__": "007"}, "file, 007"),
+    ],
+)
+def test_a_corrupt_image_is_marked_and_told_from_others_of_its_file(changes, place, name):
+    data = spec_of([3, 12, 10], **changes)
+    columns = {data.input_column: [b"no image", encode(draw(1)[0][0])], "label": [2, 1]}
+    columns |= {column: [value, value] for column, value in place.items()}
+    prepared = prepare(data, {column: np.array(values, dtype=object) for column, values in columns.items()})
+    assert prepared["label"].tolist() == [CORRUPT, 1]
+    field, value, takes = json.loads(prepared["error"][0])
+    assert (field, value, prepared["error"][1]) == ("data.input_column", name, "")
+    assert takes.startswith("takes images that can be read: ")
+    assert prepared["input"].shape == (2, 3, 12, 10)

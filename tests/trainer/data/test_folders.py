@@ -6,19 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, truncate, write_images
-from trainer.data import open_dataset
+from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, write_images
 from trainer.data.folders import open_folders
 from trainer.data.loading import LoadedDataset, count_processes
 from trainer.errors import ConfigurationError, DataError
 from trainer.spec import ImageFolderSpec, ImageTransformSpec
 
 AUGMENTED = ImageTransformSpec(resize=9, crop=8, flip=True, color_jitter=0.3, auto_augment="trivialaugment")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -28,9 +22,7 @@ def root(tmp_path):
 
 def open_here(spec, world_size=1, processes=0):
     return [
-        LoadedDataset(
-            spec, spec.data.transform, open_folders(spec.data), rank, world_size, CPU, torch.float32, processes
-        )
+        LoadedDataset(spec, spec.data, open_folders(spec.data), rank, world_size, CPU, torch.float32, processes)
         for rank in range(world_size)
     ]
 
@@ -41,7 +33,7 @@ def folder(root, **changes):
 
 def test_images_come_with_the_class_of_their_folder(root):
     [dataset] = open_here(make_spec(folder(root), global_batch_size=10))
-    assert (dataset.shape, dataset.classes, dataset.skipped_images) == ((3, 10, 12), 2, 0)
+    assert (dataset.shape, dataset.classes, dataset.skipped_images) == ((3, 10, 12), 2, frozenset())
     [(inputs, labels)] = take([dataset], 0, 1)
     expected = {}
     for number, name in enumerate(["cat", "dog"]):
@@ -96,49 +88,6 @@ def test_by_label_shows_each_worker_a_class_of_its_own(root):
     ]
 
 
-def test_corrupt_images_are_named_before_training(root):
-    truncate(root / "train" / "cat" / "1.png")
-    (root / "val" / "dog" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"2 cannot: train/cat/1.png, val/dog/0.png"):
-        open_dataset(make_spec(folder(root)), 0, 1, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
-def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix):
-    root = write_images(tmp_path / "data", size=(64, 48), suffix=suffix)
-    assert len(open_folders(folder(root)).training) == 10
-    truncate(root / "train" / "cat" / f"1.{suffix}")
-    with pytest.raises(DataError, match=f"train/cat/1.{suffix}"):
-        open_folders(folder(root))
-
-
-def test_corrupt_images_are_skipped_and_counted_alike_on_all_workers(root):
-    truncate(root / "train" / "cat" / "1.png")
-    spec = make_spec(folder(root, corrupt_images="skip"), global_batch_size=6)
-    alone = open_here(spec)
-    assert alone[0].skipped_images == 1
-    assert_same(take(open_here(spec, 2), 0, 3), take(alone, 0, 3))
-    (_, labels), *_ = take(open_here(spec.model_copy(update={"global_batch_size": 9})), 0, 1)
-    assert labels.bincount().tolist() == [4, 5]
-
-
-def test_what_was_verified_is_verified_again_once_it_changes(root, monkeypatch):
-    open_folders(folder(root))
-    monkeypatch.setattr("trainer.data.folders._is_corrupt", lambda path: True)
-    assert open_folders(folder(root)).skipped_images == 0
-    truncate(root / "train" / "cat" / "1.png")
-    with pytest.raises(DataError, match="16 cannot"):
-        open_folders(folder(root))
-
-
-def test_an_image_that_breaks_later_is_named(root):
-    spec = make_spec(folder(root), global_batch_size=10)
-    [dataset] = open_here(spec)
-    truncate(root / "train" / "dog" / "3.png")
-    with pytest.raises(DataError, match=r"train/dog/3.png"):
-        next(dataset.train(0))
-
-
 def test_the_fingerprint_is_that_of_the_images_wherever_they_are(root, tmp_path):
     shutil.copytree(root, tmp_path / "copy")
     first = open_folders(folder(root)).digest
@@ -177,7 +126,6 @@ def empty(path):
         (lambda root: remove(root / "val"), "data.root: takes a folder that holds 'val'"),
         (lambda root: [remove(root / "val" / name) for name in ("cat", "dog")], "takes a folder of images per class"),
         (lambda root: empty(root / "train" / "dog"), "takes images in every class; there are none in dog"),
-        (lambda root: [truncate(path) for path in (root / "train" / "dog").iterdir()], "all are corrupt in dog"),
         (
             lambda root: remove(root / "train" / "dog"),
             "data.test_folder: takes the classes of 'train'; not among them: dog",
@@ -191,7 +139,7 @@ def empty(path):
 def test_what_is_wrong_with_a_folder_is_named(root, spoil, message):
     spoil(root)
     with pytest.raises(DataError, match=message):
-        open_folders(folder(root, corrupt_images="skip"))
+        open_folders(folder(root))
 
 
 def test_links_within_the_root_are_followed(root):

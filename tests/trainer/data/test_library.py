@@ -6,8 +6,9 @@ import torch
 from torchvision.datasets import FakeData
 
 from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test
+from trainer.data.images import Parts
 from trainer.data.library import open_library
-from trainer.data.loading import LoadedDataset, Parts
+from trainer.data.loading import LoadedDataset
 from trainer.errors import ConfigurationError, DataError
 from trainer.spec import ImageTransformSpec, TorchvisionDataSpec
 
@@ -30,7 +31,7 @@ def mnist(tmp_path):
 
 def open_here(spec, world_size=1):
     return [
-        LoadedDataset(spec, spec.data.transform, open_library(spec.data), rank, world_size, CPU, torch.float32, 0)
+        LoadedDataset(spec, spec.data, open_library(spec.data), rank, world_size, CPU, torch.float32, 0)
         for rank in range(world_size)
     ]
 
@@ -67,11 +68,10 @@ def test_fake_data_needs_no_files():
 
 
 def test_a_label_out_of_range_is_named_with_its_image():
-    fakes = open_library(TorchvisionDataSpec(name="torchvision:FakeData"))
-    spec = make_spec(TorchvisionDataSpec(name="torchvision:FakeData"))
-    dataset = LoadedDataset(
-        spec, ImageTransformSpec(crop=4), Parts(fakes.training, fakes.testing, 2, ""), 0, 1, CPU, torch.float32, 0
-    )
+    data = TorchvisionDataSpec(name="torchvision:FakeData", transform=ImageTransformSpec(crop=4), corrupt_images="skip")
+    fakes = open_library(data)
+    few = Parts(fakes.training, fakes.testing, 2, "")
+    dataset = LoadedDataset(make_spec(data), data, few, 0, 1, CPU, torch.float32, 0)
     with pytest.raises(
         DataError, match=r"takes labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
     ):

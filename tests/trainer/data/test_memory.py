@@ -33,7 +33,7 @@ def test_datasets_are_whole_and_split_by_label(tmp_path, monkeypatch, data, shap
     samples = train_samples(data)
     spec = make_spec(data, global_batch_size=samples, evaluation={"batch_size": tests})
     first = open_all(spec, 1)
-    assert (first[0].shape, first[0].classes, first[0].skipped_images) == (shape, 10, 0)
+    assert (first[0].shape, first[0].classes, first[0].skipped_images) == (shape, 10, frozenset())
     [(inputs, _)] = take(first, 0, 1)
     [(test_inputs, test_labels)] = take_test(first)
     assert inputs.shape == (samples, *shape)

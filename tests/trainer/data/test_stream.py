@@ -1,4 +1,5 @@
 import contextlib
+import re
 import secrets
 import threading
 from functools import partial
@@ -7,9 +8,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from tests.trainer.data.making import CPU, assert_same, make_spec, make_stream, open_all, take, take_test, truncate
+from tests.trainer.data.making import CPU, assert_same, make_spec, make_stream, open_all, take, take_test
 from trainer.data import open_dataset
-from trainer.errors import ConfigurationError, DataError
+from trainer.errors import ConfigurationError, CorruptImage, DataError
 
 pytestmark = pytest.mark.ray
 
@@ -48,7 +49,7 @@ def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
     spec = make_spec(make_stream(kind, tmp_path), global_batch_size=9, accumulate=2)
     with feeding(spec) as feeder:
         alone = open_all(spec, 1, feeder=feeder)
-        assert (alone[0].shape, alone[0].classes, alone[0].skipped_images) == ((3, 8, 8), 3, 0)
+        assert (alone[0].shape, alone[0].classes, alone[0].skipped_images) == ((3, 8, 8), 3, frozenset())
         whole, tests = take(alone, 0, 5), take_test(alone)
         assert [len(labels) for _, labels in tests] == [4, 4, 1]
         workers = open_all(spec, 2, feeder=feeder)
@@ -73,12 +74,47 @@ def test_data_lies_at_any_address(tmp_path):
     assert torch.cat([labels for _, labels in tests]).tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 0]
 
 
-def test_a_corrupt_image_is_named(tmp_path):
-    data = make_stream("images", tmp_path)
-    truncate(tmp_path / "data" / "train" / "b" / "4.png")
-    spec = make_spec(data, global_batch_size=21)
-    with pytest.raises(DataError, match=r"takes images that can be read.*train/b/4.png"), feeding(spec) as feeder:
-        next(open_all(spec, 1, feeder=feeder)[0].train(0))
+@pytest.mark.parametrize(
+    ("kind", "name", "names"),
+    [
+        ("parquet", r"train/\d.parquet, crc32 [0-9a-f]{8}", [f"{n}.parquet" for n in (0, 0, 0, 1, 1, 1, 2)]),
+        ("images", r"train/./\d.png", [f"{n}.png" for n in ("a/0", "a/5", "a/6", "b/1", "c/0", "c/0", "c/6")]),
+        (
+            "webdataset",
+            r"train/\d.tar, \d{3}",
+            [f"{n[0]}.tar, {n[1:]}" for n in ("0000", "0005", "0006", "1001", "1001", "1007", "2005")],
+        ),
+    ],
+)
+def test_corrupt_images_are_refused_by_name_or_replaced_alike_for_all_workers(kind, name, names, tmp_path):
+    """The last rows of each file are among them, so that a pass may end in them."""
+    data = make_stream(kind, tmp_path, corrupt_train=(5, 6, 8, 14, 20), corrupt_test=(0, 6))
+    spec = make_spec(data, global_batch_size=9, accumulate=2)
+    with feeding(spec) as feeder, pytest.raises(CorruptImage, match=f"`corrupt_images: skip`.*{name}"):
+        take(open_all(spec, 1, feeder=feeder), 0, 3)
+    spec = spec.model_copy(update={"data": data.model_copy(update={"corrupt_images": "skip"})})
+    with feeding(spec) as feeder:
+        alone, workers = open_all(spec, 1, feeder=feeder), open_all(spec, 2, feeder=feeder)
+        whole, tests = take(alone, 0, 3), take_test(alone)
+        assert_same(take(workers, 1, 2), whole[2:])
+        assert_same(take_test(workers), tests)
+        found = [dataset.skipped_images for dataset in (*alone, *workers)]
+    assert [len(labels) for _, labels in whole] == [5, 4] * 3
+    assert min(labels.min() for _, labels in whole) >= 0
+    images = {image.numpy().tobytes() for inputs, _ in whole for image in inputs}
+    assert bytes(4 * 3 * 8 * 8) not in images  # what stands for a corrupt image meanwhile
+    assert [len(labels) for _, labels in tests] == [3, 3, 1]
+    assert found[0] == found[1] == found[2]
+    ends = sorted(re.sub(r"^.*/(train|val|test)/|, crc32 .{8}$", "", skipped) for skipped in found[0])
+    assert ends == names
+
+
+def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path):
+    data = make_stream("webdataset", tmp_path, corrupt_train=(2,), classes=2, corrupt_images="skip")
+    spec = make_spec(data)
+    with feeding(spec) as feeder, pytest.raises(DataError, match="takes a column of labels from 0 to 1") as caught:
+        take(open_all(spec, 1, feeder=feeder), 0, 3)
+    assert type(caught.value) is DataError
 
 
 def test_a_feeder_finds_what_is_wrong_as_it_starts(tmp_path):

@@ -1,0 +1,356 @@
+"""Corrupt images in data that is read by index, and the replacing of rows, without Ray."""
+
+import errno
+import pickle
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.dist import run_on_ranks
+from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, truncate, write_images
+from tests.trainer.training import here, run_here
+from tests.trainer.training import make_spec as make_run
+from trainer.data import batch_indices, open_dataset
+from trainer.data.corrupt import MOST_IN_A_ROW, Prepared, read, reading, replace_corrupt
+from trainer.data.folders import open_folders
+from trainer.data.images import Parts
+from trainer.data.library import open_library
+from trainer.data.loading import LoadedDataset
+from trainer.data.row_order import RowOrder
+from trainer.errors import CorruptImage, DataError
+from trainer.spec import ImageFolderSpec, ImageTransformSpec, RayDataSpec, TorchvisionDataSpec
+from trainer.work import count_skipped, identity
+
+CROPPED = ImageTransformSpec(crop=6)
+
+
+def folder(root, **changes):
+    return ImageFolderSpec(root=str(root / "country211"), test_folder="test", **changes)
+
+
+def library(root, **changes):
+    return TorchvisionDataSpec(name="torchvision:Country211", root=str(root), **changes)
+
+
+KINDS = [folder, library]
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two classes of five images to train on and three to test on, as Country211 has its files."""
+    images = write_images(tmp_path / "country211")
+    (images / "val").rename(images / "test")
+    return tmp_path
+
+
+@pytest.fixture
+def paths(root):
+    """The images to train on in the order of their indices, and those to test on."""
+    return [sorted((root / "country211" / part).glob("*/*")) for part in ("train", "test")]
+
+
+def open_parts(data):
+    return open_folders(data) if isinstance(data, ImageFolderSpec) else open_library(data)
+
+
+def open_here(spec, world_size=1, processes=0):
+    return [
+        LoadedDataset(spec, spec.data, open_parts(spec.data), rank, world_size, CPU, torch.float32, processes)
+        for rank in range(world_size)
+    ]
+
+
+def all_skipped(datasets):
+    return frozenset().union(*(dataset.skipped_images for dataset in datasets))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(folder, "train/cat/3.png"), (library, "image 3 of Country211, train")],
+    ids=["folder", "library"],
+)
+def test_the_first_corrupt_image_is_refused_by_name(root, paths, kind, name):
+    truncate(paths[0][3])
+    [dataset] = open_here(make_spec(kind(root), global_batch_size=10))
+    with pytest.raises(CorruptImage, match=rf"data.root.*`corrupt_images: skip` leaves such images out.*{name}"):
+        next(dataset.train(0))
+    assert len(take_test([dataset])) == 2
+    truncate(paths[1][1])
+    with pytest.raises(CorruptImage, match=name.replace("train", "test").replace("3", "1")):
+        list(dataset.test())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_next_readable_image_takes_the_place_in_training(root, paths, kind, capsys):
+    for number in (4, 5, 9):
+        truncate(paths[0][number])
+    [dataset] = open_here(make_spec(kind(root, corrupt_images="skip"), global_batch_size=10))
+    assert dataset.skipped_images == frozenset()
+    for inputs, labels in take([dataset], 0, 2):  # two passes
+        expected = Counter()
+        for place in (0, 1, 2, 3, 6, 6, 6, 7, 8, 0):
+            expected[np.asarray(Image.open(paths[0][place])).tobytes(), place // 5] += 1
+        pixels = (inputs * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        assert Counter((x.numpy().tobytes(), y) for x, y in zip(pixels, labels.tolist(), strict=True)) == expected
+    assert len(dataset.skipped_images) == 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out a corrupt image: ")]
+    assert {line.removeprefix("left out a corrupt image: ") for line in lines} == dataset.skipped_images
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_neither_workers_nor_a_resumption_change_what_is_trained_and_counted(root, paths, kind):
+    for number in (0, 4, 5, 9):
+        truncate(paths[0][number])
+    spec = make_spec(kind(root, corrupt_images="skip", transform=CROPPED), global_batch_size=7, accumulate=2)
+    alone = open_here(spec)
+    whole = take(alone, 0, 4)
+    assert [len(labels) for _, labels in whole] == [4, 3] * 4
+    for world_size in (2, 3):
+        workers = open_here(spec, world_size)
+        assert_same(take(workers, 0, 4), whole)
+        assert all_skipped(workers) == all_skipped(alone)
+        assert_same(take(open_here(spec, world_size), 2, 2), whole[4:])
+    assert len(all_skipped(alone)) == 4
+
+
+def test_loader_processes_replace_and_tell_alike(root, paths):
+    for number in (4, 9):
+        truncate(paths[0][number])
+    truncate(paths[1][0])
+    spec = make_spec(folder(root, corrupt_images="skip", transform=CROPPED), global_batch_size=10)
+    [alone], [loaded] = open_here(spec), open_here(spec, processes=1)
+    assert_same(take([loaded], 0, 1), take([alone], 0, 1))
+    assert_same(take_test([loaded]), take_test([alone]))
+    assert loaded.skipped_images == alone.skipped_images
+    assert len(loaded.skipped_images) == 3
+    loaded.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_corrupt_image_is_left_out_of_the_test_samples(root, paths, kind, world_size):
+    for number in (0, 4):
+        truncate(paths[1][number])
+    datasets = open_here(make_spec(kind(root, corrupt_images="skip")), world_size)
+    batches = take_test(datasets)
+    assert [labels.tolist() for _, labels in batches] == [[0, 0, 1], [1]]
+    pixels = (torch.cat([inputs for inputs, _ in batches]) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    for image, number in zip(pixels, (1, 2, 3, 5), strict=True):
+        assert (image.numpy() == np.asarray(Image.open(paths[1][number]))).all()
+    assert len(all_skipped(datasets)) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "No such file"),
+        (lambda path: (path.unlink(), path.mkdir()), "Is a directory"),
+        (lambda path: Image.new("RGB", (30, 30)).save(path), "data.transform.crop"),
+    ],
+)
+def test_nothing_but_corrupt_images_is_skipped(root, paths, kind, spoil, message):
+    [dataset] = open_here(make_spec(kind(root, corrupt_images="skip"), global_batch_size=10))
+    spoil(paths[0][3])
+    with pytest.raises(DataError, match=message) as caught:
+        next(dataset.train(0))
+    assert not isinstance(caught.value, CorruptImage)
+
+
+def test_a_wrong_label_is_refused_all_the_same(root, paths):
+    truncate(paths[0][4])
+    data = folder(root, corrupt_images="skip")
+    parts = open_folders(data)
+    one_class = Parts(parts.training, parts.testing, 1, "")
+    dataset = LoadedDataset(make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0)
+    with pytest.raises(DataError, match=r"takes labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"):
+        next(dataset.train(0))
+
+
+def test_labels_that_are_found_by_reading_are_those_of_what_takes_the_place(root, paths):
+    truncate(paths[0][4])
+    for choice in ("skip", "refuse"):
+        images = open_library(library(root, corrupt_images=choice)).training
+        assert images.labels().tolist() == [0] * 5 + [1] * 5
+        del images.dataset.targets
+        if choice == "skip":
+            assert images.labels().tolist() == [0] * 4 + [1] * 6
+        else:
+            with pytest.raises(CorruptImage, match="image 4 of Country211, train"):
+                images.labels()
+
+
+def test_too_many_in_a_row_end_it(tmp_path):
+    root = write_images(tmp_path, train=52, size=(2, 2))
+    parts = open_folders(ImageFolderSpec(root=str(root), corrupt_images="skip"))
+    for path in parts.training.paths[1 : 1 + MOST_IN_A_ROW]:
+        (root / path).write_bytes(b"no image")
+    assert read(parts.training, 2, skip=True).place == MOST_IN_A_ROW + 1
+    with pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*train/cat/1.png.* and 95 more") as caught:
+        read(parts.training, 1, skip=True)
+    assert (caught.value.field, type(caught.value)) == ("data.corrupt_images", DataError)
+    for path in parts.testing.paths:
+        (root / path).write_bytes(b"no image")
+    with pytest.raises(DataError, match="6 in a row"):
+        read(parts.testing, 4, skip=True)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
+@pytest.mark.parametrize("kept", [0, 5, 0.5])
+def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix, kept):
+    """To nothing, within its header, or in its midst; a PPM then makes Pillow raise ValueError."""
+    root = write_images(tmp_path, size=(64, 48), suffix=suffix)
+    images = open_folders(ImageFolderSpec(root=str(root))).training
+    assert len([images[index] for index in range(10)]) == 10
+    path = root / "train" / "cat" / f"1.{suffix}"
+    content = path.read_bytes()
+    path.write_bytes(content[: kept if isinstance(kept, int) else int(kept * len(content))])
+    with pytest.raises(CorruptImage, match=f"train/cat/1.{suffix}"):
+        images[images.paths.index(f"train/cat/1.{suffix}")]
+
+
+@pytest.mark.parametrize("error", [ValueError("no image's"), MemoryError(), KeyError("label")])
+def test_what_is_not_of_pillow_passes(error):
+    with pytest.raises(type(error)) as caught, reading("data.root", "x"):
+        raise error
+    assert caught.value is error
+
+
+def test_an_error_of_the_storage_may_go_by(monkeypatch, root):
+    """Even where Pillow meets it: the image can be whole, and read the next time."""
+    images = open_folders(folder(root, corrupt_images="skip")).training
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(DataError, match="Input/output error") as caught:
+        read(images, 0, skip=True)
+    assert type(caught.value) is DataError
+
+
+def test_the_error_goes_from_process_to_process():
+    error = CorruptImage("data.root", "x.png", "takes images")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy)) == (CorruptImage, "data.root: takes images (got 'x.png')")
+
+
+def count_here(data):
+    """Train on what the 10 images are in one step, as one of the ranks or alone, and count."""
+    spec, worker = make_spec(data, global_batch_size=10, num_workers=here().world_size), here()
+    dataset = LoadedDataset(
+        spec, data, open_parts(data), worker.rank, worker.world_size, CPU, torch.float32, processes=0
+    )
+    next(dataset.train(0))
+    return len(dataset.skipped_images), count_skipped(dataset, worker)
+
+
+@pytest.mark.dist
+def test_workers_count_together_what_each_has_left_out(root, paths):
+    for number in (0, 4, 5, 9):
+        truncate(paths[0][number])
+    data = library(root, corrupt_images="skip")
+    assert count_here(data) == (4, 4)
+    (first, count), (second, again) = run_on_ranks(count_here, 2, data)
+    assert count == again == 4
+    assert max(first, second) < 4 <= first + second
+
+
+def test_a_run_that_met_a_corrupt_image_goes_on_without_it(root, paths, tmp_path, monkeypatch):
+    """Weights in the end are those of a run that skipped from the beginning, to the last bit."""
+    monkeypatch.setattr("trainer.data.loading.count_processes", lambda _: 0)
+    run = partial(make_run, global_batch_size=2, steps=6, eval_every=6, checkpoint={"every": 1})
+    truncate(paths[0][batch_indices(10, 2, 3, run().seed)[1]])
+    refusing, skipping = (run(data=folder(root, corrupt_images=choice)) for choice in ("refuse", "skip"))
+    with pytest.raises(CorruptImage):
+        run_here(refusing, tmp_path / "checkpoints")
+    resumed, notes = run_here(skipping, tmp_path / "checkpoints")
+    whole, _ = run_here(skipping, tmp_path / "others")
+    assert notes.resumed_from == 3
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole.model.state_dict()[name])
+
+
+def test_a_checkpoint_does_not_ask_what_is_done_with_corrupt_images(root):
+    stream = partial(RayDataSpec, format="images", train="a", test="b", classes=2, shape=[3, 8, 8])
+    for kind in (partial(folder, root), partial(library, root), stream):
+        refusing, skipping = (make_spec(kind(corrupt_images=choice)) for choice in ("refuse", "skip"))
+        assert identity(refusing, "x") == identity(skipping, "x")
+        assert identity(refusing, "x") != identity(make_spec(kind(transform=CROPPED)), "x")
+
+
+def test_open_dataset_hands_over_the_choice(root, paths):
+    truncate(paths[1][0])
+    for data in (folder(root), library(root)):
+        with pytest.raises(CorruptImage):
+            open_dataset(make_spec(data), 0, 1, CPU, torch.float32)
+        skipping = data.model_copy(update={"corrupt_images": "skip"})
+        assert open_dataset(make_spec(skipping), 0, 1, CPU, torch.float32).shape == (3, 10, 12)
+
+
+def prepare(numbers, corrupt, blocks=3):
+    """Rows whose input and label are their number, in blocks, as Ray Data's tasks hand them over."""
+    for start in range(0, len(numbers), blocks):
+        part = np.array(numbers[start : start + blocks])
+        names = [f"row {number}" if number in corrupt else "" for number in part.tolist()]
+        labels = np.where([bool(name) for name in names], -1, part)
+        yield Prepared(part[:, None], labels, names)
+
+
+def replaced(numbers, corrupt, whole=(), blocks=3):
+    rows = replace_corrupt(prepare(numbers, corrupt, blocks), prepare(whole, corrupt, blocks))
+    return [label for _, labels in rows for label in labels.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "expected"),
+    [
+        (set(), [0, 1, 2, 3, 4, 5, 6]),
+        ({0}, [1, 1, 2, 3, 4, 5, 6]),
+        ({1, 2, 3, 4, 5}, [0, 6, 6, 6, 6, 6, 6]),
+        ({6}, [0, 1, 2, 3, 4, 5, 0]),
+        ({0, 1, 5, 6}, [2, 2, 2, 3, 4, 2, 2]),
+    ],
+)
+def test_the_next_readable_row_takes_the_place_in_a_stream(corrupt, expected):
+    assert replaced(range(7), corrupt, range(7)) == expected
+
+
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(sum).map(np.array),
+    corrupt=st.sets(st.integers(0, 41)),
+    window=st.integers(0, 9),
+    position=st.integers(0, 60),
+    blocks=st.integers(1, 9),
+)
+def test_a_row_does_not_depend_on_where_the_reading_began(sizes, corrupt, window, position, blocks):
+    """Also where nothing readable is left from there to the end of a pass."""
+    starts, samples = np.cumsum(sizes) - sizes, int(sizes.sum())
+    corrupt = corrupt - {samples // 2}
+
+    def read_files(_, files):
+        numbers = np.concatenate([np.arange(starts[file], starts[file] + sizes[file]) for file in files])
+        return replace_corrupt(prepare(numbers, corrupt, blocks), prepare(range(samples), corrupt))
+
+    order = RowOrder(sizes, read_files, 0, window)
+    whole = [label for _, (_, label) in zip(range(position + 20), order.rows_from(0), strict=False)]
+    assert [label for _, (_, label) in zip(range(20), order.rows_from(position), strict=False)] == whole[position:]
+    assert not corrupt & set(whole)
+
+
+def test_too_many_rows_in_a_row_end_it():
+    rows = range(MOST_IN_A_ROW + 2)
+    assert replaced(rows, set(rows[1:-2]), rows)[1:] == [rows[-2]] * (MOST_IN_A_ROW - 1) + [rows[-2], rows[-1]]
+    with pytest.raises(DataError, match=r"100 in a row; all are corrupt: row 1, .* and 95 more"):
+        replaced(rows, set(rows[1:-1]), rows)
+    with pytest.raises(DataError, match=r"100 in a row"):  # over the end, and on from the start
+        replaced(rows, {*rows[:50], *rows[-50:]}, rows)
+    with pytest.raises(DataError, match=r"6 in a row; all are corrupt: row 0"):
+        replaced(range(3), {0, 1, 2}, range(3))
