@@ -20,7 +20,7 @@ from trainer.spec import JobSpec
 
 pytestmark = pytest.mark.e2e
 
-STEPS = 4_000
+STEPS = 3_000
 SPEC = {
     "model": {"name": "mlp", "hidden": [24, 16], "dropout": 0.1},
     "data": {"name": "digits"},
@@ -30,6 +30,7 @@ SPEC = {
     "eval_every": 500,
     "optimizer": {"lr": 0.1, "momentum": 0.9},
     "checkpoint": {"every": 100},
+    "log_model": False,
 }
 
 
@@ -68,15 +69,15 @@ def test_workers_driver_and_head_are_killed_and_no_bit_is_lost(tmp_path):
     data_dir, chance = tmp_path / "data", random.Random()
     with LocalStack(data_dir, cpus=2) as stack, Client(stack.connection.url, stack.connection.token) as client:
         job_id = client.submit_job("often killed", SPEC).id
-        job = wait_for_step(client, job_id, 1, chance.randint(150, 800))
+        job = wait_for_step(client, job_id, 1, chance.randint(150, 500))
         os.kill(chance.choice(worker_processes(client, job_id)), signal.SIGKILL)
         stopped_at = job.progress.step
-        job = wait_for_step(client, job_id, 1, stopped_at + chance.randint(200, 600))
+        job = wait_for_step(client, job_id, 1, stopped_at + chance.randint(200, 500))
         assert len(worker_processes(client, job_id)) == 4
         assert "worker_lost: worker" in client.logs(job_id)
         stopped_at = job.progress.step
         os.kill(driver_process(job_id), signal.SIGKILL)
-        job = wait_for_step(client, job_id, 2, stopped_at + chance.randint(200, 600))
+        job = wait_for_step(client, job_id, 2, stopped_at + chance.randint(200, 500))
         assert "goes on from step-" in client.logs(job_id)
         stopped_at = job.progress.step
         os.kill(head_process(stack), signal.SIGKILL)

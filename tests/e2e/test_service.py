@@ -17,6 +17,7 @@ SPEC = {
     "model": {"name": "mlp", "hidden": [32]},
     "optimizer": {"lr": 0.5},
     "num_workers": 2,
+    "log_model": False,
 }
 ENDLESS = SPEC | {"steps": 10_000_000, "eval_every": 1000}
 
@@ -36,7 +37,7 @@ def test_a_comparison_runs_and_is_reported(service):
     with service.client() as client:
         body = {
             "name": "end to end",
-            "spec": SPEC | {"steps": 100, "eval_every": 10},
+            "spec": SPEC | {"steps": 100, "eval_every": 10, "log_model": True},
             "matrix": {"norm": ["none", "sync"]},
             "target": 0.5,
         }
@@ -92,16 +93,16 @@ def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service
 
 def test_the_api_is_killed_while_a_job_runs_and_its_true_end_is_seen(service):
     with service.client() as client:
-        job = client.submit_job("through a crash", SPEC | {"steps": 3000, "eval_every": 1000})
-        waiting = client.submit_job("queued behind it", SPEC | {"steps": 5, "num_workers": 4})
+        job = client.submit_job("through a crash", SPEC | {"steps": 1500, "eval_every": 500})
+        waiting = client.submit_job("queued behind it", SPEC | {"steps": 5, "num_workers": 3})
     service.until(job.id, "running", progress=1)
     service.kill()
     service.start()
     ended = service.until(job.id, "succeeded")
-    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 3000 steps", 3000)
+    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 1500 steps", 1500)
     assert service.until(waiting.id, "succeeded").attempt == 1
     with service.client() as client:
-        assert client.logs(job.id).count("step 3000/3000") == 1
+        assert client.logs(job.id).count("step 1500/1500") == 1
 
 
 def test_the_command_line(service, tmp_path):

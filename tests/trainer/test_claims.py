@@ -11,6 +11,6 @@ def best_accuracy(norm, steps):
     return max(metrics["accuracy"] for metrics in curve.values())
 
 
-def test_with_sync_200_steps_do_what_1000_do_not_without():
-    assert best_accuracy("sync", 200) >= 0.8
-    assert best_accuracy("none", 1_000) < 0.8
+def test_with_sync_150_steps_do_what_750_do_not_without():
+    assert best_accuracy("sync", 150) >= 0.8
+    assert best_accuracy("none", 750) < 0.8

@@ -93,6 +93,7 @@ class JobSpec(Frozen):
     )
     checkpoint: CheckpointSpec = CheckpointSpec()
     probes: ProbesSpec = ProbesSpec()
+    log_model: bool = Field(True, description="bring the trained model to MLflow, with signature and input example")
     collective_timeout_seconds: int = Field(
         300, ge=5, le=86_400, description="time for all workers to come to a collective before the run ends as a hang"
     )
