@@ -1,9 +1,11 @@
 """Corrupt images in data that is read by index, and the replacing of rows, without Ray."""
 
 import errno
+import io
 import pickle
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -185,6 +187,14 @@ def test_labels_that_are_found_by_reading_are_those_of_what_takes_the_place(root
         else:
             with pytest.raises(CorruptImage, match="image 4 of Country211, train"):
                 images.labels()
+
+
+def test_an_image_that_the_library_has_but_opened_is_read_at_once(root, paths):
+    truncate(paths[0][4])
+    images = open_library(library(root)).training
+    images.dataset.loader = lambda path: Image.open(io.BytesIO(Path(path).read_bytes()))
+    with pytest.raises(CorruptImage, match="image 4 of Country211, train"):
+        images[4]
 
 
 def test_too_many_in_a_row_end_it(tmp_path):

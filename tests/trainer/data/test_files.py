@@ -146,8 +146,9 @@ def test_what_is_wrong_with_a_row_is_named(image, label, changes, error):
     cells = np.empty(1, dtype=object)
     cells[0] = image
     labels = np.array([label], dtype=object)
-    [message] = prepare(spec_of([3, 12, 10], **changes), {"image": cells, "label": labels})["error"]
-    field, value, takes = json.loads(message)
+    prepared = prepare(spec_of([3, 12, 10], **changes), {"image": cells, "label": labels})
+    assert prepared["label"] != CORRUPT
+    field, value, takes = json.loads(prepared["error"][0])
     assert [field, value] == error[:2]
     assert takes.startswith(error[2])
 
