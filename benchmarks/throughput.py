@@ -2,9 +2,9 @@
 
 Both run in the processes that torchrun starts. The plain loop is what people write for it: DistributedDataParallel, the same
 batches, cross-entropy, SGD, and nothing else. The trainer's workers also agree in every step on the loss and on what to do next,
-and rank 0 keeps its journal. Blocks of steps alternate, each loop first in every other pair. Prints for each norm the median and
-range of both over blocks, the ratio of neighbouring blocks (goal: at least 0.98), that of the quickest quarters of all steps,
-which other work on the machine disturbs least, and what the parts of a step that the plain loop does not have take.
+and rank 0 keeps its journal. The two take turns, step by step, so that whatever else the machine does falls on both alike. Prints
+for each norm both medians, the ratio of neighbouring steps (goal: at least 0.98) with its quartiles, and what the parts of a step
+that the plain loop does not have take.
 """
 
 import argparse
@@ -13,10 +13,11 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -43,6 +44,10 @@ from trainer.work import identity
 from trainer.worker import Worker
 
 WORKERS = 2
+WARM_UP = 5
+"""Steps that are not counted."""
+MOST_SECONDS = 120
+"""For one turn."""
 SPEC = {
     "model": {"name": "torchvision:resnet18"},
     "data": {"name": "synthetic", "shape": [3, 64, 64], "classes": 10, "train_samples": 512, "test_samples": 16},
@@ -53,21 +58,46 @@ SPEC = {
 }
 
 
-class Timed:
-    """A dataset that notes when a batch is asked for: each time is the end of a step, and the beginning of another."""
+class Turns:
+    """Lets two threads go on one at a time, in turn, until one of them has ended."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset, self.times, self.processor_times = dataset, list[float](), list[float]()
-        self.shape, self.classes = dataset.shape, dataset.classes
-        self.skipped_images, self.digest = dataset.skipped_images, dataset.digest
+    def __init__(self) -> None:
+        self._changed, self._turn, self._alone = threading.Condition(), 0, False
+
+    def take(self, thread: int) -> None:
+        """Wait for this thread's turn."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._turn == thread or self._alone, timeout=MOST_SECONDS)
+
+    def pass_on(self, thread: int, *, at_end: bool = False) -> None:
+        """Give the turn to the other thread."""
+        with self._changed:
+            self._turn, self._alone = 1 - thread, self._alone or at_end
+            self._changed.notify_all()
+
+
+class Timed:
+    """A dataset that times steps, each from the hand-over of its batches to the next request, and takes turns with another."""
+
+    def __init__(self, dataset: Dataset, turns: Turns, thread: int) -> None:
+        self._dataset, self._turns, self._thread = dataset, turns, thread
+        self.seconds: list[float] = []
+        self.shape, self.classes, self.digest = dataset.shape, dataset.classes, dataset.digest
         self.test, self.close = dataset.test, dataset.close
 
-    def train(self, first_step: int) -> Iterator[list[Batch]]:
+    @property
+    def skipped_images(self) -> frozenset[str]:
+        """See Dataset."""
+        return self._dataset.skipped_images
+
+    def train(self, first_step: int) -> Generator[list[Batch]]:
         """Pass on batches."""
         for batch in self._dataset.train(first_step):
-            self.times.append(time.perf_counter())
-            self.processor_times.append(time.process_time())
+            self._turns.pass_on(self._thread)
+            self._turns.take(self._thread)
+            began = time.perf_counter()
             yield batch
+            self.seconds.append(time.perf_counter() - began)
 
 
 def plain(spec: JobSpec, worker: Worker, dataset: Timed) -> None:
@@ -119,64 +149,55 @@ def ours(spec: JobSpec, worker: Worker, dataset: Timed, folder: Path) -> None:
     outbox.close()
 
 
-def work(blocks: int, steps: int, norm: str) -> None:
-    """Time blocks of both loops on one worker; rank 0 prints."""
-    rank = dist.get_rank()
+def work(steps: int, norm: str) -> None:
+    """Time both loops on one worker; rank 0 prints."""
+    rank, turns = dist.get_rank(), Turns()
     worker = Worker(rank, WORKERS, torch.device("cpu"))
     spec = JobSpec.model_validate(SPEC | {"steps": steps, "norm": norm})
-    seconds: dict[str, list[list[float]]] = {"plain": [], "trainer": []}
-    processor = dict.fromkeys(seconds, 0.0)
+    datasets = [
+        Timed(open_dataset(spec, rank, WORKERS, worker.device, torch.float32), turns, thread) for thread in (0, 1)
+    ]
     spent: dict[str, float] = {}
-    for block in range(blocks + 1):
-        turns = list(seconds.items())
-        for name, times in turns if block % 2 else reversed(turns):
-            dataset = Timed(open_dataset(spec, rank, WORKERS, worker.device, torch.float32))
-            with tempfile.TemporaryDirectory() as folder:
-                dist.barrier()
-                if name == "plain":
-                    plain(spec, worker, dataset)
+    with tempfile.TemporaryDirectory() as folder, accounts(spent), redirect_stdout(io.StringIO()):
+
+        def run(thread: int) -> None:
+            turns.take(thread)
+            try:
+                if thread == 0:
+                    plain(spec, worker, datasets[0])
                 else:
-                    with accounts(spent), redirect_stdout(io.StringIO()):
-                        ours(spec, worker, dataset, Path(folder))
-            used = dataset.processor_times
-            processor[name] += (used[-1] - used[1]) / (len(used) - 2)
-            dataset.close()
-            between = [after - before for before, after in zip(dataset.times, dataset.times[1:], strict=False)]
-            if block > 0:  # the first one warms up
-                times.append(between[1:])
+                    ours(spec, worker, datasets[1], Path(folder))
+            finally:
+                turns.pass_on(thread, at_end=True)
+
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(run, (0, 1)))
+    for dataset in datasets:
+        dataset.close()
     if rank == 0:
-        report(norm, seconds)
-        print(f"{norm:5} trainer / plain by rank 0's processor time: {processor['plain'] / processor['trainer']:.3f}")
+        report(norm, *(dataset.seconds[WARM_UP:] for dataset in datasets))
         for name, value in spent.items():
-            print(f"{norm:5} {name}: {value / (blocks + 1) / steps * 1e3:.2f} ms a step")
+            print(f"{norm:5} {name}: {value / steps * 1e3:.2f} ms a step")
 
 
-def report(norm: str, seconds: dict[str, list[list[float]]]) -> None:
-    """Print both loops' speed and their ratio, from the seconds of each step of each block."""
-    medians = {name: [statistics.median(block) for block in blocks] for name, blocks in seconds.items()}
-    for name, times in medians.items():
-        speeds = sorted(SPEC["global_batch_size"] / value for value in times)
-        print(
-            f"{norm:5} {name:8} {statistics.median(speeds):7.1f} samples/s ({speeds[0]:.1f} to {speeds[-1]:.1f}),"
-            f" {statistics.median(times) * 1e3:.1f} ms a step"
-        )
-    ratios = sorted(p / o for p, o in zip(medians["plain"], medians["trainer"], strict=True))
-    quarters = {name: statistics.quantiles(chain.from_iterable(blocks))[0] for name, blocks in seconds.items()}
-    print(
-        f"{norm:5} trainer / plain: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), goal 0.98;"
-        f" by the quickest quarters {quarters['plain'] / quarters['trainer']:.3f}"
-    )
+def report(norm: str, plain_seconds: list[float], our_seconds: list[float]) -> None:
+    """Print both loops' speed and their ratio, from the seconds of each step."""
+    for name, seconds in (("plain", plain_seconds), ("trainer", our_seconds)):
+        middle = statistics.median(seconds)
+        speed = SPEC["global_batch_size"] / middle
+        print(f"{norm:5} {name:8} {speed:7.1f} samples/s, {middle * 1e3:.1f} ms a step, the median of {len(seconds)}")
+    low, middle, high = statistics.quantiles(p / o for p, o in zip(plain_seconds, our_seconds, strict=False))
+    print(f"{norm:5} trainer / plain: {middle:.3f} (quartiles {low:.3f} and {high:.3f}), goal 0.98")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--blocks", type=int, default=14)
-    parser.add_argument("--steps", type=int, default=10, help="in a block")
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes
         dist.init_process_group("gloo")
         for norm in ("none", "sync"):
-            work(arguments.blocks, arguments.steps, norm)
+            work(arguments.steps, norm)
         dist.destroy_process_group()
     else:
         torchrun.main(["--standalone", f"--nproc-per-node={WORKERS}", __file__, *sys.argv[1:]])
