@@ -14,7 +14,7 @@ from torch.optim.swa_utils import update_bn
 
 from syncbn import SyncBatchNorm, update_population_statistics
 from trainer.data import Dataset
-from trainer.errors import ConfigurationError
+from trainer.errors import ConfigurationError, DataError
 from trainer.spec import EvaluationSpec
 from trainer.worker import Worker
 
@@ -81,6 +81,8 @@ class Evaluator:
             # It is float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
             yield name, round(float(metric.compute()), 6)
         loss_sum, right, samples = sum_over_workers(sums, self._worker.world_size).tolist()
+        if not samples:
+            raise DataError("data.corrupt_images", "skip", "takes a test image that can be read; there is none")
         if "accuracy" in self._spec.metrics:
             yield "accuracy", right / samples
         yield "test_loss", loss_sum / samples
