@@ -81,7 +81,9 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
                 journal.outbox.put("artifact", path=str(figure), folder="figures")
         if isinstance(journal, RankZeroJournal) and context.mlflow_run_id and spec.log_model:
             example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None)
-            if example is not None and export_model(spec, weights, dataset.shape, dataset.classes, example, folder / "model"):
+            if example is not None and export_model(
+                spec, weights, dataset.shape, dataset.classes, example, folder / "model"
+            ):
                 journal.outbox.put("model", path=str(folder / "model"), step=result.step)
     return {
         "state": "succeeded",
