@@ -24,7 +24,7 @@ from trainer.spec import CheckpointSpec
 from trainer.state import State
 from trainer.worker import Worker
 
-FORMAT = 1
+FORMAT = 2
 """Changes when older checkpoints cannot be read any more."""
 MANIFEST = "manifest.json"
 SHARED = "shared.pt"
@@ -120,8 +120,15 @@ class Checkpoints:
         if manifest is None:
             return None
         is_same_size = manifest.world_size == self._worker.world_size
-        own = self._read(manifest, rank_file(self._worker.rank)) if is_same_size else None
-        state.restore(self._read(manifest, SHARED), own)
+        failure = ""
+        try:
+            own = self._read(manifest, rank_file(self._worker.rank)) if is_same_size else None
+            shared = self._read(manifest, SHARED)
+        except Exception as error:  # of any kind, and the others wait for word of it
+            failure = f"worker {self._worker.rank}: {_describe(error)}"
+        if failure := "; ".join(filter(None, self._from_all(failure))):
+            raise StorageError(f"{manifest.name} in {self._root} could not be read: {failure}")
+        state.restore(shared, own)
         return cast("Manifest", manifest)
 
     def manifests(self) -> Iterator[Manifest]:

@@ -89,12 +89,16 @@ class Evaluator:
 
     def _forward(self, inputs: Tensor) -> Tensor | None:
         takes_own_batch = self._spec.statistics == "batch" and any(True for _ in self._norms)
-        if not len(inputs) and not (takes_own_batch and self._shares_statistics()):
+        is_shared = takes_own_batch and self._shares_statistics()
+        if not len(inputs) and not is_shared:
             return None
-        # One sample has no variance: where a worker's share is that small, and its statistics its own, the moving ones are taken.
+        # One sample has no variance: where there is but one to take statistics of, the moving ones are taken.
+        count = len(inputs)
+        if is_shared:
+            count = int(sum_over_workers(torch.tensor(count, device=self._worker.device), self._worker.world_size))
         if takes_own_batch:
             for norm in self._norms:
-                norm.train(len(inputs) > 1 or isinstance(norm, SyncBatchNorm))
+                norm.train((count if isinstance(norm, SyncBatchNorm) else len(inputs)) > 1)
         logits: Tensor = self._model(inputs)
         return logits.double() if logits.dtype == torch.float64 else logits.float()
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from trainer.errors import ConfigurationError
+
 OUTBOX_FILE = "metrics.jsonl"
 Kind = Literal["evaluation", "probes", "system"]
 
@@ -23,15 +25,31 @@ class Outbox:
     def __init__(self, folder: Path, name: str = OUTBOX_FILE) -> None:
         self.path = folder / name
         self._last_step: dict[str, int] = {}
+        self._identity: dict[str, str] | None = None
         content = self.path.read_bytes() if self.path.exists() else b""
         for line in read_lines(content):
-            if "step" in line:
+            if line["kind"] == "identity":
+                self._identity = line["identity"]
+            elif "step" in line:
                 self._last_step[line["kind"]] = line["step"]
         # Appending alone: whoever else still writes here cannot overwrite, nor be overwritten.
         self._file = self.path.open("a")
         if content and not content.endswith(b"\n"):
             self._file.write("\n")  # ends the half line that an attempt left when it was killed
         self._lock = threading.Lock()
+
+    def belong_to(self, identity: Mapping[str, str]) -> None:
+        """Begin, or go on, for a run of this identity. Raises ConfigurationError if an attempt before was another run's.
+
+        Two runs' metrics in one place could not be told apart afterwards.
+        """
+        if self._identity is None:
+            self._identity = dict(identity)
+            self._append({"kind": "identity", "identity": self._identity})
+        for field in sorted(self._identity.keys() | identity.keys()):
+            if self._identity.get(field) != identity.get(field):
+                takes = f"takes what this run began with, {self._identity.get(field)}, whose metrics are in {self.path}"
+                raise ConfigurationError(field, identity.get(field), takes)
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
         """Append metrics measured after `step` steps, unless an earlier attempt already did for this step and kind."""

@@ -18,11 +18,12 @@ def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
 
 def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
     """Whether to end the run now: the target is reached, or patience is at its end."""
-    best = position.best.get(f"{spec.mode} {spec.metric}") if spec else None
-    if spec is None or best is None:
+    if spec is None or f"{spec.mode} {spec.metric}" not in position.best:
         return False
-    is_there = spec.target is not None and (best >= spec.target if spec.mode == "max" else best <= spec.target)
-    return is_there or position.stale >= spec.patience
+    value = position.metrics[spec.metric]
+    if spec.target is not None and (value >= spec.target if spec.mode == "max" else value <= spec.target):
+        return True
+    return position.stale >= spec.patience
 
 
 def is_new_best(spec: CheckpointSpec, position: Position) -> bool:

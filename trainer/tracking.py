@@ -123,12 +123,22 @@ class Tracking:
             code = getattr(error, "error_code", None)
             if code in REFUSALS and len(lines) > 1:
                 return all(self._try(client, [line]) for line in lines)
-            self._tries += "metrics" not in lines[0]
+            self._tries += "metrics" not in lines[0] and self._answers(client)
             if code in REFUSALS or isinstance(error, FileNotFoundError) or self._tries >= MOST_TRIES:
                 print(f"MLflow refused {lines[0]['kind']}, which stays in {self._path}: {error}", flush=True)
                 return True
             print(f"metrics wait for MLflow: {error}", flush=True)
             return False
+        return True
+
+    def _answers(self, client: Any) -> bool:
+        """Tell whether MLflow is there, and so has something against this one line."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            client.get_run(self._run_id)
+        except (MlflowException, OSError) as error:
+            return getattr(error, "error_code", None) in REFUSALS
         return True
 
     def _read_sent(self) -> int:
@@ -181,6 +191,8 @@ def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         case "artifact":
             client.log_artifact(run_id, line["path"], line["folder"])
+        case "identity":  # for the outbox itself
+            pass
         case "model":
             _send_model(client, run_id, Path(line["path"]), line["step"])
         case _:

@@ -15,7 +15,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.errors import Diverged
 from trainer.export import export_model, export_weights
-from trainer.journal import RankZeroJournal, open_journal
+from trainer.journal import Journal, RankZeroJournal, open_journal
 from trainer.loop import train
 from trainer.manifest import checkpoint_folder
 from trainer.outbox import Outbox
@@ -67,18 +67,18 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)
+        is_what = identity(spec, dataset.digest)
         if isinstance(journal, RankZeroJournal):
+            journal.outbox.belong_to(is_what)
             _describe(journal.outbox, spec, worker, dataset.digest)
-        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, identity(spec, dataset.digest), worker)
-        result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
-        if getattr(spec.data, "corrupt_images", "refuse") == "skip":
-            skipped = count_skipped(dataset, worker)
-            if isinstance(journal, RankZeroJournal):
-                journal.outbox.put("tags", tags={"skipped_images": skipped})
+        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker)
+        try:
+            result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
+        except Diverged:  # a result, too
+            _conclude(spec, worker, journal, dataset, folder)
+            raise
+        _conclude(spec, worker, journal, dataset, folder)
         weights = export_weights(result.model, folder / "model.pt", worker)
-        if isinstance(journal, RankZeroJournal):
-            for figure in write_figures(journal.outbox.path, folder / "figures"):
-                journal.outbox.put("artifact", path=str(figure), folder="figures")
         if isinstance(journal, RankZeroJournal) and context.mlflow_run_id and spec.log_model:
             example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None)
             if example is not None and export_model(
@@ -93,6 +93,17 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         "step": result.step,
         "metrics": result.metrics,
     }
+
+
+def _conclude(spec: JobSpec, worker: Worker, journal: Journal, dataset: Dataset, folder: Path) -> None:
+    """Tell what training has shown beside its metrics; every worker calls it."""
+    if getattr(spec.data, "corrupt_images", "refuse") == "skip":
+        skipped = count_skipped(dataset, worker)
+        if isinstance(journal, RankZeroJournal):
+            journal.outbox.put("tags", tags={"skipped_images": skipped})
+    if isinstance(journal, RankZeroJournal):
+        for figure in write_figures(journal.outbox.path, folder / "figures"):
+            journal.outbox.put("artifact", path=str(figure), folder="figures")
 
 
 def _describe(outbox: Outbox, spec: JobSpec, worker: Worker, data_digest: str) -> None:

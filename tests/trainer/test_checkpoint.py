@@ -46,7 +46,7 @@ def flip_a_bit(path):
         ("shared.pt", cut_short, "torn: shared.pt has"),
         ("shared.pt", flip_a_bit, "torn: shared.pt has"),
         ("rank-00000.pt", lambda path: path.unlink(), "torn: rank-00000.pt is missing"),
-        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 1"),
+        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 2"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, file, damage, told):
@@ -220,6 +220,31 @@ def test_a_kill_at_any_moment_leaves_a_checkpoint_that_can_be_used(tmp_path):
 def newest(folder):
     """Step of the newest checkpoint with a manifest; -1 if there is none."""
     return max((int(path.parent.name.split("-")[1]) for path in folder.glob("step-*/manifest.json")), default=-1)
+
+
+def fail_to_read(spec, folder):
+    import torch.distributed as dist
+
+    read = Checkpoints._read
+
+    def refuse(*arguments):
+        if dist.get_rank() == 1:
+            raise OSError(5, "Input/output error")
+        return read(*arguments)
+
+    Checkpoints._read = refuse
+    with pytest.raises(StorageError, match=r"step-000000000008-.* could not be read: worker 1: OSError") as error:
+        run_here(spec, folder)
+    Checkpoints._read = read
+    return str(error.value)
+
+
+@pytest.mark.dist
+def test_a_worker_that_cannot_read_ends_the_run_on_all_with_its_reason(tmp_path):
+    spec = make_spec(num_workers=2, **SPEC)
+    run_on_ranks(run_here, 2, spec, tmp_path)
+    first, second = run_on_ranks(fail_to_read, 2, spec, tmp_path)
+    assert first == second
 
 
 def fail_to_write(spec, folder):

@@ -121,6 +121,12 @@ def test_the_weights_do_not_depend_on_how_they_are_evaluated():
         assert all(torch.equal(plain[name], other[name]) for name in plain)
 
 
+@pytest.mark.parametrize("norm", ["sync", "batch"])
+def test_a_last_test_batch_of_one_sample_takes_the_moving_statistics(norm):
+    metrics = measure(make_spec(norm=norm, evaluation=EvaluationSpec(statistics="batch", batch_size=359)))
+    assert 0 <= metrics["accuracy"] <= 1
+
+
 def test_top_5_of_few_classes_says_nothing_and_is_refused():
     data = {"name": "synthetic", "shape": [4], "classes": 5, "train_samples": 100, "test_samples": 20}
     with pytest.raises(ConfigurationError, match="top5_accuracy takes more than 5 classes; there are 5"):

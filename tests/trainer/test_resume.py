@@ -9,7 +9,9 @@ import torch.distributed as dist
 from tests.dist import run_on_ranks
 from tests.trainer.training import Notes, make_spec, run_here, train_here
 from trainer.errors import Preempted
-from trainer.spec import MlpSpec
+from trainer.spec import EarlyStopSpec, MlpSpec
+from trainer.state import Position
+from trainer.stopping import is_enough, take_note
 
 
 class InterruptedRunError(Exception):
@@ -191,6 +193,16 @@ def test_an_early_stop_by_another_metric_does_not_count_on_the_old_ones_best(tmp
     )
     assert notes.resumed_from == 100
     assert second.step >= 140
+
+
+def test_a_target_ends_the_run_though_it_is_reached_by_less_than_counts_as_improvement():
+    spec, position = EarlyStopSpec(target=0.8, min_delta=0.01), Position()
+    ends = []
+    for accuracy in (0.795, 0.799, 0.803):
+        position.metrics = {"accuracy": accuracy}
+        take_note(spec, position)
+        ends.append(is_enough(spec, position))
+    assert ends == [False, False, True]
 
 
 def test_a_target_ends_the_run(tmp_path):

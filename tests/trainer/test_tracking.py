@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from tests.trainer.training import make_spec, run_here
+from trainer.errors import ConfigurationError
 from trainer.journal import RankZeroJournal, Silent, open_journal
 from trainer.outbox import OUTBOX_FILE, Outbox, read_lines
 from trainer.progress import ProgressFile
 from trainer.spec import PROGRESS_FILE, JobSpec, Progress, RunContext, Task
-from trainer.tracking import Tracking, TrackingProcess
+from trainer.tracking import MOST_TRIES, Tracking, TrackingProcess
 
 
 def read(folder):
@@ -83,6 +84,37 @@ def test_a_dead_server_loses_nothing(tmp_path):
     outbox.close()
     assert drain(outbox, "http://127.0.0.1:1", "some-run", 1.0) == len(whole(tmp_path))
     assert len(read(tmp_path)) == 100
+
+
+def test_what_is_no_metric_waits_for_a_dead_server_however_often_it_was_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.tracking.SECONDS_BETWEEN_CALLS", 0.01)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    outbox = Outbox(tmp_path)
+    outbox.put("tags", tags={"norm": "sync"})
+    outbox.put("model", path=str(tmp_path), step=3)
+    outbox.close()
+    tries = []
+    monkeypatch.setattr("trainer.tracking._send", lambda *_: tries.append(1) or refuse_connection())
+    assert drain(outbox, "http://127.0.0.1:1", "some-run", 8.0) == len(whole(tmp_path))
+    assert len(tries) > MOST_TRIES
+
+
+def refuse_connection():
+    raise ConnectionRefusedError
+
+
+def test_another_run_does_not_mix_its_metrics_into_those_there_are(tmp_path):
+    first = Outbox(tmp_path)
+    first.belong_to({"optimizer": "0.1", "seed": "0"})
+    first.log(10, {"accuracy": 0.5})
+    first.close()
+    same, other = Outbox(tmp_path), Outbox(tmp_path)
+    same.belong_to({"optimizer": "0.1", "seed": "0"})
+    with pytest.raises(ConfigurationError, match=r"optimizer: takes what this run began with, 0.1, .*\(got '0.2'\)"):
+        other.belong_to({"optimizer": "0.2", "seed": "0"})
+    same.close()
+    other.close()
+    assert [line["kind"] for line in read(tmp_path)] == ["identity", "evaluation"]
 
 
 class Deaf:
