@@ -1,9 +1,16 @@
 import json
 import struct
 
-from tests.trainer.training import make_spec, run_here
+import pytest
+
+from tests.trainer.training import here, make_spec, run_here
+from trainer.control import NoNotices
+from trainer.errors import Diverged
 from trainer.outbox import Outbox
 from trainer.plots import write_figures
+from trainer.spec import MlpSpec, RunContext, SgdSpec, Task, attempt_folder
+from trainer.state import Position
+from trainer.work import _train
 
 
 def is_drawn(path):
@@ -29,6 +36,19 @@ def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
         "percentiles-activation2.png",
     ]
     assert all(is_drawn(path) for path in paths)
+
+
+def test_a_run_that_diverged_has_its_figures_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.work.RayNotices", NoNotices)
+    model = MlpSpec(activation="relu", init_std=1)
+    probes = {"measure": ["percentiles"], "every": 1}
+    spec = make_spec(norm="none", model=model, optimizer=SgdSpec(lr=1e5), steps=100, probes=probes)
+    context = RunContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path))
+    folder = attempt_folder(tmp_path, 1)
+    folder.mkdir()
+    with pytest.raises(Diverged):
+        _train(Task(spec=spec, context=context), here(), Position(), None, folder)
+    assert is_drawn(folder / "figures" / "percentiles-activation1.png")
 
 
 def test_what_was_not_measured_is_not_drawn(tmp_path):
