@@ -14,7 +14,8 @@ PERCENTILES = (15, 50, 85)
 
 def percentiles(values: Tensor) -> dict[int, float]:
     """Return the 15th, 50th and 85th percentile of `values` (n,), linear between neighbours."""
-    found = np.percentile(values.double().numpy(), PERCENTILES)
+    with np.errstate(invalid="ignore"):  # between two infinities, as in a run that diverges, lies no number
+        found = np.percentile(values.double().numpy(), PERCENTILES)
     return dict(zip(PERCENTILES, found.tolist(), strict=True))
 
 
