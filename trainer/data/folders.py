@@ -11,6 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from trainer.data.corrupt import reading
 from trainer.data.digest import digest
 from trainer.data.images import Parts
+from trainer.data.links import check_link
 from trainer.data.order import Indices
 from trainer.data.transforms import decode
 from trainer.errors import DataError
@@ -77,7 +78,7 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
             "data.root", str(root), f"takes a folder that holds {part!r}, with a folder of images per class"
         )
     inside = root.resolve()
-    _check_link(folder, inside)
+    check_link(folder, inside)
     classes = {
         entry.name: [str(path.relative_to(root)) for path in _walk(entry, inside)]
         for entry in sorted(folder.iterdir())
@@ -95,17 +96,9 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
 
 def _walk(path: Path, inside: Path) -> Iterator[Path]:
     """Yield the images at and below `path` by name; links are followed where they stay below `inside`."""
-    _check_link(path, inside)
+    check_link(path, inside)
     if path.is_dir():
         for entry in sorted(path.iterdir()):
             yield from _walk(entry, inside)
     elif path.suffix.lower() in IMG_EXTENSIONS:
         yield path
-
-
-def _check_link(path: Path, inside: Path) -> None:
-    if not path.is_symlink():
-        return
-    target = path.resolve()
-    if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
-        raise DataError("data.root", str(path), f"takes links that stay below {inside} and do not lead in a circle")

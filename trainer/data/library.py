@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torchvision.datasets import FakeData, VisionDataset
 from trainer.data.corrupt import read, reading
 from trainer.data.digest import digest
 from trainer.data.images import Parts
+from trainer.data.links import check_links
 from trainer.data.order import Indices
 from trainer.errors import ConfigurationError, DataError
 from trainer.spec import TorchvisionDataSpec
@@ -73,7 +75,8 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     """Open both parts of a dataset.
 
     Raises ConfigurationError for a name that torchvision does not have, or that is not a dataset with a part to train and one to
-    test on; DataError if its files are missing or broken.
+    test on; DataError if its files are missing or broken, or if a link below the root leads out of it. Since torchvision follows
+    links, all folders below the root are listed before anything is read: once in each process that opens the dataset.
     """
     name = spec.name.removeprefix("torchvision:")
     kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
@@ -82,6 +85,8 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
         raise ConfigurationError(
             "data.name", spec.name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
         )
+    if spec.root is not None:
+        check_links(Path(spec.root))
     skip = spec.corrupt_images == "skip"
     training, testing = (
         LibraryImages(_open(kind, spec, train=train), f"{name}, {part}", skip) for train, part in PARTS

@@ -1,3 +1,4 @@
+import errno
 import struct
 
 import numpy as np
@@ -101,6 +102,35 @@ def test_missing_files_are_not_downloaded(name, tmp_path):
     with pytest.raises(DataError, match=f"data.root: takes the folder that holds the files of torchvision:{name}"):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of_folder", [True, False])
+def test_links_out_of_the_root_are_refused_by_name(mnist, tmp_path_factory, of_folder):
+    outside = tmp_path_factory.mktemp("outside") / "files"
+    path = mnist / "MNIST" / "raw" if of_folder else mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    path.rename(outside)
+    path.symlink_to(outside)
+    with pytest.raises(DataError, match=rf"data.root: takes links that stay below {mnist} .*got '{path}'"):
+        open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist)))
+
+
+def test_links_within_the_root_are_followed(mnist):
+    (mnist / "MNIST" / "raw").rename(mnist / "files")
+    (mnist / "MNIST" / "raw").symlink_to(mnist / "files")
+    (mnist.parent / "link").symlink_to(mnist)
+    for root in (mnist, mnist.parent / "link"):
+        assert len(open_library(TorchvisionDataSpec(name=MNIST, root=str(root))).training) == 30
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(mnist, monkeypatch):
+    """Its files can be opened by name, and be links."""
+
+    def deny(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    monkeypatch.setattr("os.scandir", deny)
+    with pytest.raises(DataError, match=r"data.root: takes folders that can be listed: .*Permission denied"):
+        open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist)))
 
 
 def test_files_need_a_root():
