@@ -2,6 +2,7 @@
 
 import time
 
+import torch.distributed as dist
 from torch import nn
 
 
@@ -50,3 +51,23 @@ class Slow(nn.Sequential):
 
 def slow(seconds):
     return Slow(seconds)
+
+
+class BreaksOnOne(nn.Sequential):
+    """Puts out NaN in one training step, on one rank alone."""
+
+    def __init__(self, rank, step):
+        super().__init__(nn.Flatten(), nn.Linear(64, 10))
+        self.rank, self.steps_left = rank, step
+
+    def forward(self, x):
+        output = super().forward(x)
+        if self.training:
+            self.steps_left -= 1
+            if self.steps_left == 0 and dist.get_rank() == self.rank:
+                return output * float("nan")
+        return output
+
+
+def breaks_on_one(rank, step):
+    return BreaksOnOne(rank, step)

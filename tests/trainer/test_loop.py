@@ -66,6 +66,12 @@ def test_divergence_ends_the_run_on_every_worker_in_the_same_step():
     assert 1 < first < 20
 
 
+@pytest.mark.dist
+def test_the_divergence_of_one_worker_ends_the_run_on_all_in_the_same_step():
+    model = {"name": "import:tests.trainer.networks:breaks_on_one", "arguments": {"rank": 1, "step": 4}}
+    assert run_on_ranks(diverge, 2, make_spec(norm="none", num_workers=2, model=model)) == [4, 4]
+
+
 def diverge(spec):
     """Train until it is over, and return the step."""
     with pytest.raises(Diverged, match="the training loss is not finite") as error:
