@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -106,6 +107,15 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
     for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
         if not path.resolve().is_relative_to(inside):
             raise DataError(field, str(path), f"takes links that stay below {inside}")
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether an error in reading tells that a file is damaged or not as it was described, rather than out of reach."""
+    if isinstance(error, MemoryError | ConnectionError | TimeoutError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno is None  # the libraries' own finding, and not the system's
+    return isinstance(error, pyarrow.ArrowException | tarfile.TarError | zlib.error | EOFError | KeyError)
 
 
 END_BYTES = 1_024

@@ -8,6 +8,7 @@ import json
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import chain, count, islice
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, replace_corrupt
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
-from trainer.data.files import Files, list_files
+from trainer.data.files import Files, is_broken, list_files
 from trainer.data.order import Indices, shard
 from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.rows import Preparation
@@ -136,6 +137,7 @@ class _Feeder:
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
         context.use_datasource_v2 = False  # it lists files in an order of its own
+        context.raise_original_map_exception = True  # what it is wrapped in does not keep it
 
     def describe(self) -> Description:
         """Find the data, or raise what is wrong with it."""
@@ -192,8 +194,11 @@ class _Feeder:
             mine = [files.paths[index] for index in indices]
             prepare = Preparation(data, classes, seed)
 
+            field, address = ("data.train", data.train) if training else ("data.test", data.test)
+
             def prepared(paths: list[str]) -> Iterator[Prepared]:
-                return _read(data, files, paths, prepare, self._limits, self._skipped)
+                with _reading(field, address):
+                    yield from _read(data, files, paths, prepare, self._limits, self._skipped)
 
             if not training:
                 return ((batch.inputs, batch.labels) for batch in prepared(mine))
@@ -214,6 +219,24 @@ class _Feeder:
         cpus = int(ray.cluster_resources().get("CPU", 0))
         workers = 0 if self._spec.use_gpu else self._spec.max_workers
         return (1, None) if cpus > workers else (0, max(1, cpus))
+
+
+@contextmanager
+def _reading(field: str, address: str) -> Iterator[None]:
+    """Name the address whose files turn out to be broken, in this process or in a task of Ray Data's; all else passes."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while isinstance(cause, RayTaskError):
+            cause = cause.cause
+        if not is_broken(cause):
+            raise
+        # Not all of it, since Ray Data adds advice of its own below; and str() would quote what a KeyError says.
+        first_line = str(*cause.args[:1]).partition("\n")[0]
+        raise DataError(
+            field, address, f"takes files that can be read: {type(cause).__name__}: {first_line}"
+        ) from error
 
 
 def _read(

@@ -80,6 +80,13 @@ def truncate(path):
     path.write_bytes(content[: len(content) // 2])
 
 
+def damage_page(path):
+    """Overwrite the first page of a parquet file, and leave its footer whole."""
+    content = bytearray(path.read_bytes())
+    content[4:200] = b"\xff" * 196
+    path.write_bytes(content)
+
+
 def encode(pixels):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")

@@ -1,7 +1,10 @@
 """Listing, counting and preparing rows, which Ray's tasks do, without Ray."""
 
+import errno
 import json
 import os
+import tarfile
+import zlib
 
 import fsspec
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
 from trainer.data.corrupt import CORRUPT
-from trainer.data.files import list_files
+from trainer.data.files import is_broken, list_files
 from trainer.data.rows import Preparation
 from trainer.errors import DataError
 from trainer.spec import RayDataSpec
@@ -69,6 +72,27 @@ def test_a_file_that_cannot_be_read_is_named(kind, name, tmp_path):
     truncate(tmp_path / "train" / name)
     with pytest.raises(DataError, match=f"data.train: takes files that can be read.*{name}"):
         list_train(data)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (pyarrow.ArrowInvalid("no match"), True),
+        (OSError("corrupt snappy data"), True),
+        (tarfile.ReadError("unexpected end of data"), True),
+        (zlib.error("invalid block"), True),
+        (EOFError(), True),
+        (KeyError("cls"), True),
+        (pyarrow.ArrowMemoryError("malloc failed"), False),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (ConnectionResetError("by peer"), False),
+        (TimeoutError("too late"), False),
+        (TypeError("no number"), False),
+    ],
+    ids=repr,
+)
+def test_a_broken_file_is_told_from_one_that_is_out_of_reach(error, expected):
+    assert is_broken(error) is expected
 
 
 @pytest.mark.parametrize("way", ["train/cat/0.png", "train/cat"])

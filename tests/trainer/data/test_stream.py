@@ -8,9 +8,19 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from tests.trainer.data.making import CPU, assert_same, make_spec, make_stream, open_all, take, take_test
+from tests.trainer.data.making import (
+    CPU,
+    assert_same,
+    damage_page,
+    make_spec,
+    make_stream,
+    open_all,
+    take,
+    take_test,
+)
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError, CorruptImage, DataError
+from trainer.spec import DigitsSpec
 
 pytestmark = pytest.mark.ray
 
@@ -115,6 +125,56 @@ def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path
     with feeding(spec) as feeder, pytest.raises(DataError, match="takes a column of labels from 0 to 1") as caught:
         take(open_all(spec, 1, feeder=feeder), 0, 3)
     assert type(caught.value) is DataError
+
+
+def cut_off(path):
+    """In the midst of a member."""
+    path.write_bytes(path.read_bytes()[:5_000])
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "file", "spoil", "words"),
+    [
+        ("parquet", "train", "1.parquet", damage_page, r"OSError: Couldn't deserialize thrift"),
+        ("parquet", "test", "0.parquet", damage_page, r"OSError: Couldn't deserialize thrift"),
+        ("webdataset", "train", "1.tar", cut_off, r"ReadError: unexpected end of data"),
+    ],
+)
+def test_a_file_that_breaks_only_as_it_is_read_is_named_by_its_address(kind, part, file, spoil, words, tmp_path):
+    """A whole footer hides a broken page; an archive is cut off after it was counted."""
+    spec = make_spec(make_stream(kind, tmp_path))
+    with feeding(spec) as feeder:
+        datasets = open_all(spec, 1, feeder=feeder)
+        spoil(tmp_path / part / file)
+        with pytest.raises(DataError) as caught:
+            take(datasets, 0, 4) if part == "train" else take_test(datasets)
+    assert (caught.value.field, caught.value.value) == (f"data.{part}", str(tmp_path / part))
+    assert re.fullmatch(rf"takes files that can be read: {words}.*", caught.value.takes)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # for copying its own context
+def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
+    """As the feeder meets them: what a task of Ray Data's raised itself, and what became of a worker."""
+    import ray.data
+    from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
+
+    from trainer.data.stream import _Feeder, _reading
+
+    _Feeder(make_spec(DigitsSpec()).model_dump_json())  # how it sets up Ray Data
+    rows = ray.data.range(3).map_batches(lambda columns: columns["cls"])
+    with (
+        pytest.raises(DataError, match=r"files that can be read: KeyError: cls \(got 'x'\)"),
+        _reading("data.train", "x"),
+    ):
+        rows.take_all()
+    inner = RayTaskError("inner", "", EOFError("the end"))
+    with pytest.raises(DataError, match="EOFError: the end"), _reading("data.test", "x"):
+        raise RayTaskError("outer", "", inner)
+    for lost in (ActorDiedError(), ObjectLostError("", None, ""), OutOfMemoryError("much")):
+        with pytest.raises(type(lost)), _reading("data.test", "x"):
+            raise lost
+        with pytest.raises(RayTaskError), _reading("data.test", "x"):
+            raise RayTaskError("task", "", lost)
 
 
 def test_a_feeder_finds_what_is_wrong_as_it_starts(tmp_path):
