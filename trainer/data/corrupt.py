@@ -110,6 +110,18 @@ def replace_corrupt(
         raise _too_many(skipped)
 
 
+def refuse_many(batches: Iterable[Prepared]) -> Iterator[Prepared]:
+    """Hand batches on as they are; raises DataError if too many rows are corrupt in a row."""
+    skipped: list[str] = []
+    for batch in batches:
+        for name in batch.corrupt:
+            if name:
+                _skip(name, skipped)
+            else:
+                skipped.clear()
+        yield batch
+
+
 def _skip(name: str, skipped: list[str]) -> None:
     skipped.append(name)
     if len(skipped) == MOST_IN_A_ROW:

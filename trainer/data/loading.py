@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from trainer.data.corrupt import SkippedImages, read
+from trainer.data.corrupt import Sample, SkippedImages, read
 from trainer.data.dataset import Batch
 from trainer.data.images import Parts
 from trainer.data.order import Indices, Order
 from trainer.data.transforms import PixelTransform, is_random, normalize
-from trainer.errors import CorruptImage, DataError, InvalidInput
+from trainer.errors import DataError, InvalidInput
 from trainer.spec import ImageFolderSpec, JobSpec, TorchvisionDataSpec
 
 PREFETCH = 2
@@ -153,21 +153,18 @@ class Reader(torch.utils.data.Dataset[Any]):
         labels = torch.empty(len(request.indices), dtype=torch.int64)
         count, skipped = 0, list[str]()
         for index in request.indices.tolist():
-            try:
-                images[count], labels[count], replaced = self._read(request.step, index)
-            except CorruptImage as error:  # in testing, where no other takes its place
-                if not self._skip:
-                    raise
-                skipped.append(str(error.value))
-            else:
-                skipped += replaced
-                count += 1
+            sample = self._read(request.step, index)
+            skipped += sample.skipped
+            if request.step is None and sample.skipped:
+                continue  # in testing no other takes its place
+            images[count], labels[count] = sample.image, sample.label
+            count += 1
         return Loaded(images[:count], labels[:count], skipped)
 
-    def _read(self, step: int | None, index: int) -> tuple[Tensor, int, list[str]]:
-        """Return an image, its label and the names of corrupt ones that it takes the place of."""
+    def _read(self, step: int | None, index: int) -> Sample:
+        """Read an image, transformed."""
         part = self._parts.testing if step is None else self._parts.training
-        sample = read(part, index, skip=self._skip and step is not None)
+        sample = read(part, index, skip=self._skip)
         if step is None:
             pixels = self._test_transform(sample.image)
         elif self._random:
@@ -182,7 +179,7 @@ class Reader(torch.utils.data.Dataset[Any]):
         if not 0 <= sample.label < self._parts.classes:
             takes = f"takes labels from 0 to {self._parts.classes - 1}: {part.name(sample.place)} has another"
             raise DataError("data", sample.label, takes)
-        return pixels, sample.label, sample.skipped
+        return sample._replace(image=pixels)
 
 
 def count_processes(world_size: int) -> int:

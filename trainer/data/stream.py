@@ -21,7 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayTaskError
 
-from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, replace_corrupt
+from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, refuse_many, replace_corrupt
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
 from trainer.data.files import Files, is_broken, list_files
@@ -201,7 +201,7 @@ class _Feeder:
                     yield from _read(data, files, paths, prepare, self._limits, self._skipped)
 
             if not training:
-                return ((batch.inputs, batch.labels) for batch in prepared(mine))
+                return ((batch.inputs, batch.labels) for batch in refuse_many(prepared(mine)))
             # File by file, since the first is likely to have a readable row.
             from_start = chain.from_iterable(prepared([path]) for path in files.paths)
             return replace_corrupt(prepared(mine), from_start)

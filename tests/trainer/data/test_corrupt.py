@@ -19,7 +19,7 @@ from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_te
 from tests.trainer.training import here, run_here
 from tests.trainer.training import make_spec as make_run
 from trainer.data import batch_indices, open_dataset
-from trainer.data.corrupt import MOST_IN_A_ROW, Prepared, read, reading, replace_corrupt
+from trainer.data.corrupt import MOST_IN_A_ROW, Prepared, read, reading, refuse_many, replace_corrupt
 from trainer.data.folders import open_folders
 from trainer.data.images import Parts
 from trainer.data.library import open_library
@@ -212,6 +212,21 @@ def test_too_many_in_a_row_end_it(tmp_path):
         read(parts.testing, 4, skip=True)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_too_many_in_a_row_end_an_evaluation(tmp_path, world_size):
+    """Two workers see half of them each."""
+    root = write_images(tmp_path, test=52, size=(2, 2))
+    data = ImageFolderSpec(root=str(root), corrupt_images="skip")
+    *corrupt, last = open_folders(data).testing.paths[1 : 1 + MOST_IN_A_ROW]
+    for path in corrupt:
+        (root / path).write_bytes(b"no image")
+    datasets = open_here(make_spec(data), world_size)
+    assert sum(len(labels) for _, labels in take_test(datasets)) == 5
+    (root / last).write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*val/cat/1.png.* and 95 more"):
+        take_test(datasets)
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
 @pytest.mark.parametrize("kept", [0, 5, 0.5])
 def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix, kept):
@@ -364,3 +379,11 @@ def test_too_many_rows_in_a_row_end_it():
         replaced(rows, {*rows[:50], *rows[-50:]}, rows)
     with pytest.raises(DataError, match=r"6 in a row; all are corrupt: row 0"):
         replaced(range(3), {0, 1, 2}, range(3))
+
+
+def test_too_many_test_rows_in_a_row_end_it():
+    rows = range(MOST_IN_A_ROW + 5)
+    left = [label for batch in refuse_many(prepare(rows, {*rows[1:-5], *rows[-4:]})) for label in batch.labels.tolist()]
+    assert [label for label in left if label >= 0] == [rows[0], rows[-5]]
+    with pytest.raises(DataError, match=r"100 in a row; all are corrupt: row 1, .* and 95 more"):
+        list(refuse_many(prepare(rows, set(rows[1:-4]))))

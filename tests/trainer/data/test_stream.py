@@ -12,11 +12,13 @@ from tests.trainer.data.making import (
     CPU,
     assert_same,
     damage_page,
+    encode_but,
     make_spec,
     make_stream,
     open_all,
     take,
     take_test,
+    write_parquet,
 )
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError, CorruptImage, DataError
@@ -117,6 +119,13 @@ def test_corrupt_images_are_refused_by_name_or_replaced_alike_for_all_workers(ki
     assert found[0] == found[1] == found[2]
     ends = sorted(re.sub(r"^.*/(train|val|test)/|, crc32 .{8}$", "", skipped) for skipped in found[0])
     assert ends == names
+
+
+def test_too_many_corrupt_test_rows_in_a_row_end_an_evaluation(tmp_path):
+    test = write_parquet(tmp_path / "many", [110], encode_but(*range(3, 105)))
+    spec = make_spec(make_stream("parquet", tmp_path, corrupt_images="skip", test=test))
+    with feeding(spec) as feeder, pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*many/0.parquet"):
+        take_test(open_all(spec, 1, feeder=feeder))
 
 
 def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path):
