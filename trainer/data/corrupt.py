@@ -3,8 +3,10 @@
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.images import Images
@@ -56,14 +58,14 @@ class Sample(NamedTuple):
     """Names of the corrupt images whose place it takes."""
 
 
-def read(images: Images, index: int, *, skip: bool) -> Sample:
+def read(images: Images, index: int, *, skip: bool, among: Indices | None = None) -> Sample:
     """Read image `index`; or, to `skip` corrupt ones, the first readable one from there on, in a circle.
 
+    The circle is that of all images, or of those `among` (n,) which `index` is, in their order.
     Raises CorruptImage, which is not to be skipped; DataError if too many are corrupt in a row.
     """
     skipped: list[str] = []
-    for number in range(index, index + min(MOST_IN_A_ROW, len(images))):
-        place = number % len(images)
+    for place in islice(_circle(images, index, among), MOST_IN_A_ROW):
         try:
             return Sample(place, *images[place], skipped)
         except CorruptImage as error:
@@ -71,6 +73,14 @@ def read(images: Images, index: int, *, skip: bool) -> Sample:
                 raise
             skipped.append(str(error.value))
     raise _too_many(skipped)
+
+
+def _circle(images: Images, index: int, among: Indices | None) -> Iterator[int]:
+    yield index
+    order = range(len(images)) if among is None else among
+    start = index if among is None else int(np.flatnonzero(among == index)[0])
+    for number in range(start + 1, start + len(order)):
+        yield int(order[number % len(order)])
 
 
 class Prepared(NamedTuple):

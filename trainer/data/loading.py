@@ -63,7 +63,7 @@ class LoadedDataset:
         self._timeout_seconds = max(LEAST_TIMEOUT_SECONDS, spec.collective_timeout_seconds)
         labels = parts.training.labels() if spec.sharding == "by_label" else None
         self._order = Order(spec, rank, world_size, len(parts.training), labels)
-        self._reader = Reader(parts, data, spec.seed)
+        self._reader = Reader(parts, data, spec.seed, self._order.shard)
         self.shape = self._reader.shape
         # Evaluations follow each other, so that they share processes.
         requests = [Request(None, indices) for indices in self._order.test(len(parts.testing))]
@@ -134,8 +134,11 @@ class LoadedDataset:
 class Reader(torch.utils.data.Dataset[Any]):
     """Reads requests, in whatever process."""
 
-    def __init__(self, parts: Parts, data: ImageFolderSpec | TorchvisionDataSpec, seed: int) -> None:
-        self._parts, self._seed, self._random = parts, seed, is_random(data.transform)
+    def __init__(
+        self, parts: Parts, data: ImageFolderSpec | TorchvisionDataSpec, seed: int, shard: Indices | None
+    ) -> None:
+        """`shard` holds the training images that are this worker's alone, None if all are everyone's."""
+        self._parts, self._seed, self._random, self._shard = parts, seed, is_random(data.transform), shard
         self._skip = data.corrupt_images == "skip"
         self._train_transform = PixelTransform(data.transform, training=True)
         self._test_transform = PixelTransform(data.transform, training=False)
@@ -162,9 +165,9 @@ class Reader(torch.utils.data.Dataset[Any]):
         return Loaded(images[:count], labels[:count], skipped)
 
     def _read(self, step: int | None, index: int) -> Sample:
-        """Read an image, transformed."""
-        part = self._parts.testing if step is None else self._parts.training
-        sample = read(part, index, skip=self._skip)
+        """Read an image, transformed; in training the worker's own, if it has a shard, takes the place of a corrupt one."""
+        part, shard = (self._parts.testing, None) if step is None else (self._parts.training, self._shard)
+        sample = read(part, index, skip=self._skip, among=shard)
         if step is None:
             pixels = self._test_transform(sample.image)
         elif self._random:

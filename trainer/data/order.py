@@ -61,19 +61,20 @@ class Order:
             )
         self._spec, self._rank, self._world_size = spec, rank, world_size
         self._samples, self._shuffle = samples, shuffle
-        self._shard: Indices | None = None
+        self.shard: Indices | None = None
+        """Under `by_label`, the indices of this worker's samples, ordered by label."""
         if spec.sharding == "by_label":
             assert labels is not None
-            self._shard = shard(np.argsort(labels, kind="stable"), rank, world_size)
+            self.shard = shard(np.argsort(labels, kind="stable"), rank, world_size)
             sizes = [len(self._share(part)) for part in self._parts(np.arange(spec.global_batch_size))]
             self._size, self._cuts = sum(sizes), np.cumsum(sizes)[:-1]
 
     def train(self, step: int) -> list[Indices]:
         """Return the indices of this worker's samples in each part of step `step`."""
         seed = self._spec.seed
-        if self._shard is not None:
-            mine = batch_indices(len(self._shard), self._size, step, seed, self._rank)
-            return np.split(self._shard[mine], self._cuts)
+        if self.shard is not None:
+            mine = batch_indices(len(self.shard), self._size, step, seed, self._rank)
+            return np.split(self.shard[mine], self._cuts)
         size = self._spec.global_batch_size
         if self._shuffle:
             batch = batch_indices(self._samples, size, step, seed)

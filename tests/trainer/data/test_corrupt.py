@@ -227,6 +227,20 @@ def test_too_many_in_a_row_end_an_evaluation(tmp_path, world_size):
         take_test(datasets)
 
 
+def test_what_takes_the_place_is_of_the_worker_s_own_shard(root, paths):
+    """Under `by_label` the second worker's are all of the second class, and its last one is followed by its first."""
+    truncate(paths[0][4])
+    truncate(paths[0][9])
+    data = folder(root, corrupt_images="skip")
+    datasets = open_here(make_spec(data, global_batch_size=10, sharding="by_label", num_workers=2), 2)
+    for rank, dataset in enumerate(datasets):
+        [batch] = next(dataset.train(0))
+        assert batch.labels.tolist() == [rank] * 5
+        pixels = (batch.inputs * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        expected = Counter(np.asarray(Image.open(paths[0][5 * rank + place])).tobytes() for place in (0, 1, 2, 3, 0))
+        assert Counter(image.numpy().tobytes() for image in pixels) == expected
+
+
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
 @pytest.mark.parametrize("kept", [0, 5, 0.5])
 def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix, kept):
