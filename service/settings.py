@@ -1,10 +1,14 @@
 """Settings of the API and dispatcher, read from environment variables."""
 
+import os
+import socket
+from datetime import timedelta
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.domain.scheduling import Policy, Quota
 from trainer.spec import Permissions
 
 
@@ -36,7 +40,23 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(
         8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
     )
-    max_attempts: int = Field(3, ge=1, description="attempts of a job whose cluster was lost under it")
+    replica: str = Field(
+        default_factory=lambda: f"{socket.gethostname()}-{os.environ.get('SYNCBN_PORT', '8000')}",
+        max_length=80,
+        description="name of this process among all that share the database; the same after a restart",
+    )
+    lease_seconds: float = Field(
+        6, ge=1, le=600, description="after how long without a sign of life others take over a replica's work"
+    )
+    backfill_seconds: float = Field(
+        300, ge=0, description="how long smaller jobs may pass the first of the queue while it waits for room"
+    )
+    patience_seconds: float = Field(
+        21_600, ge=0, description="after how long in the queue a job goes first, whatever the priority of others"
+    )
+    quota_jobs: int | None = Field(None, ge=0, description="jobs that an owner may have with Ray at one time")
+    quota_cpus: float | None = Field(None, ge=0, description="CPUs that an owner's jobs may hold at one time")
+    quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
     allowed_imports: str | None = Field(
         None, description="modules, parted by commas, whose functions `import:` models may name, with all below them"
     )
@@ -45,7 +65,7 @@ class Settings(BaseSettings):
         description="folders and fsspec addresses, parted by commas, that specs may read data from and write checkpoints to",
     )
     grace_seconds: float = Field(
-        10,
+        5,
         ge=0,
         le=3600,
         description="time for a run to show life, or write its outcome, after Ray alone says that it has ended",
@@ -64,6 +84,15 @@ class Settings(BaseSettings):
     def permissions(self) -> Permissions:
         """What the operator allows specs to reach."""
         return Permissions(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+
+    def policy(self) -> Policy:
+        """By which rules jobs are admitted."""
+        return Policy(
+            most_active=self.max_active_jobs,
+            backfill=timedelta(seconds=self.backfill_seconds),
+            patience=timedelta(seconds=self.patience_seconds),
+            default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus),
+        )
 
     def ray_token(self) -> str | None:
         """Ray's token, from wherever it was given. Raises OSError if the file cannot be read."""

@@ -6,7 +6,7 @@ from service.domain.comparisons import Comparison
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Capacity
+from service.domain.scheduling import Capacity, Cluster
 from service.domain.statistics import Curve
 from service.engine.mlflow_runs import RunAddress
 from trainer.spec import Task
@@ -17,6 +17,8 @@ class FakeRay:
     """A cluster whose submissions go on when a test says so."""
 
     total: Capacity = field(default_factory=lambda: Capacity(cpus=2, gpus=0))
+    free: Capacity | None = None
+    """None: all of it; what this project's own jobs hold is counted by whoever asks."""
     submissions: dict[str, Submission] = field(default_factory=dict)
     tasks: dict[str, list[Task]] = field(default_factory=dict)
     is_down: bool = False
@@ -45,9 +47,9 @@ class FakeRay:
         self._answer()
         return f"log of {submission_id}" if submission_id in self.submissions else ""
 
-    async def capacity(self) -> Capacity:
+    async def cluster(self) -> Cluster:
         self._answer()
-        return self.total
+        return Cluster(self.total, self.free or self.total)
 
     def set(self, submission_id: str, status: RayStatus, message: str = "") -> None:
         """Let a submission go on."""

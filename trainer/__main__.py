@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from trainer.files import write_whole
 from trainer.spec import (
+    CLOSED_FILE,
+    DRIVER_FILE,
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
@@ -26,7 +28,7 @@ from trainer.spec import (
 
 
 def main() -> int:
-    """Run one task and return the exit code: 0 succeeded, 1 failed, 2 not understood, 130 interrupted."""
+    """Run one task and return the exit code: 0 succeeded, 1 failed, 2 not understood, 3 not to be started, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer", description="Train one spec on a local Ray, without the service."
     )
@@ -43,6 +45,8 @@ def main() -> int:
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
         task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
+        if not _is_first(task):
+            return 3
         _redirect_output(task)
         return _run(task, ray_address=None)
     except (OSError, ValueError) as error:
@@ -67,6 +71,20 @@ def _run(task: Task, ray_address: str | None) -> int:
     write_whole(folder / OUTCOME_FILE, outcome)
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
+
+
+def _is_first(task: Task) -> bool:
+    """Take the attempt for this driver: it has one, whatever Ray starts how often and how late."""
+    folder = _folder(task)
+    if (folder / CLOSED_FILE).exists():
+        print("the service has ended this attempt", file=sys.stderr)
+        return False
+    try:
+        (folder / DRIVER_FILE).touch(exist_ok=False)
+    except FileExistsError:
+        print("this attempt has had its driver", file=sys.stderr)
+        return False
+    return True
 
 
 def _folder(task: Task) -> Path:

@@ -14,14 +14,18 @@ from service.api.components import Components, GivenComponents
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
 from service.api.schemas import Check, Problem, Readiness
+from service.engine.admission import Admission
+from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
 from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
+from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.settings import Settings
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.jobs import JobStore
+from service.store.leases import LeaseStore
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = """Train on many workers with synchronised batch normalisation, and compare it with BN and no BN.
@@ -46,12 +50,18 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_components(settings, ray, mlflow) as components:
             app.state.components = components
-            task = asyncio.create_task(components.dispatcher.run(), name="dispatcher")
-            task.add_done_callback(_tell_end)
+            await components.replica.start()
+            tasks = [  # ended in this order
+                asyncio.create_task(components.dispatcher.run(), name="the dispatcher"),
+                asyncio.create_task(components.replica.run(), name="the renewal of leases"),
+            ]
+            for task in tasks:
+                task.add_done_callback(_tell_end)
             yield
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
     app = FastAPI(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan)
     app.state.settings = settings
@@ -74,7 +84,7 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
         """Tell whether the database, Ray and MLflow answer, each within 5 seconds; 503 if one does not."""
         checks = await asyncio.gather(
             _check("database", components.database.check()),
-            _check("ray", components.ray.capacity()),
+            _check("ray", components.ray.cluster()),
             _check("mlflow", components.mlflow.check()),
         )
         readiness = Readiness(
@@ -102,25 +112,28 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
+        replica = Replica(LeaseStore(database), settings.replica, settings.lease_seconds)
+        attempts = Attempts(
+            jobs, comparisons, ray, mlflow, files, mlflow_url=settings.mlflow_url, permissions=permissions
+        )
         dispatcher = Dispatcher(
+            replica,
             jobs,
             comparisons,
             ray,
             mlflow,
             files,
-            mlflow_url=settings.mlflow_url,
-            permissions=permissions,
+            attempts,
+            Admission(jobs, ray, attempts, settings.policy),
             poll_seconds=settings.poll_seconds,
-            max_active_jobs=settings.max_active_jobs,
-            max_attempts=settings.max_attempts,
             grace_seconds=settings.grace_seconds,
         )
-        yield Components(database, jobs, comparisons, ray, mlflow, files, dispatcher, permissions, public_url)
+        yield Components(database, jobs, comparisons, ray, mlflow, files, replica, dispatcher, permissions, public_url)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        logger.critical("the dispatcher has ended; no job goes on until the service is restarted", exc_info=error)
+        logger.critical("%s has ended; no job goes on until the service is restarted", task.get_name(), exc_info=error)
 
 
 async def _check(name: str, call: Awaitable[object]) -> Check:

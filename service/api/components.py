@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from service.engine.dispatcher import Dispatcher
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
+from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
@@ -25,6 +26,7 @@ class Components:
     ray: RayJobs
     mlflow: MlflowRuns
     files: RunFiles
+    replica: Replica
     dispatcher: Dispatcher
     permissions: Permissions
     """What the operator allows specs to reach."""

@@ -10,7 +10,9 @@ from pydantic.config import JsonDict
 from service.domain import reports
 from service.domain.comparisons import Comparison, ComparisonSpec
 from service.domain.jobs import Event, Job, JobState
+from service.domain.retries import Blame, Retries
 from service.domain.statistics import Verdict
+from service.domain.terms import Terms
 from trainer.spec import JobSpec, Progress
 
 Name = Annotated[
@@ -36,13 +38,7 @@ EXAMPLE_SPEC: JsonDict = {
 }
 
 
-class Body(BaseModel):
-    """Base of request bodies: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class SubmitJob(Body):
+class SubmitJob(Terms):
     """A job to run."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "first try", "spec": EXAMPLE_SPEC}]})
@@ -51,7 +47,7 @@ class SubmitJob(Body):
     spec: JobSpec
 
 
-class SubmitComparison(ComparisonSpec):
+class SubmitComparison(ComparisonSpec, Terms):
     """One base spec under several variants."""
 
     model_config = ConfigDict(
@@ -76,15 +72,24 @@ class JobView(BaseModel):
 
     id: str
     name: str
+    owner: str
+    tags: list[str]
+    priority: int
+    retries: Retries
+    queue_seconds: float | None
+    run_seconds: float | None
     state: JobState
     reason: str = Field(description="why the job is in this state")
     attempt: int
+    failures: dict[Blame, int] = Field(description="attempts that ended without a result, by whom that is blamed on")
     cancel_requested: bool
     progress: Progress | None
     mlflow_run_id: str | None
     mlflow_url: str | None
     comparison_id: str | None
     variant: dict[str, Any]
+    resumed_from: str | None = Field(description="the ended job whose checkpoints this one goes on from")
+    cloned_from: str | None
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
@@ -93,8 +98,12 @@ class JobView(BaseModel):
     @classmethod
     def of(cls, job: Job, mlflow_public_url: str) -> "JobView":
         """Show a job."""
-        values = {name: getattr(job, name) for name in cls.model_fields if name != "mlflow_url"}
-        return cls(**values, mlflow_url=_run_url(mlflow_public_url, job))
+        values = {
+            name: getattr(job, name) for name in cls.model_fields if name not in ("mlflow_url", "failures", "tags")
+        }
+        return cls(
+            **values, tags=list(job.tags), failures=job.failures.counts, mlflow_url=_run_url(mlflow_public_url, job)
+        )
 
 
 class JobList(BaseModel):

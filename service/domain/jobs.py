@@ -6,6 +6,8 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from service.domain.retries import Failures, Retries
+from service.domain.scheduling import Candidate, least_needs, most_needs
 from trainer.spec import JobSpec, Progress
 
 
@@ -44,21 +46,41 @@ class Job:
 
     id: str
     name: str
+    owner: str
+    """Whose token submitted it."""
     spec: JobSpec
+    tags: tuple[str, ...] = ()
+    priority: int = 0
+    retries: Retries = field(default_factory=Retries)
+    queue_seconds: float | None = None
+    """How long it may wait for its first attempt."""
+    run_seconds: float | None = None
+    """How long its attempts may run, all together."""
     state: JobState = JobState.QUEUED
     reason: str
     attempt: int = 1
+    failures: Failures = field(default_factory=Failures)
     cancel_requested: bool = False
     comparison_id: str | None = None
     variant: dict[str, Any] = field(default_factory=dict)
     """What the comparison's matrix set in this job's spec, the seed included: path to value."""
+    resumed_from: str | None = None
+    """The ended job whose checkpoints this one goes on from."""
+    cloned_from: str | None = None
     progress: Progress | None = None
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
     """Whether MLflow knows the end of this job's run."""
     created_at: datetime
+    queued_at: datetime
+    """When it joined the queue, for its newest attempt."""
+    not_before: datetime | None = None
+    """When its newest attempt may start."""
     started_at: datetime | None = None
+    """When its newest attempt was seen running."""
+    ran_seconds: float = 0.0
+    """How long the attempts before that ran."""
     ended_at: datetime | None = None
     version: int = 1
     """Grows with each stored change; a change that was computed from an older version is refused."""
@@ -68,6 +90,24 @@ class Job:
         """Ray's name for this attempt: known before Ray is asked, so that a crash in between can be repaired."""
         return f"{self.id}-a{self.attempt}"
 
+    def seconds_run(self, now: datetime) -> float:
+        """How long its attempts ran, all together."""
+        current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
+        return self.ran_seconds + current
+
+    def candidate(self) -> Candidate:
+        """What the scheduler knows of it."""
+        return Candidate(
+            id=self.id,
+            owner=self.owner,
+            priority=self.priority,
+            queued_at=self.queued_at,
+            not_before=self.not_before,
+            least=least_needs(self.spec),
+            most=most_needs(self.spec),
+            has_workers=self.progress is not None,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Transition:
@@ -75,21 +115,28 @@ class Transition:
 
     state: JobState
     reason: str
-    attempt: int | None = None
+    failures: Failures | None = None
+    """Back to the queue, for another attempt: what has failed so far, the newest included."""
+    not_before: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A transition that happened."""
+    """A transition that happened, or a wish that was expressed: a job's timeline."""
 
+    sequence: int = 0
+    """Grows over all events; the database gives it."""
     job_id: str
     at: datetime
     state: JobState
     reason: str
     actor: str
+    """Whose token it was, or the part of the service."""
     attempt: int
 
 
+ADMIN = "admin"
+"""Owner of the first token, and of all that was there before tokens had owners."""
 LONGEST_NAME = 200
 """Characters of a job's name."""
 

@@ -1,13 +1,12 @@
 """What a job's next state is, by what Ray and the run's own outcome say; pure."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
-from trainer.spec import Cause, Outcome
-
-RETRIED: frozenset[Cause] = frozenset({"worker_lost", "preempted", "hang"})
-"""Causes that another attempt, on other processes and from the last checkpoint, can mend."""
+from service.domain.retries import BLAME, Blame, pause
+from trainer.spec import Outcome
 
 
 class RayStatus(StrEnum):
@@ -33,7 +32,7 @@ class Submission:
     message: str
 
 
-def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, max_attempts: int) -> Transition | None:
+def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, now: datetime) -> Transition | None:
     """Decide the next transition of a job that was handed to Ray, or none; `submission` is None if Ray does not know it.
 
     The outcome that the run itself wrote is believed before Ray, whose record is lost with its head. A submitted job that Ray
@@ -47,20 +46,36 @@ def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, 
         return Transition(state=JobState.SUCCEEDED, reason=outcome.reason)
     if job.cancel_requested:
         return Transition(state=JobState.CANCELLED, reason="cancelled on request")
-    if outcome is not None and outcome.cause not in RETRIED:
-        return Transition(state=JobState.FAILED, reason=outcome.reason)
+    if is_overtime(job, now):
+        return Transition(state=JobState.FAILED, reason=f"ran longer than its run_seconds, {job.run_seconds:g}")
     if outcome is not None:
-        return _try_again(job, f"{outcome.cause}: {outcome.reason}", max_attempts)
+        blame = BLAME.get(outcome.cause, Blame.INFRASTRUCTURE) if outcome.cause else Blame.INFRASTRUCTURE
+        what = outcome.reason if blame == Blame.USER else f"{outcome.cause}: {outcome.reason}"
+        return after_failure(job, blame, what, now)
     if submission is None:
-        return _try_again(job, "Ray lost it", max_attempts) if job.state == JobState.RUNNING else None
+        if job.state == JobState.RUNNING:
+            return after_failure(job, Blame.INFRASTRUCTURE, "Ray lost it", now)
+        return None
     if submission.status == RayStatus.STOPPED:
         return Transition(state=JobState.FAILED, reason="stopped in Ray, not through this service")
     what = f"the driver ended without an outcome; Ray says: {submission.message.strip() or submission.status}"
-    return _try_again(job, what, max_attempts)
+    return after_failure(job, Blame.INFRASTRUCTURE, what, now)
 
 
-def _try_again(job: Job, what: str, max_attempts: int) -> Transition:
-    if job.attempt < max_attempts:
-        reason = f"attempt {job.attempt}: {what}; waiting for attempt {job.attempt + 1}"
-        return Transition(state=JobState.QUEUED, reason=reason, attempt=job.attempt + 1)
-    return Transition(state=JobState.FAILED, reason=f"attempt {job.attempt}, the last of {max_attempts}: {what}")
+def is_overtime(job: Job, now: datetime) -> bool:
+    """Whether a job has run longer than it may."""
+    return job.run_seconds is not None and job.seconds_run(now) > job.run_seconds
+
+
+def after_failure(job: Job, blame: Blame, what: str, now: datetime) -> Transition:
+    """Queue a job for another attempt, if it has one left for failures of this kind."""
+    failures = job.failures.and_one(blame)
+    count, allowed = failures.of(blame), job.retries.allowed(blame)
+    if blame == Blame.USER:
+        return Transition(state=JobState.FAILED, reason=what)
+    if count > allowed:
+        reason = f"attempt {job.attempt}: {what}; no retries left for {blame} ({allowed})"
+        return Transition(state=JobState.FAILED, reason=reason)
+    reason = f"attempt {job.attempt}: {what}; retry {count} of {allowed} for {blame} follows"
+    not_before = now + pause(count)
+    return Transition(state=JobState.QUEUED, reason=reason, failures=failures, not_before=not_before)

@@ -1,27 +1,116 @@
-"""Which queued job goes to Ray next; pure."""
+"""Which queued jobs go to Ray next, and why the others wait; pure."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
-from service.domain.jobs import Job
 from trainer.spec import JobSpec
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has in all."""
+    """An amount of what jobs compete for."""
 
-    cpus: float
-    gpus: float
+    cpus: float = 0
+    gpus: float = 0
+
+    def __add__(self, other: "Capacity") -> "Capacity":
+        return Capacity(self.cpus + other.cpus, self.gpus + other.gpus)
+
+    def __sub__(self, other: "Capacity") -> "Capacity":
+        return Capacity(self.cpus - other.cpus, self.gpus - other.gpus)
+
+    def __str__(self) -> str:
+        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+
+    def holds(self, need: "Capacity") -> bool:
+        """Whether `need` fits."""
+        return need.cpus <= self.cpus and need.gpus <= self.gpus
+
+    def at_most(self, other: "Capacity") -> "Capacity":
+        """The smaller of both, each resource for itself."""
+        return Capacity(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
+
+    def share_of(self, total: "Capacity") -> float:
+        """The dominant share (Ghodsi et al. 2011, Dominant Resource Fairness): the larger of both resources' parts of `total`."""
+        return max(self.cpus / total.cpus if total.cpus else 0.0, self.gpus / total.gpus if total.gpus else 0.0)
 
 
-def needs(spec: JobSpec) -> Capacity:
+@dataclass(frozen=True)
+class Cluster:
+    """What Ray has."""
+
+    total: Capacity
+    free: Capacity
+    """What nobody holds, in whole workers: a node with half a CPU free has room for none."""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What an owner's jobs may hold at one time; None is without a limit."""
+
+    jobs: int | None = None
+    cpus: float | None = None
+    gpus: float | None = None
+
+    def takes(self, jobs: int, held: Capacity) -> bool:
+        """Whether so much may be held."""
+        return (
+            (self.jobs is None or jobs <= self.jobs)
+            and (self.cpus is None or held.cpus <= self.cpus)
+            and (self.gpus is None or held.gpus <= self.gpus)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What the scheduler knows of a job that waits, or that is with Ray."""
+
+    id: str
+    owner: str
+    priority: int = 0
+    queued_at: datetime
+    not_before: datetime | None = None
+    """When a job that is tried again may start."""
+    least: Capacity
+    """What the whole gang of its fewest workers takes."""
+    most: Capacity
+    """What it may come to hold while it runs: an elastic job takes what is free, up to its largest number of workers."""
+    has_workers: bool = False
+    """Whether Ray already counts its workers as taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """The operator's rules."""
+
+    most_active: int
+    """Jobs that may be with Ray at one time: each costs its head memory."""
+    backfill: timedelta = timedelta(minutes=5)
+    """How long smaller jobs may pass the first in the queue while that waits for room."""
+    patience: timedelta = timedelta(hours=6)
+    """After how long in the queue a job goes before all others, whatever their priority."""
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
+    default_quota: Quota = Quota()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now."""
+
+    admitted: list[Candidate]
+    """In the order in which they go to Ray."""
+    reasons: dict[str, str]
+    """Why each of the others waits, by id."""
+
+
+def least_needs(spec: JobSpec) -> Capacity:
     """Resources that a job needs to start: one CPU for each worker, and one GPU where asked for."""
     return _resources(spec, spec.min_workers)
 
 
-def may_hold(spec: JobSpec) -> Capacity:
-    """Resources that a job may hold while it runs: an elastic one takes what is free, up to its largest number of workers."""
+def most_needs(spec: JobSpec) -> Capacity:
+    """Resources that a job may hold while it runs."""
     return _resources(spec, spec.max_workers)
 
 
@@ -29,28 +118,87 @@ def _resources(spec: JobSpec, workers: int) -> Capacity:
     return Capacity(cpus=workers, gpus=workers if spec.use_gpu else 0)
 
 
-def fits(spec: JobSpec, capacity: Capacity) -> bool:
-    """Whether a cluster of this size could ever run the job."""
-    need = needs(spec)
-    return need.cpus <= capacity.cpus and need.gpus <= capacity.gpus
+def plan(
+    waiting: Iterable[Candidate], active: Sequence[Candidate], cluster: Cluster, policy: Policy, now: datetime
+) -> Plan:
+    """Choose the jobs to submit now.
 
-
-def next_job(queued: Sequence[Job], active: Iterable[Job], capacity: Capacity, most_active: int) -> Job | None:
-    """Choose the job to submit, or none: the oldest whose whole gang of workers fits what `active` leaves free.
-
-    A job that waits for resources holds back younger ones, so that it cannot starve; one that is too large for this cluster
-    does not.
+    Who waits longer than `policy.patience` comes first, the oldest before others; then priority; then the owner with the smallest
+    dominant share of the cluster; then age. A job is admitted only if its whole gang fits what is free and its owner's quota takes
+    it. While the first in this order waits for room, others that fit may pass it, but only for `policy.backfill`: then what becomes
+    free is kept for it. So every job that the cluster and its owner's quota can take is admitted in the end, as long as others end.
     """
-    running = list(active)
-    if len(running) >= most_active:
-        return None
-    free = Capacity(
-        cpus=capacity.cpus - sum(may_hold(job.spec).cpus for job in running),
-        gpus=capacity.gpus - sum(may_hold(job.spec).gpus for job in running),
-    )
-    for job in queued:
-        if fits(job.spec, free):
+    queue = {job.id: job for job in waiting}
+    running, admitted, reasons = list(active), list[Candidate](), dict[str, str]()
+    for job in list(queue.values()):
+        if job.not_before is not None and job.not_before > now:
+            reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
+        elif not cluster.total.holds(job.least):
+            reasons[job.id] = f"needs {job.least}, but the whole cluster has {cluster.total}"
+        elif not _quota(policy, job).takes(1, job.least):
+            reasons[job.id] = f"needs {job.least}, more than the quota of {job.owner}"
+        else:
+            continue
+        del queue[job.id]
+    while queue:
+        chosen = _next(queue.values(), running, cluster, policy, now, reasons)
+        if chosen is None:
+            break
+        del queue[chosen.id]
+        reasons.pop(chosen.id, None)
+        admitted.append(chosen)
+        running.append(chosen)
+    return Plan(admitted, reasons)
+
+
+def _next(
+    queue: Iterable[Candidate],
+    running: Sequence[Candidate],
+    cluster: Cluster,
+    policy: Policy,
+    now: datetime,
+    reasons: dict[str, str],
+) -> Candidate | None:
+    """Find the first in order that may start; the reasons of all that it passes, or of all, are set."""
+    held: dict[str, Capacity] = {}
+    counts: dict[str, int] = {}
+    for job in running:
+        held[job.owner] = held.get(job.owner, Capacity()) + job.most
+        counts[job.owner] = counts.get(job.owner, 0) + 1
+
+    def rank(job: Candidate) -> tuple[object, ...]:
+        if now - job.queued_at >= policy.patience:
+            return (0, job.queued_at, job.id)
+        share = held.get(job.owner, Capacity()).share_of(cluster.total)
+        return (1, -job.priority, share, job.queued_at, job.id)
+
+    free = _free(running, cluster)
+    kept_for: Candidate | None = None
+    for job in sorted(queue, key=rank):
+        owners = held.get(job.owner, Capacity()) + job.least
+        if not _quota(policy, job).takes(counts.get(job.owner, 0) + 1, owners):
+            reasons[job.id] = f"waits for the quota of {job.owner}"
+        elif len(running) >= policy.most_active:
+            reasons[job.id] = f"waits for one of {policy.most_active} active jobs to end"
+        elif kept_for is not None and now - kept_for.queued_at >= policy.backfill:
+            reasons[job.id] = f"waits behind {kept_for.id}, which has waited longer for {kept_for.least}"
+        elif not free.holds(job.least):
+            reasons[job.id] = f"waits for {job.least}"
+            kept_for = kept_for or job
+        else:
             return job
-        if fits(job.spec, capacity):
-            return None
     return None
+
+
+def _free(running: Sequence[Candidate], cluster: Cluster) -> Capacity:
+    """What is free by our own count, and by Ray's less what Ray has not yet given to those that were submitted."""
+    ours, not_placed = Capacity(), Capacity()
+    for job in running:
+        ours += job.most
+        if not job.has_workers:
+            not_placed += job.most
+    return (cluster.total - ours).at_most(cluster.free - not_placed)
+
+
+def _quota(policy: Policy, job: Candidate) -> Quota:
+    return policy.quotas.get(job.owner, policy.default_quota)

@@ -1,35 +1,34 @@
 """The dispatcher: looks at every job that is not settled, and does what brings it on.
 
-One round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version, so that nothing
-is decided on an old state. No network call is made inside a transaction. A kill between any two steps is mended by the next round:
-a job is marked as submitted before Ray is told, under a submission id that does not change.
+One round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version and of this
+replica's lease, so that nothing is decided on an old state. No network call is made inside a transaction. A kill between any two
+steps is mended by the next round: a job is marked as submitted before Ray is told, under a submission id that does not change.
 """
 
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Awaitable, Sequence
-from typing import Any
+from datetime import UTC, datetime, timedelta
 
 from service.domain.comparisons import Comparison
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import Unavailable
 from service.domain.jobs import Job, JobState, Transition
-from service.domain.lifecycle import RayStatus, Submission, next_step
-from service.domain.scheduling import Capacity, fits, needs, next_job
+from service.domain.leases import Lease
+from service.domain.lifecycle import RayStatus, Submission, is_overtime, next_step
+from service.engine.admission import Admission
+from service.engine.attempts import ACTOR, Attempts
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
+from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
-from trainer.spec import Permissions, RunContext, Task
 
 logger = logging.getLogger(__name__)
-ACTOR = "dispatcher"
-ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
-MOST_REFUSALS = 5
-"""Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
+MOST_AT_ONCE = 32
+"""Jobs that are worked on side by side."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 
@@ -39,28 +38,25 @@ class Dispatcher:
 
     def __init__(
         self,
+        replica: Replica,
         jobs: JobStore,
         comparisons: ComparisonStore,
         ray: RayJobs,
         mlflow: MlflowRuns,
         files: RunFiles,
+        attempts: Attempts,
+        admission: Admission,
         *,
-        mlflow_url: str,
-        permissions: Permissions,
         poll_seconds: float,
-        max_active_jobs: int,
-        max_attempts: int,
         grace_seconds: float,
     ) -> None:
-        self._jobs, self._comparisons = jobs, comparisons
+        self._replica, self._jobs, self._comparisons = replica, jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
-        self._mlflow_url, self._poll_seconds = mlflow_url, poll_seconds
-        self._permissions = permissions
-        self._max_active_jobs, self._max_attempts = max_active_jobs, max_attempts
+        self._attempts, self._admission = attempts, admission
+        self._poll_seconds, self._grace_seconds = poll_seconds, grace_seconds
         self._woken = asyncio.Event()
-        self._refusals: Counter[str] = Counter()
-        self._grace_seconds = grace_seconds
         self._suspects: dict[str, tuple[object, float]] = {}
+        self._slots = asyncio.Semaphore(MOST_AT_ONCE)
 
     def wake(self) -> None:
         """Start the next round now: something was asked for."""
@@ -84,51 +80,78 @@ class Dispatcher:
                 continue
 
     async def round(self) -> None:
-        """Do all that can be done now."""
-        unsettled = await self._jobs.unsettled()
+        """Do all that can be done now, by the leases that this replica holds."""
+        unsettled = await self._jobs.unsettled(self._replica.shards())
         await self._each(unsettled, [self._look_after(job) for job in unsettled])
-        await self._submit_what_fits(await self._jobs.unsettled())
-        for comparison in await self._comparisons.unsettled():
-            await self._settle_comparison(comparison)
+        if (lease := self._replica.scheduler()) is not None:
+            await self._admission.admit(lease)
+            for comparison in await self._comparisons.unsettled():
+                await self._settle_comparison(comparison)
 
     async def _each(self, jobs: Sequence[Job], work: Sequence[Awaitable[None]]) -> None:
         """Work on jobs side by side; trouble with one is logged and does not keep the others waiting."""
         for job, result in zip(jobs, await asyncio.gather(*work, return_exceptions=True), strict=True):
             if isinstance(result, Exception):
                 known = isinstance(result, Unavailable)
-                logger.warning("%s: %s", job.id, result, exc_info=None if known else result)
+                logger.warning("%s: %s", job.id, result, exc_info=None if known else result, extra={"job_id": job.id})
             elif result is not None:
                 raise result
 
     async def _look_after(self, job: Job) -> None:
-        if job.state.is_terminal:
-            await self._settle(job)
-        elif job.state in ACTIVE:
-            await self._observe(job)
-        elif job.cancel_requested:
-            await self._jobs.advance(job, Transition(state=JobState.CANCELLED, reason="cancelled while queued"), ACTOR)
+        async with self._slots:
+            lease = self._replica.of_job(job.id)
+            if lease is None:
+                return
+            if job.state.is_terminal:
+                await self._settle(job, lease)
+            elif job.state != JobState.QUEUED:
+                await self._observe(job, lease)
+            elif job.cancel_requested:
+                step = Transition(state=JobState.CANCELLED, reason="cancelled while queued")
+                await self._jobs.advance(job, step, ACTOR, lease)
+            elif _has_waited_too_long(job):
+                reason = f"waited longer than its queue_seconds, {job.queue_seconds:g}; at last: {job.reason}"
+                await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=reason), ACTOR, lease)
 
-    async def _observe(self, job: Job) -> None:
+    async def _observe(self, job: Job, lease: Lease) -> None:
         """Compare a job with what Ray and its files say, and take the step that follows."""
         submission = await self._ray.find(job.submission_id)
         outcome = await asyncio.to_thread(self._files.outcome, job)
         progress = await asyncio.to_thread(self._files.progress, job)
         if progress is not None and progress != job.progress:
-            noted = await self._jobs.note(job, progress=progress)
+            noted = await self._jobs.note(job, lease, progress=progress)
             if noted is None:
                 return
             job = noted
-        step = next_step(job, submission, outcome, self._max_attempts)
+        if job.cancel_requested and submission is not None and submission.status == RayStatus.PENDING:
+            await self._cancel_before_it_starts(job, lease)
+            return
+        now = datetime.now(UTC)
+        step = next_step(job, submission, outcome, now)
         if step is not None and outcome is None and self._may_still_speak(job, submission):
             return
         if step is not None:
-            if await self._jobs.advance(job, step, ACTOR):
-                logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason)
+            if step.state.is_terminal or step.state == JobState.QUEUED:
+                # Ray may start a submission later than it says it would: such a driver finds this, and ends.
+                await asyncio.to_thread(self._files.close_attempt, job)
+            if await self._jobs.advance(job, step, ACTOR, lease):
+                logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason, extra={"job_id": job.id})
                 self.wake()
         elif submission is None:
-            await self._hand_over(job)
-        elif job.cancel_requested:
+            await self._attempts.hand_over(job, lease)
+        elif job.cancel_requested or is_overtime(job, now):
             await self._ray.stop(job.submission_id)
+
+    async def _cancel_before_it_starts(self, job: Job, lease: Lease) -> None:
+        """Cancel a job that Ray has not started: Ray takes no notice of a stop then, and may start it much later.
+
+        Ray calls a job running before it starts its driver. So one that is still pending after the attempt was closed finds it so.
+        """
+        await asyncio.to_thread(self._files.close_attempt, job)
+        submission = await self._ray.find(job.submission_id)
+        if submission is not None and submission.status == RayStatus.PENDING:
+            step = Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
+            await self._jobs.advance(job, step, ACTOR, lease)
 
     def _may_still_speak(self, job: Job, submission: Submission | None) -> bool:
         """Whether an end that only Ray tells of, or concludes nothing from, is to be given time.
@@ -146,85 +169,12 @@ class Dispatcher:
             self._suspects[job.submission_id] = since = (seen, now)
         return now - since[1] < self._grace_seconds
 
-    async def _submit_what_fits(self, unsettled: Sequence[Job]) -> None:
-        """Submit queued jobs, one after the other, as long as there is room."""
-        queued = [job for job in unsettled if job.state == JobState.QUEUED and not job.cancel_requested]
-        active = [job for job in unsettled if job.state in ACTIVE]
-        if not queued:
-            return
-        try:
-            capacity = await self._ray.capacity()
-            while job := next_job(queued, active, capacity, self._max_active_jobs):
-                queued.remove(job)
-                try:
-                    submitted = await self._submit(job)
-                except Refused as error:
-                    await self._fail_if_refused_often(job, error)
-                    continue
-                if submitted is not None:
-                    active.append(submitted)
-            for job in queued:
-                await self._explain(job, _reason_to_wait(job, capacity))
-        except Unavailable as error:
-            for job in await self._jobs.unsettled():
-                if job.state == JobState.QUEUED:
-                    await self._explain(job, f"waiting: {error}")
-            raise
-
-    async def _submit(self, job: Job) -> Job | None:
-        """Mark one job as submitted, and only then hand it to Ray; None if it has changed meanwhile."""
-        started = await self._with_run(job)
-        step = Transition(state=JobState.SUBMITTED, reason=f"attempt {job.attempt} goes to Ray")
-        submitted = await self._jobs.advance(started, step, ACTOR) if started else None
-        if submitted is not None:
-            await self._hand_over(submitted)
-        return submitted
-
-    async def _explain(self, job: Job, reason: str) -> None:
-        """Keep the reason of a queued job true."""
-        if job.reason != reason:
-            await self._jobs.note(job, reason=reason)
-
-    async def _with_run(self, job: Job) -> Job | None:
-        """See to it that MLflow has a run for the job, and for its comparison."""
-        comparison = await self._comparisons.get(job.comparison_id) if job.comparison_id else None
-        if comparison is not None and comparison.mlflow_run_id is None:
-            parent = await self._mlflow.start_comparison(comparison)
-            await self._comparisons.note(
-                comparison.id, mlflow_run_id=parent.run_id, mlflow_experiment_id=parent.experiment_id
-            )
-            comparison = await self._comparisons.get(comparison.id)
-        run = await self._mlflow.start_job(job, comparison)
-        return await self._jobs.note(job, mlflow_run_id=run.run_id, mlflow_experiment_id=run.experiment_id)
-
-    async def _hand_over(self, job: Job) -> None:
-        """Give a submitted job to Ray."""
-        context = RunContext(
-            job_id=job.id,
-            attempt=job.attempt,
-            name=job.name,
-            folder=str(self._files.job_folder(job)),
-            mlflow_url=self._mlflow_url,
-            mlflow_run_id=job.mlflow_run_id,
-            permissions=self._permissions,
-        )
-        try:
-            await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
-        except Refused as error:
-            await self._fail_if_refused_often(job, error)
-
-    async def _fail_if_refused_often(self, job: Job, error: Refused) -> None:
-        self._refusals[job.submission_id] += 1
-        logger.warning("%s: %s", job.id, error)
-        if self._refusals[job.submission_id] >= MOST_REFUSALS:
-            await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=str(error)), ACTOR)
-
-    async def _settle(self, job: Job) -> None:
+    async def _settle(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
+        self._suspects.pop(job.submission_id, None)
         if job.mlflow_run_id is not None:
             await self._mlflow.finish(job.mlflow_run_id, job.state)
-        changes: dict[str, Any] = {"mlflow_closed": True}
-        await self._jobs.note(job, **changes)
+        await self._jobs.note(job, lease, mlflow_closed=True)
 
     async def _settle_comparison(self, comparison: Comparison) -> None:
         """Tell MLflow that a comparison has ended, once all of its jobs have: as failed if any of them did."""
@@ -237,9 +187,8 @@ class Dispatcher:
         await self._comparisons.note(comparison.id, mlflow_closed=True)
 
 
-def _reason_to_wait(job: Job, capacity: Capacity) -> str:
-    need = needs(job.spec)
-    wanted = f"{need.cpus:g} CPUs" + (f" and {need.gpus:g} GPUs" if need.gpus else "")
-    if fits(job.spec, capacity):
-        return f"attempt {job.attempt} waits for {wanted}"
-    return f"needs {wanted}, but the whole cluster has {capacity.cpus:g} CPUs and {capacity.gpus:g} GPUs"
+def _has_waited_too_long(job: Job) -> bool:
+    """Whether a job has not come to its first attempt in time."""
+    if job.queue_seconds is None or job.attempt > 1:
+        return False
+    return datetime.now(UTC) - job.created_at > timedelta(seconds=job.queue_seconds)

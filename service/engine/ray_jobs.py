@@ -4,7 +4,8 @@ HTTP rather than Ray's client class, because that has no time limits, and follow
 """
 
 import asyncio
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import httpx
 
 from service.domain.errors import Refused, Unavailable
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Capacity
+from service.domain.scheduling import Capacity, Cluster
 from trainer.spec import JOB_VARIABLE, Task
 
 ENTRYPOINT = "python -m trainer"
@@ -36,8 +37,8 @@ class RayJobs(Protocol):
     async def logs(self, submission_id: str) -> str:
         """Read what the driver printed before its output went to the project's storage."""
 
-    async def capacity(self) -> Capacity:
-        """Sum up the resources of all live nodes."""
+    async def cluster(self) -> Cluster:
+        """Sum up the resources of all live nodes, and what of them is free."""
 
 
 class RayJobsOverHttp:
@@ -86,15 +87,32 @@ class RayJobsOverHttp:
         answer = await self._call("GET", f"/api/jobs/{submission_id}/logs")
         return "" if answer.status_code == httpx.codes.NOT_FOUND else str(self._content(answer)["logs"])
 
-    async def capacity(self) -> Capacity:
-        """Sum up the resources of all live nodes."""
-        answer = self._content(await self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}))
+    async def cluster(self) -> Cluster:
+        """Sum up the resources of all live nodes, and what of them is free.
+
+        What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is told to be in use.
+        """
+        nodes, status = await asyncio.gather(
+            self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}),
+            self._call("GET", "/api/cluster_status"),
+        )
+        answer, usage = self._content(nodes), self._content(status)
         with _understood(answer):
-            nodes = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
-            totals = [node["resources_total"] for node in nodes]
-            return Capacity(
-                cpus=sum(total.get("CPU", 0) for total in totals), gpus=sum(total.get("GPU", 0) for total in totals)
-            )
+            total = {
+                node["node_id"]: node["resources_total"]
+                for node in answer["data"]["result"]["result"]
+                if node["state"] == "ALIVE"
+            }
+        with _understood(usage):
+            report = ((usage["data"].get("clusterStatus") or {}).get("loadMetricsReport") or {}).get(
+                "usageByNode"
+            ) or {}
+            used = {node: {name: amount for name, (amount, _) in by.items()} for node, by in report.items()}
+        free = [
+            {name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")}
+            for node, by in total.items()
+        ]
+        return Cluster(_sum(total.values()), _sum(free))
 
     async def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:
@@ -112,6 +130,11 @@ class RayJobsOverHttp:
             raise Unavailable(f"Ray answered {answer.status_code}: {answer.text.strip()[:200]}")
         with _understood(answer.text):
             return answer.json()
+
+
+def _sum(nodes: Iterable[Mapping[str, float]]) -> Capacity:
+    each = [Capacity(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes]
+    return sum(each, start=Capacity())
 
 
 @contextmanager

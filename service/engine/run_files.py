@@ -6,7 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from service.domain.jobs import Job
-from trainer.spec import LOG_FILE, OUTCOME_FILE, PROGRESS_FILE, Outcome, Progress, attempt_folder
+from trainer.spec import CLOSED_FILE, LOG_FILE, OUTCOME_FILE, PROGRESS_FILE, Outcome, Progress, attempt_folder
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -17,9 +17,19 @@ class RunFiles:
     def __init__(self, storage: Path) -> None:
         self._storage = storage.resolve()
 
-    def job_folder(self, job: Job) -> Path:
+    def job_folder(self, job_id: str) -> Path:
         """Folder of all attempts of a job."""
-        return self._storage / job.id
+        return self._storage / job_id
+
+    def attempt_folder(self, job: Job, attempt: int | None = None) -> Path:
+        """Folder of one attempt, by default the newest."""
+        return attempt_folder(self.job_folder(job.id), attempt or job.attempt)
+
+    def close_attempt(self, job: Job) -> None:
+        """Let no driver of the current attempt start from now on."""
+        folder = self.attempt_folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CLOSED_FILE).touch()
 
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""
@@ -31,11 +41,11 @@ class RunFiles:
 
     def log(self, job: Job, attempt: int) -> Path | None:
         """Find an attempt's log; None if there is none."""
-        path = attempt_folder(self.job_folder(job), attempt) / LOG_FILE
+        path = self.attempt_folder(job, attempt) / LOG_FILE
         return path if path.is_file() else None
 
     def _read(self, job: Job, name: str, kind: type[T]) -> T | None:
-        path = attempt_folder(self.job_folder(job), job.attempt) / name
+        path = self.attempt_folder(job) / name
         try:
             return kind.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):

@@ -7,7 +7,7 @@ from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy import Connection, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -15,6 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from service.domain.errors import Unavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATION_LOCK = 5_021_503
+"""Any number that nobody else locks on this database."""
+WRITES = "writes"
+"""Option of a connection that is going to write."""
 
 
 class Database:
@@ -34,8 +38,10 @@ class Database:
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable."""
         with _unavailable():
-            async with self._engine.begin() as connection:
-                yield connection
+            async with self._engine.connect() as connection:
+                await connection.execution_options(**{WRITES: True})
+                async with connection.begin():
+                    yield connection
 
     async def migrate(self) -> None:
         """Bring the tables to the newest migration, in one transaction."""
@@ -48,6 +54,8 @@ class Database:
             command.upgrade(config, "head")
 
         async with self.write() as connection:
+            if connection.dialect.name == "postgresql":  # replicas may start together
+                await connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             await connection.run_sync(upgrade)
 
     async def check(self) -> None:
@@ -100,6 +108,7 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
+        # Who reads first and then writes would be refused at once if another has written in between: writers wait at the beginning.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES) else "BEGIN")
 
     return engine

@@ -1,27 +1,63 @@
 """Jobs and their events in the database."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import fields, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Select, insert, select, update
+from sqlalchemy import Select, exists, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import Event, Job, JobState, Transition, is_legal
+from service.domain.leases import Lease, shard_of
+from service.domain.retries import Blame, Failures, Retries
+from service.domain.scheduling import Candidate, Capacity
 from service.store.database import Database
-from service.store.tables import events, jobs
+from service.store.leases import is_held
+from service.store.tables import events, job_tags, jobs
 from trainer.spec import JobSpec, Progress
 
 COLUMNS = [jobs.c[field.name] for field in fields(Job)]
-NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed", "reason"})
+CANDIDATE_COLUMNS = [
+    jobs.c[name]
+    for name in (
+        "id", "owner", "priority", "state", "reason", "queued_at", "not_before", "progress",
+        "least_cpus", "least_gpus", "most_cpus", "most_gpus",
+    )
+]  # fmt: skip
+NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
+ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which jobs to list; None is all."""
+
+    owner: str | None = None
+    state: JobState | None = None
+    comparison_id: str | None = None
+    norm: str | None = None
+    tag: str | None = None
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What the scheduler decides on."""
+
+    waiting: list[Candidate]
+    reasons: dict[str, str]
+    """Why each of them waits, as it is told now."""
+    active: list[Candidate]
 
 
 class JobStore:
-    """Queries about jobs. A stored change either happens whole or, if the job has changed since it was read, not at all."""
+    """Queries about jobs. A stored change either happens whole or, if the job has changed since it was read, not at all.
+
+    A change that is made under a lease does not happen either if another replica has taken the lease since.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -38,11 +74,16 @@ class JobStore:
             raise NotFound(f"there is no job {job_id!r}")
         return found[0]
 
-    async def page(self, size: int, before: int | None) -> tuple[list[Job], int | None]:
+    async def page(self, size: int, before: int | None, wanted: Filter = Filter()) -> tuple[list[Job], int | None]:
         """Read up to `size` jobs, newest first, older than place `before`; also the place to go on from, if there is more."""
         query = select(*COLUMNS, jobs.c.sequence).order_by(jobs.c.sequence.desc()).limit(size + 1)
         if before is not None:
             query = query.where(jobs.c.sequence < before)
+        for name in ("owner", "state", "comparison_id", "norm"):
+            if (value := getattr(wanted, name)) is not None:
+                query = query.where(jobs.c[name] == value)
+        if wanted.tag is not None:
+            query = query.where(exists().where(job_tags.c.job_id == jobs.c.id, job_tags.c.tag == wanted.tag))
         async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
         more = rows[size - 1].sequence if len(rows) > size else None
@@ -52,18 +93,42 @@ class JobStore:
         """Read a comparison's jobs in the order of its matrix."""
         return await self._read(select(*COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence))
 
-    async def unsettled(self) -> list[Job]:
-        """Read the jobs that the dispatcher still has to do something for, oldest first."""
-        return await self._read(select(*COLUMNS).where(jobs.c.mlflow_closed.is_(False)).order_by(jobs.c.sequence))
+    async def unsettled(self, shards: Collection[int]) -> list[Job]:
+        """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
+        waits = jobs.c.state == JobState.QUEUED
+        has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_seconds.is_not(None))
+        query = select(*COLUMNS).where(
+            jobs.c.mlflow_closed.is_(False), jobs.c.shard.in_(shards), or_(~waits, waits & has_limit)
+        )
+        return await self._read(query.order_by(jobs.c.sequence))
 
-    async def events_of(self, job_id: str) -> list[Event]:
-        """Read a job's transitions in order."""
-        query = select(*[events.c[field.name] for field in fields(Event)]).where(events.c.job_id == job_id)
+    async def queue(self) -> Queue:
+        """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray."""
+        states = [state.value for state in (JobState.QUEUED, *ACTIVE)]
+        query = select(*CANDIDATE_COLUMNS).where(
+            jobs.c.mlflow_closed.is_(False),
+            jobs.c.state.in_(states),
+            or_(jobs.c.state != JobState.QUEUED, jobs.c.cancel_requested.is_(False)),
+        )
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query.order_by(jobs.c.sequence))).all()
+        waiting = [row for row in rows if row.state == JobState.QUEUED]
+        return Queue(
+            [_candidate(row) for row in waiting],
+            {row.id: row.reason for row in waiting},
+            [_candidate(row) for row in rows if row.state != JobState.QUEUED],
+        )
+
+    async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
+        """Read a job's events in order, those after number `after`."""
+        query = select(*[events.c[field.name] for field in fields(Event)]).where(
+            events.c.job_id == job_id, events.c.sequence > after
+        )
         async with self._database.read() as connection:
             rows = (await connection.execute(query.order_by(events.c.sequence))).all()
         return [Event(**(row._asdict() | {"state": JobState(row.state)})) for row in rows]
 
-    async def request_cancel(self, job_id: str) -> Job:
+    async def request_cancel(self, job_id: str, actor: str) -> Job:
         """Set the wish to cancel; asking twice changes nothing. Raises NotFound, and Conflict if the job has ended otherwise."""
         open_states = [state.value for state in JobState if not state.is_terminal]
         query = (
@@ -72,7 +137,11 @@ class JobStore:
             .values(cancel_requested=True, version=jobs.c.version + 1)
         )
         async with self._database.write() as connection:
-            await connection.execute(query)
+            if (await connection.execute(query)).rowcount:
+                job = _job((await connection.execute(select(*COLUMNS).where(jobs.c.id == job_id))).one())
+                wish = replace(job, reason="asked to cancel")
+                await connection.execute(insert(events).values(**_event(wish, datetime.now(UTC), actor)))
+                return job
         job = await self.get(job_id)
         if job.state.is_terminal and job.state != JobState.CANCELLED:
             raise Conflict(
@@ -80,39 +149,51 @@ class JobStore:
             )
         return job
 
-    async def advance(self, job: Job, step: Transition, actor: str) -> Job | None:
+    async def advance(self, job: Job, step: Transition, actor: str, lease: Lease | None = None) -> Job | None:
         """Take `job` a step further, with its event; None if it has changed since it was read, and then nothing is stored."""
         if not is_legal(job.state, step.state):
             raise AssertionError(f"{job.id}: {job.state} -> {step.state} is no transition")
         now = datetime.now(UTC)
-        started = {JobState.RUNNING: job.started_at or now, JobState.QUEUED: None}.get(step.state, job.started_at)
-        after = replace(
-            job,
-            state=step.state,
-            reason=step.reason,
-            attempt=step.attempt or job.attempt,
-            progress=None if step.attempt else job.progress,
-            started_at=started,
-            ended_at=now if step.state.is_terminal else None,
-        )
+        after = replace(job, state=step.state, reason=step.reason)
+        if step.state == JobState.RUNNING:
+            after = replace(after, started_at=now)
+        elif step.state == JobState.QUEUED:
+            after = replace(
+                after,
+                attempt=job.attempt + 1,
+                failures=step.failures or job.failures,
+                ran_seconds=job.seconds_run(now),
+                progress=None,
+                started_at=None,
+                queued_at=now,
+                not_before=step.not_before,
+            )
+        elif step.state.is_terminal:
+            after = replace(after, ran_seconds=job.seconds_run(now), ended_at=now)
         async with self._database.write() as connection:
-            if not await self._store(connection, job, after):
+            if not await self._store(connection, job, after, lease):
                 return None
             await connection.execute(insert(events).values(**_event(after, now, actor)))
         return replace(after, version=job.version + 1)
 
-    async def note(self, job: Job, **changes: Any) -> Job | None:
+    async def note(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:
         """Store facts about `job` that are no transition; None if it has changed since it was read."""
         assert changes.keys() <= NOTED, changes
         after = replace(job, **changes)
         async with self._database.write() as connection:
-            return replace(after, version=job.version + 1) if await self._store(connection, job, after) else None
+            return replace(after, version=job.version + 1) if await self._store(connection, job, after, lease) else None
 
-    async def _store(self, connection: AsyncConnection, before: Job, after: Job) -> bool:
+    async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
+        """Tell why jobs wait, in one transaction. The words are no fact that anything is decided on, so the version stays."""
+        async with self._database.write() as connection:
+            for job_id, reason in reasons.items():
+                query = update(jobs).where(jobs.c.id == job_id, jobs.c.state == JobState.QUEUED, is_held(lease))
+                await connection.execute(query.values(reason=reason))
+
+    async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
         values = _row(replace(after, version=before.version + 1))
-        result = await connection.execute(
-            update(jobs).where(jobs.c.id == before.id, jobs.c.version == before.version).values(**values)
-        )
+        query = update(jobs).where(jobs.c.id == before.id, jobs.c.version == before.version).values(**values)
+        result = await connection.execute(query if lease is None else query.where(is_held(lease)))
         return result.rowcount == 1
 
     async def _read(self, query: Select[Any]) -> list[Job]:
@@ -123,23 +204,52 @@ class JobStore:
 async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
     """Store new jobs with their first events, inside the caller's transaction."""
     await connection.execute(insert(jobs), [_row(job) for job in new])
-    await connection.execute(insert(events), [_event(job, job.created_at, "user") for job in new])
+    await connection.execute(insert(events), [_event(job, job.created_at, job.owner) for job in new])
+    if tags := [{"tag": tag, "job_id": job.id} for job in new for tag in job.tags]:
+        await connection.execute(insert(job_tags), tags)
 
 
 def _row(job: Job) -> dict[str, Any]:
     row = {field.name: getattr(job, field.name) for field in fields(Job)}
     row["spec"] = job.spec.model_dump(mode="json")
+    row["tags"] = list(job.tags)
+    row["retries"] = job.retries.model_dump()
+    row["failures"] = {blame.value: count for blame, count in job.failures.counts.items()}
     row["state"] = job.state.value
     row["progress"] = job.progress.model_dump() if job.progress else None
-    return row
+    candidate = job.candidate()
+    return row | {
+        "norm": job.spec.norm,
+        "shard": shard_of(job.id),
+        "least_cpus": candidate.least.cpus,
+        "least_gpus": candidate.least.gpus,
+        "most_cpus": candidate.most.cpus,
+        "most_gpus": candidate.most.gpus,
+    }
 
 
 def _job(row: Any) -> Job:
     values = {field.name: getattr(row, field.name) for field in fields(Job)}
     values["spec"] = JobSpec.model_validate_json(json.dumps(row.spec))
+    values["tags"] = tuple(row.tags)
+    values["retries"] = Retries(**row.retries)
+    values["failures"] = Failures({Blame(blame): count for blame, count in row.failures.items()})
     values["state"] = JobState(row.state)
     values["progress"] = Progress.model_validate(row.progress) if row.progress else None
     return Job(**values)
+
+
+def _candidate(row: Any) -> Candidate:
+    return Candidate(
+        id=row.id,
+        owner=row.owner,
+        priority=row.priority,
+        queued_at=row.queued_at,
+        not_before=row.not_before,
+        least=Capacity(row.least_cpus, row.least_gpus),
+        most=Capacity(row.most_cpus, row.most_gpus),
+        has_workers=row.progress is not None,
+    )
 
 
 def _event(job: Job, at: datetime, actor: str) -> dict[str, Any]:

@@ -66,22 +66,51 @@ jobs = Table(
     Column("sequence", Integer, primary_key=True, autoincrement=True),
     Column("id", String(40), nullable=False, unique=True),
     Column("name", String(200), nullable=False),
+    Column("owner", String(80), nullable=False),
     Column("spec", JSON, nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("retries", JSON, nullable=False),
+    Column("queue_seconds", Float),
+    Column("run_seconds", Float),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
+    Column("failures", JSON, nullable=False),
     Column("cancel_requested", Boolean, nullable=False),
     Column("comparison_id", ForeignKey("comparisons.id"), index=True),
     Column("variant", JSON, nullable=False),
+    Column("resumed_from", String(40)),
+    Column("cloned_from", String(40)),
     Column("progress", JSON),
     Column("mlflow_run_id", String(64)),
     Column("mlflow_experiment_id", String(64)),
     Column("mlflow_closed", Boolean, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
+    Column("queued_at", UtcDateTime, nullable=False),
+    Column("not_before", UtcDateTime),
     Column("started_at", UtcDateTime),
+    Column("ran_seconds", Float, nullable=False),
     Column("ended_at", UtcDateTime),
     Column("version", Integer, nullable=False),
+    # What is asked for in SQL of the things above.
+    Column("norm", String(20), nullable=False),
+    Column("shard", Integer, nullable=False),
+    Column("least_cpus", Float, nullable=False),
+    Column("least_gpus", Float, nullable=False),
+    Column("most_cpus", Float, nullable=False),
+    Column("most_gpus", Float, nullable=False),
     Index("ix_jobs_unsettled", "mlflow_closed", "state", "sequence"),
+    Index("ix_jobs_owner_sequence", "owner", "sequence"),
+    Index("ix_jobs_state_sequence", "state", "sequence"),
+    Index("ix_jobs_norm_sequence", "norm", "sequence"),
+)
+
+job_tags = Table(
+    "job_tags",
+    metadata,
+    Column("tag", String(80), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
 )
 
 events = Table(
@@ -92,6 +121,22 @@ events = Table(
     Column("at", UtcDateTime, nullable=False),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
-    Column("actor", String(40), nullable=False),
+    Column("actor", String(80), nullable=False),
     Column("attempt", Integer, nullable=False),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("seen_at", UtcDateTime, nullable=False),
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(40), primary_key=True),
+    Column("holder", String(80)),
+    Column("token", Integer, nullable=False),
+    Column("until", UtcDateTime, nullable=False),
 )

@@ -13,8 +13,10 @@ def make_job(**changes: Any) -> Job:
         "id": new_id("job"),
         "name": "example",
         "spec": JobSpec(steps=10, num_workers=1),
+        "owner": "admin",
         "reason": "submitted by the user",
         "created_at": datetime.now(UTC),
+        "queued_at": datetime.now(UTC),
     }
     return Job(**(values | changes))
 

@@ -30,6 +30,8 @@ from trainer.spec.paths import field_path
 from trainer.spec.permissions import Permissions, Refusal
 from trainer.spec.probes import ProbesSpec
 from trainer.spec.run import (
+    CLOSED_FILE,
+    DRIVER_FILE,
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
@@ -44,6 +46,8 @@ from trainer.spec.run import (
 from trainer.spec.yaml import read_yaml
 
 __all__ = [
+    "CLOSED_FILE",
+    "DRIVER_FILE",
     "JOB_VARIABLE",
     "LOG_FILE",
     "OUTCOME_FILE",

@@ -20,6 +20,10 @@ class RunContext(Frozen):
     mlflow_url: str | None = None
     mlflow_run_id: str | None = None
     permissions: Permissions = Permissions()
+    resumed_from: tuple[str, ...] = Field(
+        (),
+        description="ended jobs, whose folders lie beside this one's, in whose checkpoints to look for one to go on from",
+    )
 
 
 class Progress(Frozen):
@@ -76,3 +80,7 @@ def attempt_folder(job_folder: Path, attempt: int) -> Path:
 
 
 LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"
+DRIVER_FILE = "driver"
+"""An attempt's one driver made it: another one ends at once."""
+CLOSED_FILE = "closed"
+"""The service made it: the attempt is over for it, and no driver starts any more."""

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Query, Response
 from service.api.components import GivenComponents
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
-from service.domain.jobs import LONGEST_NAME, Job, new_id
+from service.domain.jobs import ADMIN, LONGEST_NAME, new_id
 from service.engine.reports import read_curves, report
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
@@ -23,7 +23,6 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
     points = expand(body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
-    now = datetime.now(UTC)
     comparison = Comparison(
         id=new_id("comparison"),
         name=body.name,
@@ -31,17 +30,15 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
         baseline=choose_baseline(body.axes, body.baseline),
         metric=body.metric,
         target=body.target,
-        created_at=now,
+        created_at=datetime.now(UTC),
     )
     jobs = [
-        Job(
-            id=new_id("job"),
+        body.job(
+            owner=ADMIN,
             name=describe(variant)[:LONGEST_NAME],
             spec=spec,
-            reason="submitted by the user",
             comparison_id=comparison.id,
             variant=variant,
-            created_at=now,
         )
         for variant, spec in points
     ]

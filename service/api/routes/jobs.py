@@ -4,7 +4,6 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from service.api.components import GivenComponents
 from service.api.schemas import EventList, EventView, JobList, JobView, SubmitJob
 from service.domain.errors import InvalidField
-from service.domain.jobs import Job, new_id
+from service.domain.jobs import ADMIN
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 CHUNK_BYTES = 65_536
@@ -28,9 +27,7 @@ JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", descriptio
 async def submit_job(body: SubmitJob, components: GivenComponents, response: Response) -> JobView:
     """Store a job and answer with its address; the dispatcher takes it from there."""
     components.permissions.check(body.spec)
-    job = Job(
-        id=new_id("job"), name=body.name, spec=body.spec, reason="submitted by the user", created_at=datetime.now(UTC)
-    )
+    job = body.job(owner=ADMIN, name=body.name, spec=body.spec)
     await components.jobs.add(job)
     components.dispatcher.wake()
     response.headers["Location"] = f"/v1/jobs/{job.id}"
@@ -60,7 +57,7 @@ async def show_job(job_id: JobId, components: GivenComponents) -> JobView:
 @router.post("/{job_id}:cancel", status_code=202)
 async def cancel_job(job_id: JobId, components: GivenComponents) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
-    job = await components.jobs.request_cancel(job_id)
+    job = await components.jobs.request_cancel(job_id, ADMIN)
     components.dispatcher.wake()
     return JobView.of(job, components.mlflow_public_url)
 

@@ -1,18 +1,22 @@
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from service.domain.jobs import JobState, is_legal
-from service.domain.lifecycle import RayStatus, Submission, next_step
+from service.domain.lifecycle import RayStatus, Submission, is_overtime, next_step
+from service.domain.retries import LONGEST_PAUSE, Blame, Failures, Retries, pause
 from tests.service.examples import make_job
 from trainer.spec import Outcome
 
+NOW = datetime.now(UTC)
 GOOD = Outcome(state="succeeded", reason="finished 10 steps")
 BAD = Outcome(state="failed", reason="worker 1: ValueError: no", cause="user_code")
 LOST = Outcome(state="failed", reason="worker 1 was lost", cause="worker_lost")
 
 
-def step(state, status, outcome=None, attempt=1, *, cancel=False):
-    job = make_job(state=state, attempt=attempt, cancel_requested=cancel)
-    return next_step(job, Submission(RayStatus(status), "Ray's words") if status else None, outcome, 3)
+def step(state, status, outcome=None, *, cancel=False, **changes):
+    job = make_job(state=state, cancel_requested=cancel, **changes)
+    return next_step(job, Submission(RayStatus(status), "Ray's words") if status else None, outcome, NOW)
 
 
 @pytest.mark.parametrize(
@@ -52,14 +56,43 @@ def test_next_step(state, status, outcome, cancel, after):
         assert transition.reason
 
 
-def test_a_lost_attempt_is_followed_by_another_up_to_the_limit():
-    again = step(JobState.RUNNING, None, attempt=2)
-    assert (again.state, again.attempt) == (JobState.QUEUED, 3)
-    last = step(JobState.RUNNING, None, attempt=3)
+def failed(cause):
+    return Outcome(state="failed", reason="it ended", cause=cause)
+
+
+@pytest.mark.parametrize(
+    ("cause", "blame"),
+    [("worker_lost", Blame.INFRASTRUCTURE), ("preempted", Blame.PREEMPTED), ("hang", Blame.HANG)],
+)
+def test_what_is_not_the_users_fault_is_tried_again_as_often_as_it_may(cause, blame):
+    retries = Retries(infrastructure=2, preempted=2, hang=2)
+    others = {other: 50 for other in Blame if other != blame}
+    for before in (0, 1):
+        failures = Failures(others | {blame: before})
+        again = step(JobState.RUNNING, "FAILED", failed(cause), retries=retries, failures=failures)
+        assert again.state == JobState.QUEUED
+        assert again.failures.counts == others | {blame: before + 1}
+        assert again.not_before == NOW + pause(before + 1)
+    last = step(JobState.RUNNING, "FAILED", failed(cause), retries=retries, failures=Failures({blame: 2}))
     assert last.state == JobState.FAILED
-    assert "last of 3" in last.reason
+    assert f"no retries left for {blame}" in last.reason
 
 
-def test_reasons_say_who_said_so():
-    assert step(JobState.RUNNING, "FAILED", BAD).reason == BAD.reason
-    assert "Ray's words" in step(JobState.RUNNING, "FAILED").reason
+@pytest.mark.parametrize("cause", ["user_code", "configuration", "data", "out_of_memory"])
+def test_the_users_own_mistakes_are_not_tried_again(cause):
+    assert step(JobState.RUNNING, "FAILED", failed(cause)).state == JobState.FAILED
+
+
+def test_pauses_grow_up_to_a_limit():
+    assert [pause(number).total_seconds() for number in (1, 2, 3)] == [2, 4, 8]
+    assert pause(1_000) == LONGEST_PAUSE
+
+
+def test_a_job_that_ran_too_long_has_failed_whatever_ended_it():
+    started = NOW - timedelta(seconds=6)
+    late = {"run_seconds": 10.0, "ran_seconds": 5.0, "started_at": started}
+    assert is_overtime(make_job(**late), NOW)
+    assert not is_overtime(make_job(**late | {"ran_seconds": 3.0}), NOW)
+    ended = step(JobState.RUNNING, "STOPPED", **late)
+    assert (ended.state, ended.reason) == (JobState.FAILED, "ran longer than its run_seconds, 10")
+    assert step(JobState.RUNNING, "STOPPED", GOOD, **late).state == JobState.SUCCEEDED

@@ -4,10 +4,12 @@ import pytest
 
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import JobState, Transition
+from service.domain.leases import SHARDS, shard_of
+from service.domain.retries import Blame, Failures
 from service.store.comparisons import ComparisonStore
-from service.store.jobs import JobStore
+from service.store.jobs import Filter, JobStore
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import Progress
+from trainer.spec import JobSpec, Progress
 
 
 @pytest.fixture
@@ -47,12 +49,13 @@ async def test_a_walk_leaves_its_events(jobs):
     submitted = await jobs.advance(job, to("submitted"), "dispatcher")
     running = await jobs.advance(submitted, to("running"), "dispatcher")
     noted = await jobs.note(running, progress=Progress(step=3, total_steps=10, samples_per_second=1.5, eta_seconds=4))
-    again = await jobs.advance(noted, to("queued", attempt=2), "dispatcher")
-    assert (again.attempt, again.started_at) == (2, None)
+    again = await jobs.advance(noted, to("queued", failures=Failures({Blame.HANG: 1})), "dispatcher")
+    assert (again.attempt, again.started_at, again.failures.of(Blame.HANG)) == (2, None, 1)
+    assert again.ran_seconds > 0
     assert await jobs.get(job.id) == again
     events = await jobs.events_of(job.id)
     assert [(event.state.value, event.attempt, event.actor) for event in events] == [
-        ("queued", 1, "user"),
+        ("queued", 1, "admin"),
         ("submitted", 1, "dispatcher"),
         ("running", 1, "dispatcher"),
         ("queued", 2, "dispatcher"),
@@ -62,11 +65,11 @@ async def test_a_walk_leaves_its_events(jobs):
 async def test_a_step_decided_on_an_old_state_is_refused_whole(jobs):
     job = make_job()
     await jobs.add(job)
-    await jobs.request_cancel(job.id)
+    await jobs.request_cancel(job.id, "ann")
     assert await jobs.advance(job, to("submitted"), "dispatcher") is None
-    assert await jobs.note(job, reason="x") is None
+    assert await jobs.note(job, mlflow_run_id="x") is None
     assert (await jobs.get(job.id)).state == JobState.QUEUED
-    assert len(await jobs.events_of(job.id)) == 1
+    assert [event.reason for event in await jobs.events_of(job.id)] == ["submitted by the user", "asked to cancel"]
 
 
 async def test_of_many_who_advance_one_wins(jobs):
@@ -86,13 +89,13 @@ async def test_an_illegal_step_is_our_mistake(jobs):
 async def test_cancelling_sets_a_wish_once(jobs):
     job = make_job()
     await jobs.add(job)
-    first = await jobs.request_cancel(job.id)
+    first = await jobs.request_cancel(job.id, "ann")
     assert first.cancel_requested
-    assert await jobs.request_cancel(job.id) == first
+    assert await jobs.request_cancel(job.id, "ann") == first
     cancelled = await jobs.advance(first, to("cancelled"), "dispatcher")
-    assert await jobs.request_cancel(job.id) == cancelled
+    assert await jobs.request_cancel(job.id, "ann") == cancelled
     with pytest.raises(NotFound):
-        await jobs.request_cancel("job-0")
+        await jobs.request_cancel("job-0", "ann")
 
 
 async def test_what_has_ended_otherwise_cannot_be_cancelled(jobs):
@@ -100,14 +103,46 @@ async def test_what_has_ended_otherwise_cannot_be_cancelled(jobs):
     await jobs.add(job)
     await jobs.advance(job, to("succeeded"), "dispatcher")
     with pytest.raises(Conflict, match="already succeeded"):
-        await jobs.request_cancel(job.id)
+        await jobs.request_cancel(job.id, "ann")
 
 
 async def test_unsettled_jobs_are_those_whose_end_mlflow_does_not_know(jobs):
-    done, new = make_job(state=JobState.FAILED, mlflow_closed=True), make_job()
-    await jobs.add(done)
-    await jobs.add(new)
-    assert await jobs.unsettled() == [new]
+    done, ended = [make_job(state=JobState.FAILED, mlflow_closed=closed) for closed in (True, False)]
+    waiting, limited = make_job(), make_job(queue_seconds=3.0)
+    running = make_job(state=JobState.RUNNING)
+    for job in (done, ended, waiting, limited, running):
+        await jobs.add(job)
+    assert await jobs.unsettled(range(SHARDS)) == [ended, limited, running]
+    assert await jobs.unsettled([shard_of(running.id)]) == [
+        job for job in (ended, limited, running) if shard_of(job.id) == shard_of(running.id)
+    ]
+
+
+async def test_the_queue_is_what_waits_and_what_is_with_ray(jobs):
+    waiting, cancelled, active = make_job(priority=3), make_job(), make_job(state=JobState.SUBMITTED, owner="bob")
+    for job in (waiting, cancelled, active, make_job(state=JobState.FAILED)):
+        await jobs.add(job)
+    await jobs.request_cancel(cancelled.id, "ann")
+    queue = await jobs.queue()
+    assert (queue.waiting, queue.active) == ([waiting.candidate()], [active.candidate()])
+    assert queue.reasons == {waiting.id: "submitted by the user"}
+
+
+async def test_lists_are_filtered(jobs):
+    sync = make_job(owner="bob", tags=("a", "b"), spec=JobSpec(steps=1, norm="sync"))
+    plain = make_job(tags=("b",), spec=JobSpec(steps=1, norm="none"), state=JobState.RUNNING)
+    for job in (sync, plain):
+        await jobs.add(job)
+    for wanted, found in [
+        (Filter(), [plain, sync]),
+        (Filter(owner="bob"), [sync]),
+        (Filter(state=JobState.RUNNING), [plain]),
+        (Filter(norm="sync"), [sync]),
+        (Filter(tag="b"), [plain, sync]),
+        (Filter(tag="a"), [sync]),
+        (Filter(tag="a", owner="admin"), []),
+    ]:
+        assert await jobs.page(10, None, wanted) == (found, None)
 
 
 async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):

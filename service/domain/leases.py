@@ -1,0 +1,35 @@
+"""Who of several replicas of the service does what; pure.
+
+The work is cut into parts, each under a lease of its own. A lease that was not renewed in time is free for others, and each new
+holder gets a token larger than the one before: what a holder that was away writes with its old token is refused (fencing; Kleppmann
+2016, How to do distributed locking).
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from zlib import crc32
+
+SCHEDULER = "scheduler"
+"""Who holds this one admits jobs: what is free can be counted by one alone."""
+SHARDS = 8
+"""Parts that the jobs are cut into, each looked after by one replica."""
+LEASES = (SCHEDULER, *(f"shard-{number}" for number in range(SHARDS)))
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to do a part of the work, for now."""
+
+    name: str
+    token: int
+
+
+def shard_of(job_id: str) -> int:
+    """The part that a job belongs to."""
+    return crc32(job_id.encode()) % SHARDS
+
+
+def share_of(replica: str, alive: Collection[str]) -> frozenset[str]:
+    """The leases that a replica should hold, where these ones are alive: as many as others, or one more."""
+    order = sorted({*alive, replica})
+    return frozenset(LEASES[order.index(replica) :: len(order)])

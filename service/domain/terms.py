@@ -1,0 +1,57 @@
+"""On what terms a job is run, beside what its spec says; pure."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from service.domain.jobs import Job, new_id
+from service.domain.retries import Retries
+from trainer.spec import Frozen, JobSpec
+
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
+
+
+class Terms(Frozen):
+    """Place in the queue, limits and retries; the same for all jobs of a comparison."""
+
+    priority: int = Field(
+        0, ge=-100, le=100, description="jobs of a higher one go first; equal ones by their owners' shares, then by age"
+    )
+    tags: Annotated[list[Tag], Field(max_length=20)] = Field([], description="words to find the job by")
+    retries: Retries = Retries()
+    queue_seconds: float | None = Field(
+        None, gt=0, le=31_536_000, description="how long to wait for the first attempt before the job fails"
+    )
+    run_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=31_536_000,
+        description="how long all attempts together may run before the job is stopped and fails",
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _once(cls, tags: list[str]) -> list[str]:
+        if len(set(tags)) < len(tags):
+            raise ValueError(f"takes each tag once (got {tags})")
+        return tags
+
+    def job(self, *, owner: str, name: str, spec: JobSpec, **more: Any) -> Job:
+        """Make a new job on these terms."""
+        now = datetime.now(UTC)
+        return Job(
+            id=new_id("job"),
+            name=name,
+            owner=owner,
+            spec=spec,
+            tags=tuple(self.tags),
+            priority=self.priority,
+            retries=self.retries,
+            queue_seconds=self.queue_seconds,
+            run_seconds=self.run_seconds,
+            reason="submitted by the user",
+            created_at=now,
+            queued_at=now,
+            **more,
+        )

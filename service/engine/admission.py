@@ -1,0 +1,49 @@
+"""Admission: which queued jobs go to Ray now, decided by the one replica that holds the scheduler's lease."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from service.domain.errors import Unavailable
+from service.domain.leases import Lease
+from service.domain.scheduling import Policy, plan
+from service.engine.attempts import Attempts
+from service.engine.ray_jobs import RayJobs
+from service.store.jobs import JobStore
+
+
+class Admission:
+    """Looks at the queue and starts what fits."""
+
+    def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Attempts, policy: Callable[[], Policy]) -> None:
+        self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
+
+    async def admit(self, lease: Lease) -> None:
+        """Start the jobs that the plan admits, and tell the others why they wait. Raises Unavailable."""
+        queue = await self._jobs.queue()
+        if not queue.waiting:
+            return
+        try:
+            chosen = plan(queue.waiting, queue.active, await self._ray.cluster(), self._policy(), datetime.now(UTC))
+        except Unavailable as error:
+            await self._explain(queue.reasons, dict.fromkeys(queue.reasons, f"waits for Ray: {error}"), lease)
+            raise
+        await self._explain(queue.reasons, chosen.reasons, lease)
+        results = await asyncio.gather(
+            *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True
+        )
+        for candidate, result in zip(chosen.admitted, results, strict=True):
+            if isinstance(result, Unavailable):
+                await self._explain(queue.reasons, {candidate.id: f"waits: {result}"}, lease)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _start(self, job_id: str, lease: Lease) -> None:
+        await self._attempts.start(await self._jobs.get(job_id), lease)
+
+    async def _explain(self, told: dict[str, str], reasons: dict[str, str], lease: Lease) -> None:
+        """Keep the reasons of queued jobs true."""
+        changed = {job_id: reason for job_id, reason in reasons.items() if told.get(job_id) != reason}
+        if changed:
+            await self._jobs.explain(changed, lease)

@@ -1,0 +1,105 @@
+"""Starting attempts: a run in MLflow, a mark in the database, and only then a submission in Ray."""
+
+import logging
+from collections import Counter
+from datetime import UTC, datetime
+
+from service.domain.errors import NotFound, Refused
+from service.domain.jobs import Job, JobState, Transition
+from service.domain.leases import Lease
+from service.domain.lifecycle import after_failure
+from service.domain.retries import Blame
+from service.engine.mlflow_runs import MlflowRuns
+from service.engine.ray_jobs import RayJobs
+from service.engine.run_files import RunFiles
+from service.store.comparisons import ComparisonStore
+from service.store.jobs import JobStore
+from trainer.spec import Permissions, RunContext, Task
+
+logger = logging.getLogger(__name__)
+ACTOR = "dispatcher"
+MOST_REFUSALS = 5
+"""Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
+MOST_ANCESTORS = 20
+
+
+class Attempts:
+    """Brings queued jobs to Ray. All of it may be repeated: after a crash in between, it is done again under the same names."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        comparisons: ComparisonStore,
+        ray: RayJobs,
+        mlflow: MlflowRuns,
+        files: RunFiles,
+        *,
+        mlflow_url: str,
+        permissions: Permissions,
+    ) -> None:
+        self._jobs, self._comparisons = jobs, comparisons
+        self._ray, self._mlflow, self._files = ray, mlflow, files
+        self._mlflow_url, self._permissions = mlflow_url, permissions
+        self._refusals: Counter[str] = Counter()
+
+    async def start(self, job: Job, lease: Lease) -> None:
+        """Mark a queued job as submitted, and only then hand it to Ray; nothing is done if it has changed meanwhile."""
+        try:
+            started = await self._with_run(job, lease)
+        except Refused as error:
+            await self._fail_if_refused_often(job, lease, error)
+            return
+        step = Transition(state=JobState.SUBMITTED, reason=f"attempt {job.attempt} goes to Ray")
+        submitted = await self._jobs.advance(started, step, ACTOR, lease) if started else None
+        if submitted is not None:
+            await self.hand_over(submitted, lease)
+
+    async def hand_over(self, job: Job, lease: Lease) -> None:
+        """Give a submitted job to Ray."""
+        context = RunContext(
+            job_id=job.id,
+            attempt=job.attempt,
+            name=job.name,
+            folder=str(self._files.job_folder(job.id)),
+            mlflow_url=self._mlflow_url,
+            mlflow_run_id=job.mlflow_run_id,
+            permissions=self._permissions,
+            resumed_from=await self._ancestors(job),
+        )
+        try:
+            await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
+        except Refused as error:
+            await self._fail_if_refused_often(job, lease, error)
+
+    async def _ancestors(self, job: Job) -> tuple[str, ...]:
+        """The jobs whose checkpoints a job may go on from, newest first: one that was resumed may have saved none of its own."""
+        found: list[str] = []
+        while job.resumed_from is not None and len(found) < MOST_ANCESTORS:
+            found.append(job.resumed_from)
+            try:
+                job = await self._jobs.get(job.resumed_from)
+            except NotFound:  # deleted since
+                break
+        return tuple(found)
+
+    async def _with_run(self, job: Job, lease: Lease) -> Job | None:
+        """See to it that MLflow has a run for the job, and for its comparison."""
+        comparison = await self._comparisons.get(job.comparison_id) if job.comparison_id else None
+        if comparison is not None and comparison.mlflow_run_id is None:
+            parent = await self._mlflow.start_comparison(comparison)
+            await self._comparisons.note(
+                comparison.id, mlflow_run_id=parent.run_id, mlflow_experiment_id=parent.experiment_id
+            )
+            comparison = await self._comparisons.get(comparison.id)
+        run = await self._mlflow.start_job(job, comparison)
+        return await self._jobs.note(job, lease, mlflow_run_id=run.run_id, mlflow_experiment_id=run.experiment_id)
+
+    async def _fail_if_refused_often(self, job: Job, lease: Lease, error: Refused) -> None:
+        self._refusals[job.submission_id] += 1
+        logger.warning("%s: %s", job.id, error, extra={"job_id": job.id})
+        if self._refusals[job.submission_id] < MOST_REFUSALS:
+            return
+        step = Transition(state=JobState.FAILED, reason=str(error))
+        if job.state == JobState.SUBMITTED:  # Ray's trouble, not the job's
+            step = after_failure(job, Blame.INFRASTRUCTURE, str(error), datetime.now(UTC))
+        await self._jobs.advance(job, step, ACTOR, lease)

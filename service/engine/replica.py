@@ -1,0 +1,68 @@
+"""This process's part in the work: the leases it holds, renewed as long as it lives."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from service.domain.errors import Unavailable
+from service.domain.leases import SCHEDULER, Lease, shard_of
+from service.store.leases import LeaseStore
+
+logger = logging.getLogger(__name__)
+RENEWALS = 3
+"""Times that a lease is renewed before it would run out."""
+
+
+class Replica:
+    """Holds leases. Another process of the same name, as after a restart, must have ended: its leases are taken over at once."""
+
+    def __init__(self, leases: LeaseStore, name: str, lease_seconds: float) -> None:
+        self._leases, self.name, self._lease_seconds = leases, name, lease_seconds
+        self._held: Mapping[str, Lease] = {}
+        self._renewed_at = 0.0
+
+    async def start(self) -> None:
+        """Take what a process of this name held before, under new tokens, and the share of the rest."""
+        await self._leases.give_back(self.name)
+        await self.renew()
+
+    async def run(self) -> None:
+        """Renew the leases until cancelled, and then give them back."""
+        try:
+            while True:
+                await asyncio.sleep(self._lease_seconds / RENEWALS)
+                try:
+                    await self.renew()
+                except Unavailable as error:
+                    logger.warning("leases could not be renewed: %s", error)
+        finally:
+            self._held = {}
+            try:
+                await self._leases.give_back(self.name)
+            except Unavailable as error:
+                logger.warning("leases could not be given back, and run out by themselves: %s", error)
+
+    async def renew(self) -> None:
+        """Renew the leases once."""
+        began = time.monotonic()
+        self._held = await self._leases.keep(self.name, self._lease_seconds)
+        self._renewed_at = began
+
+    def lease(self, name: str) -> Lease | None:
+        """A lease, if this replica holds it."""
+        if time.monotonic() - self._renewed_at > self._lease_seconds:
+            return None
+        return self._held.get(name)
+
+    def scheduler(self) -> Lease | None:
+        """The right to admit jobs."""
+        return self.lease(SCHEDULER)
+
+    def of_job(self, job_id: str) -> Lease | None:
+        """The right to look after a job."""
+        return self.lease(f"shard-{shard_of(job_id)}")
+
+    def shards(self) -> set[int]:
+        """The shards whose jobs this replica looks after."""
+        return {int(name.removeprefix("shard-")) for name in self._held if name != SCHEDULER and self.lease(name)}
