@@ -49,7 +49,7 @@ def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, 
     if is_overtime(job, now):
         return Transition(state=JobState.FAILED, reason=f"ran longer than its run_seconds, {job.run_seconds:g}")
     if outcome is not None:
-        blame = BLAME.get(outcome.cause, Blame.INFRASTRUCTURE) if outcome.cause else Blame.INFRASTRUCTURE
+        blame = BLAME.get(outcome.cause, Blame.USER) if outcome.cause else Blame.USER
         what = outcome.reason if blame == Blame.USER else f"{outcome.cause}: {outcome.reason}"
         return after_failure(job, blame, what, now)
     if submission is None:

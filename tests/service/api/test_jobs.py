@@ -132,7 +132,7 @@ async def test_pages(client):
         ({"spec": {}}, "spec.steps", "required"),
         ({"name": "a\nb"}, "name", "pattern"),
         ({"name": ""}, "name", "at least 1 character"),
-        ({"priority": 3}, "priority", "no such field"),
+        ({"colour": 3}, "colour", "no such field"),
     ],
 )
 async def test_a_bad_field_is_named_and_nothing_is_stored(client, change, field, takes):

@@ -1,54 +1,27 @@
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import JobState
+from service.domain.leases import SHARDS
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Capacity
-from service.engine.dispatcher import MOST_REFUSALS, Dispatcher
-from service.engine.run_files import RunFiles
-from service.store.comparisons import ComparisonStore
-from service.store.jobs import JobStore
-from tests.fakes import FakeMlflow, FakeRay
+from service.domain.retries import Retries
+from service.domain.scheduling import Capacity, Policy
+from service.engine.attempts import MOST_REFUSALS
+from service.store.leases import LeaseStore
+from tests.service.engine.house import House
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Permissions, Progress, attempt_folder
+from trainer.spec import CLOSED_FILE, OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
+
+NO_RETRIES = Retries(infrastructure=0)
 
 
-class House:
-    """A dispatcher with all that it works on; `reopen` is what a restart of the service does."""
-
-    grace_seconds = 0.0
-
-    def __init__(self, database, storage):
-        self.database, self.files = database, RunFiles(storage)
-        self.jobs, self.comparisons = JobStore(database), ComparisonStore(database)
-        self.ray, self.mlflow = FakeRay(), FakeMlflow()
-        self.reopen()
-
-    def reopen(self):
-        self.dispatcher = Dispatcher(
-            self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
-            mlflow_url="http://mlflow", permissions=Permissions(), poll_seconds=0.01,
-            max_active_jobs=8, max_attempts=2, grace_seconds=self.grace_seconds,
-        )  # fmt: skip
-
-    async def add(self, **changes):
-        job = make_job(**changes)
-        await self.jobs.add(job)
-        return job
-
-    async def round(self):
-        await self.dispatcher.round()
-
-    async def state(self, job):
-        return (await self.jobs.get(job.id)).state.value
-
-    def write(self, job, name, content):
-        folder = attempt_folder(self.files.job_folder(job), job.attempt)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(content.model_dump_json())
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr("service.domain.lifecycle.pause", lambda failures: timedelta())
 
 
 @pytest.fixture
@@ -78,14 +51,14 @@ async def test_a_job_walks_from_the_queue_to_its_end(house):
     seen = await house.jobs.get(job.id)
     assert (seen.state, seen.reason, seen.mlflow_closed) == (JobState.SUCCEEDED, "finished 10 steps", True)
     assert house.mlflow.runs == {f"run-of-{job.id}": "succeeded"}
-    assert await house.jobs.unsettled() == []
+    assert await house.jobs.unsettled(range(SHARDS)) == []
 
 
 async def test_jobs_wait_for_room_and_say_so(house):
     first, second, large = [await house.add(spec=JobSpec(steps=1, num_workers=n)) for n in (2, 1, 30)]
     await house.round()
     assert [await house.state(job) for job in (first, second, large)] == ["submitted", "queued", "queued"]
-    assert (await house.jobs.get(second.id)).reason == "attempt 1 waits for 1 CPUs"
+    assert (await house.jobs.get(second.id)).reason == "waits for 1 CPUs"
     assert "the whole cluster has 2 CPUs" in (await house.jobs.get(large.id)).reason
     house.ray.total = Capacity(cpus=33, gpus=0)
     await house.round()
@@ -95,11 +68,11 @@ async def test_jobs_wait_for_room_and_say_so(house):
 async def test_cancelling_a_queued_job_needs_neither_ray_nor_mlflow(house):
     house.ray.is_down = house.mlflow.is_down = True
     job = await house.add()
-    await house.jobs.request_cancel(job.id)
+    await house.jobs.request_cancel(job.id, "ann")
     await house.round()
     assert await house.state(job) == "cancelled"
     await house.round()
-    assert await house.jobs.unsettled() == []
+    assert await house.jobs.unsettled(range(SHARDS)) == []
 
 
 async def test_cancelling_a_running_job_stops_it_first(house):
@@ -107,7 +80,7 @@ async def test_cancelling_a_running_job_stops_it_first(house):
     await house.round()
     house.ray.set(job.submission_id, RayStatus.RUNNING)
     await house.round()
-    await house.jobs.request_cancel(job.id)
+    await house.jobs.request_cancel(job.id, "ann")
     await house.round()
     assert await house.state(job) == "running"
     await house.round()
@@ -125,7 +98,7 @@ async def test_what_is_down_delays_a_job_and_loses_nothing(house, down):
     seen = await house.jobs.get(job.id)
     assert (seen.state, seen.reason) == (
         JobState.QUEUED,
-        f"waiting: {'Ray' if down == 'ray' else 'MLflow'} did not answer",
+        "waits for Ray: Ray did not answer" if down == "ray" else "waits: MLflow did not answer",
     )
     getattr(house, down).is_down = False
     await house.round()
@@ -145,14 +118,15 @@ async def test_a_crash_before_ray_was_told_is_mended(house):
 
 
 async def test_what_ray_keeps_refusing_fails_in_the_end(house):
-    job = await house.add()
+    job = await house.add(retries=NO_RETRIES)
     house.ray.refuses = True
     await house.round()
     assert await house.state(job) == "submitted"
-    for _ in range(MOST_REFUSALS):
+    for _ in range(MOST_REFUSALS * (NO_RETRIES.infrastructure + 1) + 2):
         await house.round()
     seen = await house.jobs.get(job.id)
-    assert (seen.state, seen.reason) == (JobState.FAILED, "Ray refused the submission with 500")
+    assert seen.state == JobState.FAILED
+    assert "Ray refused the submission with 500; no retries left for infrastructure (0)" in seen.reason
 
 
 async def test_a_restart_of_the_service_submits_nothing_twice(house):
@@ -164,7 +138,7 @@ async def test_a_restart_of_the_service_submits_nothing_twice(house):
 
 
 async def test_a_running_job_that_ray_lost_gets_another_attempt_and_not_a_third(house):
-    job = await house.add()
+    job = await house.add(retries=Retries(infrastructure=1))
     await house.round()
     house.ray.set(job.submission_id, RayStatus.RUNNING)
     await house.round()
@@ -195,7 +169,7 @@ async def test_a_torn_outcome_is_not_taken_for_one(house):
     job = await house.add()
     await house.round()
     house.ray.set(job.submission_id, RayStatus.SUCCEEDED)
-    folder = attempt_folder(house.files.job_folder(job), 1)
+    folder = house.files.attempt_folder(job)
     folder.mkdir(parents=True)
     (folder / OUTCOME_FILE).write_text(json.dumps({"state": "succeeded"}))
     await house.round()
@@ -237,16 +211,113 @@ async def test_progress_prolongs_the_time_that_a_suspect_is_given(house, monkeyp
     assert (await house.jobs.get(job.id)).attempt == 2
 
 
-async def test_cancelling_what_ray_has_not_started_yet_stops_it_once_it_runs(house):
+async def test_what_ray_has_not_started_yet_is_cancelled_at_once_and_its_driver_finds_that(house):
     job = await house.add()
     await house.round()
-    await house.jobs.request_cancel(job.id)
+    await house.jobs.request_cancel(job.id, "ann")
+    await house.round()
+    assert await house.state(job) == "cancelled"
+    assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
+
+
+async def test_what_ray_starts_while_it_is_cancelled_is_stopped(house, monkeypatch):
+    job = await house.add()
+    await house.round()
+    await house.jobs.request_cancel(job.id, "ann")
+    close = house.files.close_attempt
+
+    def close_too_late(job):
+        monkeypatch.undo()
+        house.ray.set(job.submission_id, RayStatus.RUNNING)
+        close(job)
+
+    monkeypatch.setattr(house.files, "close_attempt", close_too_late)
     await house.round()
     assert await house.state(job) == "submitted"
-    house.ray.set(job.submission_id, RayStatus.RUNNING)
     for _ in range(4):
         await house.round()
     assert await house.state(job) == "cancelled"
+    assert house.ray.submissions[job.submission_id].status == RayStatus.STOPPED
+
+
+async def test_who_waits_too_long_in_the_queue_has_failed(house):
+    now = datetime.now(UTC)
+    late = await house.add(
+        spec=JobSpec(steps=1, num_workers=30), queue_seconds=1.0, created_at=now - timedelta(seconds=2)
+    )
+    again = await house.add(queue_seconds=1.0, created_at=now - timedelta(seconds=2), attempt=2)
+    await house.round()
+    seen = await house.jobs.get(late.id)
+    assert (seen.state, seen.reason.split(";")[0]) == (JobState.FAILED, "waited longer than its queue_seconds, 1")
+    assert await house.state(again) == "submitted"
+
+
+async def test_who_runs_too_long_is_stopped_and_has_failed(house):
+    job = await house.add(run_seconds=0.05)
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    await asyncio.sleep(0.06)
+    for _ in range(3):
+        await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.reason) == (JobState.FAILED, "ran longer than its run_seconds, 0.05")
+    assert house.ray.submissions[job.submission_id].status == RayStatus.STOPPED
+
+
+async def test_another_attempt_waits_for_its_time(house, monkeypatch):
+    monkeypatch.setattr("service.domain.lifecycle.pause", lambda failures: timedelta(seconds=60))
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.FAILED)
+    await house.round()
+    await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.state, seen.attempt) == (JobState.QUEUED, 2)
+    assert seen.reason.startswith("tried again at")
+
+
+async def test_a_resumed_job_knows_where_it_comes_from(house):
+    first, second = make_job(state=JobState.CANCELLED, mlflow_closed=True), None
+    await house.jobs.add(first)
+    second = await house.add(resumed_from=first.id, state=JobState.CANCELLED, mlflow_closed=True)
+    third = await house.add(resumed_from=second.id)
+    await house.round()
+    (task,) = house.ray.tasks[third.submission_id]
+    assert task.context.resumed_from == (second.id, first.id)
+
+
+async def test_replicas_share_the_work_and_one_takes_over_from_the_other(database, tmp_path):
+    first = House(database, tmp_path, name="one")
+    second = House(database, tmp_path, name="two", ray=first.ray, mlflow=first.mlflow)
+    first.ray.total = Capacity(cpus=50)
+    first.policy = second.policy = Policy(most_active=50)
+    jobs = [await first.add() for _ in range(20)]
+    await first.start()
+    await second.start()
+    await first.replica.renew()  # gives back what is now the other's share
+    await second.replica.renew()
+    assert first.replica.shards() | second.replica.shards() == set(range(SHARDS))
+    assert not first.replica.shards() & second.replica.shards()
+    assert (first.replica.scheduler() is None) != (second.replica.scheduler() is None)
+    await asyncio.gather(first.round(), second.round())
+    for job in jobs:
+        first.ray.set(job.submission_id, RayStatus.RUNNING)
+    await asyncio.gather(first.round(), second.round())
+    assert {await first.state(job) for job in jobs} == {"running"}
+    # One of them freezes; its leases run out; when it goes on, it changes nothing.
+    held = first.replica._held
+    await LeaseStore(database).give_back("one")
+    await second.replica.renew()
+    for job in jobs:
+        second.write(job, OUTCOME_FILE, SUCCEEDED)
+        second.ray.set(job.submission_id, RayStatus.SUCCEEDED)
+    first.replica._held = held
+    await first.dispatcher.round()
+    assert {await first.state(job) for job in jobs} == {"running"}
+    await second.round()
+    assert {await first.state(job) for job in jobs} == {"succeeded"}
+    assert [len(first.ray.tasks[job.submission_id]) for job in jobs] == [1] * len(jobs)
 
 
 async def test_one_jobs_trouble_does_not_keep_the_others_waiting(house, monkeypatch):
@@ -310,13 +381,14 @@ async def test_a_comparison_has_one_parent_run_that_ends_after_its_jobs(house):
 
 async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
     house.ray.is_down = True
+    await house.start()
     task = asyncio.create_task(house.dispatcher.run())
     settled = house.comparisons.unsettled
     house.comparisons.unsettled = None  # a mistake of ours in one round
     job = await house.add()
     house.dispatcher.wake()
     async with asyncio.timeout(10):
-        while "waiting" not in (await house.jobs.get(job.id)).reason:
+        while "waits for Ray" not in (await house.jobs.get(job.id)).reason:
             await asyncio.sleep(0.01)
         house.ray.is_down = False
         house.comparisons.unsettled = settled

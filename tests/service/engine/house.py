@@ -1,0 +1,63 @@
+"""A dispatcher with all that it works on, on stand-ins for Ray and MLflow."""
+
+from service.domain.scheduling import Policy
+from service.engine.admission import Admission
+from service.engine.attempts import Attempts
+from service.engine.dispatcher import Dispatcher
+from service.engine.replica import Replica
+from service.engine.run_files import RunFiles
+from service.store.comparisons import ComparisonStore
+from service.store.jobs import JobStore
+from service.store.leases import LeaseStore
+from tests.fakes import FakeMlflow, FakeRay
+from tests.service.examples import make_job
+from trainer.spec import Permissions
+
+
+class House:
+    """One replica; `reopen` is what a restart of the service does."""
+
+    grace_seconds = 0.0
+    policy = Policy(most_active=8)
+
+    def __init__(self, database, storage, *, name="one", ray=None, mlflow=None):
+        self.database, self.files, self.name = database, RunFiles(storage), name
+        self.jobs, self.comparisons = JobStore(database), ComparisonStore(database)
+        self.ray, self.mlflow = ray or FakeRay(), mlflow or FakeMlflow()
+        self.reopen()
+
+    def reopen(self):
+        self.replica = Replica(LeaseStore(self.database), self.name, 1_000)
+        self.is_open = False
+        attempts = Attempts(
+            self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
+            mlflow_url="http://mlflow", permissions=Permissions(),
+        )  # fmt: skip
+        self.dispatcher = Dispatcher(
+            self.replica, self.jobs, self.comparisons, self.ray, self.mlflow, self.files, attempts,
+            Admission(self.jobs, self.ray, attempts, lambda: self.policy),
+            poll_seconds=0.01, grace_seconds=self.grace_seconds,
+        )  # fmt: skip
+
+    async def start(self):
+        """Take the leases."""
+        if not self.is_open:
+            await self.replica.start()
+            self.is_open = True
+
+    async def add(self, **changes):
+        job = make_job(**changes)
+        await self.jobs.add(job)
+        return job
+
+    async def round(self):
+        await self.start()
+        await self.dispatcher.round()
+
+    async def state(self, job):
+        return (await self.jobs.get(job.id)).state.value
+
+    def write(self, job, name, content):
+        folder = self.files.attempt_folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content.model_dump_json())
