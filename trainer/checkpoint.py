@@ -7,7 +7,6 @@ names all files with their sizes and hashes, and is written last. A folder witho
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
+from trainer.adoption import MANIFEST, NAME
 from trainer.errors import StorageError
 from trainer.spec import CheckpointSpec
 from trainer.state import State
@@ -26,9 +26,7 @@ from trainer.worker import Worker
 
 FORMAT = 2
 """Changes when older checkpoints cannot be read any more."""
-MANIFEST = "manifest.json"
 SHARED = "shared.pt"
-NAME = re.compile(r"^step-(\d{12})-[0-9a-f]{8}$")
 CHUNK_BYTES = 1 << 22
 
 

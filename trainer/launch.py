@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trainer.adoption import adopt
 from trainer.errors import InvalidInput
 from trainer.manifest import RunManifest, checkpoint_folder
 from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
@@ -61,6 +62,7 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
             reason = f"use_gpu: {spec.min_workers} workers need a GPU each, this machine has {gpus}"
             return Outcome(state="failed", reason=reason, cause="configuration")
         try:
+            adopt(task)
             manifest = RunManifest(checkpoint_folder(task), task)
         except (ImportError, ValueError) as error:  # of fsspec: no such protocol, or its package is not installed
             reason = f"checkpoint.address: {error} (got {spec.checkpoint.address!r})"

@@ -11,10 +11,12 @@ from trainer.spec import Frozen, Outcome, Task
 MANIFEST_FILE = "run.json"
 
 
-def checkpoint_folder(task: Task) -> str:
-    """Path or address of a job's checkpoints."""
-    address = task.spec.checkpoint.address
-    return f"{address.rstrip('/')}/{task.context.job_id}" if address else str(Path(task.context.folder) / "checkpoints")
+def checkpoint_folder(task: Task, job_id: str | None = None) -> str:
+    """Path or address of the checkpoints of the task's job, or of another job with the same `checkpoint.address`."""
+    address, folder = task.spec.checkpoint.address, Path(task.context.folder)
+    if job_id is not None:
+        folder = folder.parent / job_id
+    return f"{address.rstrip('/')}/{job_id or task.context.job_id}" if address else str(folder / "checkpoints")
 
 
 class Try(Frozen):

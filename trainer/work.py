@@ -20,7 +20,7 @@ from trainer.loop import train
 from trainer.manifest import checkpoint_folder
 from trainer.outbox import Outbox
 from trainer.plots import write_figures
-from trainer.spec import JobSpec, Task, attempt_folder
+from trainer.spec import SHAPING_FIELDS, JobSpec, Task, attempt_folder
 from trainer.state import Position
 from trainer.worker import Worker
 
@@ -130,23 +130,6 @@ class RayNotices:
         import ray.train
 
         return ray.train.get_preemption_info() is not None
-
-
-SHAPING_FIELDS = (
-    "model",
-    "data",
-    "norm",
-    "sync_group_size",
-    "sharding",
-    "global_batch_size",
-    "accumulate",
-    "optimizer",
-    "schedule",
-    "clip_norm",
-    "seed",
-    "precision",
-)
-"""Fields of the spec that the state of a run depends on. The others, such as `steps` or `num_workers`, may change in between."""
 
 
 def identity(spec: JobSpec, data_digest: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from service.api.schemas import FieldError, Problem
-from service.domain.errors import Conflict, InvalidField, NotFound, ServiceError, Unavailable
+from service.domain.errors import Changed, Conflict, InvalidField, NotFound, ServiceError, Unavailable
 from trainer.spec import Refusal, field_path
 
 MEDIA_TYPE = "application/problem+json"
@@ -19,6 +19,7 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     InvalidField: HTTPStatus.UNPROCESSABLE_ENTITY,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
+    Changed: HTTPStatus.PRECONDITION_FAILED,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 LONGEST_VALUE = 200

@@ -4,7 +4,7 @@ from dataclasses import fields
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.config import JsonDict
 
 from service.domain import reports
@@ -13,7 +13,7 @@ from service.domain.jobs import Event, Job, JobState
 from service.domain.retries import Blame, Retries
 from service.domain.statistics import Verdict
 from service.domain.terms import Terms
-from trainer.spec import JobSpec, Progress
+from trainer.spec import Frozen, JobSpec, Progress
 
 Name = Annotated[
     str,
@@ -45,6 +45,40 @@ class SubmitJob(Terms):
 
     name: Name
     spec: JobSpec
+
+
+class ChangeJob(Frozen):
+    """A new job after the example of another one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "second try", "overrides": {"steps": 4000, "checkpoint.keep_last": 3}}]
+        }
+    )
+
+    name: Name | None = Field(None, description="null: that of the other job")
+    overrides: dict[str, JsonValue] = Field(
+        {}, max_length=64, description="paths into the spec, such as `optimizer.lr`, and their new values"
+    )
+
+
+class Needs(BaseModel):
+    """What a job takes of the cluster."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    cpus: float
+    gpus: float
+
+
+class Validation(BaseModel):
+    """What would be stored, had it been submitted."""
+
+    jobs: int
+    spec: JobSpec = Field(description="with all defaults; of a comparison, the base spec")
+    least: Needs = Field(description="of one job, to start")
+    most: Needs = Field(description="of one job, while it runs")
+    fits: bool | None = Field(description="whether the cluster as it is now is large enough; null: Ray does not answer")
 
 
 class SubmitComparison(ComparisonSpec, Terms):

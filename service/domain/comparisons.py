@@ -141,7 +141,18 @@ def _changes(point: Variant, matrix: Matrix, variants: Mapping[str, Variant]) ->
     ]
 
 
-def _resolve(base: dict[str, Any], changes: list[tuple[str, str, Any]], point: Variant) -> JobSpec:
+def override(spec: JobSpec, overrides: Mapping[str, Any]) -> JobSpec:
+    """Set the fields at these paths. Raises InvalidField naming the path and the value that cannot be taken."""
+    for path, other in itertools.permutations(overrides, 2):
+        if other.startswith(f"{path}."):
+            raise InvalidField(f"overrides.{other}", other, f"{path} is set as a whole already")
+    changes = [(f"overrides.{path}", path, value) for path, value in overrides.items()]
+    return _resolve(spec.model_dump(mode="json"), changes, dict(overrides), "overrides")
+
+
+def _resolve(
+    base: dict[str, Any], changes: list[tuple[str, str, Any]], point: Variant, whole: str = "matrix"
+) -> JobSpec:
     content = copy.deepcopy(base)
     for field, path, value in changes:
         _set(content, field.partition("[")[0], path, value)
@@ -154,7 +165,7 @@ def _resolve(base: dict[str, Any], changes: list[tuple[str, str, Any]], point: V
         for field, path, value in changes:
             if broken == path or broken.startswith((f"{path}.", f"{path}[")):
                 raise InvalidField(field, value, takes) from None
-        raise InvalidField("matrix", point, f"this variant has no valid {broken}: {takes}") from None
+        raise InvalidField(whole, point, f"this variant has no valid {broken}: {takes}") from None
 
 
 def _set(content: dict[str, Any], field: str, path: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Unavailable, Refused."""
+"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Changed, Unavailable, Refused."""
 
 from typing import Any
 
@@ -21,6 +21,10 @@ class NotFound(ServiceError):  # noqa: N818
 
 class Conflict(ServiceError):  # noqa: N818
     """The request does not fit the state that the thing is in."""
+
+
+class Changed(ServiceError):  # noqa: N818
+    """The thing is not any more what the request says that it is."""
 
 
 class Unavailable(ServiceError):  # noqa: N818

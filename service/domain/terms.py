@@ -1,13 +1,16 @@
 """On what terms a job is run, beside what its spec says; pure."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from service.domain.jobs import Job, new_id
+from service.domain.comparisons import override
+from service.domain.errors import Conflict, InvalidField
+from service.domain.jobs import Job, JobState, new_id
 from service.domain.retries import Retries
-from trainer.spec import Frozen, JobSpec
+from trainer.spec import SHAPING_FIELDS, Frozen, JobSpec
 
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
 
@@ -55,3 +58,33 @@ class Terms(Frozen):
             queued_at=now,
             **more,
         )
+
+
+def terms_of(job: Job) -> Terms:
+    """The terms that a job was submitted on."""
+    return Terms(**{name: getattr(job, name) for name in Terms.model_fields if name != "tags"}, tags=list(job.tags))
+
+
+def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any]) -> Job:
+    """Make a new job like another one, with some fields of its spec changed. Raises InvalidField."""
+    spec = override(job.spec, overrides)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, cloned_from=job.id)
+
+
+def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any]) -> Job:
+    """Make a new job that goes on from the checkpoints of one that has ended.
+
+    Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between.
+    """
+    if not job.state.is_terminal:
+        raise Conflict(f"job {job.id} is {job.state.value}; only jobs that have ended can be resumed")
+    for path, value in overrides.items():
+        if path == "checkpoint.address" or path == "checkpoint" or path.partition(".")[0] in SHAPING_FIELDS:
+            takes = f"takes fields that a checkpoint does not depend on: all but {', '.join(SHAPING_FIELDS)} and checkpoint.address"
+            raise InvalidField(f"overrides.{path}", value, takes)
+    if job.state == JobState.SUCCEEDED and not overrides:
+        raise Conflict(
+            f"job {job.id} has done all its steps; overrides, such as more `steps`, would give it something to do"
+        )
+    spec = override(job.spec, overrides)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, resumed_from=job.id)

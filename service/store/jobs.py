@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Select, exists, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.errors import Conflict, NotFound
+from service.domain.errors import Changed, Conflict, NotFound
 from service.domain.jobs import Event, Job, JobState, Transition, is_legal
 from service.domain.leases import Lease, shard_of
 from service.domain.retries import Blame, Failures, Retries
@@ -128,14 +128,19 @@ class JobStore:
             rows = (await connection.execute(query.order_by(events.c.sequence))).all()
         return [Event(**(row._asdict() | {"state": JobState(row.state)})) for row in rows]
 
-    async def request_cancel(self, job_id: str, actor: str) -> Job:
-        """Set the wish to cancel; asking twice changes nothing. Raises NotFound, and Conflict if the job has ended otherwise."""
+    async def request_cancel(self, job_id: str, actor: str, version: int | None = None) -> Job:
+        """Set the wish to cancel; asking twice changes nothing.
+
+        Raises NotFound; Conflict if the job has ended otherwise; Changed if it has another `version` than the given one.
+        """
         open_states = [state.value for state in JobState if not state.is_terminal]
         query = (
             update(jobs)
             .where(jobs.c.id == job_id, jobs.c.state.in_(open_states), jobs.c.cancel_requested.is_(False))
             .values(cancel_requested=True, version=jobs.c.version + 1)
         )
+        if version is not None:
+            query = query.where(jobs.c.version == version)
         async with self._database.write() as connection:
             if (await connection.execute(query)).rowcount:
                 job = _job((await connection.execute(select(*COLUMNS).where(jobs.c.id == job_id))).one())
@@ -143,6 +148,8 @@ class JobStore:
                 await connection.execute(insert(events).values(**_event(wish, datetime.now(UTC), actor)))
                 return job
         job = await self.get(job_id)
+        if version is not None and job.version != version:
+            raise Changed(f"job {job_id} has changed since: it is {job.state.value}, {job.reason}")
         if job.state.is_terminal and job.state != JobState.CANCELLED:
             raise Conflict(
                 f"job {job_id} has already {job.state.value}; only jobs that have not ended can be cancelled"

@@ -13,7 +13,7 @@ from trainer.spec.data import (
     train_samples,
 )
 from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured, Metric
-from trainer.spec.job import JobSpec, Norm
+from trainer.spec.job import SHAPING_FIELDS, JobSpec, Norm
 from trainer.spec.models import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec
 from trainer.spec.optimizers import (
     AdamWSpec,
@@ -52,6 +52,7 @@ __all__ = [
     "LOG_FILE",
     "OUTCOME_FILE",
     "PROGRESS_FILE",
+    "SHAPING_FIELDS",
     "AdamWSpec",
     "Cause",
     "CheckpointSpec",

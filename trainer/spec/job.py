@@ -180,3 +180,20 @@ def least_batch(workers: int, norm: Any, sync_group_size: int | None) -> int:
     if norm == Norm.BATCH or (norm == Norm.SYNC and sync_group_size == 1):
         return 2 * workers
     return max(2, workers) if norm == Norm.SYNC else workers
+
+
+SHAPING_FIELDS = (
+    "model",
+    "data",
+    "norm",
+    "sync_group_size",
+    "sharding",
+    "global_batch_size",
+    "accumulate",
+    "optimizer",
+    "schedule",
+    "clip_norm",
+    "seed",
+    "precision",
+)
+"""Fields of the spec that the state of a run depends on. The others, such as `steps` or `num_workers`, may change in between."""

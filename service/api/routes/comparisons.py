@@ -6,7 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Response
 
 from service.api.components import GivenComponents
-from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
+from service.api.routes.validation import validation
+from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison, Validation
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import ADMIN, LONGEST_NAME, new_id
 from service.engine.reports import read_curves, report
@@ -46,6 +47,16 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
     components.dispatcher.wake()
     response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
+
+
+@router.post(":validate")
+async def validate_comparison(body: SubmitComparison, components: GivenComponents) -> Validation:
+    """Check a comparison, and store nothing."""
+    specs = [spec for _, spec in expand(body.spec, body.matrix, body.variants)]
+    for spec in specs:
+        components.permissions.check(spec)
+    choose_baseline(body.axes, body.baseline)
+    return await validation(components, body.spec, specs)
 
 
 @router.get("/{comparison_id}")

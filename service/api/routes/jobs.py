@@ -4,18 +4,24 @@ import base64
 import binascii
 import re
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
+from zlib import crc32
 
 import anyio
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Header, Query, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from service.api.components import GivenComponents
-from service.api.schemas import EventList, EventView, JobList, JobView, SubmitJob
-from service.domain.errors import InvalidField
-from service.domain.jobs import ADMIN
+from service.api.components import Components, GivenComponents
+from service.api.routes.validation import validation
+from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob, Validation
+from service.domain.errors import Changed, InvalidField
+from service.domain.jobs import ADMIN, Job, JobState
+from service.domain.terms import clone, resume
+from service.store.jobs import Filter
+from trainer.spec import Norm
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 CHUNK_BYTES = 65_536
@@ -26,40 +32,85 @@ JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", descriptio
 @router.post("", status_code=202)
 async def submit_job(body: SubmitJob, components: GivenComponents, response: Response) -> JobView:
     """Store a job and answer with its address; the dispatcher takes it from there."""
-    components.permissions.check(body.spec)
-    job = body.job(owner=ADMIN, name=body.name, spec=body.spec)
+    return await _add(body.job(owner=ADMIN, name=body.name, spec=body.spec), components, response)
+
+
+async def _add(job: Job, components: Components, response: Response) -> JobView:
+    components.permissions.check(job.spec)
     await components.jobs.add(job)
     components.dispatcher.wake()
     response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["ETag"] = etag(job)
     return JobView.of(job, components.mlflow_public_url)
+
+
+@router.post(":validate")
+async def validate_job(body: SubmitJob, components: GivenComponents) -> Validation:
+    """Check a submission, and store nothing."""
+    components.permissions.check(body.spec)
+    return await validation(components, body.spec, [body.spec])
 
 
 @router.get("")
 async def list_jobs(
     components: GivenComponents,
+    owner: Annotated[str | None, Query(max_length=80)] = None,
+    state: Annotated[JobState | None, Query()] = None,
+    comparison: Annotated[str | None, Query(max_length=40, description="a comparison's id")] = None,
+    norm: Annotated[Norm | None, Query()] = None,
+    tag: Annotated[str | None, Query(max_length=80)] = None,
     page_size: Annotated[int, Query(ge=1, le=1_000)] = 50,
     page_token: Annotated[str | None, Query(description="`next_page_token` of the page before")] = None,
 ) -> JobList:
-    """List jobs, newest first."""
-    jobs, more = await components.jobs.page(page_size, _place(page_token) if page_token else None)
+    """List jobs, newest first: those that meet all conditions."""
+    wanted = Filter(owner=owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
+    jobs, more = await components.jobs.page(page_size, _place(page_token) if page_token else None, wanted)
     return JobList(
         jobs=[JobView.of(job, components.mlflow_public_url) for job in jobs],
         next_page_token=_token(more) if more is not None else None,
     )
 
 
-@router.get("/{job_id}")
-async def show_job(job_id: JobId, components: GivenComponents) -> JobView:
-    """Show one job."""
-    return JobView.of(await components.jobs.get(job_id), components.mlflow_public_url)
+@router.get("/{job_id}", response_model=JobView, responses={304: {"description": "it is as `If-None-Match` says"}})
+async def show_job(
+    job_id: JobId,
+    components: GivenComponents,
+    response: Response,
+    if_none_match: Annotated[str | None, Header(max_length=200)] = None,
+) -> JobView | Response:
+    """Show one job. Its `ETag` changes whenever it does."""
+    job = await components.jobs.get(job_id)
+    if if_none_match == etag(job):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag(job)})
+    response.headers["ETag"] = etag(job)
+    return JobView.of(job, components.mlflow_public_url)
 
 
-@router.post("/{job_id}:cancel", status_code=202)
-async def cancel_job(job_id: JobId, components: GivenComponents) -> JobView:
+@router.post("/{job_id}:cancel", status_code=202, responses={412: {"model": Problem}})
+async def cancel_job(
+    job_id: JobId,
+    components: GivenComponents,
+    if_match: Annotated[str | None, Header(max_length=200, description="the `ETag` that the job must have")] = None,
+) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
-    job = await components.jobs.request_cancel(job_id, ADMIN)
+    version = _version(await components.jobs.get(job_id), if_match) if if_match else None
+    job = await components.jobs.request_cancel(job_id, ADMIN, version)
     components.dispatcher.wake()
     return JobView.of(job, components.mlflow_public_url)
+
+
+@router.post("/{job_id}:resume", status_code=202)
+async def resume_job(job_id: JobId, body: ChangeJob, components: GivenComponents, response: Response) -> JobView:
+    """Submit a new job that goes on from the checkpoints of one that has ended."""
+    old = await components.jobs.get(job_id)
+    return await _add(resume(old, owner=ADMIN, name=body.name, overrides=body.overrides), components, response)
+
+
+@router.post("/{job_id}:clone", status_code=202)
+async def clone_job(job_id: JobId, body: ChangeJob, components: GivenComponents, response: Response) -> JobView:
+    """Submit a new job like another one, from its beginning."""
+    old = await components.jobs.get(job_id)
+    return await _add(clone(old, owner=ADMIN, name=body.name, overrides=body.overrides), components, response)
 
 
 @router.get("/{job_id}/events")
@@ -94,6 +145,17 @@ async def _read(path: Path) -> AsyncIterator[bytes]:
         while left > 0 and (chunk := await file.read(min(left, CHUNK_BYTES))):
             left -= len(chunk)
             yield chunk
+
+
+def etag(job: Job) -> str:
+    """Name a job's present form. Why it waits in the queue is told anew without a change of its version."""
+    return f'"{job.version}-{crc32(job.reason.encode()):x}"'
+
+
+def _version(job: Job, if_match: str) -> int:
+    if if_match not in (etag(job), "*"):
+        raise Changed(f"job {job.id} has changed since: it is {job.state.value}, {job.reason}")
+    return job.version
 
 
 def _token(place: int) -> str:
