@@ -21,6 +21,7 @@ from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
+from service.engine.watch import Watch
 from service.settings import Settings
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
@@ -54,6 +55,7 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
             tasks = [  # ended in this order
                 asyncio.create_task(components.dispatcher.run(), name="the dispatcher"),
                 asyncio.create_task(components.replica.run(), name="the renewal of leases"),
+                asyncio.create_task(components.watch.run(), name="the watch over jobs"),
             ]
             for task in tasks:
                 task.add_done_callback(_tell_end)
@@ -128,12 +130,15 @@ async def _open_components(
             poll_seconds=settings.poll_seconds,
             grace_seconds=settings.grace_seconds,
         )
-        yield Components(database, jobs, comparisons, ray, mlflow, files, replica, dispatcher, permissions, public_url)
+        watch = Watch(jobs, settings.poll_seconds)
+        yield Components(
+            database, jobs, comparisons, ray, mlflow, files, replica, dispatcher, watch, permissions, public_url
+        )
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
-        logger.critical("%s has ended; no job goes on until the service is restarted", task.get_name(), exc_info=error)
+        logger.critical("%s has ended; restart the service", task.get_name(), exc_info=error)
 
 
 async def _check(name: str, call: Awaitable[object]) -> Check:

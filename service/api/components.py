@@ -10,6 +10,7 @@ from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
+from service.engine.watch import Watch
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.jobs import JobStore
@@ -28,6 +29,7 @@ class Components:
     files: RunFiles
     replica: Replica
     dispatcher: Dispatcher
+    watch: Watch
     permissions: Permissions
     """What the operator allows specs to reach."""
     mlflow_public_url: str

@@ -148,8 +148,9 @@ class JobList(BaseModel):
 
 
 class EventView(BaseModel):
-    """A transition of a job."""
+    """A transition of a job, or a wish about it."""
 
+    sequence: int = Field(description="grows over all events")
     at: datetime
     state: JobState
     reason: str

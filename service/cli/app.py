@@ -84,9 +84,8 @@ def up(
 @app.command()
 def serve() -> None:
     """Run the API and the dispatcher alone; database, Ray and MLflow are given by SYNCBN_* settings."""
-    import uvicorn
-
     from service.api.app import make_app
+    from service.api.server import Server
     from service.settings import Settings
 
     try:
@@ -97,9 +96,7 @@ def serve() -> None:
         raise typer.BadParameter(told, param_hint="settings") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    uvicorn.run(
-        make_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=3
-    )
+    Server(make_app(settings), settings).run()
 
 
 @app.command()

@@ -39,10 +39,9 @@ class RunFiles:
         """Read how the current attempt ended; None if it has not written that."""
         return self._read(job, OUTCOME_FILE, Outcome)
 
-    def log(self, job: Job, attempt: int) -> Path | None:
-        """Find an attempt's log; None if there is none."""
-        path = self.attempt_folder(job, attempt) / LOG_FILE
-        return path if path.is_file() else None
+    def log_path(self, job: Job, attempt: int) -> Path:
+        """Where an attempt's log is, once there is one."""
+        return self.attempt_folder(job, attempt) / LOG_FILE
 
     def _read(self, job: Job, name: str, kind: type[T]) -> T | None:
         path = self.attempt_folder(job) / name

@@ -53,6 +53,16 @@ class Queue:
     active: list[Candidate]
 
 
+@dataclass(frozen=True)
+class Pulse:
+    """What changes of a job while it goes on."""
+
+    version: int
+    state: JobState
+    attempt: int
+    progress: Progress | None
+
+
 class JobStore:
     """Queries about jobs. A stored change either happens whole or, if the job has changed since it was read, not at all.
 
@@ -118,6 +128,13 @@ class JobStore:
             {row.id: row.reason for row in waiting},
             [_candidate(row) for row in rows if row.state != JobState.QUEUED],
         )
+
+    async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
+        """Read the pulses of these jobs, by id; of those there are."""
+        query = select(jobs.c.id, jobs.c.version, jobs.c.state, jobs.c.attempt, jobs.c.progress)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query.where(jobs.c.id.in_(job_ids)))).all()
+        return {row.id: Pulse(row.version, JobState(row.state), row.attempt, _progress(row.progress)) for row in rows}
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
         """Read a job's events in order, those after number `after`."""
@@ -242,8 +259,12 @@ def _job(row: Any) -> Job:
     values["retries"] = Retries(**row.retries)
     values["failures"] = Failures({Blame(blame): count for blame, count in row.failures.items()})
     values["state"] = JobState(row.state)
-    values["progress"] = Progress.model_validate(row.progress) if row.progress else None
+    values["progress"] = _progress(row.progress)
     return Job(**values)
+
+
+def _progress(content: Any) -> Progress | None:
+    return Progress.model_validate(content) if content else None
 
 
 def _candidate(row: Any) -> Candidate:

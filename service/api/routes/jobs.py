@@ -5,26 +5,25 @@ import binascii
 import re
 from collections.abc import AsyncIterator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated
 from zlib import crc32
 
-import anyio
 from fastapi import APIRouter, Header, Query, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from service.api.components import Components, GivenComponents
+from service.api.routes import streams
 from service.api.routes.validation import validation
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob, Validation
 from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import ADMIN, Job, JobState
 from service.domain.terms import clone, resume
+from service.engine.logs import Level, Line, Place, Selection
 from service.store.jobs import Filter
 from trainer.spec import Norm
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-CHUNK_BYTES = 65_536
 LARGEST_PLACE = 2**31 - 1
 JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", description="such as `job-3f9c2b7a10de`")]
 
@@ -113,38 +112,62 @@ async def clone_job(job_id: JobId, body: ChangeJob, components: GivenComponents,
     return await _add(clone(old, owner=ADMIN, name=body.name, overrides=body.overrides), components, response)
 
 
-@router.get("/{job_id}/events")
-async def list_events(job_id: JobId, components: GivenComponents) -> EventList:
+@router.get("/{job_id}/events", response_model=EventList, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
+async def list_events(
+    job_id: JobId,
+    components: GivenComponents,
+    follow: Annotated[
+        bool, Query(description="stream transitions and progress as server-sent events until the job has ended")
+    ] = False,
+    last_event_id: Annotated[str | None, Header(max_length=20, description="go on after this event")] = None,
+) -> EventList | Response:
     """List a job's transitions in order."""
-    await components.jobs.get(job_id)
-    return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id)])
+    job = await components.jobs.get(job_id)
+    after = _sequence(last_event_id) if last_event_id else 0
+    if follow:
+        return StreamingResponse(streams.follow_events(components, job, after), media_type=streams.MEDIA_TYPE)
+    return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id, after)])
 
 
-@router.get("/{job_id}/logs", response_class=PlainTextResponse)
+@router.get("/{job_id}/logs", response_class=PlainTextResponse, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
 async def read_logs(
     job_id: JobId,
     components: GivenComponents,
-    attempt: Annotated[int | None, Query(ge=1, description="default: the last one")] = None,
+    attempt: Annotated[
+        int | None, Query(ge=1, description="default: the last one; of a stream, where it begins, by default the first")
+    ] = None,
+    rank: Annotated[int | None, Query(ge=0, description="lines of this worker alone")] = None,
+    level: Annotated[Level | None, Query(description="lines of this level or a more serious one")] = None,
+    follow: Annotated[bool, Query(description="stream lines as server-sent events until the job has ended")] = False,
+    last_event_id: Annotated[str | None, Header(max_length=30, description="go on after this event")] = None,
 ) -> Response:
-    """Read what an attempt's driver and workers printed; empty before it has started."""
+    """Read what a job's driver and workers printed; empty before it has started."""
     job = await components.jobs.get(job_id)
-    attempt = attempt or job.attempt
-    if attempt > job.attempt:
+    wanted = Selection(rank, level)
+    if attempt is not None and attempt > job.attempt:
         raise InvalidField("attempt", attempt, f"takes 1 to {job.attempt}")
-    path = components.files.log(job, attempt)
-    if path is not None:
-        return StreamingResponse(_read(path), media_type="text/plain; charset=utf-8")
+    if follow:
+        place = Place.parse("Last-Event-ID", last_event_id) if last_event_id else Place(attempt or 1)
+        if place.attempt > job.attempt:
+            raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
+        return StreamingResponse(streams.follow_log(components, job, place, wanted), media_type=streams.MEDIA_TYPE)
+    place = Place(attempt or job.attempt)
+    if components.files.log_path(job, place.attempt).is_file():
+        lines = streams.read_log(components, job, place, wanted)
+        return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.
-    return PlainTextResponse(await components.ray.logs(f"{job.id}-a{attempt}"))
+    return PlainTextResponse(await components.ray.logs(f"{job.id}-a{place.attempt}"))
 
 
-async def _read(path: Path) -> AsyncIterator[bytes]:
-    """Read what a file holds now; it may be growing, so neither its length nor its end is announced beforehand."""
-    left = (await anyio.Path(path).stat()).st_size
-    async with await anyio.open_file(path, "rb") as file:
-        while left > 0 and (chunk := await file.read(min(left, CHUNK_BYTES))):
-            left -= len(chunk)
-            yield chunk
+async def _text(parts: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+    async for lines in parts:
+        yield "".join(f"{line.text}\n" if line.rank is None else f"[{line.rank}] {line.text}\n" for line in lines)
+
+
+def _sequence(last_event_id: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", last_event_id):
+        raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
+    return int(last_event_id)
 
 
 def etag(job: Job) -> str:

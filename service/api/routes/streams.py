@@ -1,0 +1,95 @@
+"""A job's log and its timeline as they grow, by server-sent events, to be gone on with after a break where they broke off."""
+
+import time
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
+from typing import Any
+
+import anyio
+from fastapi.sse import format_sse_event
+from pydantic import TypeAdapter
+
+from service.api.components import Components
+from service.api.schemas import EventView
+from service.domain.jobs import Job
+from service.engine.logs import AttemptLog, Line, Place, Selection
+from service.store.jobs import Pulse
+
+MEDIA_TYPE = "text/event-stream"
+SECONDS_BETWEEN_LOOKS = 0.5
+"""At a log's file; at a job the components look for all streams together."""
+SECONDS_BETWEEN_SIGNS = 15.0
+"""Of life, for whatever lies in between and ends connections that are silent."""
+LINES_AT_ONCE = 500
+JSON = TypeAdapter(Any)
+
+
+def event(data: Any, *, kind: str | None = None, place: object = None) -> bytes:
+    """Write one event."""
+    text = JSON.dump_json(data).decode()
+    return format_sse_event(data_str=text, event=kind, id=None if place is None else str(place))
+
+
+SIGN_OF_LIFE = format_sse_event(comment="still here")
+
+
+async def read_log(components: Components, job: Job, place: Place, wanted: Selection) -> AsyncIterator[list[Line]]:
+    """Yield the lines that an attempt's log has now, some at a time."""
+    log = AttemptLog(components.files.log_path(job, place.attempt), place)
+    async for lines in _in_parts(log.read(is_over=True)):
+        yield [line for line in lines if wanted.takes(line)]
+
+
+async def follow_log(components: Components, job: Job, place: Place, wanted: Selection) -> AsyncIterator[bytes]:
+    """Stream a job's log from a place on until the job has ended."""
+    with components.watch.watching(job.id):
+        pulse = Pulse(job.version, job.state, job.attempt, job.progress)
+        log = AttemptLog(components.files.log_path(job, place.attempt), place)
+        spoke_at = time.monotonic()
+        while not components.watch.is_closing:
+            # What is over before the file is read grows no more after it.
+            is_over = pulse.state.is_terminal or log.place.attempt < pulse.attempt
+            async for lines in _in_parts(log.read(is_over=is_over)):
+                shown = [line for line in lines if wanted.takes(line)]
+                for line in shown:
+                    data = {"rank": line.rank, "level": line.level, "text": line.text}
+                    yield event(data, kind="line", place=line.place)
+                    spoke_at = time.monotonic()
+            if is_over and log.place.attempt < pulse.attempt:
+                start = Place(log.place.attempt + 1)
+                log = AttemptLog(components.files.log_path(job, start.attempt), start)
+                continue
+            if is_over:
+                yield event({"state": pulse.state}, kind="end", place=log.place)
+                return
+            if time.monotonic() - spoke_at > SECONDS_BETWEEN_SIGNS:
+                yield SIGN_OF_LIFE
+                spoke_at = time.monotonic()
+            pulse = await components.watch.next(job.id, pulse, SECONDS_BETWEEN_LOOKS) or pulse
+
+
+async def follow_events(components: Components, job: Job, after: int) -> AsyncIterator[bytes]:
+    """Stream a job's transitions, those after number `after`, and its progress, until the job has ended."""
+    with components.watch.watching(job.id):
+        pulse: Pulse | None = None
+        while not components.watch.is_closing:
+            seen = await components.jobs.events_of(job.id, after)
+            for found in seen:
+                after = found.sequence
+                yield event(EventView.of(found), kind="transition", place=after)
+            if pulse is not None and pulse.progress is not None:
+                yield event(pulse.progress, kind="progress")
+            if (pulse.state if pulse else job.state).is_terminal:
+                # The end and its event are one transaction, so the event has been read by now.
+                yield event({"state": pulse.state if pulse else job.state}, kind="end", place=after)
+                return
+            news = await components.watch.next(job.id, pulse, SECONDS_BETWEEN_SIGNS)
+            if news == pulse:
+                yield SIGN_OF_LIFE
+            pulse = news
+
+
+async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
+    """Read lines in a thread, so many at a time."""
+    while part := await anyio.to_thread.run_sync(lambda: list(islice(lines, LINES_AT_ONCE))):
+        yield part
