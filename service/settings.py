@@ -70,6 +70,9 @@ class Settings(BaseSettings):
         le=3600,
         description="time for a run to show life, or write its outcome, after Ray alone says that it has ended",
     )
+    silence_seconds: float = Field(
+        60, ge=5, le=3600, description="time without a sign of life after which a run is lost that Ray calls running"
+    )
     ray_auth_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN", "ray_auth_token"),

@@ -10,9 +10,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from trainer.files import write_whole
+from trainer.presence import Presence
 from trainer.spec import (
-    CLOSED_FILE,
-    DRIVER_FILE,
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
@@ -45,16 +44,25 @@ def main() -> int:
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
         task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
-        if not _is_first(task):
-            return 3
-        _redirect_output(task)
-        return _run(task, ray_address=None)
+        return _run_attempt(task)
     except (OSError, ValueError) as error:
         print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _run_attempt(task: Task) -> int:
+    presence = Presence(Path(task.context.folder), task.context.attempt)
+    if (reason := presence.claim()) is not None:
+        print(reason, file=sys.stderr)
+        return 3
+    try:
+        _redirect_output(task)
+        return _run(task, ray_address=None)
+    finally:
+        presence.end()
 
 
 def _run(task: Task, ray_address: str | None) -> int:
@@ -71,20 +79,6 @@ def _run(task: Task, ray_address: str | None) -> int:
     write_whole(folder / OUTCOME_FILE, outcome)
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
-
-
-def _is_first(task: Task) -> bool:
-    """Take the attempt for this driver: it has one, whatever Ray starts how often and how late."""
-    folder = _folder(task)
-    if (folder / CLOSED_FILE).exists():
-        print("the service has ended this attempt", file=sys.stderr)
-        return False
-    try:
-        (folder / DRIVER_FILE).touch(exist_ok=False)
-    except FileExistsError:
-        print("this attempt has had its driver", file=sys.stderr)
-        return False
-    return True
 
 
 def _folder(task: Task) -> Path:

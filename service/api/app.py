@@ -129,6 +129,7 @@ async def _open_components(
             Admission(jobs, ray, attempts, settings.policy),
             poll_seconds=settings.poll_seconds,
             grace_seconds=settings.grace_seconds,
+            silence_seconds=settings.silence_seconds,
         )
         watch = Watch(jobs, settings.poll_seconds)
         yield Components(

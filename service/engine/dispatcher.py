@@ -24,6 +24,7 @@ from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
+from trainer.spec import Outcome, Progress
 
 logger = logging.getLogger(__name__)
 RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
@@ -49,13 +50,14 @@ class Dispatcher:
         *,
         poll_seconds: float,
         grace_seconds: float,
+        silence_seconds: float,
     ) -> None:
         self._replica, self._jobs, self._comparisons = replica, jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
         self._attempts, self._admission = attempts, admission
-        self._poll_seconds, self._grace_seconds = poll_seconds, grace_seconds
+        self._poll_seconds, self._grace_seconds, self._silence_seconds = poll_seconds, grace_seconds, silence_seconds
         self._woken = asyncio.Event()
-        self._suspects: dict[str, tuple[object, float]] = {}
+        self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
 
     def wake(self) -> None:
@@ -116,8 +118,7 @@ class Dispatcher:
     async def _observe(self, job: Job, lease: Lease) -> None:
         """Compare a job with what Ray and its files say, and take the step that follows."""
         submission = await self._ray.find(job.submission_id)
-        outcome = await asyncio.to_thread(self._files.outcome, job)
-        progress = await asyncio.to_thread(self._files.progress, job)
+        outcome, progress, sign = await asyncio.to_thread(self._read_files, job)
         if progress is not None and progress != job.progress:
             noted = await self._jobs.note(job, lease, progress=progress)
             if noted is None:
@@ -127,8 +128,11 @@ class Dispatcher:
             await self._cancel_before_it_starts(job, lease)
             return
         now = datetime.now(UTC)
+        silent_seconds = self._silent_seconds(job, submission, sign)
+        if outcome is None and job.state == JobState.RUNNING and silent_seconds > self._silence_seconds:
+            submission = None  # Ray calls it running for ever, as it does after its head was lost
         step = next_step(job, submission, outcome, now)
-        if step is not None and outcome is None and self._may_still_speak(job, submission):
+        if step is not None and outcome is None and self._may_still_speak(submission, silent_seconds):
             return
         if step is not None:
             if step.state.is_terminal or step.state == JobState.QUEUED:
@@ -153,25 +157,29 @@ class Dispatcher:
             step = Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
             await self._jobs.advance(job, step, ACTOR, lease)
 
-    def _may_still_speak(self, job: Job, submission: Submission | None) -> bool:
+    def _read_files(self, job: Job) -> tuple[Outcome | None, Progress | None, float | None]:
+        return self._files.outcome(job), self._files.progress(job), self._files.sign_of_life(job)
+
+    def _silent_seconds(self, job: Job, submission: Submission | None, sign: float | None) -> float:
+        """How long neither Ray nor the driver has said anything new; by this process's clock, since others may be wrong."""
+        now, seen = time.monotonic(), (submission, sign)
+        since = self._last_seen.setdefault(job.submission_id, (seen, now))
+        if since[0] != seen:
+            self._last_seen[job.submission_id] = since = (seen, now)
+        return now - since[1]
+
+    def _may_still_speak(self, submission: Submission | None, silent_seconds: float) -> bool:
         """Whether an end that only Ray tells of, or concludes nothing from, is to be given time.
 
         Ray can call a living driver failed after trouble of its own, files can arrive late on shared storage, and a submission
-        whose answer was lost can still arrive. So such an end is believed after some seconds without progress.
+        whose answer was lost can still arrive. So such an end is believed after some seconds without a sign of life.
         """
         is_certain = submission is not None and submission.status in (*RUNNING, RayStatus.STOPPED)
-        if is_certain or (submission is None and job.state == JobState.RUNNING):
-            return False
-        now = time.monotonic()
-        seen = (submission, job.progress)
-        since = self._suspects.setdefault(job.submission_id, (seen, now))
-        if since[0] != seen:
-            self._suspects[job.submission_id] = since = (seen, now)
-        return now - since[1] < self._grace_seconds
+        return not is_certain and silent_seconds < self._grace_seconds
 
     async def _settle(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
-        self._suspects.pop(job.submission_id, None)
+        self._last_seen.pop(job.submission_id, None)
         if job.mlflow_run_id is not None:
             await self._mlflow.finish(job.mlflow_run_id, job.state)
         await self._jobs.note(job, lease, mlflow_closed=True)

@@ -6,7 +6,16 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from service.domain.jobs import Job
-from trainer.spec import CLOSED_FILE, LOG_FILE, OUTCOME_FILE, PROGRESS_FILE, Outcome, Progress, attempt_folder
+from trainer.spec import (
+    CLOSED_FILE,
+    DRIVER_FILE,
+    LOG_FILE,
+    OUTCOME_FILE,
+    PROGRESS_FILE,
+    Outcome,
+    Progress,
+    attempt_folder,
+)
 
 T = TypeVar("T", bound=BaseModel)
 
@@ -34,6 +43,13 @@ class RunFiles:
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""
         return self._read(job, PROGRESS_FILE, Progress)
+
+    def sign_of_life(self, job: Job) -> float | None:
+        """When the driver of the current attempt last showed that it lives, by its own clock; None before its first sign."""
+        try:
+            return (self.attempt_folder(job) / DRIVER_FILE).stat().st_mtime
+        except FileNotFoundError:
+            return None
 
     def outcome(self, job: Job) -> Outcome | None:
         """Read how the current attempt ended; None if it has not written that."""
