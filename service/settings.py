@@ -1,6 +1,5 @@
 """Settings of the API and dispatcher, read from environment variables."""
 
-import os
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -40,10 +39,10 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(
         8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
     )
-    replica: str = Field(
-        default_factory=lambda: f"{socket.gethostname()}-{os.environ.get('SYNCBN_PORT', '8000')}",
+    replica: str | None = Field(
+        None,
         max_length=80,
-        description="name of this process among all that share the database; the same after a restart",
+        description="name of this process among all that share the database, the same after a restart; default: host name and port",
     )
     lease_seconds: float = Field(
         6, ge=1, le=600, description="after how long without a sign of life others take over a replica's work"
@@ -87,6 +86,10 @@ class Settings(BaseSettings):
     def permissions(self) -> Permissions:
         """What the operator allows specs to reach."""
         return Permissions(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+
+    def replica_name(self) -> str:
+        """Name of this process among all that share the database."""
+        return self.replica or f"{socket.gethostname()[:70]}-{self.port}"
 
     def policy(self) -> Policy:
         """By which rules jobs are admitted."""

@@ -114,7 +114,7 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
-        replica = Replica(LeaseStore(database), settings.replica, settings.lease_seconds)
+        replica = Replica(LeaseStore(database), settings.replica_name(), settings.lease_seconds)
         attempts = Attempts(
             jobs, comparisons, ray, mlflow, files, mlflow_url=settings.mlflow_url, permissions=permissions
         )

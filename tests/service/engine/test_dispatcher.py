@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -8,13 +9,13 @@ from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import JobState
 from service.domain.leases import SHARDS
 from service.domain.lifecycle import RayStatus
-from service.domain.retries import Retries
+from service.domain.retries import Blame, Retries
 from service.domain.scheduling import Capacity, Policy
 from service.engine.attempts import MOST_REFUSALS
 from service.store.leases import LeaseStore
 from tests.service.engine.house import House
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import CLOSED_FILE, OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
+from trainer.spec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
 
 NO_RETRIES = Retries(infrastructure=0)
 
@@ -191,7 +192,7 @@ async def test_a_failure_that_only_ray_tells_of_is_given_time(house):
     assert await house.state(job) == "succeeded"
 
 
-async def test_progress_prolongs_the_time_that_a_suspect_is_given(house, monkeypatch):
+async def test_signs_of_life_prolong_the_time_that_a_suspect_is_given(house, monkeypatch):
     now = 0.0
     monkeypatch.setattr("service.engine.dispatcher.time.monotonic", lambda: now)
     house.grace_seconds = 10
@@ -202,13 +203,39 @@ async def test_progress_prolongs_the_time_that_a_suspect_is_given(house, monkeyp
     await house.round()
     house.ray.set(job.submission_id, RayStatus.FAILED, "gone")
     for step in range(3):
-        house.write(job, PROGRESS_FILE, Progress(step=step, total_steps=10, samples_per_second=9, eta_seconds=1))
+        show_life(house, job, step)
         await house.round()
         now += 9
     assert await house.state(job) == "running"
     now += 9
     await house.round()
     assert (await house.jobs.get(job.id)).attempt == 2
+
+
+def show_life(house, job, time):
+    file = house.files.attempt_folder(job) / DRIVER_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    os.utime(file, (time, time))
+
+
+async def test_what_ray_calls_running_for_ever_is_lost_once_it_is_silent(house, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("service.engine.dispatcher.time.monotonic", lambda: now)
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    for second in range(3):
+        show_life(house, job, second)
+        await house.round()
+        now += 50
+    assert await house.state(job) == "running"
+    now += 50
+    await house.round()
+    seen = await house.jobs.get(job.id)
+    assert (seen.attempt, seen.failures.of(Blame.INFRASTRUCTURE)) == (2, 1)
+    assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
 
 
 async def test_what_ray_has_not_started_yet_is_cancelled_at_once_and_its_driver_finds_that(house):
