@@ -72,6 +72,7 @@ def ray_head(layout: Layout) -> Part:
     arguments = [f"--{name}={value}" for name, value in options.items()]
     environment = {
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at SIGTERM it would wait 30 s for running jobs
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # how often it looks at what is in use, which the service asks for
         "AUTOSCALER_METRIC_PORT": "0",  # fixed numbers otherwise, which two stacks cannot share
         "DASHBOARD_METRIC_PORT": "0",
         "TMPDIR": str(layout.ray_dir),
