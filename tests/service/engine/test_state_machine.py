@@ -1,14 +1,17 @@
 """The dispatcher against everything that can happen around it, in any order.
 
-Two replicas share a database and a stand-in for Ray that has the real one's quirks: answers that are lost, calls that hang, a stop that
-is ignored while a submission pends, living drivers called failed, dead ones called running for ever, and a head that forgets all.
-Replicas are killed at any external call, and go on with leases that they have lost. Drivers keep to the rules of `trainer.presence`.
+Two replicas share a database and a stand-in for Ray that has the real one's quirks: answers that are lost, calls that hang, a
+stop that is ignored while a submission pends, living drivers called failed, dead ones called running for ever, and a head that
+forgets all. Replicas are killed at any external call, and go on with leases that they have lost. Drivers keep to the rules of
+`trainer.presence`.
 """
 
 import asyncio
+import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,7 +136,7 @@ class Machine(RuleBasedStateMachine):
         self.patches = [
             mock.patch("service.engine.dispatcher.time", SimpleNamespace(monotonic=lambda: self.clock)),
             mock.patch("service.engine.replica.time", SimpleNamespace(monotonic=lambda: 0.0)),
-            mock.patch("service.domain.lifecycle.pause", lambda failures: timedelta()),
+            mock.patch("service.domain.lifecycle.pause", return_value=timedelta()),
         ]
         for patch in self.patches:
             patch.start()
@@ -182,18 +185,14 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def round(self, which):
-        try:
+        with suppress(Unavailable):
             self.runner.run(self.houses[which].dispatcher.round())
-        except Unavailable:
-            pass
 
     @rule(which=st.integers(0, 1), calls=st.integers(0, 12))
     def killed_in_a_round(self, which, calls):
         house, self.world.calls_left = self.houses[which], calls
-        try:
+        with suppress(Unavailable, Killed):
             self.runner.run(house.dispatcher.round())
-        except (Unavailable, Killed):
-            pass
         self.world.calls_left = None
         house.reopen()
         self.runner.run(house.start())
@@ -278,8 +277,6 @@ class Machine(RuleBasedStateMachine):
                 file.write_text("")
                 # The clock of whoever lives, which goes on with every look at it.
                 time = file.stat().st_mtime + self.clock
-                import os
-
                 os.utime(file, (time, time))
 
     # What must hold.
@@ -344,8 +341,6 @@ def template(tmp_path_factory):
     async def make():
         database = Database(f"sqlite+aiosqlite:///{path}", 5)
         await database.migrate()
-        async with database.write() as connection:
-            await connection.exec_driver_sql("SELECT 1")
         await database.close()
 
     asyncio.run(make())
@@ -356,5 +351,5 @@ def template(tmp_path_factory):
 def test_nothing_is_lost_and_nothing_runs_twice(template):
     """100 walks of up to 100 steps, besides the healing after each of them."""
     Machine.template = template
-    rules = settings(max_examples=5, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck))
+    rules = settings(max_examples=100, stateful_step_count=100, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Machine, settings=rules)

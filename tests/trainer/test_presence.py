@@ -1,0 +1,93 @@
+"""An attempt has one driver, which shows that it lives, and ends itself once the service has closed the attempt."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trainer.presence import ENDED, Presence
+from trainer.spec import CLOSED_FILE, DRIVER_FILE, attempt_folder
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("trainer.presence.SECONDS_BETWEEN_SIGNS", 0.05)
+    monkeypatch.setattr("trainer.presence.SECONDS_UNTIL_DEAD", 0.5)
+
+
+def file_of(folder, attempt=1):
+    return attempt_folder(folder, attempt) / DRIVER_FILE
+
+
+def test_the_first_takes_the_attempt_and_shows_that_it_lives(tmp_path):
+    first = Presence(tmp_path, 1)
+    assert first.claim() is None
+    assert Presence(tmp_path, 1).claim() == "this attempt has had its driver"
+    seen = file_of(tmp_path).stat().st_mtime
+    deadline = time.monotonic() + 5
+    while file_of(tmp_path).stat().st_mtime == seen:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    first.end()
+    assert file_of(tmp_path).read_bytes() == ENDED
+    assert Presence(tmp_path, 1).claim() == "this attempt has had its driver"
+
+
+def test_what_the_service_has_closed_is_not_started(tmp_path):
+    attempt_folder(tmp_path, 1).mkdir()
+    (attempt_folder(tmp_path, 1) / CLOSED_FILE).touch()
+    assert Presence(tmp_path, 1).claim() == "the service has ended this attempt"
+    assert not file_of(tmp_path).exists()
+
+
+def test_another_attempt_waits_until_the_driver_before_it_is_dead(tmp_path):
+    before = Presence(tmp_path, 1)
+    before.claim()
+    began = time.monotonic()
+    before.end()
+    second = Presence(tmp_path, 2)
+    assert second.claim() is None
+    assert time.monotonic() - began < 0.4  # it has ended, and said so
+    second._is_over.set()  # killed: it says nothing any more
+    began = time.monotonic()
+    third = Presence(tmp_path, 3)
+    assert third.claim() is None
+    assert time.monotonic() - began >= 0.5
+    third.end()
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+import trainer.presence
+trainer.presence.SECONDS_BETWEEN_SIGNS, trainer.presence.SECONDS_TO_END = 0.05, 1.0
+presence = trainer.presence.Presence(Path(sys.argv[1]), 1)
+assert presence.claim() is None
+print("lives", flush=True)
+while True:
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        if sys.argv[2] == "heeds":
+            presence.end()
+            sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("manner", "code"), [("heeds", 130), ("stubborn", 3)])
+def test_a_driver_ends_once_its_attempt_is_closed(tmp_path, manner, code):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path, manner], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        assert process.stdout.readline() == "lives\n"
+        (attempt_folder(tmp_path, 1) / CLOSED_FILE).touch()
+        assert process.wait(10) == code
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
