@@ -16,8 +16,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="SYNCBN_", frozen=True)
 
-    token: SecretStr = Field(
-        description="bearer token that every `/v1` call must carry, 16 characters or more", min_length=16
+    token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="secret of a token with scope admin, 16 characters or more; without it the first start makes one and shows it",
     )
     host: str = Field("127.0.0.1", description="address the API listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the API listens on")
@@ -56,6 +58,13 @@ class Settings(BaseSettings):
     quota_jobs: int | None = Field(None, ge=0, description="jobs that an owner may have with Ray at one time")
     quota_cpus: float | None = Field(None, ge=0, description="CPUs that an owner's jobs may hold at one time")
     quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
+    rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
+    rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
+    secrets_folder: Path | None = Field(
+        None,
+        description="folder of files `<owner>/<name>` and `shared/<name>` that hold jobs' secrets; every node of the cluster "
+        "mounts it at the same path",
+    )
     allowed_imports: str | None = Field(
         None, description="modules, parted by commas, whose functions `import:` models may name, with all below them"
     )

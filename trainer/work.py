@@ -15,6 +15,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.errors import Diverged
 from trainer.export import export_model, export_weights
+from trainer.job_secrets import set_variables
 from trainer.journal import Journal, RankZeroJournal, open_journal
 from trainer.loop import train
 from trainer.manifest import checkpoint_folder
@@ -65,6 +66,8 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         journal = stack.enter_context(open_journal(task, worker.rank))
         # Before the journal waits for MLflow: whoever is first to fail is so at the time it failed.
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))
+        # After the journal has started its process, which has no need of them.
+        set_variables(context.secrets)
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)
         is_what = identity(spec, dataset.digest)

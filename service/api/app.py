@@ -2,21 +2,27 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from datetime import UTC, datetime
 
-from fastapi import Depends, FastAPI, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
+from starlette.types import ASGIApp
 
 from service.api import problems
-from service.api.auth import require_token
 from service.api.components import Components, GivenComponents
+from service.api.headers import Headers
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
+from service.api.routes import tokens as token_routes
 from service.api.schemas import Check, Problem, Readiness
+from service.domain.access import Scope
+from service.domain.rates import RateLimit
 from service.engine.admission import Admission
 from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
+from service.engine.job_secrets import JobSecrets
 from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.replica import Replica
@@ -25,32 +31,52 @@ from service.engine.watch import Watch
 from service.settings import Settings
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
+from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
+from service.store.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = """Train on many workers with synchronised batch normalisation, and compare it with BN and no BN.
 
 Send a job or a comparison, look at its progress here and at its curves in MLflow. Every `/v1` call needs
-`Authorization: Bearer <token>`. Every error answers as problem details (RFC 9457) that name the field and what it takes.
+`Authorization: Bearer <token>`; each operation names the scope that the token must have. A POST that is repeated with the same
+`Idempotency-Key` is done once. Every error answers as problem details (RFC 9457) that name the field and what it takes.
 """
 ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": Problem, "content": {problems.MEDIA_TYPE: {}}} for status in (401, 404, 409, 422, 503)
+    status: {"model": Problem, "content": {problems.MEDIA_TYPE: {}}} for status in (401, 403, 404, 409, 422, 429, 503)
 }
 SECONDS_TO_CHECK = 5.0
 MOST_BODY_BYTES = 1_000_000
+FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
+"""Requests without a valid token that one address may make."""
 
 
-def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns | None = None) -> FastAPI:
+class Application(FastAPI):
+    """FastAPI, but for answers that come from outside of all middleware: they carry the headers too."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Wrap the whole stack."""
+        return Headers(super().build_middleware_stack())
+
+
+def make_app(
+    settings: Settings,
+    ray: RayJobs | None = None,
+    mlflow: MlflowRuns | None = None,
+    show_first_token: Callable[[str], None] = print,
+) -> FastAPI:
     """Make the application; its components open when it starts and close when it stops.
 
-    `ray` and `mlflow` stand in for those that the settings name.
+    `ray` and `mlflow` stand in for those that the settings name. `show_first_token` is handed the secret of the first admin's
+    token if one has to be made, and must neither keep nor log it.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _open_components(settings, ray, mlflow) as components:
             app.state.components = components
+            await _ensure_admin(components.tokens, settings, show_first_token)
             await components.replica.start()
             tasks = [  # ended in this order
                 asyncio.create_task(components.dispatcher.run(), name="the dispatcher"),
@@ -65,12 +91,12 @@ def make_app(settings: Settings, ray: RayJobs | None = None, mlflow: MlflowRuns 
                 with suppress(asyncio.CancelledError):
                     await task
 
-    app = FastAPI(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan)
+    app = Application(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.settings = settings
     app.max_body_size = MOST_BODY_BYTES
     problems.install(app)
-    for router in (job_routes.router, comparison_routes.router):
-        app.include_router(router, dependencies=[Depends(require_token)], responses=ERRORS)
+    for router in (job_routes.router, comparison_routes.router, token_routes.router):
+        app.include_router(router, responses=ERRORS)
 
     @app.get("/", include_in_schema=False)
     async def show_docs() -> RedirectResponse:
@@ -115,8 +141,16 @@ async def _open_components(
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
         replica = Replica(LeaseStore(database), settings.replica_name(), settings.lease_seconds)
+        secrets = JobSecrets(settings.secrets_folder)
         attempts = Attempts(
-            jobs, comparisons, ray, mlflow, files, mlflow_url=settings.mlflow_url, permissions=permissions
+            jobs,
+            comparisons,
+            ray,
+            mlflow,
+            files,
+            mlflow_url=settings.mlflow_url,
+            permissions=permissions,
+            secrets=secrets,
         )
         dispatcher = Dispatcher(
             replica,
@@ -131,10 +165,32 @@ async def _open_components(
             grace_seconds=settings.grace_seconds,
             silence_seconds=settings.silence_seconds,
         )
-        watch = Watch(jobs, settings.poll_seconds)
         yield Components(
-            database, jobs, comparisons, ray, mlflow, files, replica, dispatcher, watch, permissions, public_url
+            database=database,
+            jobs=jobs,
+            comparisons=comparisons,
+            tokens=TokenStore(database),
+            idempotency=IdempotencyStore(database),
+            ray=ray,
+            mlflow=mlflow,
+            files=files,
+            replica=replica,
+            dispatcher=dispatcher,
+            watch=Watch(jobs, settings.poll_seconds),
+            permissions=permissions,
+            secrets=secrets,
+            rates=RateLimit(settings.rate_per_second, settings.rate_burst),
+            failures=RateLimit(FAILURES_PER_SECOND, MOST_FAILURES),
+            mlflow_public_url=public_url,
         )
+
+
+async def _ensure_admin(tokens: TokenStore, settings: Settings, show: Callable[[str], None]) -> None:
+    given = settings.token.get_secret_value() if settings.token else None
+    await tokens.ensure_admin(given, show)
+    known = await tokens.find(given) if given else None
+    if known and not (known.is_valid(datetime.now(UTC)) and Scope.ADMIN in known.scopes):
+        logger.warning("SYNCBN_TOKEN is the secret of %s, which is no valid one of an admin; choose another", known.id)
 
 
 def _tell_end(task: asyncio.Task[None]) -> None:

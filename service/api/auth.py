@@ -1,19 +1,67 @@
-"""Who may call: whoever shows the service's bearer token."""
+"""Who calls, and whether they may: a bearer token gives a request its `Caller`, a route names the scope that it needs."""
 
-import secrets
+import logging
+import math
+import time
+from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import Depends, HTTPException, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import HTTPException, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-bearer = HTTPBearer(auto_error=False, description="the service's token; `connection.json` holds it")
+from service.api.components import components_of
+from service.domain.access import Caller, Scope
+from service.domain.errors import Unavailable
+
+logger = logging.getLogger(__name__)
+bearer = HTTPBearer(auto_error=False, description="a token, as `POST /v1/tokens` or `syncbn token create` makes them")
 
 
-def require_token(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
-) -> None:
-    """Let a request pass that carries the right token; the comparison takes the same time for every wrong one."""
-    expected: str = request.app.state.settings.token.get_secret_value()
-    if credentials is None or not secrets.compare_digest(credentials.credentials.encode(), expected.encode()):
+async def authenticate(request: Request) -> Caller:
+    """Find out once who makes a request. Raises HTTPException with 401 or 429.
+
+    The answer to a wrong token is the same whether it is unknown, expired or revoked.
+    """
+    known: Caller | None = getattr(request.state, "caller", None)
+    if known is not None:
+        return known
+    components = components_of(request)
+    credentials = await bearer(request)
+    token = await components.tokens.find(credentials.credentials) if credentials else None
+    if token is None or not token.is_valid(datetime.now(UTC)):
+        # Right tokens pass whatever others do: behind a proxy, all callers may have one address.
+        _limit(components.failures.take(request.client.host if request.client else "", time.monotonic()))
         detail = "this call needs the header `Authorization: Bearer <token>` with a valid token"
         raise HTTPException(401, detail, headers={"WWW-Authenticate": "Bearer"})
+    _limit(components.rates.take(token.id, time.monotonic()))
+    try:
+        await components.tokens.note_use(token)
+    except Unavailable as error:  # no reason to turn anybody away
+        logger.warning("the use of token %s could not be noted: %s", token.id, error)
+    request.state.caller = caller = Caller(token.owner, token.scopes, token.id)
+    return caller
+
+
+async def _caller(
+    request: Request, needed: SecurityScopes, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+) -> Caller:
+    caller = await authenticate(request)
+    for scope in needed.scopes:
+        if not caller.may(Scope(scope)):
+            challenge = f'Bearer error="insufficient_scope", scope="{scope}"'
+            held = ", ".join(caller.scopes)
+            detail = f"this call needs a token with scope {scope}; this one has {held}"
+            raise HTTPException(403, detail, headers={"WWW-Authenticate": challenge})
+    return caller
+
+
+Reader = Annotated[Caller, Security(_caller, scopes=[Scope.READ.value])]
+Submitter = Annotated[Caller, Security(_caller, scopes=[Scope.SUBMIT.value])]
+Admin = Annotated[Caller, Security(_caller, scopes=[Scope.ADMIN.value])]
+
+
+def _limit(seconds_early: float) -> None:
+    if seconds_early > 0:
+        seconds = math.ceil(seconds_early)
+        detail = f"too many requests; try again in {seconds} s"
+        raise HTTPException(429, detail, headers={"Retry-After": str(seconds)})

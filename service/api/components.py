@@ -1,11 +1,13 @@
 """What the routes work with, made once when the API starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.domain.rates import RateLimit
 from service.engine.dispatcher import Dispatcher
+from service.engine.job_secrets import JobSecrets
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.replica import Replica
@@ -13,7 +15,9 @@ from service.engine.run_files import RunFiles
 from service.engine.watch import Watch
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
+from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
+from service.store.tokens import TokenStore
 from trainer.spec import Permissions
 
 
@@ -24,6 +28,8 @@ class Components:
     database: Database
     jobs: JobStore
     comparisons: ComparisonStore
+    tokens: TokenStore
+    idempotency: IdempotencyStore
     ray: RayJobs
     mlflow: MlflowRuns
     files: RunFiles
@@ -32,8 +38,15 @@ class Components:
     watch: Watch
     permissions: Permissions
     """What the operator allows specs to reach."""
+    secrets: JobSecrets
+    rates: RateLimit
+    """Of requests, by token."""
+    failures: RateLimit
+    """Of requests without a valid token, by address."""
     mlflow_public_url: str
     """Where a browser finds MLflow; addresses are made of it when they are asked for, since it may change between two starts."""
+    keys_in_flight: set[tuple[str, str]] = field(default_factory=set)
+    """Owners and keys of the requests that this process is answering."""
 
 
 def components_of(request: Request) -> Components:

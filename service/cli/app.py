@@ -18,7 +18,8 @@ from rich.markup import escape
 from service.api.schemas import ComparisonView
 from service.cli.client import ApiError, Client
 from service.cli.local import Connection, LocalStack, StackError, read_connection, run_until_stopped
-from service.cli.show import JobBars, jobs_table, report_table, save_plot, verdict_table
+from service.cli.show import JobBars, jobs_table, report_table, save_plot, tokens_table, verdict_table
+from service.domain.access import Scope
 from service.domain.comparisons import without_seed
 from service.domain.recipes import read_recipe
 from service.domain.verdicts import Run, judge, metrics_of
@@ -27,6 +28,8 @@ from trainer.spec import read_yaml
 app = typer.Typer(
     no_args_is_help=True, help="Train with synchronised batch normalisation, and compare it with BN and no BN."
 )
+token_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens; for admins.")
+app.add_typer(token_app, name="token")
 console = Console()
 
 DataDir = Annotated[Path, typer.Option(help="folder of the stack's data", envvar="SYNCBN_DATA_DIR")]
@@ -96,7 +99,7 @@ def serve() -> None:
         raise typer.BadParameter(told, param_hint="settings") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    Server(make_app(settings), settings).run()
+    Server(make_app(settings, show_first_token=_show_first_token), settings).run()
 
 
 @app.command()
@@ -189,6 +192,49 @@ def report(
     _print(found.model_dump(mode="json") if as_json else report_table(found))
     if plot is not None:
         save_plot(found, plot)
+
+
+@token_app.command("create")
+def create_token(
+    owner: Annotated[str, typer.Argument(help="whose jobs it is for")],
+    scope: Annotated[list[Scope], typer.Option(help="may be given more than once")] = [Scope.SUBMIT],  # noqa: B006
+    name: Annotated[str, typer.Option(help="what it is for")] = "token",
+    expires_days: Annotated[int | None, typer.Option(min=1, max=3650, help="default: it does not expire")] = None,
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    url: Url = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token. Its secret is printed this once."""
+    with _client(data_dir, url, token) as client:
+        made = client.create_token(owner, scope, name, expires_days * 86_400 if expires_days else None)
+    if as_json:
+        _print(made.model_dump(mode="json"))
+        return
+    Console(stderr=True).print(f"{made.id} of {made.owner}; the secret is shown this once:", highlight=False)
+    typer.echo(made.token)
+
+
+@token_app.command("list")
+def list_tokens(
+    data_dir: DataDir = DEFAULT_DATA_DIR, url: Url = None, token: Token = None, as_json: AsJson = False
+) -> None:
+    """List tokens, newest first."""
+    with _client(data_dir, url, token) as client:
+        found = list(client.tokens())
+    _print([each.model_dump(mode="json") for each in found] if as_json else tokens_table(found))
+
+
+@token_app.command("revoke")
+def revoke_token(token_id: str, data_dir: DataDir = DEFAULT_DATA_DIR, url: Url = None, token: Token = None) -> None:
+    """Let a token open nothing from now on."""
+    with _client(data_dir, url, token) as client:
+        console.print(f"{client.revoke_token(token_id).id}: revoked", highlight=False)
+
+
+def _show_first_token(secret: str) -> None:
+    typer.echo(f"The first token, of the admin; it is shown this once:\n{secret}")
+    sys.stdout.flush()
 
 
 def _runs(client: Client, comparison: ComparisonView, metrics: set[str]) -> list[Run]:

@@ -1,13 +1,28 @@
 """Typed client of the HTTP API; knows only HTTP and the schemas."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, TypeVar
 
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import ComparisonView, Curves, EventList, JobList, JobView, Problem, Readiness, Report
+from service.api.schemas import (
+    AuditList,
+    AuditView,
+    CallerView,
+    ComparisonView,
+    Curves,
+    EventList,
+    JobList,
+    JobView,
+    MadeToken,
+    Problem,
+    Readiness,
+    Report,
+    TokenList,
+    TokenView,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -46,8 +61,7 @@ class Client:
         """Go through all jobs, newest first."""
         token: str | None = None
         while True:
-            query = {"page_size": page_size} | ({"page_token": token} if token else {})
-            page = self._read(JobList, "GET", "/v1/jobs", params=query)
+            page = self._read(JobList, "GET", "/v1/jobs", params=_query(page_size, token))
             yield from page.jobs
             if (token := page.next_page_token) is None:
                 return
@@ -79,6 +93,39 @@ class Client:
     def curves(self, comparison_id: str, metric: str) -> Curves:
         """Read one metric of all runs of a comparison."""
         return self._read(Curves, "GET", f"/v1/comparisons/{comparison_id}/curves", params={"metric": metric})
+
+    def me(self) -> CallerView:
+        """Ask whose token this is, and what it allows."""
+        return self._read(CallerView, "GET", "/v1/me")
+
+    def create_token(
+        self, owner: str, scopes: Sequence[str], name: str, expires_in_seconds: int | None = None
+    ) -> MadeToken:
+        """Make a token; the answer alone holds its secret."""
+        body = {"owner": owner, "scopes": list(scopes), "name": name, "expires_in_seconds": expires_in_seconds}
+        return self._read(MadeToken, "POST", "/v1/tokens", json=body)
+
+    def tokens(self, page_size: int = 100) -> Iterator[TokenView]:
+        """Go through all tokens, newest first."""
+        token: str | None = None
+        while True:
+            page = self._read(TokenList, "GET", "/v1/tokens", params=_query(page_size, token))
+            yield from page.tokens
+            if (token := page.next_page_token) is None:
+                return
+
+    def revoke_token(self, token_id: str) -> TokenView:
+        """Let a token open nothing from now on."""
+        return self._read(TokenView, "POST", f"/v1/tokens/{token_id}:revoke")
+
+    def audit(self, page_size: int = 100) -> Iterator[AuditView]:
+        """Go through all that was done with tokens, newest first."""
+        token: str | None = None
+        while True:
+            page = self._read(AuditList, "GET", "/v1/audit", params=_query(page_size, token))
+            yield from page.records
+            if (token := page.next_page_token) is None:
+                return
 
     def ready(self) -> Readiness:
         """Ask what the service depends on; also when not all of it answers."""
@@ -117,3 +164,7 @@ class Client:
         except ValidationError:
             raise ApiError(f"{self.url} answered {answer.status_code}: {answer.text[:200]}") from None
         raise ApiError(problem.detail, problem)
+
+
+def _query(page_size: int, token: str | None) -> dict[str, Any]:
+    return {"page_size": page_size} | ({"page_token": token} if token else {})

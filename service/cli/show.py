@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
+from service.api.schemas import ComparisonView, JobView, Report, SpreadView, TokenView, VariantReport
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe, Rule
 from service.domain.statistics import spread
@@ -69,6 +69,17 @@ def jobs_table(jobs: list[JobView]) -> Table:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else "–"
         state = f"[{COLOURS[job.state]}]{job.state}[/]"
         table.add_row(job.id, escape(job.name), state, str(job.attempt), step, escape(job.reason))
+    return table
+
+
+def tokens_table(tokens: Sequence[TokenView]) -> Table:
+    """Tokens, without their secrets."""
+    table = Table("token", "owner", "scopes", "name", "expires", "last used", "revoked")
+    for token in tokens:
+        times = [
+            f"{at:%Y-%m-%d %H:%M}" if at else "–" for at in (token.expires_at, token.last_used_at, token.revoked_at)
+        ]
+        table.add_row(token.id, token.owner, ", ".join(token.scopes), escape(token.name), *times)
     return table
 
 

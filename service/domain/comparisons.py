@@ -76,6 +76,7 @@ class Comparison:
 
     id: str
     name: str
+    owner: str
     matrix: Matrix
     baseline: Variant
     metric: str

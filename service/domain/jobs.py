@@ -52,6 +52,8 @@ class Job:
     tags: tuple[str, ...] = ()
     priority: int = 0
     retries: Retries = field(default_factory=Retries)
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the workers, each with the name of the secret that it holds there; never its value."""
     queue_seconds: float | None = None
     """How long it may wait for its first attempt."""
     run_seconds: float | None = None

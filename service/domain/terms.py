@@ -1,5 +1,6 @@
 """On what terms a job is run, beside what its spec says; pure."""
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -15,6 +16,20 @@ from trainer.spec import SHAPING_FIELDS, Frozen, JobSpec
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
 
 
+Variable = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        max_length=100,
+    ),
+]
+SecretName = Annotated[
+    str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,79}/)?[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
+]
+STEERING = re.compile(r"PATH|(LD_|PYTHON|RAY_|SYNCBN_).*")
+"""Variables that steer what programs are found and loaded, Python, Ray, and this project."""
+
+
 class Terms(Frozen):
     """Place in the queue, limits and retries; the same for all jobs of a comparison."""
 
@@ -23,6 +38,11 @@ class Terms(Frozen):
     )
     tags: Annotated[list[Tag], Field(max_length=20)] = Field([], description="words to find the job by")
     retries: Retries = Retries()
+    secrets: Annotated[dict[Variable, SecretName], Field(max_length=20)] = Field(
+        {},
+        description="environment variables of the workers, to the names of secrets that the operator keeps for the owner, "
+        'such as `{"HF_TOKEN": "hf-token"}`; `shared/<name>` is one that all may use',
+    )
     queue_seconds: float | None = Field(
         None, gt=0, le=31_536_000, description="how long to wait for the first attempt before the job fails"
     )
@@ -40,8 +60,18 @@ class Terms(Frozen):
             raise ValueError(f"takes each tag once (got {tags})")
         return tags
 
-    def job(self, *, owner: str, name: str, spec: JobSpec, **more: Any) -> Job:
-        """Make a new job on these terms."""
+    @field_validator("secrets")
+    @classmethod
+    def _steer_nothing(cls, secrets: dict[str, str]) -> dict[str, str]:
+        for variable in secrets:
+            if STEERING.fullmatch(variable):
+                raise ValueError(
+                    f"takes no PATH, and none that begin with LD_, PYTHON, RAY_ or SYNCBN_ (got {variable})"
+                )
+        return secrets
+
+    def job(self, *, owner: str, name: str, spec: JobSpec, secrets: dict[str, str], **more: Any) -> Job:
+        """Make a new job on these terms; `secrets` are those of the terms, in full."""
         now = datetime.now(UTC)
         return Job(
             id=new_id("job"),
@@ -51,6 +81,7 @@ class Terms(Frozen):
             tags=tuple(self.tags),
             priority=self.priority,
             retries=self.retries,
+            secrets=secrets,
             queue_seconds=self.queue_seconds,
             run_seconds=self.run_seconds,
             reason="submitted by the user",
@@ -65,13 +96,13 @@ def terms_of(job: Job) -> Terms:
     return Terms(**{name: getattr(job, name) for name in Terms.model_fields if name != "tags"}, tags=list(job.tags))
 
 
-def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any]) -> Job:
+def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
     """Make a new job like another one, with some fields of its spec changed. Raises InvalidField."""
     spec = override(job.spec, overrides)
-    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, cloned_from=job.id)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, cloned_from=job.id)
 
 
-def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any]) -> Job:
+def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
     """Make a new job that goes on from the checkpoints of one that has ended.
 
     Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between.
@@ -87,4 +118,4 @@ def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, An
             f"job {job.id} has done all its steps; overrides, such as more `steps`, would give it something to do"
         )
     spec = override(job.spec, overrides)
-    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, resumed_from=job.id)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, resumed_from=job.id)

@@ -9,6 +9,7 @@ from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
 from service.domain.lifecycle import after_failure
 from service.domain.retries import Blame
+from service.engine.job_secrets import JobSecrets
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.run_files import RunFiles
@@ -36,10 +37,11 @@ class Attempts:
         *,
         mlflow_url: str,
         permissions: Permissions,
+        secrets: JobSecrets,
     ) -> None:
         self._jobs, self._comparisons = jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
-        self._mlflow_url, self._permissions = mlflow_url, permissions
+        self._mlflow_url, self._permissions, self._secrets = mlflow_url, permissions, secrets
         self._refusals: Counter[str] = Counter()
 
     async def start(self, job: Job, lease: Lease) -> None:
@@ -56,17 +58,18 @@ class Attempts:
 
     async def hand_over(self, job: Job, lease: Lease) -> None:
         """Give a submitted job to Ray."""
-        context = RunContext(
-            job_id=job.id,
-            attempt=job.attempt,
-            name=job.name,
-            folder=str(self._files.job_folder(job.id)),
-            mlflow_url=self._mlflow_url,
-            mlflow_run_id=job.mlflow_run_id,
-            permissions=self._permissions,
-            resumed_from=await self._ancestors(job),
-        )
         try:
+            context = RunContext(
+                job_id=job.id,
+                attempt=job.attempt,
+                name=job.name,
+                folder=str(self._files.job_folder(job.id)),
+                mlflow_url=self._mlflow_url,
+                mlflow_run_id=job.mlflow_run_id,
+                permissions=self._permissions,
+                secrets=self._secrets.paths(job.secrets),
+                resumed_from=await self._ancestors(job),
+            )
             await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
         except Refused as error:
             await self._fail_if_refused_often(job, lease, error)

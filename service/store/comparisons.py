@@ -28,10 +28,13 @@ class ComparisonStore:
             await connection.execute(insert(comparisons).values(**asdict(comparison)))
             await insert_jobs(connection, jobs)
 
-    async def get(self, comparison_id: str) -> Comparison:
-        """Read one comparison. Raises NotFound."""
+    async def get(self, comparison_id: str, owner: str | None = None) -> Comparison:
+        """Read one comparison. Raises NotFound, also if it is not `owner`'s."""
+        query = select(*COLUMNS).where(comparisons.c.id == comparison_id)
+        if owner is not None:
+            query = query.where(comparisons.c.owner == owner)
         async with self._database.read() as connection:
-            row = (await connection.execute(select(*COLUMNS).where(comparisons.c.id == comparison_id))).one_or_none()
+            row = (await connection.execute(query)).one_or_none()
         if row is None:
             raise NotFound(f"there is no comparison {comparison_id!r}")
         return Comparison(**row._asdict())

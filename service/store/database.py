@@ -1,9 +1,12 @@
 """The database: SQLite with a write-ahead log, or PostgreSQL; opened, brought up to date, and closed."""
 
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
@@ -21,15 +24,61 @@ WRITES = "writes"
 """Option of a connection that is going to write."""
 
 
+@dataclass
+class Transaction:
+    """One that several reads and writes of a task are part of."""
+
+    connection: AsyncConnection
+    after_commit: list[Callable[[], None]] = field(default_factory=list)
+
+
 class Database:
     """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets Unavailable."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self._engine = _open(url, timeout_seconds)
+        # By task, so that what a task starts beside itself does not write into its transaction.
+        self._transactions: WeakKeyDictionary[asyncio.Task[Any], Transaction] = WeakKeyDictionary()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """Make all reads and writes of this task one transaction, committed at the end and rolled back on an error.
+
+        Raises Unavailable.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        assert task not in self._transactions, "transactions are not nested"
+        async with AsyncExitStack() as stack:
+            # The database's trouble is told where it is met, for what else is done meanwhile has troubles of its own.
+            with _unavailable():
+                connection = await stack.enter_async_context(self._engine.connect())
+                await connection.execution_options(**{WRITES: True})
+                begun = await connection.begin()
+            self._transactions[task] = transaction = Transaction(connection)
+            try:
+                yield
+            finally:
+                del self._transactions[task]
+            with _unavailable():
+                await begun.commit()
+        for call in transaction.after_commit:
+            call()
+
+    def after_commit(self, call: Callable[[], None]) -> None:
+        """Call when what this task has written is there for others to see: now, or at the end of its transaction."""
+        if (transaction := self._joined()) is None:
+            call()
+        else:
+            transaction.after_commit.append(call)
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection for queries. Raises Unavailable."""
+        if (transaction := self._joined()) is not None:
+            with _unavailable():
+                yield transaction.connection
+            return
         with _unavailable():
             async with self._engine.connect() as connection:
                 yield connection
@@ -37,11 +86,20 @@ class Database:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable."""
+        if (transaction := self._joined()) is not None:
+            with _unavailable():
+                async with transaction.connection.begin_nested():
+                    yield transaction.connection
+            return
         with _unavailable():
             async with self._engine.connect() as connection:
                 await connection.execution_options(**{WRITES: True})
                 async with connection.begin():
                     yield connection
+
+    def _joined(self) -> Transaction | None:
+        task = asyncio.current_task()
+        return None if task is None else self._transactions.get(task)
 
     async def migrate(self) -> None:
         """Bring the tables to the newest migration, in one transaction."""

@@ -77,9 +77,10 @@ class JobStore:
         async with self._database.write() as connection:
             await insert_jobs(connection, [job])
 
-    async def get(self, job_id: str) -> Job:
-        """Read one job. Raises NotFound."""
-        found = await self._read(select(*COLUMNS).where(jobs.c.id == job_id))
+    async def get(self, job_id: str, owner: str | None = None) -> Job:
+        """Read one job. Raises NotFound, also if it is not `owner`'s."""
+        query = select(*COLUMNS).where(jobs.c.id == job_id)
+        found = await self._read(query if owner is None else query.where(jobs.c.owner == owner))
         if not found:
             raise NotFound(f"there is no job {job_id!r}")
         return found[0]

@@ -25,6 +25,7 @@ def make_comparison(**changes: Any) -> Comparison:
     values: dict[str, Any] = {
         "id": new_id("comparison"),
         "name": "example",
+        "owner": "admin",
         "matrix": {"norm": ["none", "sync"], "seed": [0, 1]},
         "baseline": {"norm": "none"},
         "metric": "accuracy",

@@ -20,6 +20,9 @@ class RunContext(Frozen):
     mlflow_url: str | None = None
     mlflow_run_id: str | None = None
     permissions: Permissions = Permissions()
+    secrets: dict[str, str] = Field(
+        {}, description="environment variables of the workers, to the files with their values"
+    )
     resumed_from: tuple[str, ...] = Field(
         (),
         description="ended jobs, whose folders lie beside this one's, in whose checkpoints to look for one to go on from",

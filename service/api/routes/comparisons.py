@@ -5,27 +5,33 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query, Response
 
+from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
+from service.api.idempotency import Route
 from service.api.routes.validation import validation
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison, Validation
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
-from service.domain.jobs import ADMIN, LONGEST_NAME, new_id
+from service.domain.jobs import LONGEST_NAME, new_id
 from service.engine.reports import read_curves, report
 
-router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
+router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"], route_class=Route)
 ComparisonId = Annotated[
     str, Path(pattern=r"^comparison-[0-9a-f]{1,12}$", description="such as `comparison-3f9c2b7a10de`")
 ]
 
 
 @router.post("", status_code=202)
-async def submit_comparison(body: SubmitComparison, components: GivenComponents, response: Response) -> ComparisonView:
+async def submit_comparison(
+    body: SubmitComparison, caller: Submitter, components: GivenComponents, response: Response
+) -> ComparisonView:
     """Store a comparison and one job for each point of its matrix, all or none."""
     points = expand(body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
+    secrets = await components.secrets.resolve(caller.owner, body.secrets)
     comparison = Comparison(
         id=new_id("comparison"),
+        owner=caller.owner,
         name=body.name,
         matrix=body.axes,
         baseline=choose_baseline(body.axes, body.baseline),
@@ -35,34 +41,36 @@ async def submit_comparison(body: SubmitComparison, components: GivenComponents,
     )
     jobs = [
         body.job(
-            owner=ADMIN,
+            owner=caller.owner,
             name=describe(variant)[:LONGEST_NAME],
             spec=spec,
+            secrets=secrets,
             comparison_id=comparison.id,
             variant=variant,
         )
         for variant, spec in points
     ]
     await components.comparisons.add(comparison, jobs)
-    components.dispatcher.wake()
+    components.database.after_commit(components.dispatcher.wake)
     response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
 @router.post(":validate")
-async def validate_comparison(body: SubmitComparison, components: GivenComponents) -> Validation:
+async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
     """Check a comparison, and store nothing."""
     specs = [spec for _, spec in expand(body.spec, body.matrix, body.variants)]
     for spec in specs:
         components.permissions.check(spec)
     choose_baseline(body.axes, body.baseline)
+    await components.secrets.resolve(caller.owner, body.secrets)
     return await validation(components, body.spec, specs)
 
 
 @router.get("/{comparison_id}")
-async def show_comparison(comparison_id: ComparisonId, components: GivenComponents) -> ComparisonView:
+async def show_comparison(comparison_id: ComparisonId, caller: Reader, components: GivenComponents) -> ComparisonView:
     """Show a comparison and its jobs."""
-    comparison = await components.comparisons.get(comparison_id)
+    comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
@@ -70,11 +78,12 @@ async def show_comparison(comparison_id: ComparisonId, components: GivenComponen
 @router.get("/{comparison_id}/report")
 async def report_comparison(
     comparison_id: ComparisonId,
+    caller: Reader,
     components: GivenComponents,
     curves: Annotated[bool, Query(description="include each run's curve")] = False,
 ) -> Report:
     """Compare the variants by what MLflow holds of their runs."""
-    comparison = await components.comparisons.get(comparison_id)
+    comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     return Report.of(await report(comparison, jobs, components.mlflow), with_curves=curves)
 
@@ -82,13 +91,14 @@ async def report_comparison(
 @router.get("/{comparison_id}/curves")
 async def show_curves(
     comparison_id: ComparisonId,
+    caller: Reader,
     components: GivenComponents,
     metric: Annotated[
         str, Query(max_length=250, description="any metric or probe that the runs log, such as `test_loss`")
     ] = "accuracy",
 ) -> Curves:
     """Show one metric of all runs, as MLflow holds it."""
-    await components.comparisons.get(comparison_id)
+    await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     curves = await read_curves(jobs, metric, components.mlflow)
     runs = [RunCurve(job_id=job.id, seed=job.spec.seed, state=job.state, points=list(curves[job.id])) for job in jobs]

@@ -1,9 +1,7 @@
 """Routes for jobs."""
 
-import base64
-import binascii
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Annotated
 from zlib import crc32
@@ -12,73 +10,92 @@ from fastapi import APIRouter, Header, Query, Response
 from fastapi import Path as PathParameter
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from service.api.auth import Reader, Submitter
 from service.api.components import Components, GivenComponents
+from service.api.idempotency import Route
+from service.api.pages import PageSize, PageToken, place_of, token_of
 from service.api.routes import streams
 from service.api.routes.validation import validation
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob, Validation
+from service.domain.access import Caller
 from service.domain.errors import Changed, InvalidField
-from service.domain.jobs import ADMIN, Job, JobState
+from service.domain.jobs import Job, JobState
 from service.domain.terms import clone, resume
 from service.engine.logs import Level, Line, Place, Selection
 from service.store.jobs import Filter
 from trainer.spec import Norm
 
-router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
-LARGEST_PLACE = 2**31 - 1
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", description="such as `job-3f9c2b7a10de`")]
 
 
 @router.post("", status_code=202)
-async def submit_job(body: SubmitJob, components: GivenComponents, response: Response) -> JobView:
+async def submit_job(body: SubmitJob, caller: Submitter, components: GivenComponents, response: Response) -> JobView:
     """Store a job and answer with its address; the dispatcher takes it from there."""
-    return await _add(body.job(owner=ADMIN, name=body.name, spec=body.spec), components, response)
+    components.permissions.check(body.spec)
+    secrets = await components.secrets.resolve(caller.owner, body.secrets)
+    job = body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets)
+    return await _add(job, components, response)
+
+
+async def _after(job_id: str, make: Callable[..., Job], body: ChangeJob, caller: Caller, components: Components) -> Job:
+    """Make a job after the example of another one; it is the caller's, who must be allowed all that it reaches for."""
+    old = await components.jobs.get(job_id, caller.sees_only)
+    secrets = await components.secrets.resolve(caller.owner, old.secrets)
+    job = make(old, owner=caller.owner, name=body.name, overrides=body.overrides, secrets=secrets)
+    components.permissions.check(job.spec)
+    return job
 
 
 async def _add(job: Job, components: Components, response: Response) -> JobView:
-    components.permissions.check(job.spec)
     await components.jobs.add(job)
-    components.dispatcher.wake()
+    components.database.after_commit(components.dispatcher.wake)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["ETag"] = etag(job)
     return JobView.of(job, components.mlflow_public_url)
 
 
 @router.post(":validate")
-async def validate_job(body: SubmitJob, components: GivenComponents) -> Validation:
+async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
     """Check a submission, and store nothing."""
     components.permissions.check(body.spec)
+    await components.secrets.resolve(caller.owner, body.secrets)
     return await validation(components, body.spec, [body.spec])
 
 
 @router.get("")
 async def list_jobs(
+    caller: Reader,
     components: GivenComponents,
     owner: Annotated[str | None, Query(max_length=80)] = None,
     state: Annotated[JobState | None, Query()] = None,
     comparison: Annotated[str | None, Query(max_length=40, description="a comparison's id")] = None,
     norm: Annotated[Norm | None, Query()] = None,
     tag: Annotated[str | None, Query(max_length=80)] = None,
-    page_size: Annotated[int, Query(ge=1, le=1_000)] = 50,
-    page_token: Annotated[str | None, Query(description="`next_page_token` of the page before")] = None,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
 ) -> JobList:
-    """List jobs, newest first: those that meet all conditions."""
-    wanted = Filter(owner=owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
-    jobs, more = await components.jobs.page(page_size, _place(page_token) if page_token else None, wanted)
+    """List jobs, newest first: those that meet all conditions, and of these the caller's own; an admin sees all."""
+    if caller.sees_only not in (None, owner or caller.sees_only):
+        return JobList(jobs=[], next_page_token=None)
+    wanted = Filter(owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
+    jobs, more = await components.jobs.page(page_size, place_of(page_token), wanted)
     return JobList(
         jobs=[JobView.of(job, components.mlflow_public_url) for job in jobs],
-        next_page_token=_token(more) if more is not None else None,
+        next_page_token=token_of(more),
     )
 
 
 @router.get("/{job_id}", response_model=JobView, responses={304: {"description": "it is as `If-None-Match` says"}})
 async def show_job(
     job_id: JobId,
+    caller: Reader,
     components: GivenComponents,
     response: Response,
     if_none_match: Annotated[str | None, Header(max_length=200)] = None,
 ) -> JobView | Response:
     """Show one job. Its `ETag` changes whenever it does."""
-    job = await components.jobs.get(job_id)
+    job = await components.jobs.get(job_id, caller.sees_only)
     if if_none_match == etag(job):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag(job)})
     response.headers["ETag"] = etag(job)
@@ -88,33 +105,38 @@ async def show_job(
 @router.post("/{job_id}:cancel", status_code=202, responses={412: {"model": Problem}})
 async def cancel_job(
     job_id: JobId,
+    caller: Submitter,
     components: GivenComponents,
     if_match: Annotated[str | None, Header(max_length=200, description="the `ETag` that the job must have")] = None,
 ) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
-    version = _version(await components.jobs.get(job_id), if_match) if if_match else None
-    job = await components.jobs.request_cancel(job_id, ADMIN, version)
-    components.dispatcher.wake()
+    job = await components.jobs.get(job_id, caller.sees_only)
+    version = _version(job, if_match) if if_match else None
+    job = await components.jobs.request_cancel(job_id, caller.owner, version)
+    components.database.after_commit(components.dispatcher.wake)
     return JobView.of(job, components.mlflow_public_url)
 
 
 @router.post("/{job_id}:resume", status_code=202)
-async def resume_job(job_id: JobId, body: ChangeJob, components: GivenComponents, response: Response) -> JobView:
+async def resume_job(
+    job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
+) -> JobView:
     """Submit a new job that goes on from the checkpoints of one that has ended."""
-    old = await components.jobs.get(job_id)
-    return await _add(resume(old, owner=ADMIN, name=body.name, overrides=body.overrides), components, response)
+    return await _add(await _after(job_id, resume, body, caller, components), components, response)
 
 
 @router.post("/{job_id}:clone", status_code=202)
-async def clone_job(job_id: JobId, body: ChangeJob, components: GivenComponents, response: Response) -> JobView:
+async def clone_job(
+    job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
+) -> JobView:
     """Submit a new job like another one, from its beginning."""
-    old = await components.jobs.get(job_id)
-    return await _add(clone(old, owner=ADMIN, name=body.name, overrides=body.overrides), components, response)
+    return await _add(await _after(job_id, clone, body, caller, components), components, response)
 
 
 @router.get("/{job_id}/events", response_model=EventList, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
 async def list_events(
     job_id: JobId,
+    caller: Reader,
     components: GivenComponents,
     follow: Annotated[
         bool, Query(description="stream transitions and progress as server-sent events until the job has ended")
@@ -122,7 +144,7 @@ async def list_events(
     last_event_id: Annotated[str | None, Header(max_length=20, description="go on after this event")] = None,
 ) -> EventList | Response:
     """List a job's transitions in order."""
-    job = await components.jobs.get(job_id)
+    job = await components.jobs.get(job_id, caller.sees_only)
     after = _sequence(last_event_id) if last_event_id else 0
     if follow:
         return StreamingResponse(streams.follow_events(components, job, after), media_type=streams.MEDIA_TYPE)
@@ -132,6 +154,7 @@ async def list_events(
 @router.get("/{job_id}/logs", response_class=PlainTextResponse, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
 async def read_logs(
     job_id: JobId,
+    caller: Reader,
     components: GivenComponents,
     attempt: Annotated[
         int | None, Query(ge=1, description="default: the last one; of a stream, where it begins, by default the first")
@@ -142,7 +165,7 @@ async def read_logs(
     last_event_id: Annotated[str | None, Header(max_length=30, description="go on after this event")] = None,
 ) -> Response:
     """Read what a job's driver and workers printed; empty before it has started."""
-    job = await components.jobs.get(job_id)
+    job = await components.jobs.get(job_id, caller.sees_only)
     wanted = Selection(rank, level)
     if attempt is not None and attempt > job.attempt:
         raise InvalidField("attempt", attempt, f"takes 1 to {job.attempt}")
@@ -179,17 +202,3 @@ def _version(job: Job, if_match: str) -> int:
     if if_match not in (etag(job), "*"):
         raise Changed(f"job {job.id} has changed since: it is {job.state.value}, {job.reason}")
     return job.version
-
-
-def _token(place: int) -> str:
-    return base64.urlsafe_b64encode(str(place).encode()).decode().rstrip("=")
-
-
-def _place(token: str) -> int:
-    try:
-        text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
-    except (binascii.Error, ValueError):
-        text = ""
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_PLACE:
-        raise InvalidField("page_token", token, "takes the next_page_token of an earlier answer")
-    return int(text)

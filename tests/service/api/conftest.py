@@ -1,5 +1,7 @@
 """The API in this process, on a real database, with stand-ins for Ray and MLflow."""
 
+from contextlib import AsyncExitStack
+
 import httpx
 import pytest
 
@@ -28,6 +30,7 @@ async def app(tmp_path, ray, mlflow):
         mlflow_public_url="http://mlflow.example/",
         database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
         storage=tmp_path / "storage",
+        secrets_folder=tmp_path / "secrets",
         poll_seconds=0.02,
     )
     app = make_app(settings, ray, mlflow)
@@ -46,3 +49,29 @@ async def anyone(app):
 async def client(anyone):
     anyone.headers["Authorization"] = f"Bearer {TOKEN}"
     return anyone
+
+
+@pytest.fixture
+async def as_owner(app, client):
+    """Make a client with a token of its own."""
+    async with AsyncExitStack() as stack:
+
+        async def make(owner, *scopes):
+            body = {"owner": owner, "scopes": list(scopes) or ["submit"]}
+            token = (await client.post("/v1/tokens", json=body)).json()["token"]
+            return await stack.enter_async_context(
+                httpx.AsyncClient(
+                    transport=httpx.ASGITransport(app),
+                    base_url="http://test",
+                    headers={"Authorization": f"Bearer {token}"},
+                )
+            )
+
+        yield make
+
+
+@pytest.fixture
+async def anyone_else(app):
+    """A caller without a token, beside those with one."""
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client

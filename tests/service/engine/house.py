@@ -4,6 +4,7 @@ from service.domain.scheduling import Policy
 from service.engine.admission import Admission
 from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
+from service.engine.job_secrets import JobSecrets
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
@@ -31,7 +32,7 @@ class House:
         self.is_open = False
         attempts = Attempts(
             self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
-            mlflow_url="http://mlflow", permissions=Permissions(),
+            mlflow_url="http://mlflow", permissions=Permissions(), secrets=JobSecrets(None),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.replica, self.jobs, self.comparisons, self.ray, self.mlflow, self.files, attempts,

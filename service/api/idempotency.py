@@ -1,0 +1,105 @@
+"""Requests that are repeated under one `Idempotency-Key` are done once, and answered alike."""
+
+import hashlib
+import re
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
+from starlette.requests import ClientDisconnect
+
+from service.api.auth import authenticate
+from service.api.components import components_of
+from service.domain.access import Caller
+from service.domain.errors import InvalidField
+from service.store.idempotency import StoredAnswer
+
+HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
+TAKES = "takes 1 to 255 visible ASCII characters"
+PARAMETER = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": "the same request under the same key is done once, and gets the same answer for 24 hours at least",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
+    "example": "5f1b7c1e-0d57-4c0a-9c0e-3c9a6a0b1c2d",
+}
+
+
+class Route(APIRoute):
+    """A route whose caller is known before anything else is looked at, and whose POSTs may be repeated under a key.
+
+    What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither; after an error
+    the key is free.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if "POST" in (options.get("methods") or ()):
+            options["openapi_extra"] = {"parameters": [PARAMETER]} | (options.get("openapi_extra") or {})
+        super().__init__(path, endpoint, **options)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's own handler."""
+        handle = super().get_route_handler()
+
+        async def handle_known(request: Request) -> Response:
+            caller = await authenticate(request)
+            key = request.headers.get(HEADER)
+            if request.method != "POST" or key is None:
+                return await handle(request)
+            if not re.fullmatch(r"[!-~]{1,255}", key):
+                raise InvalidField(HEADER, key, TAKES)
+            return await _once(request, caller, key, handle)
+
+        return handle_known
+
+
+def answer_repeats_with(request: Request, answer: Response) -> None:
+    """Let repetitions of a request get another answer than the first, which holds what must not be stored."""
+    request.state.answer_to_repeats = answer
+
+
+async def _once(
+    request: Request, caller: Caller, key: str, handle: Callable[[Request], Coroutine[Any, Any, Response]]
+) -> Response:
+    components = components_of(request)
+    fingerprint = await _fingerprint(
+        request, caller
+    )  # reads the body, which may be slow to come, before the transaction
+    with _in_flight(components.keys_in_flight, (caller.owner, key)):
+        async with components.database.transaction():
+            before = await components.idempotency.claim(caller.owner, key, fingerprint)
+            if before is None:
+                answer = await handle(request)
+                kept = getattr(request.state, "answer_to_repeats", answer)
+                headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
+                stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
+                await components.idempotency.store(caller.owner, key, stored)
+                return answer
+    if before.fingerprint != fingerprint:
+        raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
+    return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})
+
+
+async def _fingerprint(request: Request, caller: Caller) -> str:
+    """Tell a request from others. The token's scopes are part of it: nobody is handed what they may not ask for themselves."""
+    try:
+        body = await request.body()
+    except ClientDisconnect as error:
+        raise HTTPException(400) from error
+    parts = [request.method, request.url.path, request.url.query, " ".join(sorted(caller.scopes))]
+    return hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()
+
+
+@contextmanager
+def _in_flight(keys: set[tuple[str, str]], key: tuple[str, str]) -> Iterator[None]:
+    if key in keys:
+        detail = f"{HEADER}: the first request with this key has not been answered yet"
+        raise HTTPException(409, detail, headers={"Retry-After": "1"})
+    keys.add(key)
+    try:
+        yield
+    finally:
+        keys.remove(key)

@@ -1,0 +1,32 @@
+"""Page tokens: the place in a list at which its next page begins."""
+
+import base64
+import binascii
+import re
+from typing import Annotated
+
+from fastapi import Query
+
+from service.domain.errors import InvalidField
+
+LARGEST_PLACE = 2**31 - 1
+PageSize = Annotated[int, Query(ge=1, le=1_000)]
+PageToken = Annotated[str | None, Query(description="`next_page_token` of the page before")]
+
+
+def token_of(place: int | None) -> str | None:
+    """Write a place as a page token."""
+    return None if place is None else base64.urlsafe_b64encode(str(place).encode()).decode().rstrip("=")
+
+
+def place_of(token: str | None) -> int | None:
+    """Read a page token. Raises InvalidField."""
+    if not token:
+        return None
+    try:
+        text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
+    except (binascii.Error, ValueError):
+        text = ""
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_PLACE:
+        raise InvalidField("page_token", token, "takes the next_page_token of an earlier answer")
+    return int(text)

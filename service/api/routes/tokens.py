@@ -1,0 +1,73 @@
+"""Routes for tokens, for what was done with them, and for who is calling."""
+
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+
+from service.api import problems
+from service.api.auth import Admin, Reader
+from service.api.components import GivenComponents
+from service.api.idempotency import Route, answer_repeats_with
+from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.schemas import AuditList, AuditView, CallerView, MadeToken, MakeToken, TokenList, TokenView
+from service.domain.access import RESERVED_OWNERS, Token, new_secret
+from service.domain.errors import InvalidField
+from service.domain.jobs import new_id
+
+router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
+TokenId = Annotated[str, Path(pattern=r"^token-[0-9a-f]{1,12}$", description="such as `token-3f9c2b7a10de`")]
+
+
+@router.get("/me")
+async def show_caller(caller: Reader) -> CallerView:
+    """Tell whose token this is, and what it allows."""
+    return CallerView(owner=caller.owner, scopes=list(caller.scopes), token_id=caller.token_id)
+
+
+@router.post("/tokens", status_code=201)
+async def make_token(body: MakeToken, caller: Admin, components: GivenComponents, request: Request) -> MadeToken:
+    """Make a token. Its secret is in this answer and nowhere else; a repetition under the same key answers 409 with its id."""
+    if body.owner in RESERVED_OWNERS:
+        raise InvalidField("owner", body.owner, "takes no name of a part of the service")
+    now = datetime.now(UTC)
+    token = Token(
+        id=new_id("token"),
+        owner=body.owner,
+        name=body.name,
+        scopes=tuple(dict.fromkeys(body.scopes)),
+        created_at=now,
+        expires_at=now + timedelta(seconds=body.expires_in_seconds) if body.expires_in_seconds else None,
+    )
+    secret = new_secret()
+    await components.tokens.add(token, secret, caller)
+    detail = (
+        f"{token.id} was made by this request before, and its secret shown; if that is lost, revoke it and make another"
+    )
+    answer_repeats_with(request, problems.answer(HTTPStatus.CONFLICT, detail))
+    return MadeToken(token=secret, **TokenView.of(token).model_dump())
+
+
+@router.get("/tokens")
+async def list_tokens(
+    _: Admin, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
+) -> TokenList:
+    """List tokens, without their secrets, newest first."""
+    tokens, more = await components.tokens.page(page_size, place_of(page_token))
+    return TokenList(tokens=[TokenView.of(token) for token in tokens], next_page_token=token_of(more))
+
+
+@router.post("/tokens/{token_id}:revoke")
+async def revoke_token(token_id: TokenId, caller: Admin, components: GivenComponents) -> TokenView:
+    """Let a token open nothing from now on. The last valid one with scope admin answers 409."""
+    return TokenView.of(await components.tokens.revoke(token_id, caller))
+
+
+@router.get("/audit")
+async def list_audit(
+    _: Admin, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
+) -> AuditList:
+    """List who made and revoked tokens, newest first; what was done to a job is among its events."""
+    records, more = await components.tokens.audit_page(page_size, place_of(page_token))
+    return AuditList(records=[AuditView.of(record) for record in records], next_page_token=token_of(more))

@@ -1,0 +1,105 @@
+"""Who may do what: tokens, their scopes, and whose things a caller sees; pure."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+SECRET_PREFIX = "syncbn_"  # noqa: S105 - what a token begins with, so that scanners of leaked secrets know it
+RESERVED_OWNERS = frozenset({"dispatcher", "service", "shared"})
+"""Names of parts of the service in events, and of the folder of secrets that all may use."""
+
+Owner = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=80,
+        pattern=r"^[a-z0-9][a-z0-9._-]*$",
+        description="lower-case letters, digits and ._- ; starts with a letter or digit",
+    ),
+]
+
+
+class Scope(StrEnum):
+    """What a token allows: to look at one's own things, to make and change them, or all things of all owners."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    ADMIN = "admin"
+
+
+IMPLIED: dict[Scope, frozenset[Scope]] = {
+    Scope.READ: frozenset({Scope.READ}),
+    Scope.SUBMIT: frozenset({Scope.READ, Scope.SUBMIT}),
+    Scope.ADMIN: frozenset(Scope),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A token as it is kept: all but its secret, of which nothing but a hash is stored."""
+
+    id: str
+    owner: str
+    name: str
+    """What it is for, in its maker's words."""
+    scopes: tuple[Scope, ...]
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+    """To the minute."""
+
+    def is_valid(self, now: datetime) -> bool:
+        """Whether it still opens anything."""
+        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a request: the owner that the token stands for, and what it allows."""
+
+    owner: str
+    scopes: tuple[Scope, ...]
+    token_id: str
+
+    def may(self, scope: Scope) -> bool:
+        """Whether one of the scopes is, or implies, another one."""
+        return any(scope in IMPLIED[held] for held in self.scopes)
+
+    @property
+    def sees_only(self) -> str | None:
+        """The owner whose things alone the caller sees; None: an admin sees all."""
+        return None if self.may(Scope.ADMIN) else self.owner
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """What somebody did that is no event of a job."""
+
+    sequence: int = 0
+    """Grows over all records; the database gives it."""
+    at: datetime
+    actor: str
+    """Whose token it was, or the part of the service."""
+    token_id: str | None
+    """The token that was shown; None for a part of the service."""
+    action: str
+    """Such as `token.create`."""
+    subject: str
+    """Identifier of what it was done to."""
+    detail: str
+
+
+def new_secret() -> str:
+    """Make a token's secret: 256 random bits."""
+    return SECRET_PREFIX + secrets.token_urlsafe(32)
+
+
+def hash_secret(secret: str) -> str:
+    """Hash a token's secret. A fast hash is right: nobody finds 256 random bits by trying, and every request is hashed."""
+    return hashlib.sha256(secret.encode()).hexdigest()

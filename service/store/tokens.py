@@ -1,0 +1,150 @@
+"""Tokens in the database, and the record of who made and revoked them."""
+
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.access import AuditRecord, Caller, Scope, Token, hash_secret, new_secret
+from service.domain.errors import Conflict, NotFound
+from service.domain.jobs import ADMIN, new_id
+from service.store.database import Database
+from service.store.tables import audit, tokens
+
+COLUMNS = [tokens.c[field.name] for field in fields(Token)]
+AUDIT_COLUMNS = [audit.c[field.name] for field in fields(AuditRecord)]
+ADMINS_LOCK = 5_021_504
+"""Any number that nobody else locks on this database."""
+BETWEEN_NOTES = timedelta(minutes=1)
+"""So that reading does not write all the time."""
+SERVICE = "service"
+
+
+class TokenStore:
+    """Queries about tokens. No secret is stored, nor read: a token is found by the hash of its secret."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, token: Token, secret: str, maker: Caller | None) -> None:
+        """Store a new token; a maker of None is the service itself."""
+        async with self._database.write() as connection:
+            await _add(connection, token, secret, maker)
+
+    async def find(self, secret: str) -> Token | None:
+        """Find the token of a secret, whether valid or not, and note at most once a minute that it was used.
+
+        How long the comparison of hashes takes tells nothing: who does not know a secret cannot choose its hash.
+        """
+        async with self._database.read() as connection:
+            row = (await connection.execute(select(*COLUMNS).where(tokens.c.hash == hash_secret(secret)))).one_or_none()
+        return None if row is None else _token(row)
+
+    async def note_use(self, token: Token) -> None:
+        """Store that a token is used, to the minute."""
+        now = datetime.now(UTC)
+        if token.last_used_at is not None and now - token.last_used_at < BETWEEN_NOTES:
+            return
+        query = update(tokens).where(
+            tokens.c.id == token.id,
+            or_(tokens.c.last_used_at.is_(None), tokens.c.last_used_at <= now - BETWEEN_NOTES),
+        )
+        async with self._database.write() as connection:
+            await connection.execute(query.values(last_used_at=now))
+
+    async def page(self, size: int, before: int | None) -> tuple[list[Token], int | None]:
+        """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
+        query = select(*COLUMNS, tokens.c.sequence).order_by(tokens.c.sequence.desc()).limit(size + 1)
+        if before is not None:
+            query = query.where(tokens.c.sequence < before)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query)).all()
+        return [_token(row) for row in rows[:size]], rows[size - 1].sequence if len(rows) > size else None
+
+    async def revoke(self, token_id: str, actor: Caller) -> Token:
+        """Let a token open nothing from now on; revoking twice changes nothing.
+
+        Raises NotFound, and Conflict for the last valid token of an admin, after which nobody could make another one.
+        """
+        now = datetime.now(UTC)
+        async with self._database.write() as connection:
+            await _one_after_the_other(connection)
+            rows = (await connection.execute(select(*COLUMNS).where(tokens.c.revoked_at.is_(None)))).all()
+            live = {row.id: _token(row) for row in rows}
+            token = live.pop(token_id, None)
+            if token is None:
+                row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one_or_none()
+                if row is None:
+                    raise NotFound(f"there is no token {token_id!r}")
+                return _token(row)
+            is_admin = Scope.ADMIN in token.scopes and token.is_valid(now)
+            if is_admin and not any(Scope.ADMIN in other.scopes and other.is_valid(now) for other in live.values()):
+                raise Conflict(f"token {token_id} is the last valid one with scope admin; make another one before")
+            await connection.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now))
+            await _record(connection, actor, "token.revoke", token, now)
+            row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one()
+        return _token(row)
+
+    async def ensure_admin(self, given: str | None, show: Callable[[str], None]) -> None:
+        """See to it that there is a way in: a token for the admin with the given secret or, if there is no token at all, a new one.
+
+        A given one that is known is left as it is, revoked or not. A new secret is handed to `show` before it is stored: a crash in
+        between leaves a useless secret, not a closed service.
+        """
+        async with self._database.write() as connection:
+            await _one_after_the_other(connection)
+            if given is not None:
+                known = select(tokens.c.id).where(tokens.c.hash == hash_secret(given))
+                if (await connection.execute(known)).one_or_none() is None:
+                    await _add(connection, _admin("SYNCBN_TOKEN"), given, None)
+            elif not (await connection.execute(select(func.count()).select_from(tokens))).scalar_one():
+                secret = new_secret()
+                show(secret)
+                await _add(connection, _admin("made at the first start"), secret, None)
+
+    async def audit_page(self, size: int, before: int | None) -> tuple[list[AuditRecord], int | None]:
+        """Read up to `size` records, newest first, older than place `before`; also the place to go on from, if there is more."""
+        query = select(*AUDIT_COLUMNS).order_by(audit.c.sequence.desc()).limit(size + 1)
+        if before is not None:
+            query = query.where(audit.c.sequence < before)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query)).all()
+        return [AuditRecord(**row._asdict()) for row in rows[:size]], rows[size - 1].sequence if len(
+            rows
+        ) > size else None
+
+
+async def _one_after_the_other(connection: AsyncConnection) -> None:
+    """Let decisions about who is an admin wait for each other; on SQLite every write does."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(select(func.pg_advisory_xact_lock(ADMINS_LOCK)))
+
+
+async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Caller | None) -> None:
+    row = asdict(token) | {"scopes": [scope.value for scope in token.scopes], "hash": hash_secret(secret)}
+    await connection.execute(insert(tokens).values(**row))
+    await _record(connection, maker, "token.create", token, token.created_at)
+
+
+async def _record(connection: AsyncConnection, actor: Caller | None, action: str, token: Token, at: datetime) -> None:
+    record: dict[str, Any] = {
+        "at": at,
+        "actor": actor.owner if actor else SERVICE,
+        "token_id": actor.token_id if actor else None,
+        "action": action,
+        "subject": token.id,
+        "detail": f"of {token.owner}, with {', '.join(token.scopes)}",
+    }
+    await connection.execute(insert(audit).values(**record))
+
+
+def _admin(name: str) -> Token:
+    return Token(id=new_id("token"), owner=ADMIN, name=name, scopes=(Scope.ADMIN,), created_at=datetime.now(UTC))
+
+
+def _token(row: Any) -> Token:
+    values = {field.name: getattr(row, field.name) for field in fields(Token)}
+    return Token(**(values | {"scopes": tuple(Scope(scope) for scope in row.scopes)}))

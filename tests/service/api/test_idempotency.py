@@ -1,0 +1,110 @@
+import asyncio
+import sqlite3
+from contextlib import closing
+
+import pytest
+
+BODY = {"name": "mine", "spec": {"steps": 10, "num_workers": 2}}
+KEY = {"Idempotency-Key": "5f1b7c1e-0d57-4c0a"}
+
+
+async def count(client):
+    return len((await client.get("/v1/jobs")).json()["jobs"])
+
+
+async def test_a_repeated_request_is_done_once_and_answered_alike(client):
+    first = await client.post("/v1/jobs", json=BODY, headers=KEY)
+    again = await client.post("/v1/jobs", json=BODY, headers=KEY)
+    assert first.status_code == again.status_code == 202
+    assert first.content == again.content
+    assert first.headers["Location"] == again.headers["Location"]
+    assert first.headers["content-type"] == again.headers["content-type"]
+    assert (first.headers.get("Idempotency-Replayed"), again.headers["Idempotency-Replayed"]) == (None, "true")
+    assert await count(client) == 1
+    await client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "another"})
+    await client.post("/v1/jobs", json=BODY)
+    await client.post("/v1/jobs", json=BODY)
+    assert await count(client) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/jobs", BODY | {"name": "other"}), ("/v1/comparisons", BODY), ("/v1/jobs?x=1", BODY)]
+)
+async def test_another_request_under_the_same_key_is_refused(client, path, body):
+    await client.post("/v1/jobs", json=BODY, headers=KEY)
+    refused = await client.post(path, json=body, headers=KEY)
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
+    assert await count(client) == 1
+
+
+@pytest.mark.parametrize("key", [b"", b"a b", b"x" * 256, "ü".encode(), b"\t"])
+async def test_a_key_that_is_none_is_refused(client, key):
+    refused = await client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": key})
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
+    assert await count(client) == 0
+
+
+async def test_a_key_is_free_again_after_an_error(client):
+    refused = await client.post("/v1/jobs", json=BODY | {"spec": {"steps": 0}}, headers=KEY)
+    assert refused.status_code == 422
+    assert (await client.post("/v1/jobs", json=BODY, headers=KEY)).status_code == 202
+
+
+async def test_an_error_after_something_was_stored_leaves_nothing(app, client, monkeypatch):
+    monkeypatch.setattr(app.state.components.idempotency, "store", None)
+    with pytest.raises(TypeError):
+        await client.post("/v1/jobs", json=BODY, headers=KEY)
+    monkeypatch.undo()
+    assert await count(client) == 0
+    assert (await client.post("/v1/jobs", json=BODY, headers=KEY)).status_code == 202
+    assert await count(client) == 1
+
+
+async def test_while_the_first_is_in_flight_others_are_told_to_wait(client):
+    answers = await asyncio.gather(*[client.post("/v1/jobs", json=BODY, headers=KEY) for _ in range(8)])
+    waits = [answer for answer in answers if answer.status_code == 409]
+    done = [answer for answer in answers if answer.status_code == 202]
+    assert len(waits) + len(done) == 8
+    assert waits
+    assert all(answer.headers["Retry-After"] == "1" for answer in waits)
+    assert len({answer.content for answer in done}) == 1
+    assert await count(client) == 1
+
+
+async def test_each_owner_has_keys_of_their_own(client, as_owner):
+    ann, bob = await as_owner("ann"), await as_owner("bob")
+    for caller in (ann, bob, client):
+        answer = await caller.post("/v1/jobs", json=BODY, headers=KEY)
+        assert (answer.status_code, answer.headers.get("Idempotency-Replayed")) == (202, None)
+    assert await count(client) == 3
+
+
+async def test_a_token_of_smaller_scope_is_not_handed_the_answer(as_owner):
+    ann, reader = await as_owner("ann"), await as_owner("ann", "read")
+    await ann.post("/v1/jobs", json=BODY, headers=KEY)
+    assert (await reader.post("/v1/jobs", json=BODY, headers=KEY)).status_code == 422
+    assert (await reader.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "new"})).status_code == 403
+
+
+async def test_the_dispatcher_wakes_after_the_commit(app, client, tmp_path, monkeypatch):
+    seen = []
+
+    def wake():
+        with closing(sqlite3.connect(tmp_path / "test.db")) as other:
+            seen.append(other.execute("SELECT count(*), sum(cancel_requested) FROM jobs").fetchone())
+
+    monkeypatch.setattr(app.state.components.dispatcher, "wake", wake)
+    job = (await client.post("/v1/jobs", json=BODY, headers=KEY)).json()
+    assert seen == [(1, 0)]
+    await client.post(f"/v1/jobs/{job['id']}:cancel", headers={"Idempotency-Key": "c"})
+    assert seen == [(1, 0), (1, 1)]
+    await client.post("/v1/jobs", json=BODY, headers=KEY)
+    assert len(seen) == 2
+
+
+async def test_a_repeated_cancel_is_one_event(client):
+    job = (await client.post("/v1/jobs", json=BODY)).json()
+    first, again = [await client.post(f"/v1/jobs/{job['id']}:cancel", headers=KEY) for _ in range(2)]
+    assert first.content == again.content
+    events = (await client.get(f"/v1/jobs/{job['id']}/events")).json()["events"]
+    assert [event["reason"] for event in events].count("asked to cancel") == 1
