@@ -81,6 +81,12 @@ class Settings(BaseSettings):
     silence_seconds: float = Field(
         60, ge=5, le=3600, description="time without a sign of life after which a run is lost that Ray calls running"
     )
+    start_seconds: float = Field(
+        900,
+        ge=5,
+        le=86_400,
+        description="time that Ray may take to start what was submitted, before that is tried again",
+    )
     ray_auth_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN", "ray_auth_token"),

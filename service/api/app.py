@@ -164,6 +164,7 @@ async def _open_components(
             poll_seconds=settings.poll_seconds,
             grace_seconds=settings.grace_seconds,
             silence_seconds=settings.silence_seconds,
+            start_seconds=settings.start_seconds,
         )
         yield Components(
             database=database,

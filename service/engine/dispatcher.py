@@ -15,7 +15,8 @@ from service.domain.comparisons import Comparison
 from service.domain.errors import Unavailable
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
-from service.domain.lifecycle import RayStatus, Submission, is_overtime, next_step
+from service.domain.lifecycle import RayStatus, Submission, after_failure, is_overtime, next_step
+from service.domain.retries import Blame
 from service.engine.admission import Admission
 from service.engine.attempts import ACTOR, Attempts
 from service.engine.mlflow_runs import MlflowRuns
@@ -51,11 +52,13 @@ class Dispatcher:
         poll_seconds: float,
         grace_seconds: float,
         silence_seconds: float,
+        start_seconds: float,
     ) -> None:
         self._replica, self._jobs, self._comparisons = replica, jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
         self._attempts, self._admission = attempts, admission
-        self._poll_seconds, self._grace_seconds, self._silence_seconds = poll_seconds, grace_seconds, silence_seconds
+        self._poll_seconds, self._grace_seconds = poll_seconds, grace_seconds
+        self._silence_seconds, self._start_seconds = silence_seconds, start_seconds
         self._woken = asyncio.Event()
         self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
@@ -132,6 +135,9 @@ class Dispatcher:
         if outcome is None and job.state == JobState.RUNNING and silent_seconds > self._silence_seconds:
             submission = None  # Ray calls it running for ever, as it does after its head was lost
         step = next_step(job, submission, outcome, now)
+        if submission is not None and submission.status == RayStatus.PENDING and silent_seconds > self._start_seconds:
+            what = f"Ray has not started it within {self._start_seconds:g} s"
+            step = after_failure(job, Blame.INFRASTRUCTURE, what, now)
         if step is not None and outcome is None and self._may_still_speak(submission, silent_seconds):
             return
         if step is not None:

@@ -37,7 +37,7 @@ class House:
         self.dispatcher = Dispatcher(
             self.replica, self.jobs, self.comparisons, self.ray, self.mlflow, self.files, attempts,
             Admission(self.jobs, self.ray, attempts, lambda: self.policy),
-            poll_seconds=0.01, grace_seconds=self.grace_seconds, silence_seconds=60,
+            poll_seconds=0.01, grace_seconds=self.grace_seconds, silence_seconds=60, start_seconds=60,
         )  # fmt: skip
 
     async def start(self):

@@ -238,6 +238,21 @@ async def test_what_ray_calls_running_for_ever_is_lost_once_it_is_silent(house, 
     assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
 
 
+async def test_what_ray_never_starts_is_tried_again(house, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("service.engine.dispatcher.time.monotonic", lambda: now)
+    job = await house.add()
+    await house.round()
+    await house.round()
+    now += 59
+    await house.round()
+    assert (await house.state(job), (await house.jobs.get(job.id)).attempt) == ("submitted", 1)
+    now += 2
+    await house.round()
+    assert (await house.jobs.get(job.id)).attempt == 2
+    assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
+
+
 async def test_what_ray_has_not_started_yet_is_cancelled_at_once_and_its_driver_finds_that(house):
     job = await house.add()
     await house.round()
