@@ -15,6 +15,7 @@ from service.api.components import Components, GivenComponents
 from service.api.headers import Headers
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
+from service.api.routes import metrics as metrics_routes
 from service.api.routes import tokens as token_routes
 from service.api.schemas import Check, Problem, Readiness
 from service.domain.access import Scope
@@ -23,6 +24,7 @@ from service.engine.admission import Admission
 from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
+from service.engine.metrics import Metrics
 from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.replica import Replica
@@ -95,7 +97,7 @@ def make_app(
     app.state.settings = settings
     app.max_body_size = MOST_BODY_BYTES
     problems.install(app)
-    for router in (job_routes.router, comparison_routes.router, token_routes.router):
+    for router in (job_routes.router, comparison_routes.router, token_routes.router, metrics_routes.router):
         app.include_router(router, responses=ERRORS)
 
     @app.get("/", include_in_schema=False)
@@ -140,7 +142,9 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
-        replica = Replica(LeaseStore(database), settings.replica_name(), settings.lease_seconds)
+        leases = LeaseStore(database)
+        metrics = Metrics(jobs, leases)
+        replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
         attempts = Attempts(
             jobs,
@@ -148,6 +152,7 @@ async def _open_components(
             ray,
             mlflow,
             files,
+            metrics.dispatch_seconds,
             mlflow_url=settings.mlflow_url,
             permissions=permissions,
             secrets=secrets,
@@ -161,6 +166,7 @@ async def _open_components(
             files,
             attempts,
             Admission(jobs, ray, attempts, settings.policy),
+            metrics.round_seconds,
             poll_seconds=settings.poll_seconds,
             grace_seconds=settings.grace_seconds,
             silence_seconds=settings.silence_seconds,
@@ -178,6 +184,7 @@ async def _open_components(
             replica=replica,
             dispatcher=dispatcher,
             watch=Watch(jobs, settings.poll_seconds),
+            metrics=metrics,
             permissions=permissions,
             secrets=secrets,
             rates=RateLimit(settings.rate_per_second, settings.rate_burst),

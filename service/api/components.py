@@ -8,6 +8,7 @@ from fastapi import Depends, Request
 from service.domain.rates import RateLimit
 from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
+from service.engine.metrics import Metrics
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.replica import Replica
@@ -36,6 +37,7 @@ class Components:
     replica: Replica
     dispatcher: Dispatcher
     watch: Watch
+    metrics: Metrics
     permissions: Permissions
     """What the operator allows specs to reach."""
     secrets: JobSecrets

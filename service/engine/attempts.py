@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 from datetime import UTC, datetime
 
+from prometheus_client import Histogram
+
 from service.domain.errors import NotFound, Refused
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
@@ -34,13 +36,14 @@ class Attempts:
         ray: RayJobs,
         mlflow: MlflowRuns,
         files: RunFiles,
+        dispatch_seconds: Histogram,
         *,
         mlflow_url: str,
         permissions: Permissions,
         secrets: JobSecrets,
     ) -> None:
         self._jobs, self._comparisons = jobs, comparisons
-        self._ray, self._mlflow, self._files = ray, mlflow, files
+        self._ray, self._mlflow, self._files, self._dispatch_seconds = ray, mlflow, files, dispatch_seconds
         self._mlflow_url, self._permissions, self._secrets = mlflow_url, permissions, secrets
         self._refusals: Counter[str] = Counter()
 
@@ -54,6 +57,7 @@ class Attempts:
         step = Transition(state=JobState.SUBMITTED, reason=f"attempt {job.attempt} goes to Ray")
         submitted = await self._jobs.advance(started, step, ACTOR, lease) if started else None
         if submitted is not None:
+            self._dispatch_seconds.observe((datetime.now(UTC) - job.queued_at).total_seconds())
             await self.hand_over(submitted, lease)
 
     async def hand_over(self, job: Job, lease: Lease) -> None:

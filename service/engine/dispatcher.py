@@ -11,6 +11,8 @@ import time
 from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime, timedelta
 
+from prometheus_client import Histogram
+
 from service.domain.comparisons import Comparison
 from service.domain.errors import Unavailable
 from service.domain.jobs import Job, JobState, Transition
@@ -48,6 +50,7 @@ class Dispatcher:
         files: RunFiles,
         attempts: Attempts,
         admission: Admission,
+        round_seconds: Histogram,
         *,
         poll_seconds: float,
         grace_seconds: float,
@@ -56,7 +59,7 @@ class Dispatcher:
     ) -> None:
         self._replica, self._jobs, self._comparisons = replica, jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
-        self._attempts, self._admission = attempts, admission
+        self._attempts, self._admission, self._round_seconds = attempts, admission, round_seconds
         self._poll_seconds, self._grace_seconds = poll_seconds, grace_seconds
         self._silence_seconds, self._start_seconds = silence_seconds, start_seconds
         self._woken = asyncio.Event()
@@ -73,7 +76,8 @@ class Dispatcher:
         while True:
             self._woken.clear()
             try:
-                await self.round()
+                with self._round_seconds.time():
+                    await self.round()
                 pause = self._poll_seconds
             except Exception as error:  # one round's trouble, of whatever kind, must not end all the others
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))

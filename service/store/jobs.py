@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Select, exists, insert, or_, select, update
+from sqlalchemy import Select, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -61,6 +61,19 @@ class Pulse:
     state: JobState
     attempt: int
     progress: Progress | None
+
+
+@dataclass(frozen=True)
+class Totals:
+    """All jobs, summed up."""
+
+    jobs: dict[JobState, int]
+    queued: dict[str, int]
+    """By owner."""
+    oldest_queued_at: datetime | None
+    gpu_seconds: dict[str, float]
+    """By owner: the seconds of attempts that have ended, times the most GPUs that they may have held."""
+    cpu_seconds: dict[str, float]
 
 
 class JobStore:
@@ -136,6 +149,29 @@ class JobStore:
         async with self._database.read() as connection:
             rows = (await connection.execute(query.where(jobs.c.id.in_(job_ids)))).all()
         return {row.id: Pulse(row.version, JobState(row.state), row.attempt, _progress(row.progress)) for row in rows}
+
+    async def totals(self) -> Totals:
+        """Sum up all jobs."""
+        states = select(jobs.c.state, func.count()).group_by(jobs.c.state)
+        queued = (
+            select(jobs.c.owner, func.count(), func.min(jobs.c.queued_at))
+            .where(jobs.c.state == JobState.QUEUED)
+            .group_by(jobs.c.owner)
+        )
+        seconds = select(
+            jobs.c.owner,
+            func.sum(jobs.c.ran_seconds * jobs.c.most_gpus),
+            func.sum(jobs.c.ran_seconds * jobs.c.most_cpus),
+        ).group_by(jobs.c.owner)
+        async with self._database.read() as connection:
+            by_state, by_owner, ran = [(await connection.execute(query)).all() for query in (states, queued, seconds)]
+        return Totals(
+            {JobState(state): count for state, count in by_state},
+            {owner: count for owner, count, _ in by_owner},
+            min((oldest for _, _, oldest in by_owner), default=None),
+            {owner: gpus for owner, gpus, _ in ran},
+            {owner: cpus for owner, _, cpus in ran},
+        )
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
         """Read a job's events in order, those after number `after`."""

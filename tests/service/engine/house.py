@@ -5,6 +5,7 @@ from service.engine.admission import Admission
 from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
+from service.engine.metrics import Metrics
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.comparisons import ComparisonStore
@@ -30,13 +31,14 @@ class House:
     def reopen(self):
         self.replica = Replica(LeaseStore(self.database), self.name, 1_000)
         self.is_open = False
+        self.metrics = Metrics(self.jobs, LeaseStore(self.database))
         attempts = Attempts(
-            self.jobs, self.comparisons, self.ray, self.mlflow, self.files,
+            self.jobs, self.comparisons, self.ray, self.mlflow, self.files, self.metrics.dispatch_seconds,
             mlflow_url="http://mlflow", permissions=Permissions(), secrets=JobSecrets(None),
         )  # fmt: skip
         self.dispatcher = Dispatcher(
             self.replica, self.jobs, self.comparisons, self.ray, self.mlflow, self.files, attempts,
-            Admission(self.jobs, self.ray, attempts, lambda: self.policy),
+            Admission(self.jobs, self.ray, attempts, lambda: self.policy), self.metrics.round_seconds,
             poll_seconds=0.01, grace_seconds=self.grace_seconds, silence_seconds=60, start_seconds=60,
         )  # fmt: skip
 

@@ -1,0 +1,16 @@
+"""Metrics for Prometheus, for an admin's token alone, since they name owners."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from service.api.auth import Admin
+from service.api.components import GivenComponents
+from service.api.idempotency import Route
+
+router = APIRouter(tags=["health"], route_class=Route)
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
+async def read_metrics(_: Admin, components: GivenComponents) -> Response:
+    """Tell Prometheus of jobs, queue, owners and replicas."""
+    return Response(await components.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,73 @@
+"""What Prometheus reads of the service: the state of the queue and of the jobs from the database, and this process's own times."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from service.domain.jobs import JobState
+from service.store.jobs import JobStore, Totals
+from service.store.leases import LeaseStore
+
+SECONDS_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
+
+
+class Metrics:
+    """All replicas tell the same of the database; times are those of the replica that is asked."""
+
+    def __init__(self, jobs: JobStore, leases: LeaseStore) -> None:
+        self._jobs, self._leases = jobs, leases
+        self._registry = CollectorRegistry()
+        self.dispatch_seconds = Histogram(
+            "syncbn_dispatch_seconds",
+            "From the time that an attempt joined the queue, to its submission",
+            buckets=SECONDS_BUCKETS,
+            registry=self._registry,
+        )
+        self.round_seconds = Histogram(
+            "syncbn_round_seconds", "One round of the dispatcher", buckets=SECONDS_BUCKETS, registry=self._registry
+        )
+
+    async def text(self) -> bytes:
+        """Write all of it as Prometheus reads it. Raises Unavailable."""
+        totals, seen = await self._jobs.totals(), await self._leases.seconds_since_seen()
+        registry = CollectorRegistry()
+        registry.register(_Snapshot(totals, seen, datetime.now(UTC)))
+        return generate_latest(registry) + generate_latest(self._registry)
+
+
+class _Snapshot:
+    """The database's part, as of one moment."""
+
+    def __init__(self, totals: Totals, seen: dict[str, float], now: datetime) -> None:
+        self._totals, self._seen, self._now = totals, seen, now
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metrics; Prometheus' own name for it."""
+        states = GaugeMetricFamily("syncbn_jobs", "Jobs by state", labels=["state"])
+        for state in JobState:
+            states.add_metric([state.value], self._totals.jobs.get(state, 0))
+        yield states
+        queued = GaugeMetricFamily("syncbn_queued_jobs", "Jobs in the queue by owner", labels=["owner"])
+        for owner, count in self._totals.queued.items():
+            queued.add_metric([owner], count)
+        yield queued
+        oldest = self._totals.oldest_queued_at
+        age = (self._now - oldest).total_seconds() if oldest else 0.0
+        yield GaugeMetricFamily("syncbn_oldest_queued_seconds", "How long the first of the queue has waited", value=age)
+        for resource, seconds in (("gpu", self._totals.gpu_seconds), ("cpu", self._totals.cpu_seconds)):
+            family = CounterMetricFamily(
+                f"syncbn_{resource}_seconds",
+                f"Time that ended attempts ran, times the {resource.upper()}s that they may have held, by owner",
+                labels=["owner"],
+            )
+            for owner, value in seconds.items():
+                family.add_metric([owner], value)
+            yield family
+        replicas = GaugeMetricFamily(
+            "syncbn_replica_silent_seconds", "Since a replica last told that it is alive", labels=["replica"]
+        )
+        for replica, silent in self._seen.items():
+            replicas.add_metric([replica], silent)
+        yield replicas

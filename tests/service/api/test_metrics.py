@@ -1,0 +1,43 @@
+"""What Prometheus reads, parsed as it does."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.service.api.test_changes import end, submit
+
+
+async def read(client):
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200, answer.text
+    samples = [sample for family in text_string_to_metric_families(answer.text) for sample in family.samples]
+    return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
+
+
+async def test_jobs_queue_owners_and_replicas_are_told(app, client, ray):
+    ray.is_down = True
+    before = await read(client)
+    assert before["syncbn_jobs", ("state", "queued")] == before["syncbn_oldest_queued_seconds",] == 0
+    first, second = await submit(client), await submit(client)
+    await end(app, first["id"], "failed")
+    await end(app, second["id"])
+    third = await submit(client)
+    seen = await read(client)
+    states = {state: seen["syncbn_jobs", ("state", state)] for state in ("queued", "failed", "cancelled", "running")}
+    assert states == {"queued": 1, "failed": 1, "cancelled": 1, "running": 0}
+    assert seen["syncbn_queued_jobs", ("owner", third["owner"])] == 1
+    assert 0 < seen["syncbn_oldest_queued_seconds",] < 60
+    assert seen["syncbn_gpu_seconds_total", ("owner", "admin")] == 0
+    (replica,) = [name for name in seen if name[0] == "syncbn_replica_silent_seconds"]
+    assert seen[replica] < 10
+
+
+async def test_times_of_dispatch_and_rounds_are_told(client):
+    await submit(client)
+    while not (seen := await read(client))["syncbn_dispatch_seconds_count",]:
+        pass
+    assert 0 < seen["syncbn_dispatch_seconds_sum",] < 60
+    assert seen["syncbn_round_seconds_count",] > 0
+
+
+async def test_only_an_admin_reads_them(anyone, client):
+    del client.headers["Authorization"]
+    assert (await anyone.get("/metrics")).status_code == 401
