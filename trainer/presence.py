@@ -9,15 +9,18 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from trainer.spec import CLOSED_FILE, DRIVER_FILE, attempt_folder
 
 SECONDS_BETWEEN_SIGNS = 1.0
 SECONDS_UNTIL_DEAD = 10.0
-"""Without a sign from the driver of the attempt before this one."""
+"""Without a sign, the driver of an attempt before this one."""
 SECONDS_TO_END = 20.0
 """Between the word that the attempt is over, which interrupts the driver, and its end by force."""
+SECONDS_WITHOUT_SIGN = 40.0
+"""After which a driver that cannot give one ends itself: less than the service waits, which is 60 by default."""
 ENDED = b"ended\n"
 """Content of the file of a driver that has ended by itself."""
 
@@ -28,20 +31,23 @@ class Presence:
     def __init__(self, job_folder: Path, attempt: int) -> None:
         self._folder = attempt_folder(job_folder, attempt)
         self._file = self._folder / DRIVER_FILE
-        self._before = attempt_folder(job_folder, attempt - 1) / DRIVER_FILE
+        self._before = [attempt_folder(job_folder, number) / DRIVER_FILE for number in range(attempt - 1, 0, -1)]
         self._is_over = threading.Event()
+        self._signed_at = time.monotonic()
 
     def claim(self) -> str | None:
         """Take the attempt for this process; otherwise say why it cannot be had. Waits until no driver before it is alive."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._wait_for_the_one_before()
+        self._wait_for_those_before()
         if (self._folder / CLOSED_FILE).exists():
             return "the service has ended this attempt"
         try:
             self._file.touch(exist_ok=False)
         except FileExistsError:
             return "this attempt has had its driver"
-        threading.Thread(target=self._live, name="presence", daemon=True).start()
+        self._signed_at = time.monotonic()
+        for work in (self._live, self._watch):
+            threading.Thread(target=work, name="presence", daemon=True).start()
         return None
 
     def end(self) -> None:
@@ -51,24 +57,48 @@ class Presence:
 
     def _live(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
-            os.utime(self._file)
-            if (self._folder / CLOSED_FILE).exists():
-                print("the service has ended this attempt; stopping", flush=True)
+            self._sign()
+            if self._is_closed():
+                with suppress(OSError):
+                    print("the service has ended this attempt; stopping", flush=True)
                 os.kill(os.getpid(), signal.SIGINT)
-                if not self._is_over.wait(SECONDS_TO_END):
-                    os._exit(3)
+                deadline = time.monotonic() + SECONDS_TO_END
+                while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
+                    self._sign()  # the next attempt waits for the end of this one
+                    if time.monotonic() > deadline:
+                        os._exit(3)
                 return
 
-    def _wait_for_the_one_before(self) -> None:
-        """Wait until the driver of the attempt before has ended, or given no sign for so long. Only this machine's clock counts."""
-        seen, since = self._sign_before(), time.monotonic()
-        while seen is not None and time.monotonic() - since < SECONDS_UNTIL_DEAD:
-            time.sleep(SECONDS_BETWEEN_SIGNS / 4)
-            if (sign := self._sign_before()) != seen:
-                seen, since = sign, time.monotonic()
+    def _sign(self) -> None:
+        with suppress(OSError):  # of a storage that may be back in a moment
+            os.utime(self._file)
+            self._signed_at = time.monotonic()
 
-    def _sign_before(self) -> float | None:
+    def _is_closed(self) -> bool:
         try:
-            return None if self._before.read_bytes() == ENDED else self._before.stat().st_mtime
-        except FileNotFoundError:
-            return None
+            return (self._folder / CLOSED_FILE).exists()
+        except OSError:
+            return False
+
+    def _watch(self) -> None:
+        """End a driver that cannot show that it lives, also because the storage hangs, before the service takes it for dead."""
+        while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
+            if time.monotonic() - self._signed_at > SECONDS_WITHOUT_SIGN:
+                os._exit(3)
+
+    def _wait_for_those_before(self) -> None:
+        """Wait until the drivers of all attempts before have ended, or given no sign for so long, by this machine's clock alone."""
+        for before in self._before:
+            seen, since = _sign_of(before), time.monotonic()
+            while seen is not None and time.monotonic() - since < SECONDS_UNTIL_DEAD:
+                time.sleep(SECONDS_BETWEEN_SIGNS / 4)
+                if (sign := _sign_of(before)) != seen:
+                    seen, since = sign, time.monotonic()
+
+
+def _sign_of(driver: Path) -> float | None:
+    """When a driver last showed that it lives; None if there was none, or it has ended."""
+    try:
+        return None if driver.read_bytes() == ENDED else driver.stat().st_mtime
+    except FileNotFoundError:
+        return None

@@ -57,4 +57,8 @@ def components_of(request: Request) -> Components:
     return components
 
 
-GivenComponents = Annotated[Components, Depends(components_of)]
+async def _given(request: Request) -> Components:
+    return components_of(request)  # not in a thread, of which a storage that hangs may leave none
+
+
+GivenComponents = Annotated[Components, Depends(_given)]

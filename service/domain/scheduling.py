@@ -135,8 +135,8 @@ def plan(
             reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
         elif not cluster.total.holds(job.least):
             reasons[job.id] = f"needs {job.least}, but the whole cluster has {cluster.total}"
-        elif not _quota(policy, job).takes(1, job.least):
-            reasons[job.id] = f"needs {job.least}, more than the quota of {job.owner}"
+        elif not _quota(policy, job).takes(1, job.most):
+            reasons[job.id] = f"may hold {job.most}, more than the quota of {job.owner}"
         else:
             continue
         del queue[job.id]
@@ -175,7 +175,7 @@ def _next(
     free = _free(running, cluster)
     kept_for: Candidate | None = None
     for job in sorted(queue, key=rank):
-        owners = held.get(job.owner, Capacity()) + job.least
+        owners = held.get(job.owner, Capacity()) + job.most
         if not _quota(policy, job).takes(counts.get(job.owner, 0) + 1, owners):
             reasons[job.id] = f"waits for the quota of {job.owner}"
         elif len(running) >= policy.most_active:

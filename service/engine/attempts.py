@@ -1,5 +1,6 @@
 """Starting attempts: a run in MLflow, a mark in the database, and only then a submission in Ray."""
 
+import asyncio
 import logging
 from collections import Counter
 from datetime import UTC, datetime
@@ -49,6 +50,8 @@ class Attempts:
 
     async def start(self, job: Job, lease: Lease) -> None:
         """Mark a queued job as submitted, and only then hand it to Ray; nothing is done if it has changed meanwhile."""
+        if job.state != JobState.QUEUED or job.cancel_requested:
+            return
         try:
             started = await self._with_run(job, lease)
         except Refused as error:
@@ -107,6 +110,9 @@ class Attempts:
         if self._refusals[job.submission_id] < MOST_REFUSALS:
             return
         step = Transition(state=JobState.FAILED, reason=str(error))
-        if job.state == JobState.SUBMITTED:  # Ray's trouble, not the job's
+        if (
+            job.state == JobState.SUBMITTED
+        ):  # Ray's trouble, not the job's; and it may have taken one of them all the same
+            await asyncio.to_thread(self._files.close_attempt, job)
             step = after_failure(job, Blame.INFRASTRUCTURE, str(error), datetime.now(UTC))
         await self._jobs.advance(job, step, ACTOR, lease)

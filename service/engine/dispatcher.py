@@ -8,13 +8,14 @@ steps is mended by the next round: a job is marked as submitted before Ray is to
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 from prometheus_client import Histogram
 
 from service.domain.comparisons import Comparison
-from service.domain.errors import Unavailable
+from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
 from service.domain.lifecycle import RayStatus, Submission, after_failure, is_overtime, next_step
@@ -29,10 +30,13 @@ from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
 from trainer.spec import Outcome, Progress
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
 MOST_AT_ONCE = 32
 """Jobs that are worked on side by side."""
+STORAGE_SECONDS = 20.0
+"""For a look at a job's files."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 
@@ -95,7 +99,10 @@ class Dispatcher:
         if (lease := self._replica.scheduler()) is not None:
             await self._admission.admit(lease)
             for comparison in await self._comparisons.unsettled():
-                await self._settle_comparison(comparison)
+                try:
+                    await self._settle_comparison(comparison)
+                except Refused as error:  # it keeps nobody else waiting
+                    logger.warning("%s: %s", comparison.id, error)
 
     async def _each(self, jobs: Sequence[Job], work: Sequence[Awaitable[None]]) -> None:
         """Work on jobs side by side; trouble with one is logged and does not keep the others waiting."""
@@ -125,7 +132,7 @@ class Dispatcher:
     async def _observe(self, job: Job, lease: Lease) -> None:
         """Compare a job with what Ray and its files say, and take the step that follows."""
         submission = await self._ray.find(job.submission_id)
-        outcome, progress, sign = await asyncio.to_thread(self._read_files, job)
+        outcome, progress, sign = await self._on_storage(self._read_files, job)
         if progress is not None and progress != job.progress:
             noted = await self._jobs.note(job, lease, progress=progress)
             if noted is None:
@@ -137,17 +144,20 @@ class Dispatcher:
         now = datetime.now(UTC)
         silent_seconds = self._silent_seconds(job, submission, sign)
         if outcome is None and job.state == JobState.RUNNING and silent_seconds > self._silence_seconds:
+            await self._ray.stop(job.submission_id)
             submission = None  # Ray calls it running for ever, as it does after its head was lost
         step = next_step(job, submission, outcome, now)
         if submission is not None and submission.status == RayStatus.PENDING and silent_seconds > self._start_seconds:
             what = f"Ray has not started it within {self._start_seconds:g} s"
             step = after_failure(job, Blame.INFRASTRUCTURE, what, now)
         if step is not None and outcome is None and self._may_still_speak(submission, silent_seconds):
+            if job.cancel_requested or is_overtime(job, now):  # Ray would not stop it: it finds this, and stops itself
+                await self._on_storage(self._files.close_attempt, job)
             return
         if step is not None:
             if step.state.is_terminal or step.state == JobState.QUEUED:
                 # Ray may start a submission later than it says it would: such a driver finds this, and ends.
-                await asyncio.to_thread(self._files.close_attempt, job)
+                await self._on_storage(self._files.close_attempt, job)
             if await self._jobs.advance(job, step, ACTOR, lease):
                 logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason, extra={"job_id": job.id})
                 self.wake()
@@ -161,11 +171,19 @@ class Dispatcher:
 
         Ray calls a job running before it starts its driver. So one that is still pending after the attempt was closed finds it so.
         """
-        await asyncio.to_thread(self._files.close_attempt, job)
+        await self._on_storage(self._files.close_attempt, job)
         submission = await self._ray.find(job.submission_id)
         if submission is not None and submission.status == RayStatus.PENDING:
             step = Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
             await self._jobs.advance(job, step, ACTOR, lease)
+
+    async def _on_storage(self, work: Callable[[Job], T], job: Job) -> T:
+        """Work on a job's files, for so long. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(STORAGE_SECONDS):
+                return await asyncio.to_thread(work, job)
+        except (TimeoutError, OSError) as error:
+            raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
     def _read_files(self, job: Job) -> tuple[Outcome | None, Progress | None, float | None]:
         return self._files.outcome(job), self._files.progress(job), self._files.sign_of_life(job)

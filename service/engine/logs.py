@@ -15,7 +15,7 @@ from service.domain.errors import InvalidField
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CHUNK_BYTES = 65_536
-LONGEST_LINE_BYTES = 1_000_000
+LONGEST_LINE_BYTES = 65_536
 """What is longer is cut into several."""
 OF_WORKER = re.compile(r"^\((?P<process>\w[^()]* pid=\d+(?:, ip=[^()]+)?)\) ?(?P<text>.*)$", re.DOTALL)
 ANNOUNCED = re.compile(r"^worker (?P<rank>\d+) of \d+ on \S+, process \d+$")

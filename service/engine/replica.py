@@ -34,8 +34,11 @@ class Replica:
                 await asyncio.sleep(self._lease_seconds / RENEWALS)
                 try:
                     await self.renew()
-                except Unavailable as error:
-                    logger.warning("leases could not be renewed: %s", error)
+                except (
+                    Exception
+                ) as error:  # of whatever kind: without leases this replica would do nothing, and say nothing
+                    known = isinstance(error, Unavailable)
+                    logger.warning("leases could not be renewed: %s", error, exc_info=not known)
         finally:
             self._held = {}
             try:

@@ -28,8 +28,8 @@ class Watch:
             await asyncio.sleep(self._poll_seconds)
             try:
                 await self.look()
-            except Unavailable as error:
-                logger.warning("streams wait: %s", error)
+            except Exception as error:  # of whatever kind: all streams wait for this
+                logger.warning("streams wait: %s", error, exc_info=not isinstance(error, Unavailable))
 
     async def look(self) -> None:
         """Look once at all that is watched, and tell of what has changed."""

@@ -18,6 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from service.domain.errors import Unavailable
 
 MIGRATIONS = Path(__file__).parent / "migrations"
+TROUBLED_CLASSES = ("08", "53", "57", "58")
+"""Of PostgreSQL's SQLSTATEs: connection, resources, operator intervention (a restart), system."""
+CONFLICTS = ("40001", "40P01")
+"""Serialization failure and deadlock: the same again may do."""
 MIGRATION_LOCK = 5_021_503
 """Any number that nobody else locks on this database."""
 WRITES = "writes"
@@ -132,13 +136,22 @@ def _unavailable() -> Iterator[None]:
     try:
         yield
     except (DBAPIError, PoolTimeoutError, OSError) as error:
-        if isinstance(error, DBAPIError) and not (
-            error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
-        ):
+        if isinstance(error, DBAPIError) and not _is_of_the_server(error):
             raise
         raise Unavailable(
             f"the database did not answer: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _is_of_the_server(error: DBAPIError) -> bool:
+    """Whether the database itself is in trouble, by the error's kind or its SQLSTATE, or gave way in a conflict."""
+    state = str(getattr(error.orig, "sqlstate", None) or "")
+    return (
+        error.connection_invalidated
+        or isinstance(error, OperationalError | InterfaceError)
+        or state[:2] in TROUBLED_CLASSES
+        or state in CONFLICTS
+    )
 
 
 def _open(url: str, timeout_seconds: float) -> AsyncEngine:
@@ -152,7 +165,7 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
         )
     if address.database and address.database != ":memory:":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(address, connect_args={"timeout": timeout_seconds})
+    engine = create_async_engine(address, connect_args={"timeout": timeout_seconds}, pool_timeout=timeout_seconds)
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: Any) -> None:

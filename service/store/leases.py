@@ -49,6 +49,8 @@ class LeaseStore:
     async def give_back(self, replica: str) -> None:
         """Let others take over at once."""
         async with self._database.write() as connection:
+            # In the order of `keep`, or the two could wait for each other.
+            await connection.execute(select(leases.c.name).order_by(leases.c.name).with_for_update())
             await connection.execute(
                 update(leases).where(leases.c.holder == replica).values(holder=None, until=LONG_AGO)
             )

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -59,11 +60,37 @@ def test_another_attempt_waits_until_the_driver_before_it_is_dead(tmp_path):
     third.end()
 
 
+def test_another_attempt_waits_for_all_before_it(tmp_path):
+    first = Presence(tmp_path, 1)
+    first.claim()
+    threading.Timer(1.0, first.end).start()
+    attempt_folder(tmp_path, 2).mkdir()  # it never had a driver
+    began = time.monotonic()
+    third = Presence(tmp_path, 3)
+    assert third.claim() is None
+    assert time.monotonic() - began >= 0.9
+    third.end()
+
+
+def test_a_driver_that_ends_slowly_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.presence.os.kill", lambda *_: None)
+    first = Presence(tmp_path, 1)
+    first.claim()
+    (attempt_folder(tmp_path, 1) / CLOSED_FILE).touch()
+    threading.Timer(1.5, first.end).start()
+    began = time.monotonic()
+    second = Presence(tmp_path, 2)
+    assert second.claim() is None
+    assert time.monotonic() - began >= 1.3
+    second.end()
+
+
 SCRIPT = """
 import sys, time
 from pathlib import Path
 import trainer.presence
 trainer.presence.SECONDS_BETWEEN_SIGNS, trainer.presence.SECONDS_TO_END = 0.05, 1.0
+trainer.presence.SECONDS_WITHOUT_SIGN = 1.0
 presence = trainer.presence.Presence(Path(sys.argv[1]), 1)
 assert presence.claim() is None
 print("lives", flush=True)
@@ -75,6 +102,20 @@ while True:
             presence.end()
             sys.exit(130)
 """
+
+
+def test_a_driver_that_cannot_show_that_it_lives_ends(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, tmp_path, "stubborn"], stdout=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        assert process.stdout.readline() == "lives\n"
+        file_of(tmp_path).unlink()
+        assert process.wait(10) == 3
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(("manner", "code"), [("heeds", 130), ("stubborn", 3)])

@@ -198,7 +198,7 @@ class _Feeder:
 
             def prepared(paths: list[str]) -> Iterator[Prepared]:
                 with _reading(field, address):
-                    yield from _read(data, files, paths, prepare, self._limits, self._skipped)
+                    yield from _read(data, files, paths, prepare, self._tasks, self._skipped)
 
             if not training:
                 return ((batch.inputs, batch.labels) for batch in refuse_many(prepared(mine)))
@@ -214,11 +214,11 @@ class _Feeder:
         )
 
     @cached_property
-    def _limits(self) -> tuple[int, int | None]:
-        """CPUs of a task, and tasks at a time: where training takes all CPUs, tasks have none, or they would wait for its end."""
+    def _tasks(self) -> int:
+        """Tasks at a time. They take no CPUs of Ray's: two jobs could each wait for those that the other holds."""
         cpus = int(ray.cluster_resources().get("CPU", 0))
         workers = 0 if self._spec.use_gpu else self._spec.max_workers
-        return (1, None) if cpus > workers else (0, max(1, cpus))
+        return max(1, cpus - workers)
 
 
 @contextmanager
@@ -244,12 +244,11 @@ def _read(
     files: Files,
     paths: list[str],
     preparation: Preparation,
-    limits: tuple[int, int | None],
+    tasks: int,
     skipped: SkippedImages,
 ) -> Iterator[Prepared]:
     """Read and prepare the rows of files, in the order of `paths`; raise what is wrong with them, unless it is to be skipped."""
-    cpus, tasks = limits
-    options: dict[str, Any] = {"include_paths": True, "num_cpus": cpus, "concurrency": tasks}
+    options: dict[str, Any] = {"include_paths": True, "num_cpus": 0, "concurrency": tasks}
     if not isinstance(files.filesystem, LocalFileSystem):
         options["filesystem"] = PyFileSystem(FSSpecHandler(files.filesystem))
     match data.format:
@@ -264,7 +263,7 @@ def _read(
         preparation,
         batch_size=READ_ROWS,
         batch_format="numpy",
-        num_cpus=cpus,
+        num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
     )
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):

@@ -13,7 +13,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from service.api.auth import Reader, Submitter
 from service.api.components import Components, GivenComponents
 from service.api.idempotency import Route
-from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
 from service.api.routes import streams
 from service.api.routes.validation import validation
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob, Validation
@@ -188,7 +188,7 @@ async def _text(parts: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
 
 
 def _sequence(last_event_id: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", last_event_id):
+    if not re.fullmatch(r"[0-9]{1,10}", last_event_id) or int(last_event_id) > LARGEST_PLACE:
         raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
     return int(last_event_id)
 

@@ -20,7 +20,9 @@ SECONDS_BETWEEN_LOOKS = 0.5
 """At a log's file; at a job the components look for all streams together."""
 SECONDS_BETWEEN_SIGNS = 15.0
 """Of life, for whatever lies in between and ends connections that are silent."""
-LINES_AT_ONCE = 500
+LINES_AT_ONCE = 200
+READERS = anyio.CapacityLimiter(32)
+"""Threads that read logs: others' are left to others, should the storage hang."""
 JSON = TypeAdapter(Any)
 
 
@@ -91,5 +93,5 @@ async def follow_events(components: Components, job: Job, after: int) -> AsyncIt
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
     """Read lines in a thread, so many at a time."""
-    while part := await anyio.to_thread.run_sync(lambda: list(islice(lines, LINES_AT_ONCE))):
+    while part := await anyio.to_thread.run_sync(lambda: list(islice(lines, LINES_AT_ONCE)), limiter=READERS):
         yield part

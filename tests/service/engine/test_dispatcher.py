@@ -1,6 +1,7 @@
 import asyncio
 import json
 import os
+import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -236,6 +237,52 @@ async def test_what_ray_calls_running_for_ever_is_lost_once_it_is_silent(house, 
     seen = await house.jobs.get(job.id)
     assert (seen.attempt, seen.failures.of(Blame.INFRASTRUCTURE)) == (2, 1)
     assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
+
+
+@pytest.mark.parametrize("wish", ["cancel", "run_seconds"])
+async def test_a_living_driver_that_ray_calls_failed_is_ended_by_its_closed_attempt(house, wish):
+    house.grace_seconds = 60
+    house.reopen()
+    job = await house.add(run_seconds=0.01 if wish == "run_seconds" else None)
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    await asyncio.sleep(0.02)
+    if wish == "cancel":
+        await house.jobs.request_cancel(job.id, "ann")
+    house.ray.set(job.submission_id, RayStatus.FAILED, "a passing error")
+    show_life(house, job, 1)
+    await house.round()
+    assert await house.state(job) == "running"
+    assert (house.files.attempt_folder(job) / CLOSED_FILE).exists()
+
+
+async def test_a_queued_job_whose_cancelling_came_first_does_not_go_to_ray(house):
+    job = await house.add()
+    await house.start()
+    stale = await house.jobs.request_cancel(job.id, "ann")
+    await house.dispatcher._attempts.start(stale, house.replica.scheduler())
+    assert house.ray.tasks == {}
+    assert house.mlflow.runs == {}
+
+
+async def test_a_storage_that_hangs_delays_its_job_and_no_other(house, monkeypatch):
+    monkeypatch.setattr("service.engine.dispatcher.STORAGE_SECONDS", 0.1)
+    bad, good = await house.add(), await house.add()
+    await house.round()
+    read, ending = house.files.outcome, threading.Event()
+
+    def hang(job):
+        if job.id == bad.id:
+            ending.wait(5)
+        return read(job)
+
+    monkeypatch.setattr(house.files, "outcome", hang)
+    for job in (bad, good):
+        house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    ending.set()
+    assert [await house.state(job) for job in (bad, good)] == ["submitted", "running"]
 
 
 async def test_what_ray_never_starts_is_tried_again(house, monkeypatch):

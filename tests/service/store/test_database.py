@@ -2,6 +2,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import Unavailable
 from service.store.database import Database
@@ -34,6 +35,20 @@ async def test_a_locked_database_is_unavailable_in_time(tmp_path):
             await second.migrate()
     await first.close()
     await second.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "is_troubled"), [("57P03", True), ("53300", True), ("40P01", True), ("23505", False)]
+)
+async def test_what_the_server_says_of_itself_is_unavailable_and_our_mistakes_are_not(tmp_path, state, is_troubled):
+    class ServerError(Exception):
+        sqlstate = state
+
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 1)
+    with pytest.raises(Unavailable if is_troubled else DBAPIError):
+        async with database.write():
+            raise DBAPIError("SELECT 1", {}, ServerError())
+    await database.close()
 
 
 async def test_a_database_that_is_not_there_is_unavailable():
