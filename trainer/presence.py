@@ -53,7 +53,8 @@ class Presence:
     def end(self) -> None:
         """Tell that this driver has ended."""
         self._is_over.set()
-        self._file.write_bytes(ENDED)
+        with suppress(OSError):  # without it others wait a little longer
+            self._file.write_bytes(ENDED)
 
     def _live(self) -> None:
         while not self._is_over.wait(SECONDS_BETWEEN_SIGNS):
@@ -88,12 +89,14 @@ class Presence:
 
     def _wait_for_those_before(self) -> None:
         """Wait until the drivers of all attempts before have ended, or given no sign for so long, by this machine's clock alone."""
-        for before in self._before:
-            seen, since = _sign_of(before), time.monotonic()
-            while seen is not None and time.monotonic() - since < SECONDS_UNTIL_DEAD:
-                time.sleep(SECONDS_BETWEEN_SIGNS / 4)
-                if (sign := _sign_of(before)) != seen:
-                    seen, since = sign, time.monotonic()
+        seen, since = self._signs_before(), time.monotonic()
+        while any(sign is not None for sign in seen) and time.monotonic() - since < SECONDS_UNTIL_DEAD:
+            time.sleep(SECONDS_BETWEEN_SIGNS / 4)
+            if (signs := self._signs_before()) != seen:
+                seen, since = signs, time.monotonic()
+
+    def _signs_before(self) -> list[float | None]:
+        return [_sign_of(driver) for driver in self._before]
 
 
 def _sign_of(driver: Path) -> float | None:

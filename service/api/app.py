@@ -17,6 +17,7 @@ from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
 from service.api.routes import metrics as metrics_routes
 from service.api.routes import tokens as token_routes
+from service.api.routes import validation as validation_routes
 from service.api.schemas import Check, Problem, Readiness
 from service.domain.access import Scope
 from service.domain.rates import RateLimit
@@ -97,7 +98,13 @@ def make_app(
     app.state.settings = settings
     app.max_body_size = MOST_BODY_BYTES
     problems.install(app)
-    for router in (job_routes.router, comparison_routes.router, token_routes.router, metrics_routes.router):
+    for router in (
+        job_routes.router,
+        comparison_routes.router,
+        token_routes.router,
+        validation_routes.router,
+        metrics_routes.router,
+    ):
         app.include_router(router, responses=ERRORS)
 
     @app.get("/", include_in_schema=False)

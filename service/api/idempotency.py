@@ -28,8 +28,22 @@ PARAMETER = {
 }
 
 
-class Route(APIRoute):
-    """A route whose caller is known before anything else is looked at, and whose POSTs may be repeated under a key.
+class KnownCaller(APIRoute):
+    """A route whose caller is known before anything else is looked at."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap FastAPI's own handler."""
+        handle = super().get_route_handler()
+
+        async def handle_known(request: Request) -> Response:
+            await authenticate(request)
+            return await handle(request)
+
+        return handle_known
+
+
+class Route(KnownCaller):
+    """A route whose POSTs may be repeated under a key.
 
     What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither; after an error
     the key is free.
@@ -41,20 +55,19 @@ class Route(APIRoute):
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's own handler."""
+        """Wrap the handler of a known caller's requests."""
         handle = super().get_route_handler()
 
-        async def handle_known(request: Request) -> Response:
-            caller = await authenticate(request)
+        async def handle_once(request: Request) -> Response:
             key = request.headers.get(HEADER)
-            # What only checks stores nothing, and asks Ray, for which no transaction should wait.
-            if request.method != "POST" or key is None or request.url.path.endswith(":validate"):
+            if request.method != "POST" or key is None:
                 return await handle(request)
+            caller = await authenticate(request)
             if not re.fullmatch(r"[!-~]{1,255}", key):
                 raise InvalidField(HEADER, key, TAKES)
             return await _once(request, caller, key, handle)
 
-        return handle_known
+        return handle_once
 
 
 def answer_repeats_with(request: Request, answer: Response) -> None:
@@ -66,9 +79,8 @@ async def _once(
     request: Request, caller: Caller, key: str, handle: Callable[[Request], Coroutine[Any, Any, Response]]
 ) -> Response:
     components = components_of(request)
-    fingerprint = await _fingerprint(
-        request, caller
-    )  # reads the body, which may be slow to come, before the transaction
+    # Before the transaction, since the body may be slow to come.
+    fingerprint = await _fingerprint(request, caller)
     with _in_flight(components.keys_in_flight, (caller.owner, key)):
         async with components.database.transaction():
             before = await components.idempotency.claim(caller.owner, key, fingerprint)

@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.config import JsonDict
 
 from service.domain import reports
-from service.domain.access import AuditRecord, Owner, Scope, Token
 from service.domain.comparisons import Comparison, ComparisonSpec
 from service.domain.jobs import Event, Job, JobState
 from service.domain.retries import Blame, Retries
@@ -277,88 +276,6 @@ class Report(BaseModel):
             target_is_given=comparison.target is not None,
             variants=[VariantReport.of(variant, with_curves=with_curves) for variant in report.variants],
         )
-
-
-class MakeToken(Frozen):
-    """A token to make."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"owner": "ann", "scopes": ["submit"], "name": "laptop", "expires_in_seconds": 7_776_000}]
-        }
-    )
-
-    owner: Owner
-    # JSON has no enumerations, so words are taken for them.
-    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=3)] = Field(
-        description="read: look at the owner's own things; submit: and make and change them; admin: all things of all owners"
-    )
-    name: Name = Field("token", description="what it is for")
-    expires_in_seconds: int | None = Field(None, ge=1, le=315_360_000, description="default: it does not expire")
-
-
-class TokenView(BaseModel):
-    """A token, without its secret."""
-
-    id: str
-    owner: str
-    name: str
-    scopes: list[Scope]
-    created_at: datetime
-    expires_at: datetime | None
-    revoked_at: datetime | None
-    last_used_at: datetime | None = Field(description="to the minute")
-
-    @classmethod
-    def of(cls, token: Token) -> "TokenView":
-        """Show a token."""
-        return cls(
-            **{name: getattr(token, name) for name in cls.model_fields if name != "scopes"}, scopes=list(token.scopes)
-        )
-
-
-class MadeToken(TokenView):
-    """A new token with its secret, which is shown this once."""
-
-    token: str = Field(description="what goes into `Authorization: Bearer <token>`")
-
-
-class TokenList(BaseModel):
-    """A page of tokens, newest first."""
-
-    tokens: list[TokenView]
-    next_page_token: str | None
-
-
-class AuditView(BaseModel):
-    """What somebody did to a token."""
-
-    at: datetime
-    actor: str = Field(description="whose token it was; `service`: the service itself, when it started")
-    token_id: str | None = Field(description="the token that was shown")
-    action: str
-    subject: str
-    detail: str
-
-    @classmethod
-    def of(cls, record: AuditRecord) -> "AuditView":
-        """Show a record."""
-        return cls(**{name: getattr(record, name) for name in cls.model_fields})
-
-
-class AuditList(BaseModel):
-    """A page of records, newest first."""
-
-    records: list[AuditView]
-    next_page_token: str | None
-
-
-class CallerView(BaseModel):
-    """Whose token a request showed."""
-
-    owner: str
-    scopes: list[Scope]
-    token_id: str
 
 
 class FieldError(BaseModel):

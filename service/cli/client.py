@@ -7,22 +7,8 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from service.api.schemas import (
-    AuditList,
-    AuditView,
-    CallerView,
-    ComparisonView,
-    Curves,
-    EventList,
-    JobList,
-    JobView,
-    MadeToken,
-    Problem,
-    Readiness,
-    Report,
-    TokenList,
-    TokenView,
-)
+from service.api.access_schemas import AuditList, AuditView, CallerView, MadeToken, TokenList, TokenView
+from service.api.schemas import ComparisonView, Curves, EventList, JobList, JobView, Problem, Readiness, Report
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -7,7 +7,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
 
-from service.api.schemas import ComparisonView, JobView, Report, SpreadView, TokenView, VariantReport
+from service.api.access_schemas import TokenView
+from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe, Rule
 from service.domain.statistics import spread

@@ -159,6 +159,7 @@ class Dispatcher:
                 # Ray may start a submission later than it says it would: such a driver finds this, and ends.
                 await self._on_storage(self._files.close_attempt, job)
             if await self._jobs.advance(job, step, ACTOR, lease):
+                self._last_seen.pop(job.submission_id, None)
                 logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason, extra={"job_id": job.id})
                 self.wake()
         elif submission is None:
@@ -207,7 +208,6 @@ class Dispatcher:
 
     async def _settle(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
-        self._last_seen.pop(job.submission_id, None)
         if job.mlflow_run_id is not None:
             await self._mlflow.finish(job.mlflow_run_id, job.state)
         await self._jobs.note(job, lease, mlflow_closed=True)

@@ -23,7 +23,7 @@ TROUBLED_CLASSES = ("08", "53", "57", "58")
 CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock: the same again may do."""
 MIGRATION_LOCK = 5_021_503
-"""Any number that nobody else locks on this database."""
+"""Of bringing the tables up to date."""
 WRITES = "writes"
 """Option of a connection that is going to write."""
 
@@ -116,8 +116,7 @@ class Database:
             command.upgrade(config, "head")
 
         async with self.write() as connection:
-            if connection.dialect.name == "postgresql":  # replicas may start together
-                await connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
+            await take_turns(connection, MIGRATION_LOCK)  # replicas may start together
             await connection.run_sync(upgrade)
 
     async def check(self) -> None:
@@ -128,6 +127,12 @@ class Database:
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
+
+
+async def take_turns(connection: AsyncConnection, lock: int) -> None:
+    """Let transactions that name the same `lock`, any number, go one after the other; on SQLite all that write do."""
+    if connection.dialect.name == "postgresql":
+        await connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
 @contextmanager

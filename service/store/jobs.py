@@ -16,6 +16,7 @@ from service.domain.retries import Blame, Failures, Retries
 from service.domain.scheduling import Candidate, Capacity
 from service.store.database import Database
 from service.store.leases import is_held
+from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
 from trainer.spec import JobSpec, Progress
 
@@ -100,18 +101,15 @@ class JobStore:
 
     async def page(self, size: int, before: int | None, wanted: Filter = Filter()) -> tuple[list[Job], int | None]:
         """Read up to `size` jobs, newest first, older than place `before`; also the place to go on from, if there is more."""
-        query = select(*COLUMNS, jobs.c.sequence).order_by(jobs.c.sequence.desc()).limit(size + 1)
-        if before is not None:
-            query = query.where(jobs.c.sequence < before)
+        query = select(*COLUMNS)
         for name in ("owner", "state", "comparison_id", "norm"):
             if (value := getattr(wanted, name)) is not None:
                 query = query.where(jobs.c[name] == value)
         if wanted.tag is not None:
             query = query.where(exists().where(job_tags.c.job_id == jobs.c.id, job_tags.c.tag == wanted.tag))
         async with self._database.read() as connection:
-            rows = (await connection.execute(query)).all()
-        more = rows[size - 1].sequence if len(rows) > size else None
-        return [_job(row) for row in rows[:size]], more
+            rows, more = await read_page(connection, query, jobs.c.sequence, size, before)
+        return [_job(row) for row in rows], more
 
     async def of_comparison(self, comparison_id: str) -> list[Job]:
         """Read a comparison's jobs in the order of its matrix."""

@@ -11,13 +11,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from service.domain.access import AuditRecord, Caller, Scope, Token, hash_secret, new_secret
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import ADMIN, new_id
-from service.store.database import Database
+from service.store.database import Database, take_turns
+from service.store.pages import read_page
 from service.store.tables import audit, tokens
 
 COLUMNS = [tokens.c[field.name] for field in fields(Token)]
 AUDIT_COLUMNS = [audit.c[field.name] for field in fields(AuditRecord)]
 ADMINS_LOCK = 5_021_504
-"""Any number that nobody else locks on this database."""
+"""Of decisions about who is an admin."""
 BETWEEN_NOTES = timedelta(minutes=1)
 """So that reading does not write all the time."""
 SERVICE = "service"
@@ -35,7 +36,7 @@ class TokenStore:
             await _add(connection, token, secret, maker)
 
     async def find(self, secret: str) -> Token | None:
-        """Find the token of a secret, whether valid or not, and note at most once a minute that it was used.
+        """Find the token of a secret, whether valid or not.
 
         How long the comparison of hashes takes tells nothing: who does not know a secret cannot choose its hash.
         """
@@ -57,12 +58,9 @@ class TokenStore:
 
     async def page(self, size: int, before: int | None) -> tuple[list[Token], int | None]:
         """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
-        query = select(*COLUMNS, tokens.c.sequence).order_by(tokens.c.sequence.desc()).limit(size + 1)
-        if before is not None:
-            query = query.where(tokens.c.sequence < before)
         async with self._database.read() as connection:
-            rows = (await connection.execute(query)).all()
-        return [_token(row) for row in rows[:size]], rows[size - 1].sequence if len(rows) > size else None
+            rows, more = await read_page(connection, select(*COLUMNS), tokens.c.sequence, size, before)
+        return [_token(row) for row in rows], more
 
     async def revoke(self, token_id: str, actor: Caller) -> Token:
         """Let a token open nothing from now on; revoking twice changes nothing.
@@ -71,7 +69,7 @@ class TokenStore:
         """
         now = datetime.now(UTC)
         async with self._database.write() as connection:
-            await _one_after_the_other(connection)
+            await take_turns(connection, ADMINS_LOCK)
             rows = (await connection.execute(select(*COLUMNS).where(tokens.c.revoked_at.is_(None)))).all()
             live = {row.id: _token(row) for row in rows}
             token = live.pop(token_id, None)
@@ -95,7 +93,7 @@ class TokenStore:
         between leaves a useless secret, not a closed service.
         """
         async with self._database.write() as connection:
-            await _one_after_the_other(connection)
+            await take_turns(connection, ADMINS_LOCK)
             if given is not None:
                 known = select(tokens.c.id).where(tokens.c.hash == hash_secret(given))
                 if (await connection.execute(known)).one_or_none() is None:
@@ -107,20 +105,11 @@ class TokenStore:
 
     async def audit_page(self, size: int, before: int | None) -> tuple[list[AuditRecord], int | None]:
         """Read up to `size` records, newest first, older than place `before`; also the place to go on from, if there is more."""
-        query = select(*AUDIT_COLUMNS).order_by(audit.c.sequence.desc()).limit(size + 1)
-        if before is not None:
-            query = query.where(audit.c.sequence < before)
         async with self._database.read() as connection:
-            rows = (await connection.execute(query)).all()
-        return [AuditRecord(**row._asdict()) for row in rows[:size]], rows[size - 1].sequence if len(
-            rows
-        ) > size else None
-
-
-async def _one_after_the_other(connection: AsyncConnection) -> None:
-    """Let decisions about who is an admin wait for each other; on SQLite every write does."""
-    if connection.dialect.name == "postgresql":
-        await connection.execute(select(func.pg_advisory_xact_lock(ADMINS_LOCK)))
+            rows, more = await read_page(connection, select(*AUDIT_COLUMNS), audit.c.sequence, size, before)
+        return [
+            AuditRecord(**{field.name: getattr(row, field.name) for field in fields(AuditRecord)}) for row in rows
+        ], more
 
 
 async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Caller | None) -> None:

@@ -222,50 +222,37 @@ def newest(folder):
     return max((int(path.parent.name.split("-")[1]) for path in folder.glob("step-*/manifest.json")), default=-1)
 
 
-def fail_to_read(spec, folder):
+def fail_in(spec, folder, method, error, told):
+    """Train while worker 1's storage fails in a method; return what the run ends with on this worker."""
     import torch.distributed as dist
 
-    read = Checkpoints._read
+    before = getattr(Checkpoints, method)
 
-    def refuse(*arguments):
+    def fail(*arguments):
         if dist.get_rank() == 1:
-            raise OSError(5, "Input/output error")
-        return read(*arguments)
+            raise error
+        return before(*arguments)
 
-    Checkpoints._read = refuse
-    with pytest.raises(StorageError, match=r"step-000000000008-.* could not be read: worker 1: OSError") as error:
+    setattr(Checkpoints, method, fail)
+    with pytest.raises(StorageError, match=told) as ended:
         run_here(spec, folder)
-    Checkpoints._read = read
-    return str(error.value)
+    setattr(Checkpoints, method, before)
+    return str(ended.value)
 
 
 @pytest.mark.dist
 def test_a_worker_that_cannot_read_ends_the_run_on_all_with_its_reason(tmp_path):
     spec = make_spec(num_workers=2, **SPEC)
     run_on_ranks(run_here, 2, spec, tmp_path)
-    first, second = run_on_ranks(fail_to_read, 2, spec, tmp_path)
+    told = r"step-000000000008-.* could not be read: worker 1: OSError"
+    first, second = run_on_ranks(fail_in, 2, spec, tmp_path, "_read", OSError(5, "Input/output error"), told)
     assert first == second
-
-
-def fail_to_write(spec, folder):
-    import torch.distributed as dist
-
-    write = Checkpoints._write
-    if dist.get_rank() == 1:
-
-        def refuse(*_):
-            raise OSError(28, "No space left on device")
-
-        Checkpoints._write = refuse
-    with pytest.raises(StorageError, match=r"worker 1: OSError: .*No space left on device") as error:
-        run_here(spec, folder)
-    Checkpoints._write = write
-    return str(error.value)
 
 
 @pytest.mark.dist
 def test_a_worker_that_cannot_write_ends_the_run_on_all_with_its_reason(tmp_path):
     spec = make_spec(num_workers=2, **SPEC)
-    first, second = run_on_ranks(fail_to_write, 2, spec, tmp_path)
+    told = r"worker 1: OSError: .*No space left on device"
+    first, second = run_on_ranks(fail_in, 2, spec, tmp_path, "_write", OSError(28, "No space left on device"), told)
     assert first == second
     assert not list(tmp_path.glob("step-*/manifest.json"))

@@ -60,6 +60,17 @@ def test_another_attempt_waits_until_the_driver_before_it_is_dead(tmp_path):
     third.end()
 
 
+def test_dead_drivers_are_waited_for_side_by_side(tmp_path):
+    for attempt in range(1, 5):
+        file_of(tmp_path, attempt).parent.mkdir()
+        file_of(tmp_path, attempt).touch()  # killed: it never said that it has ended
+    began = time.monotonic()
+    fifth = Presence(tmp_path, 5)
+    assert fifth.claim() is None
+    assert 0.5 <= time.monotonic() - began < 1.2
+    fifth.end()
+
+
 def test_another_attempt_waits_for_all_before_it(tmp_path):
     first = Presence(tmp_path, 1)
     first.claim()

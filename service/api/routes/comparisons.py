@@ -8,8 +8,7 @@ from fastapi import APIRouter, Path, Query, Response
 from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
 from service.api.idempotency import Route
-from service.api.routes.validation import validation
-from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison, Validation
+from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, new_id
 from service.engine.reports import read_curves, report
@@ -54,17 +53,6 @@ async def submit_comparison(
     components.database.after_commit(components.dispatcher.wake)
     response.headers["Location"] = f"/v1/comparisons/{comparison.id}"
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
-
-
-@router.post(":validate")
-async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
-    """Check a comparison, and store nothing."""
-    specs = [spec for _, spec in expand(body.spec, body.matrix, body.variants)]
-    for spec in specs:
-        components.permissions.check(spec)
-    choose_baseline(body.axes, body.baseline)
-    await components.secrets.resolve(caller.owner, body.secrets)
-    return await validation(components, body.spec, specs)
 
 
 @router.get("/{comparison_id}")

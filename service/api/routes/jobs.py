@@ -15,8 +15,7 @@ from service.api.components import Components, GivenComponents
 from service.api.idempotency import Route
 from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
 from service.api.routes import streams
-from service.api.routes.validation import validation
-from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob, Validation
+from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob
 from service.domain.access import Caller
 from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import Job, JobState
@@ -53,14 +52,6 @@ async def _add(job: Job, components: Components, response: Response) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["ETag"] = etag(job)
     return JobView.of(job, components.mlflow_public_url)
-
-
-@router.post(":validate")
-async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
-    """Check a submission, and store nothing."""
-    components.permissions.check(body.spec)
-    await components.secrets.resolve(caller.owner, body.secrets)
-    return await validation(components, body.spec, [body.spec])
 
 
 @router.get("")

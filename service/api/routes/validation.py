@@ -1,16 +1,43 @@
-"""What the routes that only check a submission answer."""
+"""Routes that only check a submission. They store nothing, so no key is taken; and no transaction waits while they ask Ray."""
 
 from collections.abc import Sequence
 
-from service.api.components import Components
-from service.api.schemas import Needs, Validation
+from fastapi import APIRouter
+
+from service.api.auth import Submitter
+from service.api.components import Components, GivenComponents
+from service.api.idempotency import KnownCaller
+from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
+from service.domain.comparisons import choose_baseline, expand
 from service.domain.errors import Unavailable
 from service.domain.scheduling import Capacity, least_needs, most_needs
+from service.domain.terms import Terms
 from trainer.spec import JobSpec
 
+router = APIRouter(prefix="/v1", route_class=KnownCaller)
 
-async def validation(components: Components, base: JobSpec, specs: Sequence[JobSpec]) -> Validation:
-    """Tell what the jobs of these specs would take, and whether the cluster has it."""
+
+@router.post("/jobs:validate", tags=["jobs"])
+async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
+    """Check a submission, and store nothing."""
+    return await _validate(components, caller.owner, body, body.spec, [body.spec])
+
+
+@router.post("/comparisons:validate", tags=["comparisons"])
+async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
+    """Check a comparison, and store nothing."""
+    specs = [spec for _, spec in expand(body.spec, body.matrix, body.variants)]
+    choose_baseline(body.axes, body.baseline)
+    return await _validate(components, caller.owner, body, body.spec, specs)
+
+
+async def _validate(
+    components: Components, owner: str, terms: Terms, base: JobSpec, specs: Sequence[JobSpec]
+) -> Validation:
+    """Check what a submission reaches for; tell what the jobs of these specs would take, and whether the cluster has it."""
+    for spec in specs:
+        components.permissions.check(spec)
+    await components.secrets.resolve(owner, terms.secrets)
     least, most = (
         Capacity(max(need.cpus for need in needs), max(need.gpus for need in needs))
         for needs in ([least_needs(spec) for spec in specs], [most_needs(spec) for spec in specs])

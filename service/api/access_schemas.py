@@ -1,0 +1,92 @@
+"""Bodies of requests and answers about tokens, and about who is calling."""
+
+from datetime import datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api.schemas import Name
+from service.domain.access import AuditRecord, Owner, Scope, Token
+from trainer.spec import Frozen
+
+
+class MakeToken(Frozen):
+    """A token to make."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"owner": "ann", "scopes": ["submit"], "name": "laptop", "expires_in_seconds": 7_776_000}]
+        }
+    )
+
+    owner: Owner
+    # JSON has no enumerations, so words are taken for them.
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=3)] = Field(
+        description="read: look at the owner's own things; submit: and make and change them; admin: all things of all owners"
+    )
+    name: Name = Field("token", description="what it is for")
+    expires_in_seconds: int | None = Field(None, ge=1, le=315_360_000, description="default: it does not expire")
+
+
+class TokenView(BaseModel):
+    """A token, without its secret."""
+
+    id: str
+    owner: str
+    name: str
+    scopes: list[Scope]
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None = Field(description="to the minute")
+
+    @classmethod
+    def of(cls, token: Token) -> "TokenView":
+        """Show a token."""
+        return cls(
+            **{name: getattr(token, name) for name in cls.model_fields if name != "scopes"}, scopes=list(token.scopes)
+        )
+
+
+class MadeToken(TokenView):
+    """A new token with its secret, which is shown this once."""
+
+    token: str = Field(description="what goes into `Authorization: Bearer <token>`")
+
+
+class TokenList(BaseModel):
+    """A page of tokens, newest first."""
+
+    tokens: list[TokenView]
+    next_page_token: str | None
+
+
+class AuditView(BaseModel):
+    """What somebody did to a token."""
+
+    at: datetime
+    actor: str = Field(description="whose token it was; `service`: the service itself, when it started")
+    token_id: str | None = Field(description="the token that was shown")
+    action: str
+    subject: str
+    detail: str
+
+    @classmethod
+    def of(cls, record: AuditRecord) -> "AuditView":
+        """Show a record."""
+        return cls(**{name: getattr(record, name) for name in cls.model_fields})
+
+
+class AuditList(BaseModel):
+    """A page of records, newest first."""
+
+    records: list[AuditView]
+    next_page_token: str | None
+
+
+class CallerView(BaseModel):
+    """Whose token a request showed."""
+
+    owner: str
+    scopes: list[Scope]
+    token_id: str

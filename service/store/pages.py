@@ -1,0 +1,17 @@
+"""Pages of a table, newest first, by the place of their last row (keyset pagination): what comes meanwhile does not shift them."""
+
+from typing import Any
+
+from sqlalchemy import Column, Row, Select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+async def read_page(
+    connection: AsyncConnection, query: Select[Any], sequence: Column[int], size: int, before: int | None
+) -> tuple[list[Row[Any]], int | None]:
+    """Read up to `size` rows, older than place `before` in `sequence`; also the place to go on from, if there is more."""
+    query = query.add_columns(sequence.label("place")).order_by(sequence.desc()).limit(size + 1)
+    if before is not None:
+        query = query.where(sequence < before)
+    rows = list((await connection.execute(query)).all())
+    return rows[:size], rows[size - 1].place if len(rows) > size else None
