@@ -2,15 +2,18 @@
 
 Both run in the processes that torchrun starts. The plain loop is what people write for it: DistributedDataParallel, the same
 batches, cross-entropy, SGD, and nothing else. The trainer's workers also agree in every step on the loss and on what to do next,
-and rank 0 keeps its journal. The two take turns, step by step, so that whatever else the machine does falls on both alike. Prints
-for each norm both medians, the ratio of neighbouring steps (goal: at least 0.98) with its quartiles, that of all steps together,
-and what the parts of a step that the plain loop does not have take.
+and rank 0 keeps its journal. The two take turns, step by step, so that whatever else the machine does falls on both alike; and
+they are launched several times, each of them first in every other launch, since where a launch happens to place their memory
+makes either of them several per cent faster as long as it lasts. Prints for each norm both medians, the ratio of neighbouring
+steps (goal: at least 0.98), median and range over launches, and what the parts of a step that the plain loop does not have take.
 """
 
 import argparse
 import io
+import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,7 +30,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed import run as torchrun
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -44,6 +46,7 @@ from trainer.work import identity
 from trainer.worker import Worker
 
 WORKERS = 2
+NORMS = ("none", "sync")
 WARM_UP = 5
 """Steps that are not counted."""
 MOST_SECONDS = 120
@@ -61,8 +64,8 @@ SPEC = {
 class Turns:
     """Lets two threads go on one at a time, in turn, until one of them has ended."""
 
-    def __init__(self) -> None:
-        self._changed, self._turn, self._alone = threading.Condition(), 0, False
+    def __init__(self, first: int) -> None:
+        self._changed, self._turn, self._alone = threading.Condition(), first, False
 
     def take(self, thread: int) -> None:
         """Wait for this thread's turn."""
@@ -159,9 +162,9 @@ def ours(spec: JobSpec, worker: Worker, dataset: Timed, folder: Path) -> None:
     outbox.close()
 
 
-def work(steps: int, norm: str) -> None:
-    """Time both loops on one worker; rank 0 prints."""
-    rank, turns = dist.get_rank(), Turns()
+def work(steps: int, norm: str, first: int) -> dict[str, Any]:
+    """Time both loops on one worker, the one of number `first` (0: plain, 1: the trainer's) being built and run first."""
+    rank, turns = dist.get_rank(), Turns(first)
     worker = Worker(rank, WORKERS, torch.device("cpu"))
     spec = JobSpec.model_validate(SPEC | {"steps": steps, "norm": norm})
     datasets = [
@@ -184,33 +187,67 @@ def work(steps: int, norm: str) -> None:
             list(threads.map(run, (0, 1)))
     for dataset in datasets:
         dataset.close()
-    if rank == 0:
-        report(norm, *(dataset.seconds[WARM_UP:] for dataset in datasets))
-        for name, value in spent.items():
-            print(f"{norm:5} {name}: {value / steps * 1e3:.2f} ms a step")
+    plain_seconds, our_seconds = (dataset.seconds[WARM_UP:] for dataset in datasets)
+    ratios = [before / after for before, after in zip(plain_seconds, our_seconds, strict=False)]
+    return {
+        "plain": statistics.median(plain_seconds),
+        "trainer": statistics.median(our_seconds),
+        "ratio": statistics.median(ratios),
+        "whole": statistics.mean(plain_seconds) / statistics.mean(our_seconds),
+        "spent": {name: value / steps for name, value in spent.items()},
+    }
 
 
-def report(norm: str, plain_seconds: list[float], our_seconds: list[float]) -> None:
-    """Print both loops' speed and their ratio, from the seconds of each step."""
-    for name, seconds in (("plain", plain_seconds), ("trainer", our_seconds)):
+def report(norm: str, launches: list[dict[str, Any]]) -> None:
+    """Print both loops' speed and their ratio over all launches."""
+    for name in ("plain", "trainer"):
+        seconds = sorted(launch[name] for launch in launches)
+        fastest, slowest = (SPEC["global_batch_size"] / seconds[place] for place in (0, -1))
         middle = statistics.median(seconds)
         speed = SPEC["global_batch_size"] / middle
-        print(f"{norm:5} {name:8} {speed:7.1f} samples/s, {middle * 1e3:.1f} ms a step, the median of {len(seconds)}")
-    low, middle, high = statistics.quantiles(p / o for p, o in zip(plain_seconds, our_seconds, strict=False))
-    whole = statistics.mean(plain_seconds) / statistics.mean(our_seconds)
-    print(
-        f"{norm:5} trainer / plain: {middle:.3f} (quartiles {low:.3f} and {high:.3f}), goal 0.98; all steps together {whole:.3f}"
-    )
+        print(
+            f"{norm:5} {name:8} {speed:6.1f} samples/s ({slowest:.1f} to {fastest:.1f}), {middle * 1e3:.1f} ms a step"
+        )
+    for name, words in (("ratio", "neighbouring steps"), ("whole", "all steps together")):
+        ratios = sorted(launch[name] for launch in launches)
+        print(
+            f"{norm:5} trainer / plain, {words}: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), goal 0.98"
+        )
+    for part in launches[0]["spent"]:
+        spent = statistics.median(launch["spent"][part] for launch in launches)
+        print(f"{norm:5} {part}: {spent * 1e3:.2f} ms a step")
+
+
+def launch(number: int, steps: int) -> dict[str, Any]:
+    """Have torchrun start the workers once; return what rank 0 found for each norm."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+        arguments = [f"--steps={steps}", f"--first={number % 2}", f"--found={path}"]
+        subprocess.run([*command, __file__, *arguments], check=True, timeout=MOST_SECONDS * 10)
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+
+
+def main() -> None:
+    """Launch the workers again and again, or be one of them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--launches", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=30, help="of each loop in a launch")
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.found is not None:
+        dist.init_process_group("gloo")
+        found = {norm: work(arguments.steps, norm, arguments.first) for norm in NORMS}
+        if dist.get_rank() == 0:
+            arguments.found.write_text(json.dumps(found))
+        dist.destroy_process_group()
+        return
+    launches = [launch(number, arguments.steps) for number in range(arguments.launches)]
+    for norm in NORMS:
+        report(norm, [found[norm] for found in launches])
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    arguments = parser.parse_args()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # one of torchrun's processes
-        dist.init_process_group("gloo")
-        for norm in ("none", "sync"):
-            work(arguments.steps, norm)
-        dist.destroy_process_group()
-    else:
-        torchrun.main(["--standalone", f"--nproc-per-node={WORKERS}", __file__, *sys.argv[1:]])
+    main()

@@ -34,8 +34,9 @@ PATIENCE_SECONDS = 1.0
 """How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
 ENQUIRY_SECONDS = 1.0
 """How long a rank whose call failed waits for the others to tell where they are."""
-_STORE_ERRORS = (RuntimeError, TimeoutError)
-"""The store has gone with the rank that held it, or that rank has stopped: then there is nobody to tell or to ask."""
+_STORE_ERRORS = (RuntimeError, TimeoutError, ValueError)
+"""The store has gone with the rank that held it, or that rank has stopped, or the process group was destroyed from another
+thread, as launchers do when a rank dies (ValueError): then there is nobody to tell or to ask."""
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
@@ -203,11 +204,15 @@ def _check(ahead: Tensor, expected: list[float], call: Call) -> Sequence[Tensor 
 
 def _desync(call: Call, how: str) -> DesyncError:
     """Ask the other ranks where they are, and say who is elsewhere."""
-    ranks = dist.get_process_group_ranks(_group(call))
-    places = _enquire(call, ranks)
+    try:
+        own_rank, ranks = dist.get_rank(), dist.get_process_group_ranks(_group(call))
+    except ValueError:
+        message = f"layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}; the process group is gone"
+        return DesyncError(message, call.site.name, call.phase, call.number, ())
+    places = _enquire(call, own_rank, ranks)
     missing = tuple(rank for rank in ranks if places.get(rank) != str(call))
     message = (
-        f"rank {dist.get_rank()} in layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}. "
+        f"rank {own_rank} in layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}. "
         f"Ranks not in this call: {list(missing)}. "
         + "".join(f"Rank {rank} is in {places[rank]}. " for rank in missing if places.get(rank))
         + "Every rank must run the same layers in the same order and equally often, forward and backward; ranks without "
@@ -216,13 +221,13 @@ def _desync(call: Call, how: str) -> DesyncError:
     return DesyncError(message, call.site.name, call.phase, call.number, missing)
 
 
-def _enquire(call: Call, ranks: list[int]) -> dict[int, str]:
+def _enquire(call: Call, own_rank: int, ranks: list[int]) -> dict[int, str]:
     """Tell where this rank is and read where the others are, waiting a moment for those who are about to tell."""
-    places = {dist.get_rank(): str(call)}
+    places = {own_rank: str(call)}
     deadline = time.monotonic() + ENQUIRY_SECONDS
 
     def ask() -> None:
-        _store().set(_place(call, dist.get_rank()), str(call))
+        _store().set(_place(call, own_rank), str(call))
         while len(places) < len(ranks) and time.monotonic() < deadline:
             for rank in ranks:
                 if _store().check([_place(call, rank)]) and (place := _store().get(_place(call, rank)).decode()):

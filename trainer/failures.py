@@ -24,6 +24,8 @@ CONNECTION_LOST = (
     "remote process exited",
     "communicator was aborted",
 )
+GROUP_GONE = "process group has not been initialized"
+"""Ray destroys the surviving workers' process group, from another thread, when a worker has died."""
 TIMED_OUT = ("timed out", "timeout")
 
 
@@ -62,6 +64,8 @@ def classify(error: BaseException) -> tuple[Cause, bool]:
         return ("out_of_memory" if is_killed else "hang" if is_late else "worker_lost"), False
     if isinstance(error, TimeoutError):
         return "hang", False
+    if isinstance(error, ValueError) and GROUP_GONE in text:
+        return "worker_lost", True
     is_of_torch = isinstance(error, (RuntimeError, ConnectionError)) and any(
         word in text for word in ("gloo", "nccl", "rendezvous", "store", "peer")
     )

@@ -1,4 +1,5 @@
 import os
+import threading
 import time
 
 import pytest
@@ -6,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn import DesyncError, SyncBatchNorm
+from syncbn import DesyncError, SyncBatchNorm, collective
+from syncbn.callsite import CallSite
 from tests.dist import Pool, run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -137,17 +139,34 @@ def die(layers):
     os._exit(3)
 
 
-def survive(path):
+def survive(path, destroy_after):
+    if destroy_after is not None and dist.get_rank() != CULPRIT:
+        threading.Timer(destroy_after, dist.destroy_process_group).start()
     error, seconds = commit(die)
     assert isinstance(error, DesyncError)
-    (path / str(dist.get_rank())).write_text(f"{error.missing_ranks} {seconds < TIMEOUT_SECONDS + 2}")
+    (path / "survivor").write_text(f"{error.layer} {error.missing_ranks} {seconds < TIMEOUT_SECONDS + 2}")
 
 
-def test_a_rank_that_dies_is_missed_at_once(tmp_path):
+@pytest.mark.parametrize("destroy_after", [None, 0.5])
+def test_a_rank_that_dies_is_missed_at_once_and_also_where_the_launcher_then_destroys_the_group(
+    tmp_path, destroy_after
+):
     pool = Pool(grace_seconds=4)
     with pytest.raises(EOFError, match="rank 1 died"):
-        pool.run(survive, 2, (tmp_path,), 40.0)
-    assert (tmp_path / "0").read_text() == "(1,) True"
+        pool.run(survive, 2, (tmp_path, destroy_after), 40.0)
+    assert (tmp_path / "survivor").read_text() == "norm0 (1,) True"
+
+
+def destroy_and_tell():
+    call = CallSite("norm0").next_call("forward")
+    dist.destroy_process_group()
+    return collective._desync(call, "broken")
+
+
+def test_a_call_whose_group_is_gone_is_still_named():
+    error = run_on_ranks(destroy_and_tell, 1)[0]
+    assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("norm0", "forward", 1, ())
+    assert "the process group is gone" in str(error)
 
 
 def call_in_order():

@@ -54,6 +54,7 @@ def ray_error(name):
         (gloo_error("reset"), "worker_lost", True),
         (gloo_error("timeout"), "hang", True),
         (gloo_error("application"), "hang", True),
+        (ValueError("Default process group has not been initialized, please make sure"), "worker_lost", True),
         (RuntimeError("NCCL error: remote process exited or there was a network error"), "worker_lost", True),
         (
             RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 30000 ms"),
@@ -70,6 +71,12 @@ def ray_error(name):
 )
 def test_causes(error, cause, is_consequence):
     assert failures.classify(error) == (cause, is_consequence)
+
+
+def test_a_process_group_that_was_destroyed_meanwhile():
+    with pytest.raises(ValueError, match="process group") as error:
+        dist.barrier()
+    assert failures.classify(error.value) == ("worker_lost", True)
 
 
 def test_a_real_allocation_that_is_too_large():
