@@ -3,11 +3,13 @@
 import socket
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.domain.scheduling import Policy, Quota
+from service.domain.webhooks import IPNetwork, read_networks
 from trainer.spec import Permissions
 
 
@@ -60,6 +62,16 @@ class Settings(BaseSettings):
     quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
     rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
     rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
+    webhook_networks: str | None = Field(
+        None,
+        description="networks, parted by commas, that webhooks may reach though they are not public, such as `10.1.0.0/16`",
+    )
+    retention_days: float | None = Field(
+        None, gt=0, description="after how long ended jobs are deleted with their files; default: never"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the service's own log: lines of text, or JSON objects"
+    )
     secrets_folder: Path | None = Field(
         None,
         description="folder of files `<owner>/<name>` and `shared/<name>` that hold jobs' secrets; every node of the cluster "
@@ -101,6 +113,20 @@ class Settings(BaseSettings):
     def permissions(self) -> Permissions:
         """What the operator allows specs to reach."""
         return Permissions(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+
+    def networks(self) -> tuple[IPNetwork, ...]:
+        """Networks that webhooks may reach though they are not public."""
+        return read_networks(self.webhook_networks)
+
+    def retention(self) -> timedelta | None:
+        """For how long ended jobs are kept; None: for ever."""
+        return timedelta(days=self.retention_days) if self.retention_days else None
+
+    @field_validator("webhook_networks")
+    @classmethod
+    def _holds_networks(cls, text: str | None) -> str | None:
+        read_networks(text)
+        return text
 
     def replica_name(self) -> str:
         """Name of this process among all that share the database."""

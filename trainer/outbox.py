@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainer.errors import ConfigurationError
+from trainer.spec import OUTBOX_FILE
 
-OUTBOX_FILE = "metrics.jsonl"
 Kind = Literal["evaluation", "probes", "system"]
 
 

@@ -17,7 +17,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trainer.outbox import OUTBOX_FILE, Outbox, read_lines
+from trainer.outbox import Outbox, read_lines
+from trainer.spec import OUTBOX_FILE
 
 SYSTEM_FILE = "system.jsonl"
 METRICS_PER_CALL = 1_000

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
 
@@ -18,6 +18,7 @@ from service.api.routes import jobs as job_routes
 from service.api.routes import metrics as metrics_routes
 from service.api.routes import tokens as token_routes
 from service.api.routes import validation as validation_routes
+from service.api.routes import webhooks as webhook_routes
 from service.api.schemas import Check, Problem, Readiness
 from service.domain.access import Scope
 from service.domain.rates import RateLimit
@@ -27,17 +28,24 @@ from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
 from service.engine.metrics import Metrics
 from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
+from service.engine.outgoing import Outgoing
 from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
 from service.engine.replica import Replica
+from service.engine.retention import Retention
 from service.engine.run_files import RunFiles
+from service.engine.thresholds import Thresholds
 from service.engine.watch import Watch
+from service.engine.webhooks import WebhookSender
 from service.settings import Settings
+from service.store.audit import AuditStore
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
+from service.store.retention import RetentionStore
 from service.store.tokens import TokenStore
+from service.store.webhooks import WebhookStore
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = """Train on many workers with synchronised batch normalisation, and compare it with BN and no BN.
@@ -83,9 +91,14 @@ def make_app(
             await components.replica.start()
             tasks = [  # ended in this order
                 asyncio.create_task(components.dispatcher.run(), name="the dispatcher"),
-                asyncio.create_task(components.replica.run(), name="the renewal of leases"),
+                asyncio.create_task(
+                    components.replica.run(components.dispatcher.is_stuck), name="the renewal of leases"
+                ),
                 asyncio.create_task(components.watch.run(), name="the watch over jobs"),
+                asyncio.create_task(components.sender.run(), name="the sender of messages"),
+                asyncio.create_task(components.retention.run(), name="retention"),
             ]
+            app.state.tasks = tasks
             for task in tasks:
                 task.add_done_callback(_tell_end)
             yield
@@ -102,6 +115,7 @@ def make_app(
         job_routes.router,
         comparison_routes.router,
         token_routes.router,
+        webhook_routes.router,
         validation_routes.router,
         metrics_routes.router,
     ):
@@ -118,15 +132,16 @@ def make_app(
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
     async def ready(components: GivenComponents, response: Response) -> Readiness:
-        """Tell whether the database, Ray and MLflow answer, each within 5 seconds; 503 if one does not."""
+        """Tell whether the database, Ray and MLflow answer, each within 5 seconds, and jobs are looked after; 503 if not."""
         checks = await asyncio.gather(
             _check("database", components.database.check()),
             _check("ray", components.ray.cluster()),
             _check("mlflow", components.mlflow.check()),
         )
-        readiness = Readiness(
-            ready=all(check.ok for check in checks), **dict(zip(("database", "ray", "mlflow"), checks, strict=True))
-        )
+        parts = dict(zip(("database", "ray", "mlflow"), checks, strict=True)) | {
+            "dispatcher": _check_tasks(components, app.state.tasks)
+        }
+        readiness = Readiness(ready=all(check.ok for check in parts.values()), **parts)
         response.status_code = 200 if readiness.ready else 503
         return readiness
 
@@ -149,7 +164,7 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
-        leases = LeaseStore(database)
+        leases, keys = LeaseStore(database), IdempotencyStore(database)
         metrics = Metrics(jobs, leases)
         replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
@@ -164,6 +179,9 @@ async def _open_components(
             permissions=permissions,
             secrets=secrets,
         )
+        webhooks = WebhookStore(database)
+        outgoing = Outgoing(settings.networks(), seconds)
+        stack.push_async_callback(outgoing.close)
         dispatcher = Dispatcher(
             replica,
             jobs,
@@ -173,6 +191,7 @@ async def _open_components(
             files,
             attempts,
             Admission(jobs, ray, attempts, settings.policy),
+            Thresholds(webhooks, files),
             metrics.round_seconds,
             poll_seconds=settings.poll_seconds,
             grace_seconds=settings.grace_seconds,
@@ -184,12 +203,23 @@ async def _open_components(
             jobs=jobs,
             comparisons=comparisons,
             tokens=TokenStore(database),
-            idempotency=IdempotencyStore(database),
+            audit=AuditStore(database),
+            webhooks=webhooks,
+            outgoing=outgoing,
+            idempotency=keys,
             ray=ray,
             mlflow=mlflow,
             files=files,
             replica=replica,
             dispatcher=dispatcher,
+            sender=WebhookSender(
+                webhooks,
+                outgoing,
+                metrics.webhook_messages,
+                poll_seconds=settings.poll_seconds,
+                send_seconds=seconds,
+            ),
+            retention=Retention(replica, RetentionStore(database), keys, files, settings.retention()),
             watch=Watch(jobs, settings.poll_seconds),
             metrics=metrics,
             permissions=permissions,
@@ -211,6 +241,15 @@ async def _ensure_admin(tokens: TokenStore, settings: Settings, show: Callable[[
 def _tell_end(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()):
         logger.critical("%s has ended; restart the service", task.get_name(), exc_info=error)
+
+
+def _check_tasks(components: Components, tasks: Sequence[asyncio.Task[None]]) -> Check:
+    """Whether this replica does its part: all of its tasks go on, and its leases hold."""
+    ended = [task.get_name() for task in tasks if task.done()]
+    if ended or components.dispatcher.is_stuck() or not components.replica.is_alive:
+        logger.warning("the dispatcher is not ready: ended: %s", ", ".join(ended) or "none")
+        return Check(ok=False, detail="does not look after jobs; the service's log says more")
+    return Check(ok=True, detail="looks after jobs")
 
 
 async def _check(name: str, call: Awaitable[object]) -> Check:

@@ -10,15 +10,20 @@ from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
 from service.engine.metrics import Metrics
 from service.engine.mlflow_runs import MlflowRuns
+from service.engine.outgoing import Outgoing
 from service.engine.ray_jobs import RayJobs
 from service.engine.replica import Replica
+from service.engine.retention import Retention
 from service.engine.run_files import RunFiles
 from service.engine.watch import Watch
+from service.engine.webhooks import WebhookSender
+from service.store.audit import AuditStore
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
 from service.store.tokens import TokenStore
+from service.store.webhooks import WebhookStore
 from trainer.spec import Permissions
 
 
@@ -30,12 +35,17 @@ class Components:
     jobs: JobStore
     comparisons: ComparisonStore
     tokens: TokenStore
+    audit: AuditStore
+    webhooks: WebhookStore
+    outgoing: Outgoing
     idempotency: IdempotencyStore
     ray: RayJobs
     mlflow: MlflowRuns
     files: RunFiles
     replica: Replica
     dispatcher: Dispatcher
+    sender: WebhookSender
+    retention: Retention
     watch: Watch
     metrics: Metrics
     permissions: Permissions

@@ -310,3 +310,4 @@ class Readiness(BaseModel):
     database: Check
     ray: Check
     mlflow: Check
+    dispatcher: Check = Field(description="whether this replica looks after jobs")

@@ -1,7 +1,6 @@
 """The `syncbn` command."""
 
 import json
-import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +88,7 @@ def serve() -> None:
     """Run the API and the dispatcher alone; database, Ray and MLflow are given by SYNCBN_* settings."""
     from service.api.app import make_app
     from service.api.server import Server
+    from service.engine.service_log import configure
     from service.settings import Settings
 
     try:
@@ -97,8 +97,7 @@ def serve() -> None:
         names = [(str(item["loc"][0]).upper(), item["msg"]) for item in error.errors(include_url=False)]
         told = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
         raise typer.BadParameter(told, param_hint="settings") from None
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    configure(settings.log_format)
     Server(make_app(settings, show_first_token=_show_first_token), settings).run()
 
 

@@ -1,6 +1,5 @@
 """Starting attempts: a run in MLflow, a mark in the database, and only then a submission in Ray."""
 
-import asyncio
 import logging
 from collections import Counter
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from service.domain.retries import Blame
 from service.engine.job_secrets import JobSecrets
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
-from service.engine.run_files import RunFiles
+from service.engine.run_files import RunFiles, on_storage
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
 from trainer.spec import Permissions, RunContext, Task
@@ -65,6 +64,7 @@ class Attempts:
 
     async def hand_over(self, job: Job, lease: Lease) -> None:
         """Give a submitted job to Ray."""
+        await on_storage(self._files.close_attempts, job, job.attempt - 1)
         try:
             context = RunContext(
                 job_id=job.id,
@@ -113,6 +113,5 @@ class Attempts:
         if (
             job.state == JobState.SUBMITTED
         ):  # Ray's trouble, not the job's; and it may have taken one of them all the same
-            await asyncio.to_thread(self._files.close_attempt, job)
             step = after_failure(job, Blame.INFRASTRUCTURE, str(error), datetime.now(UTC))
         await self._jobs.advance(job, step, ACTOR, lease)

@@ -8,9 +8,8 @@ steps is mended by the next round: a job is marked as submitted before Ray is to
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
 
 from prometheus_client import Histogram
 
@@ -25,18 +24,19 @@ from service.engine.attempts import ACTOR, Attempts
 from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.replica import Replica
-from service.engine.run_files import RunFiles
+from service.engine.run_files import RunFiles, on_storage
+from service.engine.service_log import job_in_hand
+from service.engine.thresholds import Thresholds
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
 from trainer.spec import Outcome, Progress
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
 MOST_AT_ONCE = 32
 """Jobs that are worked on side by side."""
-STORAGE_SECONDS = 20.0
-"""For a look at a job's files."""
+STUCK_SECONDS = 180.0
+"""Without an end of a round, or of the work on one job of it."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 
@@ -54,6 +54,7 @@ class Dispatcher:
         files: RunFiles,
         attempts: Attempts,
         admission: Admission,
+        thresholds: Thresholds,
         round_seconds: Histogram,
         *,
         poll_seconds: float,
@@ -63,16 +64,22 @@ class Dispatcher:
     ) -> None:
         self._replica, self._jobs, self._comparisons = replica, jobs, comparisons
         self._ray, self._mlflow, self._files = ray, mlflow, files
-        self._attempts, self._admission, self._round_seconds = attempts, admission, round_seconds
+        self._attempts, self._admission, self._thresholds = attempts, admission, thresholds
+        self._round_seconds = round_seconds
         self._poll_seconds, self._grace_seconds = poll_seconds, grace_seconds
         self._silence_seconds, self._start_seconds = silence_seconds, start_seconds
         self._woken = asyncio.Event()
         self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
+        self._progressed_at = time.monotonic()
 
     def wake(self) -> None:
         """Start the next round now: something was asked for."""
         self._woken.set()
+
+    def is_stuck(self) -> bool:
+        """Whether nothing has come to an end for far longer than all time limits allow."""
+        return time.monotonic() - self._progressed_at > STUCK_SECONDS
 
     async def run(self) -> None:
         """Run rounds until cancelled. A round that fails is logged, and the next one tries again."""
@@ -87,6 +94,7 @@ class Dispatcher:
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
                 known = isinstance(error, Unavailable)
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=not known)
+            self._progressed_at = time.monotonic()
             try:
                 await asyncio.wait_for(self._woken.wait(), pause)
             except TimeoutError:
@@ -94,6 +102,7 @@ class Dispatcher:
 
     async def round(self) -> None:
         """Do all that can be done now, by the leases that this replica holds."""
+        await self._thresholds.refresh()
         unsettled = await self._jobs.unsettled(self._replica.shards())
         await self._each(unsettled, [self._look_after(job) for job in unsettled])
         if (lease := self._replica.scheduler()) is not None:
@@ -118,21 +127,29 @@ class Dispatcher:
             lease = self._replica.of_job(job.id)
             if lease is None:
                 return
-            if job.state.is_terminal:
-                await self._settle(job, lease)
-            elif job.state != JobState.QUEUED:
-                await self._observe(job, lease)
-            elif job.cancel_requested:
-                step = Transition(state=JobState.CANCELLED, reason="cancelled while queued")
-                await self._jobs.advance(job, step, ACTOR, lease)
-            elif _has_waited_too_long(job):
-                reason = f"waited longer than its queue_seconds, {job.queue_seconds:g}; at last: {job.reason}"
-                await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=reason), ACTOR, lease)
+            job_in_hand.set(job.id)
+            try:
+                await self._bring_on(job, lease)
+            finally:
+                self._progressed_at = time.monotonic()
+
+    async def _bring_on(self, job: Job, lease: Lease) -> None:
+        if job.state.is_terminal:
+            await self._settle(job, lease)
+        elif job.state != JobState.QUEUED:
+            await self._observe(job, lease)
+        elif job.cancel_requested:
+            step = Transition(state=JobState.CANCELLED, reason="cancelled while queued")
+            await self._jobs.advance(job, step, ACTOR, lease)
+        elif _has_waited_too_long(job):
+            reason = f"waited longer than its queue_seconds, {job.queue_seconds:g}; at last: {job.reason}"
+            await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=reason), ACTOR, lease)
 
     async def _observe(self, job: Job, lease: Lease) -> None:
         """Compare a job with what Ray and its files say, and take the step that follows."""
         submission = await self._ray.find(job.submission_id)
-        outcome, progress, sign = await self._on_storage(self._read_files, job)
+        outcome, progress, sign = await on_storage(self._read_files, job)
+        await self._thresholds.look(job)
         if progress is not None and progress != job.progress:
             noted = await self._jobs.note(job, lease, progress=progress)
             if noted is None:
@@ -152,13 +169,15 @@ class Dispatcher:
             step = after_failure(job, Blame.INFRASTRUCTURE, what, now)
         if step is not None and outcome is None and self._may_still_speak(submission, silent_seconds):
             if job.cancel_requested or is_overtime(job, now):  # Ray would not stop it: it finds this, and stops itself
-                await self._on_storage(self._files.close_attempt, job)
+                await on_storage(self._files.close_attempts, job)
             return
         if step is not None:
-            if step.state.is_terminal or step.state == JobState.QUEUED:
-                # Ray may start a submission later than it says it would: such a driver finds this, and ends.
-                await self._on_storage(self._files.close_attempt, job)
             if await self._jobs.advance(job, step, ACTOR, lease):
+                if step.state.is_terminal or step.state == JobState.QUEUED:
+                    # Ray may start a submission later than it says it would: such a driver finds this, and ends. It is written
+                    # after the change, which a replica without its lease cannot make; what a crash leaves out is made up for
+                    # when the job is settled, or its next attempt handed over.
+                    await on_storage(self._files.close_attempts, job)
                 self._last_seen.pop(job.submission_id, None)
                 logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason, extra={"job_id": job.id})
                 self.wake()
@@ -172,19 +191,11 @@ class Dispatcher:
 
         Ray calls a job running before it starts its driver. So one that is still pending after the attempt was closed finds it so.
         """
-        await self._on_storage(self._files.close_attempt, job)
+        await on_storage(self._files.close_attempts, job)
         submission = await self._ray.find(job.submission_id)
         if submission is not None and submission.status == RayStatus.PENDING:
             step = Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
             await self._jobs.advance(job, step, ACTOR, lease)
-
-    async def _on_storage(self, work: Callable[[Job], T], job: Job) -> T:
-        """Work on a job's files, for so long. Raises Unavailable."""
-        try:
-            async with asyncio.timeout(STORAGE_SECONDS):
-                return await asyncio.to_thread(work, job)
-        except (TimeoutError, OSError) as error:
-            raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
     def _read_files(self, job: Job) -> tuple[Outcome | None, Progress | None, float | None]:
         return self._files.outcome(job), self._files.progress(job), self._files.sign_of_life(job)
@@ -208,7 +219,9 @@ class Dispatcher:
 
     async def _settle(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
+        self._thresholds.forget(job)
         if job.mlflow_run_id is not None:
+            await on_storage(self._files.close_attempts, job)
             await self._mlflow.finish(job.mlflow_run_id, job.state)
         await self._jobs.note(job, lease, mlflow_closed=True)
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from service.domain.jobs import JobState
@@ -27,6 +27,13 @@ class Metrics:
         )
         self.round_seconds = Histogram(
             "syncbn_round_seconds", "One round of the dispatcher", buckets=SECONDS_BUCKETS, registry=self._registry
+        )
+
+        self.webhook_messages = Counter(
+            "syncbn_webhook_messages",
+            "Tries to send a message, by what became of it",
+            labelnames=["result"],
+            registry=self._registry,
         )
 
     async def text(self) -> bytes:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from service.domain.errors import Unavailable
 from service.domain.leases import SCHEDULER, Lease, shard_of
@@ -27,11 +27,19 @@ class Replica:
         await self._leases.give_back(self.name)
         await self.renew()
 
-    async def run(self) -> None:
-        """Renew the leases until cancelled, and then give them back."""
+    @property
+    def is_alive(self) -> bool:
+        """Whether its leases still hold."""
+        return time.monotonic() - self._renewed_at <= self._lease_seconds
+
+    async def run(self, is_stuck: Callable[[], bool]) -> None:
+        """Renew the leases until cancelled, and then give them back; not while the work they are for is stuck."""
         try:
             while True:
                 await asyncio.sleep(self._lease_seconds / RENEWALS)
+                if is_stuck():
+                    logger.critical("the dispatcher is stuck; its work is left to other replicas")
+                    continue
                 try:
                     await self.renew()
                 except (
@@ -54,9 +62,7 @@ class Replica:
 
     def lease(self, name: str) -> Lease | None:
         """A lease, if this replica holds it."""
-        if time.monotonic() - self._renewed_at > self._lease_seconds:
-            return None
-        return self._held.get(name)
+        return self._held.get(name) if self.is_alive else None
 
     def scheduler(self) -> Lease | None:
         """The right to admit jobs."""

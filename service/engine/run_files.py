@@ -1,15 +1,22 @@
 """What the service reads of a run's files: progress, outcome and log."""
 
+import asyncio
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from service.domain.errors import Unavailable
 from service.domain.jobs import Job
 from trainer.spec import (
     CLOSED_FILE,
     DRIVER_FILE,
     LOG_FILE,
+    OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
     Outcome,
@@ -17,7 +24,29 @@ from trainer.spec import (
     attempt_folder,
 )
 
-T = TypeVar("T", bound=BaseModel)
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+P = ParamSpec("P")
+STORAGE_SECONDS = 20.0
+"""For a look at a job's files."""
+MOST_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was measured after a step."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+    """Work on files in a thread, and wait for it so long at most. Raises Unavailable."""
+    try:
+        async with asyncio.timeout(STORAGE_SECONDS):
+            return await asyncio.to_thread(work, *arguments, **options)
+    except (TimeoutError, OSError) as error:
+        raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
 
 class RunFiles:
@@ -34,11 +63,12 @@ class RunFiles:
         """Folder of one attempt, by default the newest."""
         return attempt_folder(self.job_folder(job.id), attempt or job.attempt)
 
-    def close_attempt(self, job: Job) -> None:
-        """Let no driver of the current attempt start from now on."""
-        folder = self.attempt_folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CLOSED_FILE).touch()
+    def close_attempts(self, job: Job, last: int | None = None) -> None:
+        """Let no driver of the attempts up to `last`, by default the current one, start or go on from now on."""
+        for attempt in range(1, (job.attempt if last is None else last) + 1):
+            folder = self.attempt_folder(job, attempt)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CLOSED_FILE).touch()
 
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""
@@ -55,13 +85,34 @@ class RunFiles:
         """Read how the current attempt ended; None if it has not written that."""
         return self._read(job, OUTCOME_FILE, Outcome)
 
+    def metrics(self, job: Job, place: int) -> tuple[list[Point], int]:
+        """Read what a job has measured, from a place in its outbox on and so much at once; also the place after that."""
+        try:
+            with (self.job_folder(job.id) / OUTBOX_FILE).open("rb") as file:
+                file.seek(place)
+                lines = file.readlines(MOST_BYTES)
+        except FileNotFoundError:
+            return [], place
+        if lines and not lines[-1].endswith(b"\n"):  # still being written
+            lines.pop()
+        return list(_points(lines)), place + sum(map(len, lines))
+
     def log_path(self, job: Job, attempt: int) -> Path:
         """Where an attempt's log is, once there is one."""
         return self.attempt_folder(job, attempt) / LOG_FILE
 
-    def _read(self, job: Job, name: str, kind: type[T]) -> T | None:
+    def _read(self, job: Job, name: str, kind: type[M]) -> M | None:
         path = self.attempt_folder(job) / name
         try:
             return kind.model_validate_json(path.read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
+
+
+def _points(lines: Iterable[bytes]) -> Iterator[Point]:
+    """Read the measurements among lines; half a line, which a killed attempt leaves, is passed by."""
+    for text in lines:
+        with suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("metrics"), dict):
+                yield Point(line["step"], line["metrics"])

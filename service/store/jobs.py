@@ -18,6 +18,7 @@ from service.store.database import Database
 from service.store.leases import is_held
 from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
+from service.store.webhooks import announce_end
 from trainer.spec import JobSpec, Progress
 
 COLUMNS = [jobs.c[field.name] for field in fields(Job)]
@@ -233,6 +234,8 @@ class JobStore:
             if not await self._store(connection, job, after, lease):
                 return None
             await connection.execute(insert(events).values(**_event(after, now, actor)))
+            if after.state.is_terminal:
+                await announce_end(connection, after, now)
         return replace(after, version=job.version + 1)
 
     async def note(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:

@@ -107,6 +107,7 @@ jobs = Table(
     Index("ix_jobs_owner_sequence", "owner", "sequence"),
     Index("ix_jobs_state_sequence", "state", "sequence"),
     Index("ix_jobs_norm_sequence", "norm", "sequence"),
+    Index("ix_jobs_ended_at", "ended_at"),
 )
 
 job_tags = Table(
@@ -169,6 +170,41 @@ audit = Table(
     Column("action", String(40), nullable=False),
     Column("subject", String(80), nullable=False),
     Column("detail", Text, nullable=False),
+)
+
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(40), nullable=False, unique=True),
+    Column("owner", String(80), nullable=False, index=True),
+    Column("url", Text, nullable=False),
+    Column("secret", String(80), nullable=False),
+    Column("states", JSON, nullable=False),
+    Column("thresholds", JSON, nullable=False),
+    Column("has_thresholds", Boolean, nullable=False),
+    Column("tag", String(80)),
+    Column("created_at", UtcDateTime, nullable=False),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(40), nullable=False, unique=True),
+    Column("webhook_id", ForeignKey("webhooks.id"), nullable=False),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),
+    Column("about", String(300), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    Column("due_at", UtcDateTime, nullable=False),
+    Column("tries", Integer, nullable=False),
+    Column("ended_at", UtcDateTime),
+    Column("is_delivered", Boolean, nullable=False),
+    Column("answer", Text, nullable=False),
+    # One message about one thing, whoever comes to tell of it.
+    Index("ix_deliveries_about", "webhook_id", "job_id", "about", unique=True),
+    Index("ix_deliveries_due", "ended_at", "due_at"),
 )
 
 idempotency_keys = Table(

@@ -1,4 +1,4 @@
-"""Tokens in the database, and the record of who made and revoked them."""
+"""Tokens in the database."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -8,20 +8,19 @@ from typing import Any
 from sqlalchemy import func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.access import AuditRecord, Caller, Scope, Token, hash_secret, new_secret
+from service.domain.access import Caller, Scope, Token, hash_secret, new_secret
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import ADMIN, new_id
+from service.store.audit import record
 from service.store.database import Database, take_turns
 from service.store.pages import read_page
-from service.store.tables import audit, tokens
+from service.store.tables import tokens
 
 COLUMNS = [tokens.c[field.name] for field in fields(Token)]
-AUDIT_COLUMNS = [audit.c[field.name] for field in fields(AuditRecord)]
 ADMINS_LOCK = 5_021_504
 """Of decisions about who is an admin."""
 BETWEEN_NOTES = timedelta(minutes=1)
 """So that reading does not write all the time."""
-SERVICE = "service"
 
 
 class TokenStore:
@@ -103,14 +102,6 @@ class TokenStore:
                 show(secret)
                 await _add(connection, _admin("made at the first start"), secret, None)
 
-    async def audit_page(self, size: int, before: int | None) -> tuple[list[AuditRecord], int | None]:
-        """Read up to `size` records, newest first, older than place `before`; also the place to go on from, if there is more."""
-        async with self._database.read() as connection:
-            rows, more = await read_page(connection, select(*AUDIT_COLUMNS), audit.c.sequence, size, before)
-        return [
-            AuditRecord(**{field.name: getattr(row, field.name) for field in fields(AuditRecord)}) for row in rows
-        ], more
-
 
 async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Caller | None) -> None:
     row = asdict(token) | {"scopes": [scope.value for scope in token.scopes], "hash": hash_secret(secret)}
@@ -119,15 +110,7 @@ async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Ca
 
 
 async def _record(connection: AsyncConnection, actor: Caller | None, action: str, token: Token, at: datetime) -> None:
-    record: dict[str, Any] = {
-        "at": at,
-        "actor": actor.owner if actor else SERVICE,
-        "token_id": actor.token_id if actor else None,
-        "action": action,
-        "subject": token.id,
-        "detail": f"of {token.owner}, with {', '.join(token.scopes)}",
-    }
-    await connection.execute(insert(audit).values(**record))
+    await record(connection, actor, action, token.id, f"of {token.owner}, with {', '.join(token.scopes)}", at)
 
 
 def _admin(name: str) -> Token:

@@ -83,6 +83,8 @@ def attempt_folder(job_folder: Path, attempt: int) -> Path:
 
 
 LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"
+OUTBOX_FILE = "metrics.jsonl"
+"""In the job's folder: what MLflow is to hold, a JSON object in each line; those with `step` and `metrics` are measurements."""
 DRIVER_FILE = "driver"
 """An attempt's one driver made it: another one ends at once."""
 CLOSED_FILE = "closed"

@@ -13,7 +13,7 @@ from tests.service.api.conftest import TOKEN
 
 BODY = {"name": "mine", "spec": {"steps": 10, "num_workers": 2}}
 COMPARISON = BODY | {"matrix": {"seed": [0, 1]}}
-EXAMPLES = {"job_id": "job-0", "comparison_id": "comparison-0", "token_id": "token-0"}
+EXAMPLES = {"job_id": "job-0", "comparison_id": "comparison-0", "token_id": "token-0", "webhook_id": "webhook-0"}
 NEEDS_ADMIN = {
     ("post", "/v1/tokens"),
     ("get", "/v1/tokens"),

@@ -1,3 +1,5 @@
+import asyncio
+
 import httpx
 import pytest
 
@@ -55,3 +57,24 @@ async def test_readiness_is_honest(anyone, ray, mlflow):
     assert unready.json()["database"]["ok"]
     mlflow.is_down = True
     assert not (await anyone.get("/readyz")).json()["mlflow"]["ok"]
+
+
+async def dispatcher_is_stuck(app, monkeypatch):
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", -1.0)
+
+
+async def a_task_has_ended(app, monkeypatch):
+    app.state.tasks[-1].cancel()
+    await asyncio.sleep(0.01)
+
+
+async def leases_have_run_out(app, monkeypatch):
+    monkeypatch.setattr(app.state.components.replica, "_renewed_at", -1_000.0)
+
+
+@pytest.mark.parametrize("trouble", [dispatcher_is_stuck, a_task_has_ended, leases_have_run_out])
+async def test_a_replica_that_does_not_look_after_jobs_is_not_ready(app, anyone, monkeypatch, trouble):
+    assert (await anyone.get("/readyz")).json()["dispatcher"] == {"ok": True, "detail": "looks after jobs"}
+    await trouble(app, monkeypatch)
+    answer = await anyone.get("/readyz")
+    assert (answer.status_code, answer.json()["dispatcher"]["ok"]) == (503, False)

@@ -8,9 +8,11 @@ from service.engine.job_secrets import JobSecrets
 from service.engine.metrics import Metrics
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
+from service.engine.thresholds import Thresholds
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
+from service.store.webhooks import WebhookStore
 from tests.fakes import FakeMlflow, FakeRay
 from tests.service.examples import make_job
 from trainer.spec import Permissions
@@ -36,9 +38,11 @@ class House:
             self.jobs, self.comparisons, self.ray, self.mlflow, self.files, self.metrics.dispatch_seconds,
             mlflow_url="http://mlflow", permissions=Permissions(), secrets=JobSecrets(None),
         )  # fmt: skip
+        self.thresholds = Thresholds(WebhookStore(self.database), self.files)
         self.dispatcher = Dispatcher(
             self.replica, self.jobs, self.comparisons, self.ray, self.mlflow, self.files, attempts,
-            Admission(self.jobs, self.ray, attempts, lambda: self.policy), self.metrics.round_seconds,
+            Admission(self.jobs, self.ray, attempts, lambda: self.policy), self.thresholds,
+            self.metrics.round_seconds,
             poll_seconds=0.01, grace_seconds=self.grace_seconds, silence_seconds=60, start_seconds=60,
         )  # fmt: skip
 

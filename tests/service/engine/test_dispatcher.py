@@ -3,6 +3,7 @@ import threading
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import update
 
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import JobState
@@ -11,10 +12,13 @@ from service.domain.lifecycle import RayStatus
 from service.domain.retries import Retries
 from service.domain.scheduling import Capacity, Policy
 from service.engine.attempts import MOST_REFUSALS
+from service.engine.replica import Replica
+from service.engine.run_files import on_storage
 from service.store.leases import LeaseStore
+from service.store.tables import leases
 from tests.service.engine.house import House
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
+from trainer.spec import CLOSED_FILE, OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
 
 NO_RETRIES = Retries(infrastructure=0)
 SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
@@ -135,7 +139,7 @@ async def test_a_queued_job_whose_cancelling_came_first_does_not_go_to_ray(house
 
 
 async def test_a_storage_that_hangs_delays_its_job_and_no_other(house, monkeypatch):
-    monkeypatch.setattr("service.engine.dispatcher.STORAGE_SECONDS", 0.1)
+    monkeypatch.setattr("service.engine.run_files.STORAGE_SECONDS", 0.1)
     bad, good = await house.add(), await house.add()
     await house.round()
     read, ending = house.files.outcome, threading.Event()
@@ -299,3 +303,87 @@ async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_replica_whose_rounds_hang_leaves_its_work_to_others(database, tmp_path, monkeypatch):
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.2)
+    stuck, other = House(database, tmp_path, name="one"), House(database, tmp_path, name="two")
+    for house in (stuck, other):
+        house.replica = house.dispatcher._replica = Replica(LeaseStore(database), house.name, 0.3)
+    await stuck.start()
+    await stuck.add()
+    await stuck.round()
+
+    async def hang(submission_id):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(stuck.ray, "find", hang)
+    tasks = [
+        asyncio.create_task(stuck.dispatcher.run()),
+        asyncio.create_task(stuck.replica.run(stuck.dispatcher.is_stuck)),
+    ]
+    try:
+        async with asyncio.timeout(10):
+            while len(other.replica.shards()) < SHARDS:
+                await asyncio.sleep(0.05)
+                await other.replica.renew()
+        assert not stuck.replica.is_alive
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def test_a_replica_without_its_lease_ends_no_attempt(database, tmp_path, monkeypatch):
+    frozen = House(database, tmp_path, name="one")
+    job = await frozen.add()
+    await frozen.round()
+    frozen.ray.set(job.submission_id, RayStatus.FAILED, "a passing error")
+    advance = frozen.jobs.advance
+
+    async def wake_up_late(*arguments):
+        async with database.write() as connection:
+            await connection.execute(update(leases).values(token=leases.c.token + 1))
+        return await advance(*arguments)
+
+    monkeypatch.setattr(frozen.jobs, "advance", wake_up_late)
+    await frozen.round()
+    assert await frozen.state(job) == "submitted"
+    assert not (frozen.files.attempt_folder(job) / CLOSED_FILE).exists()
+
+
+async def test_what_a_crash_left_open_is_closed_before_the_next_attempt_and_at_the_end(house, monkeypatch):
+    async def crash(*_):
+        raise OSError("killed")
+
+    job = await house.add()
+    await house.round()
+    policy, house.policy = house.policy, Policy(most_active=0)
+    with monkeypatch.context() as patched:
+        patched.setattr("service.engine.dispatcher.on_storage", crash_after_reading(house, crash))
+        house.ray.set(job.submission_id, RayStatus.FAILED)
+        await house.round()
+    house.policy = policy
+    job = await house.jobs.get(job.id)
+    assert (job.state, job.attempt) == ("queued", 2)
+    closed = [house.files.attempt_folder(job, attempt) / CLOSED_FILE for attempt in (1, 2)]
+    assert [file.exists() for file in closed] == [False, False]
+    await house.round()
+    assert [file.exists() for file in closed] == [True, False]
+    with monkeypatch.context() as patched:
+        patched.setattr("service.engine.dispatcher.on_storage", crash_after_reading(house, crash))
+        await house.jobs.request_cancel(job.id, "ann")
+        house.ray.set(job.submission_id, RayStatus.STOPPED)
+        await house.round()
+    assert await house.state(job) == "cancelled"
+    await house.round()
+    assert [file.exists() for file in closed] == [True, True]
+
+
+def crash_after_reading(house, crash):
+    """Let reading files pass, and closing attempts end in a crash."""
+
+    async def work(function, *arguments):
+        return await (crash() if function == house.files.close_attempts else on_storage(function, *arguments))
+
+    return work

@@ -160,14 +160,14 @@ async def test_what_ray_starts_while_it_is_cancelled_is_stopped(house, monkeypat
     job = await house.add()
     await house.round()
     await house.jobs.request_cancel(job.id, "ann")
-    close = house.files.close_attempt
+    close = house.files.close_attempts
 
     def close_too_late(job):
         monkeypatch.undo()
         house.ray.set(job.submission_id, RayStatus.RUNNING)
         close(job)
 
-    monkeypatch.setattr(house.files, "close_attempt", close_too_late)
+    monkeypatch.setattr(house.files, "close_attempts", close_too_late)
     await house.round()
     assert await house.state(job) == "submitted"
     for _ in range(4):

@@ -7,6 +7,7 @@ from sqlalchemy import select, text
 from service.domain.access import Caller, Scope, Token, hash_secret
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import new_id
+from service.store.audit import AuditStore
 from service.store.tables import tokens as table
 from service.store.tokens import TokenStore
 
@@ -16,6 +17,11 @@ ANN = Caller("ann", (Scope.ADMIN,), "token-of-ann")
 @pytest.fixture
 def tokens(database):
     return TokenStore(database)
+
+
+@pytest.fixture
+def audit(database):
+    return AuditStore(database)
 
 
 def make_token(**changes):
@@ -44,13 +50,13 @@ async def test_its_use_is_noted_once_a_minute(tokens):
     assert await tokens.find("secret") == used
 
 
-async def test_revoking_is_final_and_on_the_record(tokens):
+async def test_revoking_is_final_and_on_the_record(tokens, audit):
     token = make_token()
     await tokens.add(token, "secret", None)
     revoked = await tokens.revoke(token.id, ANN)
     assert not revoked.is_valid(datetime.now(UTC))
     assert await tokens.revoke(token.id, ANN) == revoked == await tokens.find("secret")
-    records, more = await tokens.audit_page(10, None)
+    records, more = await audit.page(10, None)
     assert more is None
     assert [(r.actor, r.token_id, r.action, r.subject) for r in records] == [
         ("ann", "token-of-ann", "token.revoke", token.id),
@@ -101,13 +107,13 @@ async def test_a_secret_that_cannot_be_shown_is_not_stored(tokens):
     assert (await tokens.page(10, None))[0] == []
 
 
-async def test_pages(tokens):
+async def test_pages(tokens, audit):
     made = [make_token() for _ in range(5)]
     for token in made:
         await tokens.add(token, token.id, ANN)
     for read, expected in [
         (tokens.page, [token.id for token in made[::-1]]),
-        (tokens.audit_page, [token.id for token in made[::-1]]),
+        (audit.page, [token.id for token in made[::-1]]),
     ]:
         seen, place = [], None
         while True:

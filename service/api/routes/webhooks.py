@@ -1,0 +1,70 @@
+"""Routes for webhooks."""
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path
+
+from service.api.auth import Reader, Submitter
+from service.api.components import GivenComponents
+from service.api.idempotency import Route
+from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.webhook_schemas import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
+from service.domain.jobs import new_id
+from service.domain.webhooks import Webhook, new_webhook_secret
+
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=Route)
+WebhookId = Annotated[str, Path(pattern=r"^webhook-[0-9a-f]{1,12}$", description="such as `webhook-3f9c2b7a10de`")]
+
+
+@router.post("", status_code=201)
+async def make_webhook(body: MakeWebhook, caller: Submitter, components: GivenComponents) -> MadeWebhook:
+    """Have the caller's jobs told of by signed messages (Standard Webhooks). Networks that are not public are refused."""
+    await components.outgoing.check(str(body.url))
+    webhook = Webhook(
+        id=new_id("webhook"),
+        owner=caller.owner,
+        url=str(body.url),
+        secret=new_webhook_secret(),
+        states=tuple(dict.fromkeys(body.states)),
+        thresholds=tuple(dict.fromkeys(body.thresholds)),
+        tag=body.tag,
+        created_at=datetime.now(UTC),
+    )
+    await components.webhooks.add(webhook, caller)
+    return MadeWebhook(secret=webhook.secret, **WebhookView.of(webhook).model_dump())
+
+
+@router.get("")
+async def list_webhooks(
+    caller: Reader, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
+) -> WebhookList:
+    """List the caller's webhooks, newest first; an admin sees all."""
+    webhooks, more = await components.webhooks.page(page_size, place_of(page_token), caller.sees_only)
+    return WebhookList(webhooks=[WebhookView.of(webhook) for webhook in webhooks], next_page_token=token_of(more))
+
+
+@router.get("/{webhook_id}")
+async def show_webhook(webhook_id: WebhookId, caller: Reader, components: GivenComponents) -> WebhookView:
+    """Show a webhook."""
+    return WebhookView.of(await components.webhooks.get(webhook_id, caller.sees_only))
+
+
+@router.delete("/{webhook_id}", status_code=204)
+async def delete_webhook(webhook_id: WebhookId, caller: Submitter, components: GivenComponents) -> None:
+    """Delete a webhook with its messages; those on their way are not sent any more."""
+    await components.webhooks.delete(await components.webhooks.get(webhook_id, caller.sees_only), caller)
+
+
+@router.get("/{webhook_id}/deliveries")
+async def list_deliveries(
+    webhook_id: WebhookId,
+    caller: Reader,
+    components: GivenComponents,
+    page_size: PageSize = 50,
+    page_token: PageToken = None,
+) -> DeliveryList:
+    """List a webhook's messages and what became of them, newest first."""
+    webhook = await components.webhooks.get(webhook_id, caller.sees_only)
+    found, more = await components.webhooks.deliveries_of(webhook.id, page_size, place_of(page_token))
+    return DeliveryList(deliveries=[DeliveryView.of(delivery) for delivery in found], next_page_token=token_of(more))

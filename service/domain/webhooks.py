@@ -1,0 +1,149 @@
+"""Webhooks: of what an owner is told, how a message is signed, when it is tried again, and which addresses are public; pure.
+
+Messages are signed as Standard Webhooks 1.0.0 (standardwebhooks.com) says, so receivers check them by a library of theirs.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import math
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from service.domain.jobs import Job, JobState
+from trainer.spec import Frozen
+
+IPAddress = IPv4Address | IPv6Address
+IPNetwork = IPv4Network | IPv6Network
+SECRET_PREFIX = "whsec_"  # noqa: S105 - what a secret begins with, by the standard
+PAUSES_SECONDS = (5, 30, 120, 600, 1_800, 7_200, 18_000, 36_000)
+"""Between a message's tries; after the last of them it is given up, some 18 hours after the first."""
+TRANSLATED = IPv6Network("64:ff9b::/96")
+"""IPv4 addresses as NAT64 writes them (RFC 6052)."""
+
+
+class Threshold(Frozen):
+    """A value of a metric at which the owner is told of a job, once."""
+
+    metric: Annotated[str, Field(min_length=1, max_length=200)]
+    relation: Literal["at_least", "at_most"]
+    bound: Annotated[float, Field(allow_inf_nan=False)]
+
+    def is_met(self, value: float) -> bool:
+        """Whether a measured value meets it; one that is no number does not."""
+        return value >= self.bound if self.relation == "at_least" else value <= self.bound
+
+    def __str__(self) -> str:
+        """Write it in words, by which messages about it are told apart."""
+        return f"{self.metric} {self.relation.replace('_', ' ')} {self.bound!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Webhook:
+    """Where an owner is told of what."""
+
+    id: str
+    owner: str
+    url: str
+    secret: str
+    """By which messages are signed: kept readable, since signing needs it."""
+    states: tuple[JobState, ...]
+    """Ends of jobs."""
+    thresholds: tuple[Threshold, ...] = ()
+    tag: str | None = None
+    """Of which jobs; None: of all."""
+    created_at: datetime
+
+    def is_about(self, job: Job) -> bool:
+        """Whether it tells of a job."""
+        return job.owner == self.owner and (self.tag is None or self.tag in job.tags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """One message on its way. Its id stays the same in all tries, so that a receiver knows a repeated one."""
+
+    id: str
+    webhook_id: str
+    job_id: str
+    about: str
+    """A state, or a threshold in words; a webhook has one message about each for a job."""
+    body: str
+    created_at: datetime
+    due_at: datetime
+    tries: int = 0
+    ended_at: datetime | None = None
+    """When it was taken, or given up."""
+    is_delivered: bool = False
+    answer: str = ""
+    """To the last try, in words."""
+
+
+def new_webhook_secret() -> str:
+    """Make a secret: 256 random bits."""
+    return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
+
+
+def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
+    """Sign a message: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; the timestamp is in seconds since 1970."""
+    key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
+    digest = hmac.new(key, f"{message_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
+    return "v1," + base64.b64encode(digest).decode()
+
+
+def write_message(job: Job, at: datetime, met: Threshold | None = None, step: int = 0, value: float = 0.0) -> str:
+    """Write what a receiver gets, as JSON: a job's end or, if one was `met`, a threshold with where and by which value."""
+    data: dict[str, Any] = {
+        "job_id": job.id,
+        "name": job.name,
+        "owner": job.owner,
+        "tags": list(job.tags),
+        "comparison_id": job.comparison_id,
+        "variant": job.variant,
+        "attempt": job.attempt,
+        "state": job.state.value,
+        "reason": job.reason,
+        "mlflow_run_id": job.mlflow_run_id,
+    }
+    if met is not None:
+        data["threshold"] = met.model_dump() | {"step": step, "value": value if math.isfinite(value) else str(value)}
+    kind = f"job.{job.state.value}" if met is None else "job.threshold"
+    return json.dumps({"type": kind, "timestamp": at.isoformat(), "data": data})
+
+
+def pause_after(tries: int) -> int | None:
+    """Seconds to wait after so many tries that have failed; None: it is given up."""
+    return PAUSES_SECONDS[tries - 1] if tries <= len(PAUSES_SECONDS) else None
+
+
+def may_be_reached(address: IPAddress, allowed: Sequence[IPNetwork]) -> bool:
+    """Whether messages may go to an address: a public one, or one in a network that the operator allows.
+
+    An address that only wraps another one, as for the change from IPv4 to IPv6, is judged by that one.
+    """
+    if isinstance(address, IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour
+        if address in TRANSLATED:
+            inner = IPv4Address(int(address) & 0xFFFF_FFFF)
+        if inner is not None:
+            return may_be_reached(inner, allowed)
+    if is_in(address, allowed):
+        return True
+    return address.is_global and not address.is_multicast
+
+
+def is_in(address: IPAddress, networks: Sequence[IPNetwork]) -> bool:
+    """Whether one of the networks holds an address."""
+    return any(address.version == network.version and address in network for network in networks)
+
+
+def read_networks(text: str | None) -> tuple[IPNetwork, ...]:
+    """Read networks such as `10.0.0.0/8`, parted by commas. Raises ValueError."""
+    return tuple(ip_network(part.strip()) for part in (text or "").split(",") if part.strip())

@@ -1,0 +1,94 @@
+"""POSTs to addresses that users name: never into networks that only the service reaches, unless the operator allows them."""
+
+import asyncio
+import socket
+from collections.abc import Iterable, Sequence
+from ipaddress import ip_address
+from urllib.parse import urlsplit
+
+import httpcore
+
+from service.domain.errors import InvalidField
+from service.domain.webhooks import IPAddress, IPNetwork, is_in, may_be_reached
+
+SECONDS_TO_RESOLVE = 5.0
+PORTS = {"https": 443, "http": 80}
+
+
+class Forbidden(httpcore.ConnectError):
+    """A name stands for an address where nothing is sent to."""
+
+
+class _Guard(httpcore.AsyncNetworkBackend):
+    """Connects to the addresses that it has looked at itself: a name that is asked for twice may get two answers."""
+
+    def __init__(self, allowed: Sequence[IPNetwork]) -> None:
+        self._allowed, self._backend = allowed, httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - the library's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to the first of a name's addresses that answers. Raises Forbidden if one of them must not be reached."""
+        addresses = await _resolve(host, port)
+        if not all(may_be_reached(address, self._allowed) for address in addresses):
+            raise Forbidden(f"{host} is not a public address")
+        for place, address in enumerate(addresses):
+            try:
+                return await self._backend.connect_tcp(str(address), port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                if place == len(addresses) - 1:
+                    raise
+        raise httpcore.ConnectError(f"{host} has no address")
+
+
+class Outgoing:
+    """Sends messages; `allowed` are networks that are reached though they are not public."""
+
+    def __init__(self, allowed: Sequence[IPNetwork], seconds: float) -> None:
+        self._allowed, self._seconds = allowed, seconds
+        self._pool = httpcore.AsyncConnectionPool(network_backend=_Guard(allowed), keepalive_expiry=5)
+
+    async def check(self, url: str) -> None:
+        """Raise InvalidField for an address that no message would be sent to."""
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        if parts.username is not None or parts.password is not None:
+            raise InvalidField("url", url, "takes no user name or password; messages are signed")
+        try:
+            addresses = await _resolve(host, parts.port or PORTS[parts.scheme])
+        except OSError:
+            raise InvalidField("url", url, f"takes an address that can be found; {host} cannot") from None
+        if not all(may_be_reached(address, self._allowed) for address in addresses):
+            raise InvalidField(
+                "url", url, "takes a public address; the operator allows others by SYNCBN_WEBHOOK_NETWORKS"
+            )
+        if parts.scheme == "http" and not all(is_in(address, self._allowed) for address in addresses):
+            raise InvalidField("url", url, "takes https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS")
+
+    async def post(self, url: str, body: str, headers: dict[str, str]) -> int:
+        """Send a body, and return the status of the answer, of which no more is read. Redirections are not followed.
+
+        Raises OSError or httpcore's errors if there is none in time.
+        """
+        sent = {"Content-Type": "application/json", "User-Agent": "syncbn-webhooks/1"} | headers
+        async with (
+            asyncio.timeout(self._seconds),
+            self._pool.stream("POST", url, headers=list(sent.items()), content=body.encode()) as answer,
+        ):
+            return answer.status
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._pool.aclose()
+
+
+async def _resolve(host: str, port: int) -> list[IPAddress]:
+    """Look up a name's addresses. Raises OSError."""
+    async with asyncio.timeout(SECONDS_TO_RESOLVE):
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ip_address(str(item[4][0]).partition("%")[0]) for item in found))

@@ -1,0 +1,31 @@
+"""What the service itself logs: lines of text, or JSON objects, each with the job that is worked on."""
+
+import logging
+from contextvars import ContextVar
+from typing import Literal
+
+from pythonjsonlogger.json import JsonFormatter
+
+LogFormat = Literal["text", "json"]
+job_in_hand: ContextVar[str | None] = ContextVar("job_in_hand", default=None)
+"""The job that the current task works on."""
+
+
+def configure(form: LogFormat) -> None:
+    """Log to the standard error from now on."""
+    handler = logging.StreamHandler()
+    handler.addFilter(_add_job)
+    if form == "json":
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter("{asctime}{levelname}{name}{message}", style="{", rename_fields=names))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def _add_job(record: logging.LogRecord) -> bool:
+    job_id = getattr(record, "job_id", None) or job_in_hand.get()
+    if job_id is not None:
+        record.job_id = job_id
+    return True

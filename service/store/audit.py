@@ -1,0 +1,45 @@
+"""What somebody did that is no event of a job."""
+
+from dataclasses import fields
+from datetime import datetime
+
+from sqlalchemy import insert, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.access import AuditRecord, Caller
+from service.store.database import Database
+from service.store.pages import read_page
+from service.store.tables import audit
+
+SERVICE = "service"
+COLUMNS = [audit.c[field.name] for field in fields(AuditRecord)]
+
+
+class AuditStore:
+    """Queries about what was done."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def page(self, size: int, before: int | None) -> tuple[list[AuditRecord], int | None]:
+        """Read up to `size` records, newest first, older than place `before`; also the place to go on from, if there is more."""
+        async with self._database.read() as connection:
+            rows, more = await read_page(connection, select(*COLUMNS), audit.c.sequence, size, before)
+        return [
+            AuditRecord(**{field.name: getattr(row, field.name) for field in fields(AuditRecord)}) for row in rows
+        ], more
+
+
+async def record(
+    connection: AsyncConnection, actor: Caller | None, action: str, subject: str, detail: str, at: datetime
+) -> None:
+    """Note what was done, inside the caller's transaction; without an actor it was the service itself."""
+    values = {
+        "at": at,
+        "actor": actor.owner if actor else SERVICE,
+        "token_id": actor.token_id if actor else None,
+        "action": action,
+        "subject": subject,
+        "detail": detail,
+    }
+    await connection.execute(insert(audit).values(**values))

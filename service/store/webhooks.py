@@ -1,0 +1,147 @@
+"""Webhooks and their messages. A message is stored in the same transaction as what it tells of, so that none is lost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.access import Caller
+from service.domain.errors import Conflict, NotFound
+from service.domain.jobs import Job, JobState, new_id
+from service.domain.webhooks import Delivery, Threshold, Webhook, write_message
+from service.store.audit import record
+from service.store.database import Database
+from service.store.pages import read_page
+from service.store.tables import deliveries, webhooks
+
+COLUMNS = [webhooks.c[field.name] for field in fields(Webhook)]
+DELIVERY_COLUMNS = [deliveries.c[field.name] for field in fields(Delivery)]
+MOST_OF_AN_OWNER = 20
+
+
+class WebhookStore:
+    """Queries about webhooks and messages."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add(self, webhook: Webhook, maker: Caller) -> None:
+        """Store a new webhook. Raises Conflict if its owner has too many."""
+        row = asdict(webhook) | {
+            "states": [state.value for state in webhook.states],
+            "thresholds": [threshold.model_dump() for threshold in webhook.thresholds],
+            "has_thresholds": bool(webhook.thresholds),
+        }
+        count = select(func.count()).where(webhooks.c.owner == webhook.owner)
+        async with self._database.write() as connection:
+            if (await connection.execute(count)).scalar_one() >= MOST_OF_AN_OWNER:
+                raise Conflict(
+                    f"{webhook.owner} has {MOST_OF_AN_OWNER} webhooks, the most there may be; delete one before"
+                )
+            await connection.execute(insert(webhooks).values(**row))
+            await record(connection, maker, "webhook.create", webhook.id, f"to {webhook.url}", webhook.created_at)
+
+    async def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
+        """Read one. Raises NotFound, also if it is not `owner`'s."""
+        query = select(*COLUMNS).where(webhooks.c.id == webhook_id)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        if row is None or owner not in (None, row.owner):
+            raise NotFound(f"there is no webhook {webhook_id!r}")
+        return _webhook(row)
+
+    async def page(self, size: int, before: int | None, owner: str | None) -> tuple[list[Webhook], int | None]:
+        """Read up to `size`, newest first, older than place `before`; also the place to go on from, if there is more."""
+        query = select(*COLUMNS)
+        query = query if owner is None else query.where(webhooks.c.owner == owner)
+        async with self._database.read() as connection:
+            rows, more = await read_page(connection, query, webhooks.c.sequence, size, before)
+        return [_webhook(row) for row in rows], more
+
+    async def delete(self, webhook: Webhook, actor: Caller) -> None:
+        """Delete one, with its messages: those on their way are not sent any more."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(deliveries).where(deliveries.c.webhook_id == webhook.id))
+            await connection.execute(delete(webhooks).where(webhooks.c.id == webhook.id))
+            await record(connection, actor, "webhook.delete", webhook.id, f"to {webhook.url}", datetime.now(UTC))
+
+    async def with_thresholds(self) -> list[Webhook]:
+        """Read those that tell of metrics."""
+        query = select(*COLUMNS).where(webhooks.c.has_thresholds)
+        async with self._database.read() as connection:
+            return [_webhook(row) for row in (await connection.execute(query)).all()]
+
+    async def announce(self, webhook: Webhook, job: Job, met: Threshold, step: int, value: float) -> None:
+        """Store a message about a threshold that a job has met, unless there has been one."""
+        now = datetime.now(UTC)
+        known = select(deliveries.c.id).where(
+            deliveries.c.webhook_id == webhook.id, deliveries.c.job_id == job.id, deliveries.c.about == str(met)
+        )
+        async with self._database.write() as connection:
+            if (await connection.execute(known)).one_or_none() is None:
+                await _send(connection, webhook, job, str(met), write_message(job, now, met, step, value), now)
+
+    async def deliveries_of(self, webhook_id: str, size: int, before: int | None) -> tuple[list[Delivery], int | None]:
+        """Read up to `size` messages of a webhook, newest first, older than place `before`; also the place to go on from."""
+        query = select(*DELIVERY_COLUMNS).where(deliveries.c.webhook_id == webhook_id)
+        async with self._database.read() as connection:
+            rows, more = await read_page(connection, query, deliveries.c.sequence, size, before)
+        return [_delivery(row) for row in rows], more
+
+    async def claim_due(self, most: int, seconds: float) -> list[tuple[Webhook, Delivery]]:
+        """Take messages that are due, the oldest first, and keep other replicas from them for so many seconds."""
+        now = datetime.now(UTC)
+        query = select(*DELIVERY_COLUMNS).where(deliveries.c.ended_at.is_(None), deliveries.c.due_at <= now)
+        query = query.order_by(deliveries.c.due_at).limit(most)
+        async with self._database.read() as connection:  # most of the time there is none, and nothing to write
+            if (await connection.execute(query.limit(1))).one_or_none() is None:
+                return []
+        async with self._database.write() as connection:
+            rows = (await connection.execute(query.with_for_update(skip_locked=True))).all()
+            due = [_delivery(row) for row in rows]
+            later = {"due_at": now + timedelta(seconds=seconds)}
+            ids = [delivery.id for delivery in due]
+            await connection.execute(update(deliveries).where(deliveries.c.id.in_(ids)).values(**later))
+            wanted = select(*COLUMNS).where(webhooks.c.id.in_([delivery.webhook_id for delivery in due]))
+            found = {row.id: _webhook(row) for row in (await connection.execute(wanted)).all()}
+        return [(found[delivery.webhook_id], delivery) for delivery in due]
+
+    async def note_try(self, delivery: Delivery) -> None:
+        """Store what became of a message."""
+        values = {name: getattr(delivery, name) for name in ("due_at", "tries", "ended_at", "is_delivered", "answer")}
+        async with self._database.write() as connection:
+            await connection.execute(update(deliveries).where(deliveries.c.id == delivery.id).values(**values))
+
+
+async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> None:
+    """Store a message to everyone who is told of such an end, inside the transaction that ends the job."""
+    rows = (await connection.execute(select(*COLUMNS).where(webhooks.c.owner == job.owner))).all()
+    for webhook in map(_webhook, rows):
+        if job.state in webhook.states and webhook.is_about(job):
+            await _send(connection, webhook, job, job.state.value, write_message(job, at), at)
+
+
+async def forget_deliveries(connection: AsyncConnection, job_ids: Sequence[str]) -> None:
+    """Delete the messages about jobs, inside the transaction that deletes those."""
+    await connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(job_ids)))
+
+
+async def _send(connection: AsyncConnection, webhook: Webhook, job: Job, about: str, body: str, at: datetime) -> None:
+    delivery = Delivery(
+        id=new_id("message"), webhook_id=webhook.id, job_id=job.id, about=about, body=body, created_at=at, due_at=at
+    )
+    await connection.execute(insert(deliveries).values(**asdict(delivery)))
+
+
+def _webhook(row: Any) -> Webhook:
+    values = {field.name: getattr(row, field.name) for field in fields(Webhook)}
+    values["states"] = tuple(JobState(state) for state in row.states)
+    values["thresholds"] = tuple(Threshold(**threshold) for threshold in row.thresholds)
+    return Webhook(**values)
+
+
+def _delivery(row: Any) -> Delivery:
+    return Delivery(**{field.name: getattr(row, field.name) for field in fields(Delivery)})

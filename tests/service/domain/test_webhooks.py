@@ -1,0 +1,114 @@
+import json
+from datetime import UTC, datetime
+from ipaddress import ip_address
+
+import pytest
+from standardwebhooks import Webhook as Receiver
+from standardwebhooks import WebhookVerificationError
+
+from service.domain.jobs import JobState
+from service.domain.webhooks import (
+    PAUSES_SECONDS,
+    Threshold,
+    Webhook,
+    may_be_reached,
+    new_webhook_secret,
+    pause_after,
+    read_networks,
+    signature,
+    write_message,
+)
+from tests.service.examples import make_job
+
+NOW = datetime.now(UTC)
+
+
+def test_a_receiver_checks_the_signature_by_a_library_of_the_standard():
+    secret, body = new_webhook_secret(), '{"type": "job.failed", "data": {"reason": "größer"}}'
+    timestamp = int(NOW.timestamp())
+    headers = {
+        "webhook-id": "message-1",
+        "webhook-timestamp": str(timestamp),
+        "webhook-signature": signature(secret, "message-1", timestamp, body),
+    }
+    assert Receiver(secret).verify(body, headers) == json.loads(body)
+    for changed in ({"webhook-id": "message-2"}, {"webhook-timestamp": str(timestamp + 1)}):
+        with pytest.raises(WebhookVerificationError):
+            Receiver(secret).verify(body, headers | changed)
+    with pytest.raises(WebhookVerificationError):
+        Receiver(new_webhook_secret()).verify(body, headers)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+        "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
+        "2002:a00:1::1",
+    ],
+)  # fmt: skip
+def test_addresses_that_are_not_public_are_refused_unless_allowed(address):
+    assert not may_be_reached(ip_address(address), ())
+    assert not may_be_reached(ip_address(address), read_networks("192.0.2.0/24, 2001:db8::/32"))
+
+
+@pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "64:ff9b::5db8:d70e"])
+def test_public_addresses_are_reached(address):
+    assert may_be_reached(ip_address(address), ())
+
+
+def test_an_operator_allows_networks():
+    allowed = read_networks("10.1.0.0/16, ::1/128")
+    assert may_be_reached(ip_address("10.1.2.3"), allowed)
+    assert may_be_reached(ip_address("::ffff:10.1.2.3"), allowed)
+    assert may_be_reached(ip_address("::1"), allowed)
+    assert not may_be_reached(ip_address("10.2.2.3"), allowed)
+
+
+@pytest.mark.parametrize(
+    ("relation", "value", "is_met"),
+    [
+        ("at_least", 0.9, True),
+        ("at_least", 0.8, False),
+        ("at_most", 0.9, True),
+        ("at_most", 1.0, False),
+        ("at_least", float("nan"), False),
+        ("at_most", float("nan"), False),
+        ("at_least", float("inf"), True),
+    ],
+)
+def test_thresholds(relation, value, is_met):
+    assert Threshold(metric="accuracy", relation=relation, bound=0.9).is_met(value) == is_met
+
+
+def test_a_message_tells_which_job_ended_how():
+    job = make_job(state=JobState.FAILED, reason="out of memory", tags=("nightly",))
+    message = json.loads(write_message(job, NOW))
+    assert message["type"] == "job.failed"
+    assert message["data"]["job_id"] == job.id
+    assert message["data"]["reason"] == "out of memory"
+
+
+def test_a_message_of_a_threshold_is_json_also_where_the_value_is_not():
+    met = Threshold(metric="loss", relation="at_least", bound=10.0)
+    text = write_message(make_job(), NOW, met, 7, float("inf"))
+    message = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert message["type"] == "job.threshold"
+    assert message["data"]["threshold"] == {
+        "metric": "loss",
+        "relation": "at_least",
+        "bound": 10.0,
+        "step": 7,
+        "value": "inf",
+    }
+
+
+def test_it_is_about_its_owners_jobs_with_its_tag():
+    hook = Webhook(id="w", owner="ann", url="https://a", secret="s", states=(), tag="nightly", created_at=NOW)
+    assert hook.is_about(make_job(owner="ann", tags=("nightly",)))
+    assert not hook.is_about(make_job(owner="bob", tags=("nightly",)))
+    assert not hook.is_about(make_job(owner="ann"))
+
+
+def test_tries_end():
+    assert [pause_after(tries) for tries in range(1, 10)] == [*PAUSES_SECONDS, None]

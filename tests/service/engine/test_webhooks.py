@@ -1,0 +1,227 @@
+"""Messages to a real receiver, from a real database; and metrics that meet thresholds."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from sqlalchemy import update
+from standardwebhooks import Webhook as Checker
+
+from service.domain.access import Caller, Scope
+from service.domain.errors import Conflict, InvalidField, NotFound
+from service.domain.jobs import JobState, Transition, new_id
+from service.domain.lifecycle import RayStatus
+from service.domain.webhooks import PAUSES_SECONDS, Threshold, Webhook, new_webhook_secret
+from service.engine.outgoing import Forbidden, Outgoing
+from service.engine.webhooks import WebhookSender
+from service.store.tables import deliveries
+from service.store.webhooks import MOST_OF_AN_OWNER, WebhookStore
+from tests.service.receiver import receiving
+from trainer.spec import OUTBOX_FILE, OUTCOME_FILE, Outcome
+
+ADMIN = Caller("admin", (Scope.ADMIN,), "token-1")
+LOCAL = [ip_network("127.0.0.0/8")]
+
+
+@pytest.fixture
+def receiver():
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def webhooks(database):
+    return WebhookStore(database)
+
+
+@pytest.fixture
+async def sender(webhooks):
+    outgoing = Outgoing(LOCAL, 2)
+    counter = Counter("messages", "", ["result"], registry=CollectorRegistry())
+    yield WebhookSender(webhooks, outgoing, counter, poll_seconds=0.02, send_seconds=2)
+    await outgoing.close()
+
+
+async def make(webhooks, url, **changes):
+    values = {"owner": "admin", "states": (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)}
+    hook = Webhook(
+        id=new_id("webhook"), url=url, secret=new_webhook_secret(), created_at=datetime.now(UTC), **(values | changes)
+    )
+    await webhooks.add(hook, ADMIN)
+    return hook
+
+
+async def cancel(house, **changes):
+    job = await house.add(**changes)
+    return await house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
+
+
+async def let_time_pass(database, delivery, seconds):
+    async with database.write() as connection:
+        due_at = delivery.due_at - timedelta(seconds=seconds)
+        await connection.execute(update(deliveries).where(deliveries.c.id == delivery.id).values(due_at=due_at))
+
+
+async def only_message(webhooks, hook):
+    (found,), _ = await webhooks.deliveries_of(hook.id, 10, None)
+    return found
+
+
+async def test_an_end_is_told_once_signed_and_by_whose_webhook_it_is(house, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await make(webhooks, receiver.url, owner="bob")
+    await make(webhooks, receiver.url, states=(JobState.FAILED,))
+    await make(webhooks, receiver.url, tag="nightly")
+    job = await cancel(house)
+    assert await sender.round() == 1
+    assert await sender.round() == 0
+    ((headers, body),) = receiver.messages
+    assert Checker(hook.secret).verify(body, headers)["data"]["job_id"] == job.id
+    message = await only_message(webhooks, hook)
+    assert (headers["webhook-id"], message.is_delivered, message.answer) == (message.id, True, "answered 204")
+
+
+async def test_what_is_not_taken_is_sent_again_under_the_same_id_and_at_last_given_up(
+    house, database, webhooks, sender, receiver
+):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    receiver.statuses = [500, 302, *[503] * len(PAUSES_SECONDS)]
+    for pause in PAUSES_SECONDS:
+        assert await sender.round() == 1
+        assert await sender.round() == 0
+        message = await only_message(webhooks, hook)
+        assert message.ended_at is None
+        assert timedelta(seconds=pause - 5) < message.due_at - datetime.now(UTC) <= timedelta(seconds=pause)
+        await let_time_pass(database, message, pause)
+    assert await sender.round() == 1
+    message = await only_message(webhooks, hook)
+    assert (message.tries, message.is_delivered, message.answer) == (9, False, "answered 503")
+    assert message.ended_at is not None
+    assert len({headers["webhook-id"] for headers, _ in receiver.messages}) == 1
+    assert len(receiver.messages) == 9  # redirections are not followed
+
+
+async def test_who_wants_no_more_gets_no_more(house, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    receiver.statuses = [410]
+    await sender.round()
+    assert (await only_message(webhooks, hook)).ended_at is not None
+
+
+async def test_a_sender_that_dies_leaves_its_messages_to_others(house, database, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    assert len(await webhooks.claim_due(10, 30)) == 1  # and is never heard of again
+    assert await sender.round() == 0
+    await let_time_pass(database, await only_message(webhooks, hook), 30)
+    assert await sender.round() == 1
+    assert len(receiver.messages) == 1
+
+
+async def test_nobody_is_there(house, webhooks, sender):
+    hook = await make(webhooks, "http://127.0.0.1:1/")
+    await cancel(house)
+    await sender.round()
+    message = await only_message(webhooks, hook)
+    assert (message.tries, message.answer) == (1, "could not be reached: ConnectError")
+
+
+async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
+    outgoing = Outgoing([], 2)
+    with pytest.raises(Forbidden):
+        await outgoing.post(receiver.url, "{}", {})
+    await outgoing.close()
+    assert receiver.messages == []
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("https://127.0.0.1/", "public address"),
+        ("https://169.254.169.254/latest/meta-data", "public address"),
+        ("https://[::ffff:10.0.0.1]/", "public address"),
+        ("https://2130706433/", "public address"),  # 127.0.0.1 as one number
+        ("https://localhost:8443/", "public address"),
+        ("https://there-is-no-such-name.invalid/", "cannot"),
+        ("https://ann:secret@93.184.215.14/", "user name"),
+        ("http://93.184.215.14/", "takes https"),
+    ],
+)
+async def test_urls_that_are_refused(url, words):
+    with pytest.raises(InvalidField, match=words):
+        await Outgoing([], 2).check(url)
+
+
+async def test_urls_that_are_taken():
+    await Outgoing([], 2).check("https://93.184.215.14/hook")
+    await Outgoing(LOCAL, 2).check("http://127.0.0.1:8080/hook")
+
+
+async def test_deleting_one_stops_its_messages(house, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    await webhooks.delete(hook, ADMIN)
+    assert await sender.round() == 0
+    with pytest.raises(NotFound):
+        await webhooks.get(hook.id)
+
+
+async def test_an_owner_has_so_many_at_most(webhooks):
+    for _ in range(MOST_OF_AN_OWNER):
+        await make(webhooks, "https://a")
+    with pytest.raises(Conflict):
+        await make(webhooks, "https://a")
+    await make(webhooks, "https://a", owner="bob")
+
+
+async def test_a_threshold_is_told_of_once_for_each_job_also_over_a_restart(house, webhooks):
+    thresholds = (
+        Threshold(metric="accuracy", relation="at_least", bound=0.9),
+        Threshold(metric="test_loss", relation="at_most", bound=0.1),
+    )
+    hook = await make(webhooks, "https://a", states=(), thresholds=thresholds)
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    outbox = house.files.job_folder(job.id) / OUTBOX_FILE
+    outbox.parent.mkdir(parents=True, exist_ok=True)
+
+    def measure(step, accuracy, end="\n"):
+        line = json.dumps({"kind": "evaluation", "step": step, "metrics": {"accuracy": accuracy, "test_loss": 1.0}})
+        with outbox.open("a") as file:
+            file.write(line + end)
+
+    async def told():
+        found, _ = await webhooks.deliveries_of(hook.id, 10, None)
+        return [(delivery.about, json.loads(delivery.body)["data"]["threshold"]["step"]) for delivery in found]
+
+    measure(0, 0.1)
+    measure(10, 0.95, end="")  # a line that is still being written
+    await house.round()
+    assert await told() == []
+    with outbox.open("a") as file:
+        file.write("\nhalf a li\n")
+    measure(20, 0.97)
+    await house.round()
+    assert await told() == [("accuracy at least 0.9", 10)]
+    house.reopen()
+    await house.round()
+    assert await told() == [("accuracy at least 0.9", 10)]
+
+
+async def test_what_a_job_measures_last_counts(house, webhooks):
+    hook = await make(webhooks, "https://a", thresholds=(Threshold(metric="accuracy", relation="at_least", bound=0.9),))
+    job = await house.add()
+    await house.round()
+    line = json.dumps({"kind": "evaluation", "step": 10, "metrics": {"accuracy": 0.99}})
+    house.write(job, OUTCOME_FILE, Outcome(state="succeeded", reason="finished"))
+    (house.files.job_folder(job.id) / OUTBOX_FILE).write_text(line + "\n")
+    house.ray.set(job.submission_id, RayStatus.SUCCEEDED)
+    await house.round()
+    assert await house.state(job) == "succeeded"
+    found, _ = await webhooks.deliveries_of(hook.id, 10, None)
+    assert [delivery.about for delivery in found] == ["succeeded", "accuracy at least 0.9"]

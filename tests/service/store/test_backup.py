@@ -1,0 +1,87 @@
+"""The commands of docs/operations.md, run as they stand there."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+from service.domain.errors import NotFound
+from service.domain.lifecycle import RayStatus
+from service.store.database import Database
+from service.store.tokens import TokenStore
+from tests.service.databases import find_programs
+from tests.service.engine.house import House
+from trainer.spec import OUTCOME_FILE, Outcome
+
+DOCS = Path(__file__).parents[3] / "docs" / "operations.md"
+
+
+class Operator:
+    """Runs the commands, in their order in the docs, in a folder."""
+
+    def __init__(self, folder, database):
+        engine = database._engine.url
+        programs = find_programs()
+        self.folder, self.kind = folder, engine.get_backend_name()
+        path = os.pathsep.join([str(Path(sys.executable).parent), str(programs or ""), os.environ["PATH"]])
+        address = make_url(engine).set(drivername="postgresql").render_as_string(hide_password=False)
+        self.environment = os.environ | {"PATH": path, "DATABASE": address}
+        commands = re.findall(r"```sh\n(.*?)\n```", DOCS.read_text(), re.DOTALL)
+        self.sqlite, self.postgresql = commands[:2], commands[2:]
+        if self.kind == "sqlite":
+            self.database_file = Path(engine.database)
+            for file in folder.glob("test.db*"):
+                assert file.exists()
+
+    def run(self, number):
+        command = (self.sqlite if self.kind == "sqlite" else self.postgresql)[number]
+        if self.kind == "sqlite":
+            command = command.replace("service.db", self.database_file.name)
+        subprocess.run(["bash", "-ec", command], cwd=self.folder, env=self.environment, check=True, timeout=60)
+
+
+@pytest.fixture
+async def operator(database, tmp_path):
+    return Operator(tmp_path, database)
+
+
+async def test_a_restored_database_finds_the_truth_by_itself(database, tmp_path, operator):
+    if operator.kind == "postgresql" and not shutil.which("pg_dump", path=operator.environment["PATH"]):
+        pytest.skip("pg_dump is not installed")
+    house = House(database, tmp_path / "storage")
+    await TokenStore(database).ensure_admin("the secret of an admin", print)
+    queued = await house.add(tags=("nightly",))
+    await house.jobs.request_cancel((await house.add(name="cancelled since")).id, "ann")
+    operator.run(0)
+    house.write(queued, OUTCOME_FILE, Outcome(state="succeeded", reason="finished 10 steps"))
+    await house.round()
+    house.ray.set(queued.submission_id, RayStatus.SUCCEEDED)
+    await house.round()
+    assert await house.state(queued) == "succeeded"
+    since = await house.add(name="submitted since")
+    await database.close()
+
+    operator.run(1)
+    database = Database(database._engine.url.render_as_string(hide_password=False), 10)
+    try:
+        await database.migrate()
+        ray = house.ray
+        house = House(database, tmp_path / "storage", ray=ray)
+        restored = await house.jobs.get(queued.id)
+        assert (restored.state, restored.tags, restored.spec) == ("queued", queued.tags, queued.spec)
+        assert [event.reason for event in await house.jobs.events_of(queued.id)] == ["submitted by the user"]
+        assert await TokenStore(database).find("the secret of an admin") is not None
+        with pytest.raises(NotFound):
+            await house.jobs.get(since.id)
+        for _ in range(3):
+            await house.round()
+        assert await house.state(queued) == "succeeded"
+        assert len(ray.tasks[queued.submission_id]) == 1
+        assert [job.state for job in (await house.jobs.page(10, None))[0]] == ["cancelled", "succeeded"]
+    finally:
+        await database.close()
