@@ -8,9 +8,18 @@ from typing import Literal
 from pydantic import AliasChoices, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.domain.access import Owner
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
-from trainer.spec import Permissions
+from trainer.spec import Frozen, Permissions
+
+
+class OwnerQuota(Frozen):
+    """What one owner's jobs may hold at one time."""
+
+    jobs: int | None = Field(None, ge=0)
+    cpus: float | None = Field(None, ge=0)
+    gpus: float | None = Field(None, ge=0)
 
 
 class Settings(BaseSettings):
@@ -60,6 +69,10 @@ class Settings(BaseSettings):
     quota_jobs: int | None = Field(None, ge=0, description="jobs that an owner may have with Ray at one time")
     quota_cpus: float | None = Field(None, ge=0, description="CPUs that an owner's jobs may hold at one time")
     quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
+    owner_quotas: dict[Owner, OwnerQuota] = Field(
+        {},
+        description='other quotas for some owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; what is not given has no limit',
+    )
     rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
     rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
     webhook_networks: str | None = Field(
@@ -138,6 +151,7 @@ class Settings(BaseSettings):
             most_active=self.max_active_jobs,
             backfill=timedelta(seconds=self.backfill_seconds),
             patience=timedelta(seconds=self.patience_seconds),
+            quotas={owner: Quota(quota.jobs, quota.cpus, quota.gpus) for owner, quota in self.owner_quotas.items()},
             default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus),
         )
 

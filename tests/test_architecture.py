@@ -26,7 +26,7 @@ def modules_after(statement):
 @pytest.mark.parametrize(
     ("module", "costs"),
     [
-        ("service.api.app", {"torch", "ray"}),
+        ("service.api.app", {"torch", "ray", "mlflow"}),
         ("service.cli.client", {"torch", "ray", "mlflow", "sqlalchemy"}),
         ("trainer.spec", {"torch", "ray", "mlflow", "numpy"}),
         ("trainer.__main__", {"torch", "ray", "mlflow"}),

@@ -12,26 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-# MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-
-from mlflow import MlflowClient
-from mlflow.entities import Param, Run, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from service.domain.comparisons import Comparison, describe
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState
 from service.domain.statistics import Curve
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 EXPERIMENT_OF_SINGLE_JOBS = "jobs"
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "RESOURCE_ALREADY_EXISTS")
 """Codes of answers that will be the same the next time."""
-JOB_TAG, COMPARISON_TAG = "syncbn.job_id", "syncbn.comparison_id"
+JOB_TAG, COMPARISON_TAG, PARENT_TAG = "syncbn.job_id", "syncbn.comparison_id", "mlflow.parentRunId"
 THREADS = 8
 """Calls to MLflow at one time: threads of their own, so that calls that hang do not hold up the service's other work."""
 MLFLOW_STATUS = {JobState.SUCCEEDED: "FINISHED", JobState.FAILED: "FAILED", JobState.CANCELLED: "KILLED"}
@@ -70,10 +64,24 @@ class MlflowRunsOverHttp:
     """MlflowRuns on a real MLflow server."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self._client = MlflowClient(url)
         self._url, self._timeout_seconds = url, timeout_seconds
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
         self._starting = threading.Lock()
+        self._loading = threading.Lock()
+        self._loaded: MlflowClient | None = None
+
+    @property
+    def _client(self) -> "MlflowClient":
+        """The client, in one of the threads: MLflow takes seconds to import, which nothing else needs to wait for."""
+        with self._loading:
+            if self._loaded is None:
+                # MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
+                os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+                os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+                from mlflow import MlflowClient
+
+                self._loaded = MlflowClient(self._url)
+            return self._loaded
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
         """Find or make a comparison's parent run, in the experiment named after it."""
@@ -93,7 +101,7 @@ class MlflowRunsOverHttp:
         if comparison is not None:
             tags |= {COMPARISON_TAG: comparison.id, "variant": describe(job.variant)}
             if comparison.mlflow_run_id:
-                tags[MLFLOW_PARENT_RUN_ID] = comparison.mlflow_run_id
+                tags[PARENT_TAG] = comparison.mlflow_run_id
         experiment = comparison.name if comparison else EXPERIMENT_OF_SINGLE_JOBS
         params = flatten(spec.model_dump(mode="json"))
         return await self._call(lambda: self._start(experiment, job.name, JOB_TAG, tags, params))
@@ -125,6 +133,8 @@ class MlflowRunsOverHttp:
     def _find_or_create(
         self, experiment: str, name: str, key: str, tags: dict[str, str], params: dict[str, Any]
     ) -> RunAddress:
+        from mlflow.entities import Param, Run, RunTag
+
         experiment_id = self._experiment(experiment)
         found = self._client.search_runs([experiment_id], f"tags.`{key}` = '{tags[key]}'", max_results=10)
         # A job's run carries its comparison's tag too: the parent is the one that has no parent.
@@ -151,6 +161,8 @@ class MlflowRunsOverHttp:
 
     @staticmethod
     def _unless_gone(otherwise: T, work: Callable[[], T]) -> T:
+        from mlflow.exceptions import MlflowException
+
         try:
             return work()
         except MlflowException as error:
@@ -161,13 +173,22 @@ class MlflowRunsOverHttp:
     async def _call(self, work: Callable[[], T]) -> T:
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, work)
+        except TimeoutError as error:
+            raise Unavailable(f"MLflow at {self._url} did not answer in time") from error
+
+    def _try(self, work: Callable[[], T]) -> T:
+        _ = (
+            self._client
+        )  # imports MLflow, one thread at a time: a module that another thread is importing is not whole yet
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return work()
         except MlflowException as error:
             if error.error_code in REFUSALS:
                 raise Refused(f"MLflow refused: {error}") from error
             raise Unavailable(f"MLflow at {self._url}: {error}") from error
-        except TimeoutError as error:
-            raise Unavailable(f"MLflow at {self._url} did not answer in time") from error
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

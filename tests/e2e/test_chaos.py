@@ -1,0 +1,19 @@
+"""The service and Ray's head are killed again and again: the short form of the benchmark."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.e2e
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
+
+
+@pytest.mark.timeout(600)
+def test_each_key_is_one_job_and_no_attempt_runs_twice():
+    options = ["--clients=16", "--keys=4", "--service-kills=4", "--head-kills=1", "--succeeded=3"]
+    ended = subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True, timeout=560, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "64 keys in" in ended.stdout
+    assert "4 kills" in ended.stdout

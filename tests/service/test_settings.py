@@ -1,0 +1,41 @@
+"""Settings as environment variables give them."""
+
+from datetime import timedelta
+
+import pytest
+from pydantic import ValidationError
+
+from service.domain.scheduling import Quota
+from service.settings import Settings
+
+
+def test_some_owners_have_quotas_of_their_own(monkeypatch):
+    monkeypatch.setenv("SYNCBN_QUOTA_JOBS", "2")
+    monkeypatch.setenv("SYNCBN_OWNER_QUOTAS", '{"ann": {"jobs": 4, "gpus": 8.0}, "bob": {}}')
+    policy = Settings().policy()
+    assert policy.default_quota == Quota(jobs=2)
+    assert policy.quotas == {"ann": Quota(jobs=4, gpus=8), "bob": Quota()}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("owner_quotas", '{"ann": {"jobs": -1}}'),
+        ("owner_quotas", '{"ann": {"disks": 1}}'),
+        ("owner_quotas", '{"Two Words": {"jobs": 1}}'),
+        ("webhook_networks", "10.0.0.0/8, somewhere"),
+        ("webhook_networks", "10.0.0.1/8"),
+        ("retention_days", "0"),
+        ("log_format", "xml"),
+    ],
+)
+def test_what_cannot_be_taken_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(f"SYNCBN_{name.upper()}", value)
+    with pytest.raises(ValidationError, match=name):
+        Settings()
+
+
+def test_retention(monkeypatch):
+    assert Settings().retention() is None
+    monkeypatch.setenv("SYNCBN_RETENTION_DAYS", "30")
+    assert Settings().retention() == timedelta(days=30)
