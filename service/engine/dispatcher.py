@@ -37,6 +37,7 @@ MOST_AT_ONCE = 32
 """Jobs that are worked on side by side."""
 STUCK_SECONDS = 180.0
 """Without an end of a round, or of the work on one job of it."""
+SHORTEST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 
@@ -86,6 +87,7 @@ class Dispatcher:
         pause = self._poll_seconds
         while True:
             self._woken.clear()
+            began = time.monotonic()
             try:
                 with self._round_seconds.time():
                     await self.round()
@@ -95,6 +97,8 @@ class Dispatcher:
                 known = isinstance(error, Unavailable)
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=not known)
             self._progressed_at = time.monotonic()
+            # However many ask for a round, as each submission does, rounds leave half of the time to others.
+            await asyncio.sleep(min(max(self._progressed_at - began, SHORTEST_PAUSE_SECONDS), pause))
             try:
                 await asyncio.wait_for(self._woken.wait(), pause)
             except TimeoutError:

@@ -24,6 +24,8 @@ CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock: the same again may do."""
 MIGRATION_LOCK = 5_021_503
 """Of bringing the tables up to date."""
+CONNECTIONS = 20
+"""Kept open, and never more: to open one takes longer than most of what it is used for."""
 WRITES = "writes"
 """Option of a connection that is going to write."""
 
@@ -89,11 +91,13 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable."""
+        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable.
+
+        Inside `transaction()` it is that one, and so is what an error rolls back: it must be let through.
+        """
         if (transaction := self._joined()) is not None:
             with _unavailable():
-                async with transaction.connection.begin_nested():
-                    yield transaction.connection
+                yield transaction.connection
             return
         with _unavailable():
             async with self._engine.connect() as connection:
@@ -165,12 +169,20 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
         return create_async_engine(
             address,
             pool_pre_ping=True,
+            pool_size=CONNECTIONS,
+            max_overflow=0,
             pool_timeout=timeout_seconds,
             connect_args={"timeout": timeout_seconds, "command_timeout": timeout_seconds},
         )
     if address.database and address.database != ":memory:":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
-    engine = create_async_engine(address, connect_args={"timeout": timeout_seconds}, pool_timeout=timeout_seconds)
+    engine = create_async_engine(
+        address,
+        connect_args={"timeout": timeout_seconds},
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        pool_timeout=timeout_seconds,
+    )
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: Any) -> None:

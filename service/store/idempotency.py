@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from service.store.database import Database
 from service.store.tables import idempotency_keys as keys
@@ -33,14 +33,13 @@ class IdempotencyStore:
         """
         # What is not known yet is seen by nobody: the answer follows in the same transaction.
         claim = {"fingerprint": fingerprint, "status": 0, "headers": {}, "body": b"", "created_at": datetime.now(UTC)}
-        try:
-            async with self._database.write() as connection:
-                await connection.execute(insert(keys).values(owner=owner, key=key, **claim))
-        except IntegrityError:
-            async with self._database.read() as connection:
-                row = (await connection.execute(select(keys).where(keys.c.owner == owner, keys.c.key == key))).one()
+        async with self._database.write() as connection:
+            insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+            query = insert(keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
+            if (await connection.execute(query)).rowcount:
+                return None
+            row = (await connection.execute(select(keys).where(keys.c.owner == owner, keys.c.key == key))).one()
             return StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
-        return None
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
         """Keep the answer to the request that has claimed a key."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Select, exists, func, insert, or_, select, update
+from sqlalchemy import Select, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -247,10 +247,10 @@ class JobStore:
 
     async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
         """Tell why jobs wait, in one transaction. The words are no fact that anything is decided on, so the version stays."""
+        query = update(jobs).where(jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease))
+        told = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
         async with self._database.write() as connection:
-            for job_id, reason in reasons.items():
-                query = update(jobs).where(jobs.c.id == job_id, jobs.c.state == JobState.QUEUED, is_held(lease))
-                await connection.execute(query.values(reason=reason))
+            await connection.execute(query.values(reason=bindparam("words")), told)
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
         values = _row(replace(after, version=before.version + 1))

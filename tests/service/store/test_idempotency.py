@@ -44,14 +44,17 @@ async def test_a_key_and_what_its_request_stores_come_together(database, keys):
         assert await keys.claim("bob", "k", "other") is None
 
 
-async def test_a_write_that_fails_inside_a_transaction_leaves_the_rest_of_it(database):
-    jobs, job, other = JobStore(database), make_job(), make_job()
-    async with database.transaction():
-        await jobs.add(job)
-        with pytest.raises(Exception, match=r"(?i)unique"):
+async def test_a_write_that_fails_inside_a_transaction_ends_all_of_it(database):
+    jobs, job = JobStore(database), make_job()
+
+    async def add_twice():
+        async with database.transaction():
             await jobs.add(job)
-        await jobs.add(other)
-    assert (await jobs.page(10, None))[0] == [other, job]
+            await jobs.add(job)
+
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        await add_twice()
+    assert (await jobs.page(10, None))[0] == []
 
 
 async def test_trouble_that_is_not_the_databases_passes_as_it_is(database):

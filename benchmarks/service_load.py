@@ -1,0 +1,324 @@
+"""What the service stands: submissions in a second, pages among many jobs, streams of one log, and a queue that costs Ray nothing.
+
+    python benchmarks/service_load.py                                   on SQLite; some ten minutes
+    python benchmarks/service_load.py --database-url postgresql+asyncpg://user@host/empty
+    python benchmarks/service_load.py --parts posts page
+
+All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients, which
+take their part of the same cores. No job leaves the queue, as the owner's quota is 0: what is measured is the service. Beside each figure
+is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this machine bears.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import aiohttp
+import httpx
+import psutil
+
+from service.cli.local import LocalStack
+from service.cli.machine import tail
+from service.domain.jobs import Job, JobState, new_id
+from service.store.database import Database
+from service.store.jobs import insert_jobs
+from trainer.spec import LOG_FILE, JobSpec
+
+SPEC = {"model": {"name": "mlp", "hidden": [100, 100, 100]}, "data": {"name": "digits"}, "steps": 100, "num_workers": 2}
+POSTS_PER_SECOND, POST_SECONDS = 100, 30
+MANY_JOBS, PAGE_SIZE, PAGES = 100_000, 50, 200
+STREAMS, LINES = 500, 30
+QUEUED = 1_000
+BARE_JOBS = 20
+"""That Ray is given directly: each takes its head a process."""
+MOST_SECONDS = 300.0
+
+
+class Load:
+    """One service on one database, and the clients' ways to it and to Ray."""
+
+    def __init__(self, stack: LocalStack, database_url: str | None) -> None:
+        quota = {"SYNCBN_QUOTA_JOBS": "0", "SYNCBN_RATE_PER_SECOND": "1000000", "SYNCBN_RATE_BURST": "1000000"}
+        self.environment = stack.api_environment | quota
+        self.environment |= {"SYNCBN_DATABASE_URL": database_url} if database_url else {}
+        self.storage = Path(self.environment["SYNCBN_STORAGE"])
+        self.url = f"http://127.0.0.1:{self.environment['SYNCBN_PORT']}"
+        self.headers = {"Authorization": f"Bearer {self.environment['SYNCBN_TOKEN']}"}
+        ray_token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+        self.ray_url, self.ray_headers = (
+            self.environment["SYNCBN_RAY_ADDRESS"],
+            {"Authorization": f"Bearer {ray_token}"},
+        )
+        self.log = stack.data_dir / "logs" / "serve.log"
+        self.process: psutil.Popen | None = None
+        self.ray = psutil.Process(stack.process_ids["ray"])
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[aiohttp.ClientSession]:
+        """Run the service."""
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "service.cli.app", "serve"]
+            self.process = psutil.Popen(command, env=self.environment, stdout=log, stderr=log)
+        try:
+            connector = aiohttp.TCPConnector(limit=0)
+            limit = aiohttp.ClientTimeout(total=MOST_SECONDS)
+            async with aiohttp.ClientSession(
+                self.url, headers=self.headers, connector=connector, timeout=limit
+            ) as session:
+                await self._until_ready(session)
+                yield session
+        finally:
+            self.process.terminate()
+            with suppress(psutil.TimeoutExpired):
+                self.process.wait(20)
+            with suppress(psutil.NoSuchProcess):
+                self.process.kill()
+
+    async def _until_ready(self, session: aiohttp.ClientSession) -> None:
+        deadline = time.monotonic() + MOST_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(aiohttp.ClientError):
+                async with session.get("/readyz") as answer:
+                    if answer.ok:
+                        return
+            await asyncio.sleep(0.1)
+        raise TimeoutError(tail(self.log))
+
+    def memory(self) -> float:
+        """The service's memory, in MB."""
+        assert self.process is not None
+        return float(self.process.memory_info().rss) / 1e6
+
+    def head_memory(self) -> float:
+        """The memory of Ray's head with all its processes, in MB."""
+        total = 0
+        for process in [self.ray, *self.ray.children(recursive=True)]:
+            with suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total / 1e6
+
+
+async def posts(load: Load) -> None:
+    """Submit at a steady rate, whether answers have come or not, and time each from when it was due."""
+    async with load.serving() as session:
+        seconds: list[float] = []
+
+        async def post(number: int, due: float) -> None:
+            body = {"name": f"job {number}", "spec": SPEC, "tags": ["load"]}
+            async with session.post("/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}) as answer:
+                answer.raise_for_status()
+                await answer.read()
+            seconds.append(time.perf_counter() - due)
+
+        await post(-1, time.perf_counter())
+        seconds.clear()
+        start = time.perf_counter() + 0.1
+        async with asyncio.TaskGroup() as group:
+            for number in range(POSTS_PER_SECOND * POST_SECONDS):
+                due = start + number / POSTS_PER_SECOND
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                group.create_task(post(number, due))
+        print(f"posts: {POSTS_PER_SECOND} keyed POSTs a second for {POST_SECONDS} s: {told(seconds)}; goal p99 50 ms")
+    bare = []
+    with httpx.Client(base_url=load.ray_url, headers=load.ray_headers, timeout=60) as ray:
+        for _ in range(BARE_JOBS):
+            began = time.perf_counter()
+            ray.post("/api/jobs/", json={"entrypoint": "true"}).raise_for_status()
+            bare.append(time.perf_counter() - began)
+    print(f"posts: {BARE_JOBS} POSTs to Ray, one after the other: {told(bare)}")
+
+
+async def page(load: Load) -> None:
+    """Read pages among many jobs: the newest, old ones, and by each filter."""
+    async with load.serving():
+        pass  # makes the tables
+    database = Database(load.environment["SYNCBN_DATABASE_URL"], 60)
+    await fill(database)
+    await database.close()
+    queries: dict[str, dict[str, str]] = {
+        "newest": {},
+        "of a state": {"state": "failed"},
+        "of an owner": {"owner": "owner-7"},
+        "of a norm": {"norm": "sync"},
+        "of a tag": {"tag": "tag-42"},
+        "of a rare tag": {"tag": "rare"},
+    }
+    async with load.serving() as session:
+        for name, query in queries.items():
+            seconds, places = [], [""]
+            for number in range(PAGES):
+                began = time.perf_counter()
+                place = {"page_token": places[number % len(places)]} if places[number % len(places)] else {}
+                async with session.get("/v1/jobs", params={"page_size": PAGE_SIZE} | query | place) as answer:
+                    content = await answer.json()
+                seconds.append(time.perf_counter() - began)
+                if content["next_page_token"] and len(places) < PAGES // 2:
+                    places.append(content["next_page_token"])
+            print(
+                f"page: {PAGE_SIZE} of {MANY_JOBS:,} jobs, {name}, {len(places)} pages deep: {told(seconds)}; goal 50 ms"
+            )
+    print("page: Ray's jobs API has neither pages nor filters")
+
+
+async def fill(database: Database) -> None:
+    """Store many jobs, most of which have ended."""
+    now = datetime.now(UTC)
+    specs = [JobSpec.model_validate(SPEC | {"norm": norm}) for norm in ("none", "batch", "sync")]
+    states = [JobState.SUCCEEDED] * 8 + [JobState.FAILED, JobState.CANCELLED]
+    for first in range(0, MANY_JOBS, 1_000):
+        jobs = [
+            Job(
+                id=new_id("job"),
+                name=f"job {number}",
+                owner=f"owner-{number % 20}",
+                spec=specs[number % 3],
+                tags=(f"tag-{number % 100}", *(["rare"] if number % 10_000 == 0 else [])),
+                state=states[number % 10],
+                reason="filled in",
+                mlflow_closed=True,
+                created_at=now - timedelta(seconds=MANY_JOBS - number),
+                queued_at=now,
+                ended_at=now,
+            )
+            for number in range(first, first + 1_000)
+        ]
+        async with database.write() as connection:
+            await insert_jobs(connection, jobs)
+
+
+async def streams(load: Load) -> None:
+    """Follow one log by many streams, and time each line from when it was written."""
+    async with load.serving() as session:
+        job_id = await submit(session, "followed")
+        path = load.storage / job_id / "attempt-1" / LOG_FILE
+        path.parent.mkdir(parents=True)
+        path.touch()
+        before = load.memory()
+
+        async def follow() -> list[float]:
+            seconds: list[float] = []
+            async with session.get(f"/v1/jobs/{job_id}/logs", params={"follow": "true"}) as answer:
+                async for line in answer.content:
+                    if line.startswith(b"data:") and (found := json.loads(line[5:])).get("text"):
+                        seconds.append(time.time() - float(found["text"].removeprefix("[0] ")))
+                        if len(seconds) == LINES:
+                            return seconds
+            raise RuntimeError(f"a stream ended after {len(seconds)} lines")
+
+        async with asyncio.TaskGroup() as group:
+            followers = [group.create_task(follow()) for _ in range(STREAMS)]
+            await asyncio.sleep(10)  # until all of them are there
+            assert load.process is not None
+            load.process.cpu_percent()
+            for _ in range(LINES):
+                with path.open("a") as log:
+                    log.write(f"[0] {time.time()}\n")
+                await asyncio.sleep(1)
+            share, memory = load.process.cpu_percent(), load.memory()
+        late = [second for follower in followers for second in follower.result()]
+        print(
+            f"streams: {STREAMS} of one log, each got all of {LINES} lines: {told(late)} after it was written; "
+            f"the service took {share:.0f} % of a core and {memory - before:.0f} MB for them"
+        )
+    await bare_streams(load)
+
+
+async def bare_streams(load: Load) -> None:
+    """Follow one of Ray's own jobs the same way, by its websockets."""
+    program = f"import time\nfor _ in range({LINES + 40}): print(time.time(), flush=True); time.sleep(1)"
+    body = {"entrypoint": f'{sys.executable} -c "{program}"'}
+    limit = aiohttp.ClientTimeout(total=MOST_SECONDS)
+    async with aiohttp.ClientSession(
+        load.ray_url, headers=load.ray_headers, connector=aiohttp.TCPConnector(limit=0), timeout=limit
+    ) as session:
+        async with session.post("/api/jobs/", json=body) as answer:
+            job_id = (await answer.json())["submission_id"]
+        while True:
+            async with session.get(f"/api/jobs/{job_id}") as answer:
+                if (await answer.json())["status"] == "RUNNING":
+                    break
+            await asyncio.sleep(0.5)
+        ready = asyncio.Event()
+
+        async def follow() -> list[float]:
+            seconds: list[float] = []
+            async with session.ws_connect(f"/api/jobs/{job_id}/logs/tail") as socket:
+                async for message in socket:
+                    for line in str(message.data).splitlines():
+                        with suppress(ValueError):
+                            if ready.is_set():
+                                seconds.append(time.time() - float(line))
+            return seconds
+
+        async with asyncio.TaskGroup() as group:
+            followers = [group.create_task(follow()) for _ in range(STREAMS)]
+            await asyncio.sleep(10)
+            ready.set()
+        late = [second for follower in followers for second in follower.result()]
+        fewest = min(len(follower.result()) for follower in followers)
+    print(
+        f"streams: {STREAMS} of one log from Ray, the fewest lines in a stream {fewest}: {told(late)} after it was printed"
+    )
+
+
+async def head(load: Load) -> None:
+    """Queue many jobs, and compare the memory of Ray's head before and after; then give it some directly."""
+    async with load.serving() as session:
+        before = load.head_memory()
+        for number in range(QUEUED):
+            await submit(session, f"queued {number}")
+        await asyncio.sleep(30)
+        after = load.head_memory()
+    print(f"head: {QUEUED:,} queued jobs: Ray's head takes {after - before:+.0f} MB, of {before:.0f}")
+    before = load.head_memory()
+    with httpx.Client(base_url=load.ray_url, headers=load.ray_headers, timeout=60) as ray:
+        for _ in range(BARE_JOBS):
+            body = {"entrypoint": f"{sys.executable} -c 'import time; time.sleep(60)'"}
+            ray.post("/api/jobs/", json=body).raise_for_status()
+        await asyncio.sleep(30)
+        after = load.head_memory()
+    print(
+        f"head: {BARE_JOBS} jobs submitted to Ray directly: {after - before:+.0f} MB, {(after - before) / BARE_JOBS:.0f} a job"
+    )
+
+
+async def submit(session: aiohttp.ClientSession, name: str) -> str:
+    """Submit a job, and return its id."""
+    async with session.post("/v1/jobs", json={"name": name, "spec": SPEC}) as answer:
+        answer.raise_for_status()
+        return str((await answer.json())["id"])
+
+
+def told(seconds: Sequence[float]) -> str:
+    """Write a distribution in milliseconds."""
+    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return f"median {cuts[49] * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
+
+
+PARTS: dict[str, Callable[[Load], Awaitable[None]]] = {"posts": posts, "page": page, "streams": streams, "head": head}
+
+
+def main() -> None:
+    """Read the command line, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--database-url", help="of an empty database; default: a new SQLite file")
+    options = parser.parse_args()
+    for name in options.parts:
+        with (
+            tempfile.TemporaryDirectory(prefix="load-") as folder,
+            LocalStack(Path(folder) / "data", api=False) as stack,
+        ):
+            asyncio.run(PARTS[name](Load(stack, options.database_url)))
+
+
+if __name__ == "__main__":
+    main()
