@@ -4,9 +4,9 @@
     python benchmarks/service_load.py --database-url postgresql+asyncpg://user@host/empty
     python benchmarks/service_load.py --parts posts page
 
-All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients, which
-take their part of the same cores. No job leaves the queue, as the owner's quota is 0: what is measured is the service. Beside each figure
-is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this machine bears.
+All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients,
+which take their part of the same cores. No job leaves the queue, as the owner's quota is 0: what is measured is the service. Beside
+each figure is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this machine bears.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import aiohttp
-import httpx
 import psutil
 
 from service.cli.local import LocalStack
@@ -68,11 +68,7 @@ class Load:
             command = [sys.executable, "-m", "service.cli.app", "serve"]
             self.process = psutil.Popen(command, env=self.environment, stdout=log, stderr=log)
         try:
-            connector = aiohttp.TCPConnector(limit=0)
-            limit = aiohttp.ClientTimeout(total=MOST_SECONDS)
-            async with aiohttp.ClientSession(
-                self.url, headers=self.headers, connector=connector, timeout=limit
-            ) as session:
+            async with session_at(self.url, self.headers) as session:
                 await self._until_ready(session)
                 yield session
         finally:
@@ -81,6 +77,10 @@ class Load:
                 self.process.wait(20)
             with suppress(psutil.NoSuchProcess):
                 self.process.kill()
+
+    def ray_session(self) -> aiohttp.ClientSession:
+        """Open a way to Ray's jobs API."""
+        return session_at(self.ray_url, self.ray_headers)
 
     async def _until_ready(self, session: aiohttp.ClientSession) -> None:
         deadline = time.monotonic() + MOST_SECONDS
@@ -106,6 +106,12 @@ class Load:
         return total / 1e6
 
 
+def session_at(url: str, headers: dict[str, str]) -> aiohttp.ClientSession:
+    """Open a client that makes as many connections as are asked for."""
+    connector, limit = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=MOST_SECONDS)
+    return aiohttp.ClientSession(url, headers=headers, connector=connector, timeout=limit)
+
+
 async def posts(load: Load) -> None:
     """Submit at a steady rate, whether answers have come or not, and time each from when it was due."""
     async with load.serving() as session:
@@ -114,8 +120,8 @@ async def posts(load: Load) -> None:
         async def post(number: int, due: float) -> None:
             body = {"name": f"job {number}", "spec": SPEC, "tags": ["load"]}
             async with session.post("/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}) as answer:
-                answer.raise_for_status()
-                await answer.read()
+                if not answer.ok:
+                    raise RuntimeError(f"{answer.status}: {await answer.text()}")
             seconds.append(time.perf_counter() - due)
 
         await post(-1, time.perf_counter())
@@ -128,10 +134,10 @@ async def posts(load: Load) -> None:
                 group.create_task(post(number, due))
         print(f"posts: {POSTS_PER_SECOND} keyed POSTs a second for {POST_SECONDS} s: {told(seconds)}; goal p99 50 ms")
     bare = []
-    with httpx.Client(base_url=load.ray_url, headers=load.ray_headers, timeout=60) as ray:
+    async with load.ray_session() as ray:
         for _ in range(BARE_JOBS):
             began = time.perf_counter()
-            ray.post("/api/jobs/", json={"entrypoint": "true"}).raise_for_status()
+            await submit_bare(ray, "true")
             bare.append(time.perf_counter() - began)
     print(f"posts: {BARE_JOBS} POSTs to Ray, one after the other: {told(bare)}")
 
@@ -157,7 +163,7 @@ async def page(load: Load) -> None:
             for number in range(PAGES):
                 began = time.perf_counter()
                 place = {"page_token": places[number % len(places)]} if places[number % len(places)] else {}
-                async with session.get("/v1/jobs", params={"page_size": PAGE_SIZE} | query | place) as answer:
+                async with session.get("/v1/jobs", params={"page_size": str(PAGE_SIZE)} | query | place) as answer:
                     content = await answer.json()
                 seconds.append(time.perf_counter() - began)
                 if content["next_page_token"] and len(places) < PAGES // 2:
@@ -234,13 +240,8 @@ async def streams(load: Load) -> None:
 async def bare_streams(load: Load) -> None:
     """Follow one of Ray's own jobs the same way, by its websockets."""
     program = f"import time\nfor _ in range({LINES + 40}): print(time.time(), flush=True); time.sleep(1)"
-    body = {"entrypoint": f'{sys.executable} -c "{program}"'}
-    limit = aiohttp.ClientTimeout(total=MOST_SECONDS)
-    async with aiohttp.ClientSession(
-        load.ray_url, headers=load.ray_headers, connector=aiohttp.TCPConnector(limit=0), timeout=limit
-    ) as session:
-        async with session.post("/api/jobs/", json=body) as answer:
-            job_id = (await answer.json())["submission_id"]
+    async with load.ray_session() as session:
+        job_id = await submit_bare(session, f'{sys.executable} -c "{program}"')
         while True:
             async with session.get(f"/api/jobs/{job_id}") as answer:
                 if (await answer.json())["status"] == "RUNNING":
@@ -279,10 +280,9 @@ async def head(load: Load) -> None:
         after = load.head_memory()
     print(f"head: {QUEUED:,} queued jobs: Ray's head takes {after - before:+.0f} MB, of {before:.0f}")
     before = load.head_memory()
-    with httpx.Client(base_url=load.ray_url, headers=load.ray_headers, timeout=60) as ray:
+    async with load.ray_session() as ray:
         for _ in range(BARE_JOBS):
-            body = {"entrypoint": f"{sys.executable} -c 'import time; time.sleep(60)'"}
-            ray.post("/api/jobs/", json=body).raise_for_status()
+            await submit_bare(ray, f"{sys.executable} -c 'import time; time.sleep(60)'")
         await asyncio.sleep(30)
         after = load.head_memory()
     print(
@@ -297,13 +297,25 @@ async def submit(session: aiohttp.ClientSession, name: str) -> str:
         return str((await answer.json())["id"])
 
 
+async def submit_bare(ray: aiohttp.ClientSession, entrypoint: str) -> str:
+    """Submit a job to Ray directly, and return its id."""
+    async with ray.post("/api/jobs/", json={"entrypoint": entrypoint}) as answer:
+        answer.raise_for_status()
+        return str((await answer.json())["submission_id"])
+
+
 def told(seconds: Sequence[float]) -> str:
     """Write a distribution in milliseconds."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return f"median {cuts[49] * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
 
 
-PARTS: dict[str, Callable[[Load], Awaitable[None]]] = {"posts": posts, "page": page, "streams": streams, "head": head}
+PARTS: dict[str, Callable[[Load], Coroutine[Any, Any, None]]] = {
+    "posts": posts,
+    "page": page,
+    "streams": streams,
+    "head": head,
+}
 
 
 def main() -> None:

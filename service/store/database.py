@@ -42,7 +42,9 @@ class Database:
     """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets Unavailable."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self._engine = _open(url, timeout_seconds)
+        self._engine, self._timeout_seconds = _open(url, timeout_seconds), timeout_seconds
+        # SQLite has one writer. Those who wait for it inside SQLite look again and again, without an order, and some never get it.
+        self._writer = asyncio.Lock() if self._engine.dialect.name == "sqlite" else None
         # By task, so that what a task starts beside itself does not write into its transaction.
         self._transactions: WeakKeyDictionary[asyncio.Task[Any], Transaction] = WeakKeyDictionary()
 
@@ -58,8 +60,7 @@ class Database:
         async with AsyncExitStack() as stack:
             # The database's trouble is told where it is met, for what else is done meanwhile has troubles of its own.
             with _unavailable():
-                connection = await stack.enter_async_context(self._engine.connect())
-                await connection.execution_options(**{WRITES: True})
+                connection = await stack.enter_async_context(self._connect_to_write())
                 begun = await connection.begin()
             self._transactions[task] = transaction = Transaction(connection)
             try:
@@ -100,10 +101,22 @@ class Database:
                 yield transaction.connection
             return
         with _unavailable():
-            async with self._engine.connect() as connection:
-                await connection.execution_options(**{WRITES: True})
-                async with connection.begin():
-                    yield connection
+            async with self._connect_to_write() as connection, connection.begin():
+                yield connection
+
+    @asynccontextmanager
+    async def _connect_to_write(self) -> AsyncIterator[AsyncConnection]:
+        """Connect, when it is this task's turn."""
+        async with AsyncExitStack() as stack:
+            if self._writer is not None:
+                try:
+                    async with asyncio.timeout(self._timeout_seconds):
+                        await stack.enter_async_context(self._writer)
+                except TimeoutError:
+                    raise Unavailable("the database did not answer: others have written to it all the time") from None
+            connection = await stack.enter_async_context(self._engine.connect())
+            await connection.execution_options(**{WRITES: True})
+            yield connection
 
     def _joined(self) -> Transaction | None:
         task = asyncio.current_task()
