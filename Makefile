@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test test-cluster lint bench
+.PHONY: setup demo up test test-cluster test-contract lint bench
 
 setup: $(VENV)/.ready
 
@@ -39,3 +39,7 @@ bench: setup
 # What needs several nodes of Ray on this machine, and minutes.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
+
+# The API against its own document for half an hour and more, where `make test` takes some 40 seconds.
+test-contract: setup
+	CONTRACT=long $(BIN)/python -m pytest tests/contract $(TEST_OPTIONS)

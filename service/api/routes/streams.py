@@ -26,6 +26,16 @@ READERS = anyio.CapacityLimiter(32)
 JSON = TypeAdapter(Any)
 
 
+def described(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """What the document says of an answer that may be a stream: its events, of which `end` is the last."""
+    fields = {
+        "event": {"enum": [*kinds, "end"]},
+        "id": {"type": "string", "description": "to go on after, as `Last-Event-ID`"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    }
+    return {200: {"content": {MEDIA_TYPE: {"schema": {"type": "object", "properties": fields}}}}}
+
+
 def event(data: Any, *, kind: str | None = None, place: object = None) -> bytes:
     """Write one event."""
     text = JSON.dump_json(data).decode()
