@@ -175,7 +175,7 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
-        leases, keys = LeaseStore(database), IdempotencyStore(database)
+        leases, keys, tokens = LeaseStore(database), IdempotencyStore(database), TokenStore(database)
         metrics = Metrics(jobs, leases)
         replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
@@ -213,7 +213,7 @@ async def _open_components(
             database=database,
             jobs=jobs,
             comparisons=comparisons,
-            tokens=TokenStore(database),
+            tokens=tokens,
             audit=AuditStore(database),
             webhooks=webhooks,
             outgoing=outgoing,
@@ -231,7 +231,7 @@ async def _open_components(
                 send_seconds=seconds,
             ),
             retention=Retention(replica, RetentionStore(database), keys, files, settings.retention()),
-            watch=Watch(jobs, settings.poll_seconds),
+            watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,
             secrets=secrets,

@@ -53,7 +53,7 @@ class Tokens(TokenStore):
 
 @contextmanager
 def running_service(folder: Path) -> Iterator[str]:
-    """Run the service in a thread, with limits that a test does not reach and the token of `schemathesis.toml`; yield its address."""
+    """Run the service in a thread, with limits too high to reach and the token of `schemathesis.toml`; yield its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -31,7 +31,7 @@ def call_api(url, *options):
 def test_no_request_breaks_the_contract(tmp_path):
     phases = "examples,coverage,fuzzing" if LONG else "examples,fuzzing"
     with running_service(tmp_path) as url:
-        told = call_api(url, "--phases", phases, "--max-examples", "100" if LONG else "10")
+        told = call_api(url, "--phases", phases, "--max-examples", "50" if LONG else "10")
     selected, tested = re.search(r"Selected: (\d+)/\d+\s+Tested: (\d+)", told).groups()
     assert int(selected) == int(tested) > 20
 
@@ -39,5 +39,5 @@ def test_no_request_breaks_the_contract(tmp_path):
 @pytest.mark.timeout(3_600 if LONG else 300)
 def test_no_walk_over_the_links_breaks_the_contract(tmp_path):
     with running_service(tmp_path) as url:
-        told = call_api(url, "--phases", "examples,stateful", "--max-time", "900" if LONG else "25")
+        told = call_api(url, "--phases", "examples,stateful", "--max-time", "300" if LONG else "25")
     assert int(re.search(r"API Links: +(\d+) covered", told)[1]) > 20

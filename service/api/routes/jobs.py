@@ -14,7 +14,7 @@ from service.api.components import Components, GivenComponents
 from service.api.idempotency import Route
 from service.api.identifiers import COMPARISON, JobId
 from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
-from service.api.routes import streams
+from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, SubmitJob
 from service.domain.access import Caller, Owner
 from service.domain.errors import Changed, InvalidField
@@ -127,9 +127,7 @@ async def clone_job(
     return await _add(await _after(job_id, clone, body, caller, components), components, response)
 
 
-@router.get(
-    "/{job_id:identifier}/events", response_model=EventList, responses=streams.described("transition", "progress")
-)
+@router.get("/{job_id:identifier}/events", response_model=EventList, responses=described("transition", "progress"))
 async def list_events(
     job_id: JobId,
     caller: Reader,
@@ -145,11 +143,11 @@ async def list_events(
     job = await components.jobs.get(job_id, caller.sees_only)
     after = _sequence(last_event_id) if last_event_id else 0
     if follow:
-        return StreamingResponse(streams.follow_events(components, job, after), media_type=streams.MEDIA_TYPE)
+        return Stream(components, caller, follow_events(components, caller, job, after))
     return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id, after)])
 
 
-@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=streams.described("line"))
+@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line"))
 async def read_logs(
     job_id: JobId,
     caller: Reader,
@@ -173,10 +171,10 @@ async def read_logs(
         place = Place.parse("Last-Event-ID", last_event_id) if last_event_id else Place(attempt or 1)
         if place.attempt > job.attempt:
             raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
-        return StreamingResponse(streams.follow_log(components, job, place, wanted), media_type=streams.MEDIA_TYPE)
+        return Stream(components, caller, follow_log(components, caller, job, place, wanted))
     place = Place(attempt or job.attempt)
     if components.files.log_path(job, place.attempt).is_file():
-        lines = streams.read_log(components, job, place, wanted)
+        lines = read_log(components, job, place, wanted)
         return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.
     return PlainTextResponse(await components.ray.logs(f"{job.id}-a{place.attempt}"))
