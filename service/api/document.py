@@ -1,4 +1,4 @@
-"""The OpenAPI document, with what FastAPI cannot know: the errors of each operation, and where its answer leads."""
+"""The OpenAPI document, with what FastAPI cannot know: the errors of each operation, where its answer leads, and examples."""
 
 from collections.abc import Iterator
 from http import HTTPStatus
@@ -8,6 +8,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 
+from service.api.examples.answers import ANSWERS, PROBLEMS
+from service.api.examples.requests import REQUESTS
 from service.api.problems import MEDIA_TYPE
 from service.api.schemas import Problem
 
@@ -70,11 +72,24 @@ def _complete(path: str, method: str, operation: Operation) -> None:
     for status in sorted(_errors(path, method, operation)):
         answers[str(status.value)] = {
             "description": status.phrase,
-            "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+            "content": {
+                MEDIA_TYPE: {
+                    "schema": {"$ref": "#/components/schemas/Problem"},
+                    "example": PROBLEMS[status].model_dump(mode="json"),
+                }
+            },
         }
-    for target, parameters in LINKS.get(operation["operationId"], {}).items():
-        success = next(answer for status, answer in answers.items() if status.startswith("2"))
-        success.setdefault("links", {})[target] = {"operationId": target, "parameters": parameters}
+    name = operation["operationId"]
+    success = next(answer for status, answer in answers.items() if status.startswith("2"))
+    if (links := LINKS.get(name)) is not None:
+        success["links"] = {
+            target: {"operationId": target, "parameters": parameters} for target, parameters in links.items()
+        }
+    if (answer := ANSWERS.get(name)) is not None:
+        success["content"]["application/json"]["example"] = answer.model_dump(mode="json")
+    if (requests := REQUESTS.get(name)) is not None:
+        named = {summary: {"summary": summary, "value": value} for summary, value in requests.items()}
+        operation["requestBody"]["content"]["application/json"]["examples"] = named
 
 
 def _errors(path: str, method: str, operation: Operation) -> Iterator[HTTPStatus]:

@@ -29,9 +29,9 @@ async def test_a_method_that_an_address_does_not_take(client, method, path, allo
     assert answer.json()["detail"] == f"{path} takes {allowed} (got {method})"
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing", "/v1/jobs/job-0:explode", "/v1/jobs/a/b/c"])
-async def test_an_address_that_is_not_there(client, path):
-    assert (await refused(client, 404, "GET", path)).json()["detail"] == f"there is nothing at {path}"
+async def test_an_address_that_is_not_there(client):
+    for path in ("/nothing", "/v1/nothing", "/v1/jobs/job-0:explode", "/v1/jobs/a/b/c"):
+        assert (await refused(client, 404, "GET", path)).json()["detail"] == f"there is nothing at {path}"
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ async def test_an_address_that_is_not_there(client, path):
         (422, b"[]", JSON, "body"),
     ],
 )
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs:validate"])
-async def test_a_body_that_is_no_object_in_json(client, path, status, content, headers, field):
-    answer = await refused(client, status, "POST", path, content=content, headers=headers)
-    assert answer.json()["errors"][0]["field"] == field
-    assert field in answer.json()["detail"]
+async def test_a_body_that_is_no_object_in_json(client, status, content, headers, field):
+    for path in ("/v1/jobs", "/v1/jobs:validate"):
+        answer = await refused(client, status, "POST", path, content=content, headers=headers)
+        assert answer.json()["errors"][0]["field"] == field
+        assert field in answer.json()["detail"]
 
 
 async def _in_pieces():
@@ -69,9 +69,6 @@ async def test_a_body_that_is_too_large(client, content, headers):
 
 
 @pytest.mark.parametrize(
-    "value", [f'"{HALF_A_PAIR}"', '"\\u0000"', "NaN", "1e999", "1" + "0" * 400, "[" * 99 + "]" * 99]
-)
-@pytest.mark.parametrize(
     ("path", "body", "field"),
     [
         ("/v1/jobs", '{"name": %s, "spec": {"steps": 10}}', "name"),
@@ -86,17 +83,18 @@ async def test_a_body_that_is_too_large(client, content, headers):
         ),
     ],
 )
-async def test_a_strange_value(client, path, body, field, value):
-    answer = await refused(client, 422, "POST", path, content=body % value, headers=JSON)
-    assert answer.json()["errors"][0]["field"].startswith(field)
+async def test_a_strange_value(client, path, body, field):
+    for value in (f'"{HALF_A_PAIR}"', '"\\u0000"', "NaN", "1e999", "1" + "0" * 400, "[" * 99 + "]" * 99):
+        answer = await refused(client, 422, "POST", path, content=body % value, headers=JSON)
+        assert answer.json()["errors"][0]["field"].startswith(field)
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
-@pytest.mark.parametrize("field", ["owner", "state", "comparison", "norm", "tag", "page_token", "page_size"])
-@pytest.mark.parametrize("value", [NUL, "\ufffd", "!" * 5_000])
-async def test_a_strange_condition(client, field, value):
-    answer = await refused(client, 422, "GET", "/v1/jobs", params={field: value})
-    assert answer.json()["errors"][0]["field"] == field
+async def test_a_strange_condition(client):
+    for field in ("owner", "state", "comparison", "norm", "tag", "page_token", "page_size"):
+        for value in (NUL, "\ufffd", "!" * 5_000):
+            answer = await refused(client, 422, "GET", "/v1/jobs", params={field: value})
+            assert answer.json()["errors"][0]["field"] == field
 
 
 @pytest.mark.parametrize(
