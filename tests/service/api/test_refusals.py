@@ -116,6 +116,17 @@ async def test_a_strange_header(client, method, path, header, value, status):
         assert answer.json()["errors"][0]["field"] == header
 
 
+@pytest.mark.parametrize("value", [f'"{HALF_A_PAIR}"', f'{{"{HALF_A_PAIR}": 1}}', '["\\u0000"]', "[" * 240 + "]" * 240])
+async def test_an_argument_that_could_not_be_read_again(client, value):
+    body = f'"spec": {{"steps": 10, "model": {{"name": "torchvision:resnet18", "arguments": {{"a": {value}}}}}}}'
+    answer = await refused(client, 422, "POST", "/v1/jobs", content=f'{{"name": "mine", {body}}}', headers=JSON)
+    assert answer.json()["errors"][0]["field"] == "spec.model.arguments"
+    job = (await client.post("/v1/jobs", content=BODY, headers=JSON)).json()
+    overrides = f'{{"overrides": {{"model": {{"name": "torchvision:resnet18", "arguments": {{"a": {value}}}}}}}}}'
+    await refused(client, 422, "POST", f"/v1/jobs/{job['id']}:clone", content=overrides, headers=JSON)
+    assert len((await client.get("/v1/jobs")).json()["jobs"]) == 1
+
+
 async def test_how_much_a_comparison_may_set(client):
     body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(40_000)}}
     answer = await refused(client, 422, "POST", "/v1/comparisons:validate", json=body)
