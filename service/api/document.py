@@ -22,6 +22,10 @@ OF_COMPARISONS = {
     operation: {"comparison_id": "$response.body#/id"}
     for operation in ("show_comparison", "report_comparison", "show_curves")
 }
+OF_WEBHOOKS = {
+    operation: {"webhook_id": "$response.body#/id"}
+    for operation in ("show_webhook", "list_deliveries", "delete_webhook")
+}
 LINKS: dict[str, dict[str, dict[str, str]]] = {
     "submit_job": OF_JOBS,
     "clone_job": OF_JOBS,
@@ -34,6 +38,11 @@ LINKS: dict[str, dict[str, dict[str, str]]] = {
     },
     "submit_comparison": {**OF_COMPARISONS, "list_jobs": {"comparison": "$response.body#/id"}},
     "show_comparison": {**OF_COMPARISONS, "show_job": {"job_id": "$response.body#/jobs/0/id"}},
+    "make_webhook": OF_WEBHOOKS,
+    "list_webhooks": {
+        "list_webhooks": {"page_token": "$response.body#/next_page_token"},
+        **{operation: {"webhook_id": "$response.body#/webhooks/0/id"} for operation in OF_WEBHOOKS},
+    },
     "make_token": {"revoke_token": {"token_id": "$response.body#/id"}},
     "list_tokens": {"list_tokens": {"page_token": "$response.body#/next_page_token"}},
     "list_audit": {"list_audit": {"page_token": "$response.body#/next_page_token"}},

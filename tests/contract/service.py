@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 from service.api.app import make_app
 from service.api.server import Server
@@ -15,6 +16,7 @@ from service.domain.errors import Conflict
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.rates import RateLimit
 from service.domain.scheduling import Capacity
+from service.engine.outgoing import Outgoing
 from service.settings import Settings
 from service.store.tokens import TokenStore
 from tests.fakes import FakeMlflow, FakeRay
@@ -51,6 +53,16 @@ class Tokens(TokenStore):
         return await super().revoke(token_id, actor)
 
 
+class Outbox(Outgoing):
+    """Takes webhooks of all addresses, and sends nothing: made-up ones may be somebody's."""
+
+    async def check(self, url: str) -> None:
+        pass
+
+    async def post(self, url: str, body: str, headers: dict[str, str]) -> int:
+        return 204
+
+
 @contextmanager
 def running_service(folder: Path) -> Iterator[str]:
     """Run the service in a thread, with limits too high to reach and the token of `schemathesis.toml`; yield its address."""
@@ -72,10 +84,11 @@ def running_service(folder: Path) -> Iterator[str]:
     app = make_app(settings, QuickRay(total=Capacity(cpus=1e9, gpus=1e9)), FakeMlflow())
     server = Server(app, settings)
     ended = threading.Thread(target=lambda: asyncio.run(server.serve()), name="the service")
-    ended.start()
     try:
-        while not server.started and ended.is_alive():
-            ended.join(0.05)
+        with patch("service.api.app.Outgoing", Outbox):
+            ended.start()
+            while not server.started and ended.is_alive():
+                ended.join(0.05)
         assert server.started
         # Many requests show no valid token, to see that each operation asks for one.
         parts = app.state.components

@@ -33,9 +33,11 @@ from service.api.schemas import (
     Validation,
     VariantReport,
 )
+from service.api.webhook_schemas import DeliveryList, DeliveryView, MadeWebhook, WebhookList, WebhookView
 from service.domain.access import Scope
 from service.domain.jobs import JobState
 from service.domain.retries import Retries
+from service.domain.webhooks import Threshold
 from trainer.spec import JobSpec, Progress
 
 AT = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
@@ -141,6 +143,26 @@ TOKEN = TokenView(
     revoked_at=None,
     last_used_at=None,
 )
+WEBHOOK = WebhookView(
+    id="webhook-41d7c0aa9be2",
+    owner="ann",
+    url="https://example.org/hooks/training",
+    states=[JobState.SUCCEEDED, JobState.FAILED],
+    thresholds=[Threshold(metric="accuracy", relation="at_least", bound=0.9)],
+    tag="nightly",
+    created_at=AT,
+)
+DELIVERY = DeliveryView(
+    id="message-90b3aa71cd52",
+    job_id=QUEUED.id,
+    about="succeeded",
+    created_at=AT,
+    due_at=AT,
+    tries=1,
+    ended_at=AT + timedelta(seconds=1),
+    is_delivered=True,
+    answer="204",
+)
 ANSWERS: dict[str, BaseModel] = {
     "submit_job": QUEUED,
     "clone_job": QUEUED.model_copy(update={"cloned_from": "job-10aa92be77c0"}),
@@ -175,7 +197,13 @@ ANSWERS: dict[str, BaseModel] = {
         next_page_token=None,
     ),
     "show_caller": CallerView(owner="ann", scopes=[Scope.SUBMIT], token_id=TOKEN.id),
-    "ready": Readiness(**dict.fromkeys(("database", "ray", "mlflow", "dispatcher"), Check(ok=True, detail="answers")), ready=True),
+    "make_webhook": MadeWebhook(secret="whsec_…", **WEBHOOK.model_dump()),  # noqa: S106
+    "show_webhook": WEBHOOK,
+    "list_webhooks": WebhookList(webhooks=[WEBHOOK], next_page_token=None),
+    "list_deliveries": DeliveryList(deliveries=[DELIVERY], next_page_token=None),
+    "ready": Readiness(
+        **dict.fromkeys(("database", "ray", "mlflow", "dispatcher"), Check(ok=True, detail="answers")), ready=True
+    ),
 }
 """By operation: what it answers if all is well."""
 

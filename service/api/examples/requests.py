@@ -64,6 +64,15 @@ REQUESTS: dict[str, Named] = {
     "validate_comparison": COMPARISONS,
     "clone_job": CHANGES | {"the same once more": {}},
     "resume_job": CHANGES,
+    "make_webhook": {
+        "of two ends and a threshold, for the jobs with a tag": {
+            "url": "https://example.org/hooks/training",
+            "states": ["succeeded", "failed"],
+            "thresholds": [{"metric": "accuracy", "relation": "at_least", "bound": 0.9}],
+            "tag": "nightly",
+        },
+        "of all ends": {"url": "https://example.org/hooks/training"},
+    },
     "make_token": {
         "to submit, for 90 days": {
             "owner": "ann",
