@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test test-cluster lint bench
+.PHONY: setup demo up test test-cluster test-contract openapi compatibility lint bench
 
 setup: $(VENV)/.ready
 
@@ -39,3 +39,15 @@ bench: setup
 # What needs several nodes of Ray on this machine, and minutes.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
+
+# The API against its own document: all phases of schemathesis, and for longer than `make test` has.
+test-contract: setup
+	CONTRACT=long $(BIN)/python -m pytest tests/contract $(TEST_OPTIONS)
+
+# Write docs/openapi.json anew.
+openapi: setup
+	UPDATE=openapi $(BIN)/python -m pytest -q tests/contract/test_document.py -k committed
+
+# Refuse changes of docs/openapi.json that break clients made for that of the main line.
+compatibility: setup
+	$(BIN)/python -m tests.contract.compatibility

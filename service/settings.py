@@ -75,6 +75,9 @@ class Settings(BaseSettings):
     )
     rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
     rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
+    streams_per_token: int = Field(
+        50, ge=1, description="logs and timelines that a token may follow at one time, on each replica"
+    )
     webhook_networks: str | None = Field(
         None,
         description="networks, parted by commas, that webhooks may reach though they are not public, such as `10.1.0.0/16`",

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.api.schemas import Name
 from service.domain.access import AuditRecord, Owner, Scope, Token
@@ -12,12 +12,6 @@ from trainer.spec import Frozen
 
 class MakeToken(Frozen):
     """A token to make."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [{"owner": "ann", "scopes": ["submit"], "name": "laptop", "expires_in_seconds": 7_776_000}]
-        }
-    )
 
     owner: Owner
     # JSON has no enumerations, so words are taken for them.

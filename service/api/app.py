@@ -5,13 +5,16 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
+from typing import Any
 
 from fastapi import FastAPI, Response
 from fastapi.responses import RedirectResponse
 from starlette.types import ASGIApp
 
 from service.api import problems
+from service.api.body_limit import DeclaredLength
 from service.api.components import Components, GivenComponents
+from service.api.document import document, operation_id
 from service.api.headers import Headers
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
@@ -19,7 +22,7 @@ from service.api.routes import metrics as metrics_routes
 from service.api.routes import tokens as token_routes
 from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
-from service.api.schemas import Check, Problem, Readiness
+from service.api.schemas import Check, Readiness
 from service.domain.access import Scope
 from service.domain.rates import RateLimit
 from service.engine.admission import Admission
@@ -54,9 +57,6 @@ Send a job or a comparison, look at its progress here and at its curves in MLflo
 `Authorization: Bearer <token>`; each operation names the scope that the token must have. A POST that is repeated with the same
 `Idempotency-Key` is done once. Every error answers as problem details (RFC 9457) that name the field and what it takes.
 """
-ERRORS: dict[int | str, dict[str, object]] = {
-    status: {"model": Problem, "content": {problems.MEDIA_TYPE: {}}} for status in (401, 403, 404, 409, 422, 429, 503)
-}
 SECONDS_TO_CHECK = 5.0
 MOST_BODY_BYTES = 1_000_000
 FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
@@ -68,7 +68,11 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        return Headers(super().build_middleware_stack())
+        return Headers(DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES))
+
+    def openapi(self) -> dict[str, Any]:
+        """Describe the API."""
+        return document(self)
 
 
 def make_app(
@@ -107,7 +111,14 @@ def make_app(
                 with suppress(asyncio.CancelledError):
                     await task
 
-    app = Application(title="syncbn", version="1", description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app = Application(
+        title="syncbn",
+        version="1",
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        generate_unique_id_function=operation_id,
+    )
     app.state.settings = settings
     app.max_body_size = MOST_BODY_BYTES
     problems.install(app)
@@ -119,7 +130,7 @@ def make_app(
         validation_routes.router,
         metrics_routes.router,
     ):
-        app.include_router(router, responses=ERRORS)
+        app.include_router(router)
 
     @app.get("/", include_in_schema=False)
     async def show_docs() -> RedirectResponse:
@@ -164,7 +175,7 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
-        leases, keys = LeaseStore(database), IdempotencyStore(database)
+        leases, keys, tokens = LeaseStore(database), IdempotencyStore(database), TokenStore(database)
         metrics = Metrics(jobs, leases)
         replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
@@ -202,7 +213,7 @@ async def _open_components(
             database=database,
             jobs=jobs,
             comparisons=comparisons,
-            tokens=TokenStore(database),
+            tokens=tokens,
             audit=AuditStore(database),
             webhooks=webhooks,
             outgoing=outgoing,
@@ -220,7 +231,7 @@ async def _open_components(
                 send_seconds=seconds,
             ),
             retention=Retention(replica, RetentionStore(database), keys, files, settings.retention()),
-            watch=Watch(jobs, settings.poll_seconds),
+            watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,
             secrets=secrets,

@@ -22,9 +22,9 @@ PARAMETER = {
     "name": HEADER,
     "in": "header",
     "required": False,
-    "description": "the same request under the same key is done once, and gets the same answer for 24 hours at least",
+    "description": "new for each request, such as a UUID: the same request under the same key is done once, and gets the same "
+    "answer for 24 hours at least",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
-    "example": "5f1b7c1e-0d57-4c0a-9c0e-3c9a6a0b1c2d",
 }
 
 

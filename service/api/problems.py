@@ -9,9 +9,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.api.schemas import FieldError, Problem
-from service.domain.errors import Changed, Conflict, InvalidField, NotFound, ServiceError, Unavailable
+from service.domain.errors import Changed, Conflict, InvalidField, NotFound, Refused, ServiceError, Unavailable
 from trainer.spec import Refusal, field_path
 
 MEDIA_TYPE = "application/problem+json"
@@ -20,8 +21,10 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     Changed: HTTPStatus.PRECONDITION_FAILED,
+    Refused: HTTPStatus.BAD_GATEWAY,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 LONGEST_VALUE = 200
 """Characters of a refused value that are sent back."""
 
@@ -36,6 +39,11 @@ def answer(
     return Response(content, status, headers=headers, media_type=MEDIA_TYPE)
 
 
+def too_large(most_bytes: int) -> str:
+    """Say that a body is too large."""
+    return f"the body takes at most {most_bytes:,} bytes"
+
+
 def install(app: FastAPI) -> None:
     """Map every error of `app`."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -45,8 +53,12 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_mistake_of_ours)
 
 
-def _on_validation_error(_: Request, error: Exception) -> Response:
+def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
+    if isinstance(error.body, bytes) and error.body:  # FastAPI has not read it, since it does not claim to be JSON
+        sent = request.headers.get("Content-Type")
+        item = FieldError(field="Content-Type", value=sent, takes="takes application/json")
+        return answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: takes application/json (got {sent})", [item])
     errors = [
         FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
         for item in error.errors()
@@ -72,10 +84,30 @@ def _on_refusal(_: Request, error: Exception) -> Response:
     return answer(HTTPStatus.UNPROCESSABLE_ENTITY, f"{item.field}: {error.takes}", [item])
 
 
-def _on_http_exception(_: Request, error: Exception) -> Response:
+def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    detail = "the body cannot be read as JSON" if error.status_code == HTTPStatus.BAD_REQUEST else str(error.detail)
-    return answer(HTTPStatus(error.status_code), detail, headers=dict(error.headers or {}))
+    status, headers = HTTPStatus(error.status_code), dict(error.headers or {})
+    match status:
+        case HTTPStatus.BAD_REQUEST:  # not UTF-8, nested too deeply, or numbers of thousands of digits
+            item = FieldError(field="body", takes="takes JSON in UTF-8 of a size that can be read")
+            return answer(status, f"{item.field}: {item.takes}", [item], headers)
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return answer(status, too_large(request.app.max_body_size), headers=headers)
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = ", ".join(_methods_of(request))
+            return answer(
+                status, f"{request.url.path} takes {allowed} (got {request.method})", headers={"Allow": allowed}
+            )
+        case HTTPStatus.NOT_FOUND:  # of an address; what is not there at a known one is a NotFound
+            return answer(status, f"there is nothing at {request.url.path}", headers=headers)
+    return answer(status, str(error.detail), headers=headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Ask all routes, since Starlette tells but what the first one of an address takes."""
+    scopes = [(method, {**request.scope, "method": method}) for method in METHODS]
+    routes = request.app.router.routes
+    return [method for method, scope in scopes if any(route.matches(scope)[0] == Match.FULL for route in routes)]
 
 
 def _on_mistake_of_ours(_: Request, error: Exception) -> Response:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, HttpUrl, field_validator
+from pydantic import BaseModel, Field, HttpUrl, field_validator
 
 from service.domain.jobs import JobState
 from service.domain.terms import Tag
@@ -15,19 +15,6 @@ ENDS = [state for state in JobState if state.is_terminal]
 
 class MakeWebhook(Frozen):
     """A webhook to make."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "url": "https://example.org/hooks/training",
-                    "states": ["succeeded", "failed"],
-                    "thresholds": [{"metric": "accuracy", "relation": "at_least", "bound": 0.9}],
-                    "tag": "nightly",
-                }
-            ]
-        }
-    )
 
     url: Annotated[HttpUrl, Field(strict=False)] = Field(
         description="where messages are sent to, by POST: a public https:// address; answers 2xx once it has a message"

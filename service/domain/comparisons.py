@@ -34,11 +34,13 @@ class ComparisonSpec(Frozen):
         Annotated[dict[str, JsonValue], Field(max_length=32)],
     ] = Field(
         {},
+        max_length=MOST_JOBS,
         description="variants by name, each with the paths into the spec that it sets together, such as "
         '`{"bn-x5": {"norm": "sync", "optimizer.lr": 0.05}}`; the matrix multiplies them',
     )
-    matrix: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
+    matrix: dict[str, Annotated[list[JsonValue], Field(min_length=1, max_length=MOST_JOBS)]] = Field(
         {},
+        max_length=32,
         validate_default=True,
         description="path into the spec, such as `optimizer.lr`, to its values; `seed` repeats each variant",
     )

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 ACTOR = "dispatcher"
 MOST_REFUSALS = 5
 """Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
+MOST_REFUSED = 10_000
+"""Submissions whose refusals are remembered; of those that are cancelled meanwhile, nobody tells."""
 MOST_ANCESTORS = 20
 
 
@@ -80,6 +82,8 @@ class Attempts:
             await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
         except Refused as error:
             await self._fail_if_refused_often(job, lease, error)
+        else:
+            self._refusals.pop(job.submission_id, None)
 
     async def _ancestors(self, job: Job) -> tuple[str, ...]:
         """The jobs whose checkpoints a job may go on from, newest first: one that was resumed may have saved none of its own."""
@@ -106,9 +110,12 @@ class Attempts:
 
     async def _fail_if_refused_often(self, job: Job, lease: Lease, error: Refused) -> None:
         self._refusals[job.submission_id] += 1
+        if len(self._refusals) > MOST_REFUSED:
+            del self._refusals[next(iter(self._refusals))]
         logger.warning("%s: %s", job.id, error, extra={"job_id": job.id})
         if self._refusals[job.submission_id] < MOST_REFUSALS:
             return
+        del self._refusals[job.submission_id]
         step = Transition(state=JobState.FAILED, reason=str(error))
         if (
             job.state == JobState.SUBMITTED

@@ -21,7 +21,7 @@ OF_WORKER = re.compile(r"^\((?P<process>\w[^()]* pid=\d+(?:, ip=[^()]+)?)\) ?(?P
 ANNOUNCED = re.compile(r"^worker (?P<rank>\d+) of \d+ on \S+, process \d+$")
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 TROUBLE = re.compile(r"^(Traceback \(most recent call last\)|\w*(Error|Exception)\b)")
-PLACE = re.compile(r"^(\d{1,6}):(\d{1,15})$")
+PLACE = re.compile(r"^([0-9]{1,6}):([0-9]{1,15})$")
 
 
 @dataclass(frozen=True, order=True)

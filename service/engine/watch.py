@@ -1,4 +1,4 @@
-"""What streams wait for: changes of jobs, asked of the database once for all who watch."""
+"""What streams wait for: changes of jobs, and the ends of tokens, asked of the database once for all who watch."""
 
 import asyncio
 import logging
@@ -8,15 +8,20 @@ from contextlib import contextmanager
 
 from service.domain.errors import Unavailable
 from service.store.jobs import JobStore, Pulse
+from service.store.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
 
 
 class Watch:
-    """Keeps the newest pulse of every job that somebody watches."""
+    """Keeps the newest pulse of every job that somebody watches, and knows whose token has ended meanwhile."""
 
-    def __init__(self, jobs: JobStore, poll_seconds: float) -> None:
-        self._jobs, self._poll_seconds = jobs, poll_seconds
+    def __init__(self, jobs: JobStore, tokens: TokenStore, poll_seconds: float, most_streams: int) -> None:
+        self._jobs, self._tokens, self._poll_seconds = jobs, tokens, poll_seconds
+        self._most_streams = most_streams
+        self._streams: Counter[str] = Counter()
+        """By token."""
+        self._ended_tokens: set[str] = set()
         self._watched: Counter[str] = Counter()
         self._pulses: dict[str, Pulse] = {}
         self._changed = asyncio.Condition()
@@ -33,12 +38,33 @@ class Watch:
 
     async def look(self) -> None:
         """Look once at all that is watched, and tell of what has changed."""
-        if self._watched:
+        if self._streams:
+            asked = set(self._streams)
+            ended = asked - await self._tokens.valid_among(asked)
             found = await self._jobs.pulses(list(self._watched))
             async with self._changed:
-                if any(self._pulses.get(job_id) != pulse for job_id, pulse in found.items()):
-                    self._pulses.update(found)
+                has_news = ended or any(self._pulses.get(job_id) != pulse for job_id, pulse in found.items())
+                self._ended_tokens = ended
+                self._pulses.update(found)
+                if has_news:
                     self._changed.notify_all()
+
+    def open_stream(self, token_id: str) -> bool:
+        """Count one more stream of a token, to be closed by `close_stream`; False if it has as many as it may."""
+        if self._streams[token_id] >= self._most_streams:
+            return False
+        self._streams[token_id] += 1
+        return True
+
+    def close_stream(self, token_id: str) -> None:
+        """Count one stream less."""
+        self._streams[token_id] -= 1
+        if not self._streams[token_id]:
+            del self._streams[token_id]
+
+    def is_over(self, token_id: str) -> bool:
+        """Whether streams of this token are to end: it was revoked or has expired, or the service stops."""
+        return self.is_closing or token_id in self._ended_tokens
 
     @contextmanager
     def watching(self, job_id: str) -> Iterator[None]:
@@ -52,12 +78,17 @@ class Watch:
                 del self._watched[job_id]
                 self._pulses.pop(job_id, None)
 
-    async def next(self, job_id: str, seen: Pulse | None, seconds: float) -> Pulse | None:
-        """Wait, so long at most, until a job's pulse is another than `seen`; return what it is then, None if nobody has looked."""
+    async def next(self, job_id: str, seen: Pulse | None, token_id: str, seconds: float) -> Pulse | None:
+        """Wait, so long at most, until a job's pulse is another than `seen` or the token's streams are over.
+
+        Returns what the pulse is then, None if nobody has looked.
+        """
         async with self._changed:
             try:
                 async with asyncio.timeout(seconds):
-                    await self._changed.wait_for(lambda: self.is_closing or self._pulses.get(job_id, seen) != seen)
+                    await self._changed.wait_for(
+                        lambda: self.is_over(token_id) or self._pulses.get(job_id, seen) != seen
+                    )
             except TimeoutError:
                 pass
             return self._pulses.get(job_id, seen)

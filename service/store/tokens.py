@@ -1,6 +1,6 @@
 """Tokens in the database."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -42,6 +42,16 @@ class TokenStore:
         async with self._database.read() as connection:
             row = (await connection.execute(select(*COLUMNS).where(tokens.c.hash == hash_secret(secret)))).one_or_none()
         return None if row is None else _token(row)
+
+    async def valid_among(self, token_ids: Collection[str]) -> set[str]:
+        """Tell which of these tokens still open anything."""
+        query = select(tokens.c.id).where(
+            tokens.c.id.in_(token_ids),
+            tokens.c.revoked_at.is_(None),
+            or_(tokens.c.expires_at.is_(None), tokens.c.expires_at > datetime.now(UTC)),
+        )
+        async with self._database.read() as connection:
+            return set((await connection.execute(query)).scalars())
 
     async def note_use(self, token: Token) -> None:
         """Store that a token is used, to the minute."""

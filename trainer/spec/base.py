@@ -1,14 +1,39 @@
 """What all parts of a spec have in common."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
+
+DEEPEST = 32
+"""Levels of lists and objects within an argument."""
 
 
 class Frozen(BaseModel):
     """Base of every part of a spec: immutable, and strict about names, types and finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _readable_again(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Refuse what can be read from a request once, but not from the database, or from a file, again."""
+    left: list[tuple[Any, int]] = [(arguments, 0)]
+    while left:
+        value, depth = left.pop()
+        if depth > DEEPEST:
+            raise ValueError(f"takes at most {DEEPEST} levels of lists and objects")
+        if isinstance(value, str) and any(
+            character == "\0" or "\ud800" <= character <= "\udfff" for character in value
+        ):
+            raise ValueError(f"takes text without NUL characters and halves of surrogate pairs (got {value!r})")
+        if isinstance(value, dict):
+            left += [(part, depth + 1) for pair in value.items() for part in pair]
+        elif isinstance(value, list):
+            left += [(part, depth + 1) for part in value]
+    return arguments
+
+
+Arguments = Annotated[dict[str, JsonValue], AfterValidator(_readable_again)]
+"""Keyword arguments of something that the spec names."""
 
 
 def kind_of(value: Any, default: str | None = None) -> str | None:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator
 
-from trainer.spec.base import Frozen, kind_of
+from trainer.spec.base import Arguments, Frozen, kind_of
 
 Activation = Literal["sigmoid", "tanh", "relu", "gelu", "silu"]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -66,7 +66,7 @@ class LibraryModelSpec(Frozen):
     name: Annotated[str, Field(pattern=r"^(torchvision|timm):[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=120)] = Field(
         description="`torchvision:resnet18`, `timm:resnet26` …"
     )
-    arguments: dict[str, JsonValue] = Field({}, description="keyword arguments of the library's builder")
+    arguments: Arguments = Field({}, description="keyword arguments of the library's builder")
     activation: Activation | None = Field(None, description="nonlinearity in place of the model's own ReLU")
     init_scale: float = Field(1.0, gt=0, le=1e3, description="factor on every initial weight matrix and kernel")
     dropout: float | None = Field(None, ge=0, lt=1, description="probability of every dropout layer; null: the model's")
@@ -89,7 +89,7 @@ class ImportedModelSpec(Frozen):
     name: Annotated[str, Field(pattern=r"^import:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=300)] = Field(
         description="`import:package.module:function`; called with `arguments`, it returns a torch.nn.Module"
     )
-    arguments: dict[str, JsonValue] = Field({}, description="keyword arguments of the function")
+    arguments: Arguments = Field({}, description="keyword arguments of the function")
 
     @property
     def module(self) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator
 
-from trainer.spec.base import Frozen, kind_of
+from trainer.spec.base import Arguments, Frozen, kind_of
 
 TORCH_OPTIMIZERS: dict[str, frozenset[str]] = {
     "ASGD": frozenset({"lambd", "alpha", "t0", "maximize", "foreach"}),
@@ -69,7 +69,7 @@ class TorchOptimizerSpec(Frozen):
     lr: LearningRate = 1e-3
     weight_decay: WeightDecay = 0.0
     decay_all: DecayAll = False
-    arguments: dict[str, JsonValue] = Field({}, validate_default=True, description="further arguments of the class")
+    arguments: Arguments = Field({}, validate_default=True, description="further arguments of the class")
 
     @field_validator("name")
     @classmethod

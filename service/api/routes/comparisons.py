@@ -3,20 +3,18 @@
 from datetime import UTC, datetime
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Query, Response
 
 from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
 from service.api.idempotency import Route
+from service.api.identifiers import ComparisonId
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, new_id
 from service.engine.reports import read_curves, report
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"], route_class=Route)
-ComparisonId = Annotated[
-    str, Path(pattern=r"^comparison-[0-9a-f]{1,12}$", description="such as `comparison-3f9c2b7a10de`")
-]
 
 
 @router.post("", status_code=202)
@@ -55,7 +53,7 @@ async def submit_comparison(
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
-@router.get("/{comparison_id}")
+@router.get("/{comparison_id:identifier}")
 async def show_comparison(comparison_id: ComparisonId, caller: Reader, components: GivenComponents) -> ComparisonView:
     """Show a comparison and its jobs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
@@ -63,7 +61,7 @@ async def show_comparison(comparison_id: ComparisonId, caller: Reader, component
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
-@router.get("/{comparison_id}/report")
+@router.get("/{comparison_id:identifier}/report")
 async def report_comparison(
     comparison_id: ComparisonId,
     caller: Reader,
@@ -76,13 +74,18 @@ async def report_comparison(
     return Report.of(await report(comparison, jobs, components.mlflow), with_curves=curves)
 
 
-@router.get("/{comparison_id}/curves")
+@router.get("/{comparison_id:identifier}/curves")
 async def show_curves(
     comparison_id: ComparisonId,
     caller: Reader,
     components: GivenComponents,
     metric: Annotated[
-        str, Query(max_length=250, description="any metric or probe that the runs log, such as `test_loss`")
+        str,
+        Query(
+            max_length=250,
+            pattern=r"^[A-Za-z0-9_./: -]+$",
+            description="any metric or probe that the runs log, such as `test_loss`",
+        ),
     ] = "accuracy",
 ) -> Curves:
     """Show one metric of all runs, as MLflow holds it."""

@@ -7,25 +7,24 @@ from typing import Annotated
 from zlib import crc32
 
 from fastapi import APIRouter, Header, Query, Response
-from fastapi import Path as PathParameter
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from service.api.auth import Reader, Submitter
 from service.api.components import Components, GivenComponents
 from service.api.idempotency import Route
+from service.api.identifiers import COMPARISON, JobId
 from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
-from service.api.routes import streams
-from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, Problem, SubmitJob
-from service.domain.access import Caller
+from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log
+from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, SubmitJob
+from service.domain.access import Caller, Owner
 from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import Job, JobState
-from service.domain.terms import clone, resume
-from service.engine.logs import Level, Line, Place, Selection
+from service.domain.terms import Tag, clone, resume
+from service.engine.logs import PLACE, Level, Line, Place, Selection
 from service.store.jobs import Filter
 from trainer.spec import Norm
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
-JobId = Annotated[str, PathParameter(pattern=r"^job-[0-9a-f]{1,12}$", description="such as `job-3f9c2b7a10de`")]
 
 
 @router.post("", status_code=202)
@@ -58,11 +57,11 @@ async def _add(job: Job, components: Components, response: Response) -> JobView:
 async def list_jobs(
     caller: Reader,
     components: GivenComponents,
-    owner: Annotated[str | None, Query(max_length=80)] = None,
+    owner: Annotated[Owner | None, Query()] = None,
     state: Annotated[JobState | None, Query()] = None,
-    comparison: Annotated[str | None, Query(max_length=40, description="a comparison's id")] = None,
+    comparison: Annotated[str | None, Query(pattern=COMPARISON, description="a comparison's id")] = None,
     norm: Annotated[Norm | None, Query()] = None,
-    tag: Annotated[str | None, Query(max_length=80)] = None,
+    tag: Annotated[Tag | None, Query()] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobList:
@@ -77,13 +76,15 @@ async def list_jobs(
     )
 
 
-@router.get("/{job_id}", response_model=JobView, responses={304: {"description": "it is as `If-None-Match` says"}})
+@router.get(
+    "/{job_id:identifier}", response_model=JobView, responses={304: {"description": "it is as `If-None-Match` says"}}
+)
 async def show_job(
     job_id: JobId,
     caller: Reader,
     components: GivenComponents,
     response: Response,
-    if_none_match: Annotated[str | None, Header(max_length=200)] = None,
+    if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=200)] = None,
 ) -> JobView | Response:
     """Show one job. Its `ETag` changes whenever it does."""
     job = await components.jobs.get(job_id, caller.sees_only)
@@ -93,12 +94,14 @@ async def show_job(
     return JobView.of(job, components.mlflow_public_url)
 
 
-@router.post("/{job_id}:cancel", status_code=202, responses={412: {"model": Problem}})
+@router.post("/{job_id:identifier}:cancel", status_code=202)
 async def cancel_job(
     job_id: JobId,
     caller: Submitter,
     components: GivenComponents,
-    if_match: Annotated[str | None, Header(max_length=200, description="the `ETag` that the job must have")] = None,
+    if_match: Annotated[
+        str | None, Header(alias="If-Match", max_length=200, description="the `ETag` that the job must have")
+    ] = None,
 ) -> JobView:
     """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
     job = await components.jobs.get(job_id, caller.sees_only)
@@ -108,7 +111,7 @@ async def cancel_job(
     return JobView.of(job, components.mlflow_public_url)
 
 
-@router.post("/{job_id}:resume", status_code=202)
+@router.post("/{job_id:identifier}:resume", status_code=202)
 async def resume_job(
     job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
 ) -> JobView:
@@ -116,7 +119,7 @@ async def resume_job(
     return await _add(await _after(job_id, resume, body, caller, components), components, response)
 
 
-@router.post("/{job_id}:clone", status_code=202)
+@router.post("/{job_id:identifier}:clone", status_code=202)
 async def clone_job(
     job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
 ) -> JobView:
@@ -124,7 +127,7 @@ async def clone_job(
     return await _add(await _after(job_id, clone, body, caller, components), components, response)
 
 
-@router.get("/{job_id}/events", response_model=EventList, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
+@router.get("/{job_id:identifier}/events", response_model=EventList, responses=described("transition", "progress"))
 async def list_events(
     job_id: JobId,
     caller: Reader,
@@ -132,17 +135,19 @@ async def list_events(
     follow: Annotated[
         bool, Query(description="stream transitions and progress as server-sent events until the job has ended")
     ] = False,
-    last_event_id: Annotated[str | None, Header(max_length=20, description="go on after this event")] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,10}$", description="go on after this event")
+    ] = None,
 ) -> EventList | Response:
     """List a job's transitions in order."""
     job = await components.jobs.get(job_id, caller.sees_only)
     after = _sequence(last_event_id) if last_event_id else 0
     if follow:
-        return StreamingResponse(streams.follow_events(components, job, after), media_type=streams.MEDIA_TYPE)
+        return Stream(components, caller, follow_events(components, caller, job, after))
     return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id, after)])
 
 
-@router.get("/{job_id}/logs", response_class=PlainTextResponse, responses={200: {"content": {streams.MEDIA_TYPE: {}}}})
+@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line"))
 async def read_logs(
     job_id: JobId,
     caller: Reader,
@@ -153,7 +158,9 @@ async def read_logs(
     rank: Annotated[int | None, Query(ge=0, description="lines of this worker alone")] = None,
     level: Annotated[Level | None, Query(description="lines of this level or a more serious one")] = None,
     follow: Annotated[bool, Query(description="stream lines as server-sent events until the job has ended")] = False,
-    last_event_id: Annotated[str | None, Header(max_length=30, description="go on after this event")] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", pattern=PLACE.pattern, description="go on after this event")
+    ] = None,
 ) -> Response:
     """Read what a job's driver and workers printed; empty before it has started."""
     job = await components.jobs.get(job_id, caller.sees_only)
@@ -164,10 +171,10 @@ async def read_logs(
         place = Place.parse("Last-Event-ID", last_event_id) if last_event_id else Place(attempt or 1)
         if place.attempt > job.attempt:
             raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
-        return StreamingResponse(streams.follow_log(components, job, place, wanted), media_type=streams.MEDIA_TYPE)
+        return Stream(components, caller, follow_log(components, caller, job, place, wanted))
     place = Place(attempt or job.attempt)
     if components.files.log_path(job, place.attempt).is_file():
-        lines = streams.read_log(components, job, place, wanted)
+        lines = read_log(components, job, place, wanted)
         return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.
     return PlainTextResponse(await components.ray.logs(f"{job.id}-a{place.attempt}"))

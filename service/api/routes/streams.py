@@ -6,11 +6,15 @@ from itertools import islice
 from typing import Any
 
 import anyio
+from fastapi import HTTPException
+from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 from pydantic import TypeAdapter
+from starlette.types import Receive, Scope, Send
 
 from service.api.components import Components
 from service.api.schemas import EventView
+from service.domain.access import Caller
 from service.domain.jobs import Job
 from service.engine.logs import AttemptLog, Line, Place, Selection
 from service.store.jobs import Pulse
@@ -26,10 +30,40 @@ READERS = anyio.CapacityLimiter(32)
 JSON = TypeAdapter(Any)
 
 
+def described(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """What the document says of an answer that may be a stream: its events, of which `end` is the last."""
+    fields = {
+        "event": {"enum": [*kinds, "end"]},
+        "id": {"type": "string", "description": "to go on after, as `Last-Event-ID`"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    }
+    return {200: {"content": {MEDIA_TYPE: {"schema": {"type": "object", "properties": fields}}}}}
+
+
 def event(data: Any, *, kind: str | None = None, place: object = None) -> bytes:
     """Write one event."""
     text = JSON.dump_json(data).decode()
     return format_sse_event(data_str=text, event=kind, id=None if place is None else str(place))
+
+
+class Stream(StreamingResponse):
+    """Events as they come, counted among those of the caller's token until they end. Raises HTTPException with 429."""
+
+    def __init__(self, components: Components, caller: Caller, events: AsyncIterator[bytes]) -> None:
+        if not components.watch.open_stream(caller.token_id):
+            detail = (
+                "this token follows as many logs and timelines as it may; end one of them, or list without `follow`"
+            )
+            raise HTTPException(429, detail, headers={"Retry-After": "5"})
+        self._watch, self._token_id = components.watch, caller.token_id
+        super().__init__(events, media_type=MEDIA_TYPE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, to the end of the stream or of the connection."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._watch.close_stream(self._token_id)
 
 
 SIGN_OF_LIFE = format_sse_event(comment="still here")
@@ -42,18 +76,21 @@ async def read_log(components: Components, job: Job, place: Place, wanted: Selec
         yield [line for line in lines if wanted.takes(line)]
 
 
-async def follow_log(components: Components, job: Job, place: Place, wanted: Selection) -> AsyncIterator[bytes]:
-    """Stream a job's log from a place on until the job has ended."""
+async def follow_log(
+    components: Components, caller: Caller, job: Job, place: Place, wanted: Selection
+) -> AsyncIterator[bytes]:
+    """Stream a job's log from a place on until the job, or the caller's token, has ended."""
     with components.watch.watching(job.id):
         pulse = Pulse(job.version, job.state, job.attempt, job.progress)
         log = AttemptLog(components.files.log_path(job, place.attempt), place)
         spoke_at = time.monotonic()
-        while not components.watch.is_closing:
+        while not components.watch.is_over(caller.token_id):
             # What is over before the file is read grows no more after it.
             is_over = pulse.state.is_terminal or log.place.attempt < pulse.attempt
             async for lines in _in_parts(log.read(is_over=is_over)):
-                shown = [line for line in lines if wanted.takes(line)]
-                for line in shown:
+                if components.watch.is_over(caller.token_id):
+                    return
+                for line in filter(wanted.takes, lines):
                     data = {"rank": line.rank, "level": line.level, "text": line.text}
                     yield event(data, kind="line", place=line.place)
                     spoke_at = time.monotonic()
@@ -67,14 +104,14 @@ async def follow_log(components: Components, job: Job, place: Place, wanted: Sel
             if time.monotonic() - spoke_at > SECONDS_BETWEEN_SIGNS:
                 yield SIGN_OF_LIFE
                 spoke_at = time.monotonic()
-            pulse = await components.watch.next(job.id, pulse, SECONDS_BETWEEN_LOOKS) or pulse
+            pulse = await components.watch.next(job.id, pulse, caller.token_id, SECONDS_BETWEEN_LOOKS) or pulse
 
 
-async def follow_events(components: Components, job: Job, after: int) -> AsyncIterator[bytes]:
-    """Stream a job's transitions, those after number `after`, and its progress, until the job has ended."""
+async def follow_events(components: Components, caller: Caller, job: Job, after: int) -> AsyncIterator[bytes]:
+    """Stream a job's transitions, those after number `after`, and its progress, until the job, or the caller's token, has ended."""
     with components.watch.watching(job.id):
         pulse: Pulse | None = None
-        while not components.watch.is_closing:
+        while not components.watch.is_over(caller.token_id):
             seen = await components.jobs.events_of(job.id, after)
             for found in seen:
                 after = found.sequence
@@ -85,7 +122,7 @@ async def follow_events(components: Components, job: Job, after: int) -> AsyncIt
                 # The end and its event are one transaction, so the event has been read by now.
                 yield event({"state": pulse.state if pulse else job.state}, kind="end", place=after)
                 return
-            news = await components.watch.next(job.id, pulse, SECONDS_BETWEEN_SIGNS)
+            news = await components.watch.next(job.id, pulse, caller.token_id, SECONDS_BETWEEN_SIGNS)
             if news == pulse:
                 yield SIGN_OF_LIFE
             pulse = news

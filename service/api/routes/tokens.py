@@ -2,22 +2,21 @@
 
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
-from typing import Annotated
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Request
 
 from service.api import problems
 from service.api.access_schemas import AuditList, AuditView, CallerView, MadeToken, MakeToken, TokenList, TokenView
 from service.api.auth import Admin, Reader
 from service.api.components import GivenComponents
 from service.api.idempotency import Route, answer_repeats_with
+from service.api.identifiers import TokenId
 from service.api.pages import PageSize, PageToken, place_of, token_of
 from service.domain.access import RESERVED_OWNERS, Token, new_secret
 from service.domain.errors import InvalidField
 from service.domain.jobs import new_id
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
-TokenId = Annotated[str, Path(pattern=r"^token-[0-9a-f]{1,12}$", description="such as `token-3f9c2b7a10de`")]
 
 
 @router.get("/me")
@@ -58,7 +57,7 @@ async def list_tokens(
     return TokenList(tokens=[TokenView.of(token) for token in tokens], next_page_token=token_of(more))
 
 
-@router.post("/tokens/{token_id}:revoke")
+@router.post("/tokens/{token_id:identifier}:revoke")
 async def revoke_token(token_id: TokenId, caller: Admin, components: GivenComponents) -> TokenView:
     """Let a token open nothing from now on. The last valid one with scope admin answers 409."""
     return TokenView.of(await components.tokens.revoke(token_id, caller))

@@ -31,10 +31,8 @@ async def test_every_v1_operation_is_behind_the_token(anyone):
     assert open_to_all == {"/livez", "/readyz"}
 
 
-async def test_docs_are_there_with_an_example(anyone):
+async def test_docs_are_there(anyone):
     assert "swagger" in (await anyone.get("/docs")).text.lower()
-    schemas = (await anyone.get("/openapi.json")).json()["components"]["schemas"]
-    assert schemas["SubmitJob"]["examples"][0]["spec"]["norm"] == "sync"
 
 
 async def test_a_mistake_of_ours_answers_as_a_problem_too(app):

@@ -6,6 +6,7 @@ import socket
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from service.api.app import make_app
 from service.api.server import Server
@@ -31,6 +32,7 @@ class Running:
             database_url=f"sqlite+aiosqlite:///{folder}/test.db",
             storage=folder / "storage",
             poll_seconds=0.02,
+            streams_per_token=5,
         )
         self.parts, self.url = (ray, mlflow), f"http://127.0.0.1:{port}"
 
@@ -197,3 +199,65 @@ async def test_lines_are_selected_in_plain_text_too(running):
         assert await text(rank=1, level="warning") == "[1] ERROR: no\n"
         refused = await client.get(f"/v1/jobs/{job.id}/logs", params={"level": "loud"})
         assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "level")
+
+
+@pytest.fixture
+async def ann(running):
+    """A token beside the admin's, which expires, and how to follow with it."""
+    async with running.client() as client:
+        body = {"owner": "ann", "scopes": ["submit"], "expires_in_seconds": 3}
+        return (await client.post("/v1/tokens", json=body)).json()
+
+
+async def opened(client, path, token=TOKEN):
+    """Open a stream, to be read on to its end."""
+    request = client.build_request("GET", path, params={"follow": "true"}, headers={"Authorization": f"Bearer {token}"})
+    return await client.send(request, stream=True)
+
+
+async def to_its_end(response):
+    return [event async for event in events(response)]
+
+
+@pytest.mark.parametrize("what", ["logs", "events"])
+@pytest.mark.parametrize("end", ["revoked", "expired"])
+async def test_a_stream_ends_with_its_token(running, ann, what, end):
+    job = await running.advance(await running.job(), "submitted")
+    async with running.app.state.components.database.write() as connection:
+        await connection.execute(text("UPDATE jobs SET owner = 'ann'"))
+    running.write(job, "one\n")
+    async with running.client() as client:
+        response = await opened(client, f"/v1/jobs/{job.id}/{what}", ann["token"])
+        assert response.status_code == 200
+        reading = asyncio.create_task(to_its_end(response))
+        await asyncio.sleep(0.2)
+        assert not reading.done()
+        if end == "revoked":
+            assert (await client.post(f"/v1/tokens/{ann['id']}:revoke")).status_code == 200
+        async with asyncio.timeout(1 if end == "revoked" else 4):
+            seen = await reading
+    assert seen
+    assert "end" not in {kind for kind, _, _ in seen}
+
+
+async def test_a_token_follows_so_many_at_one_time(running):
+    job = await running.advance(await running.job(), "submitted")
+    timeline, log = f"/v1/jobs/{job.id}/events", f"/v1/jobs/{job.id}/logs"
+    async with running.client() as client:
+        streams = [await opened(client, timeline) for _ in range(running.settings.streams_per_token)]
+        assert {stream.status_code for stream in streams} == {200}
+        refused = await opened(client, log)
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
+        assert b"as many logs and timelines as it may" in await refused.aread()
+        await streams.pop().aclose()  # which is noticed by the next word, here that of the end
+        await running.advance(job, "succeeded")
+        for stream in streams:
+            assert (await to_its_end(stream))[-1][0] == "end"
+        async with asyncio.timeout(5):
+            while (again := await opened(client, log)).status_code == 429:
+                await again.aread()
+                await asyncio.sleep(0.05)
+        assert (await to_its_end(again))[-1][0] == "end"
+        async with asyncio.timeout(5):
+            while running.app.state.components.watch._streams:
+                await asyncio.sleep(0.01)

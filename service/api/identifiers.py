@@ -1,0 +1,28 @@
+"""Identifiers in addresses: their form, and that a colon ends them, after which a verb comes, as in `/v1/jobs/{job_id}:cancel`."""
+
+from typing import Annotated
+
+from fastapi import Path
+from starlette.convertors import Convertor, register_url_convertor
+
+
+class IdentifierConvertor(Convertor[str]):
+    """Up to a slash or colon, so that `GET …:cancel` is a method that the verb does not take, and no strange identifier."""
+
+    regex = "[^/:]+"
+
+    def convert(self, value: str) -> str:
+        """Read from an address."""
+        return value
+
+    def to_string(self, value: str) -> str:
+        """Write into an address."""
+        return value
+
+
+register_url_convertor("identifier", IdentifierConvertor())
+
+JOB, COMPARISON, TOKEN = r"^job-[0-9a-f]{1,12}$", r"^comparison-[0-9a-f]{1,12}$", r"^token-[0-9a-f]{1,12}$"
+JobId = Annotated[str, Path(pattern=JOB, description="such as `job-3f9c2b7a10de`")]
+ComparisonId = Annotated[str, Path(pattern=COMPARISON, description="such as `comparison-3f9c2b7a10de`")]
+TokenId = Annotated[str, Path(pattern=TOKEN, description="such as `token-3f9c2b7a10de`")]

@@ -1,0 +1,20 @@
+"""What the service says of what it depends on."""
+
+from pydantic import BaseModel, Field
+
+
+class Check(BaseModel):
+    """State of one thing the service depends on."""
+
+    ok: bool
+    detail: str
+
+
+class Readiness(BaseModel):
+    """State of all things the service depends on."""
+
+    ready: bool
+    database: Check
+    ray: Check
+    mlflow: Check
+    dispatcher: Check = Field(description="whether this replica looks after jobs")

@@ -1,0 +1,124 @@
+"""Jobs in requests and answers, apart from JobSpec."""
+
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+from service.api.schemas.names import Name
+from service.domain.comparisons import Comparison
+from service.domain.jobs import Event, Job, JobState
+from service.domain.retries import Blame, Retries
+from service.domain.terms import Terms
+from trainer.spec import Frozen, JobSpec, Progress
+
+
+class SubmitJob(Terms):
+    """A job to run."""
+
+    name: Name
+    spec: JobSpec
+
+
+class ChangeJob(Frozen):
+    """A new job after the example of another one."""
+
+    name: Name | None = Field(None, description="null: that of the other job")
+    overrides: dict[str, JsonValue] = Field(
+        {}, max_length=64, description="paths into the spec, such as `optimizer.lr`, and their new values"
+    )
+
+
+class Needs(BaseModel):
+    """What a job takes of the cluster."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    cpus: float
+    gpus: float
+
+
+class Validation(BaseModel):
+    """What would be stored, had it been submitted."""
+
+    jobs: int
+    spec: JobSpec = Field(description="with all defaults; of a comparison, the base spec")
+    least: Needs = Field(description="of one job, to start")
+    most: Needs = Field(description="of one job, while it runs")
+    fits: bool | None = Field(description="whether the cluster as it is now is large enough; null: Ray does not answer")
+
+
+class JobView(BaseModel):
+    """A job as it stands."""
+
+    id: str
+    name: str
+    owner: str
+    tags: list[str]
+    priority: int
+    retries: Retries
+    secrets: dict[str, str] = Field(description="environment variables of the workers, to the names of their secrets")
+    queue_seconds: float | None
+    run_seconds: float | None
+    state: JobState
+    reason: str = Field(description="why the job is in this state")
+    attempt: int
+    failures: dict[Blame, int] = Field(description="attempts that ended without a result, by whom that is blamed on")
+    cancel_requested: bool
+    progress: Progress | None
+    mlflow_run_id: str | None
+    mlflow_url: str | None
+    comparison_id: str | None
+    variant: dict[str, Any]
+    resumed_from: str | None = Field(description="the ended job whose checkpoints this one goes on from")
+    cloned_from: str | None
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    spec: JobSpec
+
+    @classmethod
+    def of(cls, job: Job, mlflow_public_url: str) -> "JobView":
+        """Show a job."""
+        values = {
+            name: getattr(job, name) for name in cls.model_fields if name not in ("mlflow_url", "failures", "tags")
+        }
+        return cls(
+            **values, tags=list(job.tags), failures=job.failures.counts, mlflow_url=run_url(mlflow_public_url, job)
+        )
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first."""
+
+    jobs: list[JobView]
+    next_page_token: str | None = Field(description="pass it as `page_token` for the next page; null on the last one")
+
+
+class EventView(BaseModel):
+    """A transition of a job, or a wish about it."""
+
+    sequence: int = Field(description="grows over all events")
+    at: datetime
+    state: JobState
+    reason: str
+    actor: str
+    attempt: int
+
+    @classmethod
+    def of(cls, event: Event) -> "EventView":
+        """Show an event."""
+        return cls(**{name: getattr(event, name) for name in cls.model_fields})
+
+
+class EventList(BaseModel):
+    """A job's timeline."""
+
+    events: list[EventView]
+
+
+def run_url(base: str, of: Job | Comparison) -> str | None:
+    """Where a browser finds a run in MLflow; None as long as there is none."""
+    if of.mlflow_run_id is None:
+        return None
+    return f"{base}/#/experiments/{of.mlflow_experiment_id}/runs/{of.mlflow_run_id}"

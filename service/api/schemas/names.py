@@ -1,0 +1,15 @@
+"""What names of jobs, comparisons and tokens may be."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Name = Annotated[
+    str,
+    Field(
+        min_length=1,
+        max_length=120,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._=,@+-]*$",
+        description="letters, digits, spaces and ._=,@+- ; starts with a letter or digit",
+    ),
+]

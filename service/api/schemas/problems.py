@@ -1,0 +1,23 @@
+"""Errors as they are answered."""
+
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+
+class FieldError(BaseModel):
+    """One field that cannot be taken."""
+
+    field: str = Field(description="path into the body or name of the parameter")
+    value: Any = Field(None, description="what was sent")
+    takes: str
+
+
+class Problem(BaseModel):
+    """Problem details (RFC 9457), sent as `application/problem+json`."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] = []

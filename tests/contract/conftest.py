@@ -1,0 +1,11 @@
+"""The API's document, as the application makes it."""
+
+import pytest
+
+from service.api.app import make_app
+from service.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def document():
+    return make_app(Settings()).openapi()

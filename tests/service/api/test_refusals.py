@@ -1,0 +1,133 @@
+"""What is wrong about a request itself answers 4xx as problem details that name the field and the value."""
+
+import pytest
+
+BODY = '{"name": "mine", "spec": {"steps": 10}}'
+JSON = {"Content-Type": "application/json"}
+NUL, HALF_A_PAIR = "\x00", "\\ud800"
+
+
+async def refused(client, status, method, path, **request):
+    answer = await client.request(method, path, **request)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), answer.text
+    assert answer.json()["status"] == status
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("PUT", "/v1/jobs", "GET, POST"),
+        ("DELETE", "/v1/jobs/job-0", "GET"),
+        ("GET", "/v1/jobs/job-0:cancel", "POST"),
+        ("OPTIONS", "/v1/tokens", "GET, POST"),
+    ],
+)
+async def test_a_method_that_an_address_does_not_take(client, method, path, allowed):
+    answer = await refused(client, 405, method, path)
+    assert answer.headers["Allow"] == allowed
+    assert answer.json()["detail"] == f"{path} takes {allowed} (got {method})"
+
+
+async def test_an_address_that_is_not_there(client):
+    for path in ("/nothing", "/v1/nothing", "/v1/jobs/job-0:explode", "/v1/jobs/a/b/c"):
+        assert (await refused(client, 404, "GET", path)).json()["detail"] == f"there is nothing at {path}"
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "headers", "field"),
+    [
+        (400, b'{"name": "\xff"}', JSON, "body"),
+        (400, f'{{"name": {"[" * 3_000}}}'.encode(), JSON, "body"),
+        (400, f'{{"name": 1{"0" * 5_000}}}'.encode(), JSON, "body"),
+        (415, BODY.encode(), {"Content-Type": "text/plain"}, "Content-Type"),
+        (415, b"name=mine", {"Content-Type": "application/x-www-form-urlencoded"}, "Content-Type"),
+        (422, b'{"name":', JSON, "body"),
+        (422, b"", JSON, "body"),
+        (422, b"[]", JSON, "body"),
+    ],
+)
+async def test_a_body_that_is_no_object_in_json(client, status, content, headers, field):
+    for path in ("/v1/jobs", "/v1/jobs:validate"):
+        answer = await refused(client, status, "POST", path, content=content, headers=headers)
+        assert answer.json()["errors"][0]["field"] == field
+        assert field in answer.json()["detail"]
+
+
+async def _in_pieces():
+    for _ in range(20):
+        yield b"x" * 100_000
+
+
+@pytest.mark.parametrize("content", [b"x" * 2_000_000, _in_pieces])
+@pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "x"}])
+async def test_a_body_that_is_too_large(client, content, headers):
+    content = content() if callable(content) else content
+    answer = await refused(client, 413, "POST", "/v1/jobs", content=content, headers=JSON | headers)
+    assert answer.json()["detail"] == "the body takes at most 1,000,000 bytes"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        ("/v1/jobs", '{"name": %s, "spec": {"steps": 10}}', "name"),
+        ("/v1/jobs", '{"name": "mine", "spec": {"steps": %s}}', "spec.steps"),
+        ("/v1/jobs", '{"name": "mine", "tags": [%s], "spec": {"steps": 1}}', "tags[0]"),
+        ("/v1/jobs", '{"name": "mine", "secrets": {"A": %s}, "spec": {"steps": 1}}', "secrets.A"),
+        ("/v1/tokens", '{"owner": %s, "scopes": ["read"]}', "owner"),
+        (
+            "/v1/comparisons",
+            '{"name": "mine", "spec": {"steps": 10}, "matrix": {"optimizer.lr": [%s]}}',
+            "matrix.optimizer.lr[0]",
+        ),
+    ],
+)
+async def test_a_strange_value(client, path, body, field):
+    for value in (f'"{HALF_A_PAIR}"', '"\\u0000"', "NaN", "1e999", "1" + "0" * 400, "[" * 99 + "]" * 99):
+        answer = await refused(client, 422, "POST", path, content=body % value, headers=JSON)
+        assert answer.json()["errors"][0]["field"].startswith(field)
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+
+
+async def test_a_strange_condition(client):
+    for field in ("owner", "state", "comparison", "norm", "tag", "page_token", "page_size"):
+        for value in (NUL, "\ufffd", "!" * 5_000):
+            answer = await refused(client, 422, "GET", "/v1/jobs", params={field: value})
+            assert answer.json()["errors"][0]["field"] == field
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "header", "value", "status"),
+    [
+        ("GET", "/events", "Last-Event-ID", "x", 422),
+        ("GET", "/events", "Last-Event-ID", "9999999999", 422),
+        ("GET", "/logs", "Last-Event-ID", "99999999", 422),
+        ("GET", "/logs", "Last-Event-ID", "\u0661:0", 422),
+        ("POST", ":cancel", "If-Match", "9" * 300, 422),
+        ("POST", ":cancel", "If-Match", "x", 412),
+        ("POST", ":cancel", "Idempotency-Key", "a b", 422),
+    ],
+)
+async def test_a_strange_header(client, method, path, header, value, status):
+    job = (await client.post("/v1/jobs", content=BODY, headers=JSON)).json()
+    answer = await refused(client, status, method, f"/v1/jobs/{job['id']}{path}", headers={header: value.encode()})
+    if status == 422:
+        assert answer.json()["errors"][0]["field"] == header
+
+
+@pytest.mark.parametrize("value", [f'"{HALF_A_PAIR}"', f'{{"{HALF_A_PAIR}": 1}}', '["\\u0000"]', "[" * 240 + "]" * 240])
+async def test_an_argument_that_could_not_be_read_again(client, value):
+    body = f'"spec": {{"steps": 10, "model": {{"name": "torchvision:resnet18", "arguments": {{"a": {value}}}}}}}'
+    answer = await refused(client, 422, "POST", "/v1/jobs", content=f'{{"name": "mine", {body}}}', headers=JSON)
+    assert answer.json()["errors"][0]["field"] == "spec.model.arguments"
+    job = (await client.post("/v1/jobs", content=BODY, headers=JSON)).json()
+    overrides = f'{{"overrides": {{"model": {{"name": "torchvision:resnet18", "arguments": {{"a": {value}}}}}}}}}'
+    await refused(client, 422, "POST", f"/v1/jobs/{job['id']}:clone", content=overrides, headers=JSON)
+    assert len((await client.get("/v1/jobs")).json()["jobs"]) == 1
+
+
+async def test_how_much_a_comparison_may_set(client):
+    body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(40_000)}}
+    answer = await refused(client, 422, "POST", "/v1/comparisons:validate", json=body)
+    assert answer.json()["errors"][0]["field"] == "matrix"
