@@ -13,6 +13,7 @@ from starlette.types import ASGIApp
 from service.api import problems
 from service.api.components import Components, GivenComponents
 from service.api.headers import Headers
+from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
 from service.api.routes import metrics as metrics_routes
@@ -117,6 +118,7 @@ def make_app(
         token_routes.router,
         webhook_routes.router,
         validation_routes.router,
+        cluster_routes.router,
         metrics_routes.router,
     ):
         app.include_router(router, responses=ERRORS)
