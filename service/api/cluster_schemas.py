@@ -22,4 +22,6 @@ class ClusterView(BaseModel):
     total: Resources | None = Field(description="of all live nodes; null: Ray does not answer")
     free: Resources | None = Field(description="what nobody holds, as Ray saw it some seconds ago at most")
     jobs: dict[JobState, int] = Field(description="jobs of all owners by state")
-    oldest_queued_at: datetime | None = Field(description="since when the first of the queue has waited; null: none does")
+    oldest_queued_at: datetime | None = Field(
+        description="since when the first of the queue has waited; null: none does"
+    )

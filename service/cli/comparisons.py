@@ -44,7 +44,7 @@ def compare(
     terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
     comparison = client.submit_comparison(body | terms.model_dump(mode="json", exclude_unset=True), key=key)
     if not as_json:
-        output.print(f"{comparison.id}: {len(comparison.jobs)} jobs")
+        typer.echo(f"{comparison.id}: {len(comparison.jobs)} jobs")
     if not wait:
         if as_json:
             print_json({"comparison": comparison, "report": None, "verdict": None})

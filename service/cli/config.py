@@ -45,18 +45,18 @@ def find_service(options: Place, environment: Mapping[str, str], config_path: Pa
     variables = {
         name: value for name in Place.model_fields if (value := environment.get(f"SYNCBN_{name.upper()}", "").strip())
     }
-    given = [options, Place(**variables)]
-    # What others say is not read where it would not count, so that a faulty config file is in nobody's way.
-    places = [place for place in given if place.names_one] or [_config(environment, config_path)]
-    place = places[0] if places[0].names_one else Place(data_dir=DEFAULT_DATA_DIR)
-    token = next((source.token for source in given if source.token), None)
-    if place.url is not None:
-        if (token := token or place.token) is None:
-            raise typer.BadParameter(f"{place.url} takes a token: --token, or SYNCBN_TOKEN", param_hint="--token")
-        return place.url, token
-    assert place.data_dir is not None
-    connection = read_connection(place.data_dir)
-    return connection.url, token or connection.token
+    told = Place(**variables)
+    # What says less is not read where it would not count, so that a faulty config file is in nobody's way.
+    place = next((source for source in (options, told) if source.names_one), None) or _config(environment, config_path)
+    url, own = place.url, place.token
+    if url is None:
+        connection = read_connection(place.data_dir or DEFAULT_DATA_DIR)
+        url, own = connection.url, connection.token
+    # A stack that was asked for by an option has a token of its own, which a variable for another service does not replace.
+    token = options.token or (own if place is options else None) or told.token or own
+    if token is None:
+        raise typer.BadParameter(f"{url} takes a token: --token, or SYNCBN_TOKEN", param_hint="--token")
+    return url, token
 
 
 def default_config_path() -> Path:
@@ -124,7 +124,9 @@ def with_client(command: Callable[Concatenate[Client, Given], None]) -> Callable
         place = Place(**{name: options.pop(name) for name in Place.model_fields})
         url, token = find_service(place, os.environ, options.pop("config"))
         try:
-            client = Client(url, token, tell=lambda message: errors.print(message, style="dim", markup=False))
+            client = Client(
+                url, token, tell=lambda message: errors.print(message, style="dim", markup=False, soft_wrap=True)
+            )
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="service") from None
         with client:

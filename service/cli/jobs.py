@@ -138,7 +138,7 @@ def cancel(
         print_json(asked)
         return
     for job in asked:
-        output.print(f"{job.id}: {job.state}" + ("" if job.state.is_terminal else ", cancel requested"))
+        typer.echo(f"{job.id}: {job.state}" + ("" if job.state.is_terminal else ", cancel requested"))
 
 
 @app.command()
@@ -175,12 +175,12 @@ def clone(
 
 def _submitted(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:
     if not as_json:
-        output.print(f"{job.id}: {job.state}")
+        typer.echo(f"{job.id}: {job.state}")
     if wait:
         job = wait_for_job(client, job)
     if as_json:
         print_json(job)
     elif wait:
-        output.print(f"{job.id}: {job.state}, {job.reason}", markup=False)
+        typer.echo(f"{job.id}: {job.state}, {job.reason}")
     if job.state in (JobState.FAILED, JobState.CANCELLED):
         raise typer.Exit(ExitCode.ENDED_BADLY)

@@ -39,7 +39,7 @@ def print_json(content: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> Non
 
 def tell_error(message: str) -> None:
     """Say what went wrong."""
-    errors.print(f"[red]error:[/] {escape(message)}")
+    errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def interruptible(hint: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        errors.print(f"\n{hint}", markup=False)
+        errors.print(f"\n{hint}", markup=False, soft_wrap=True)
         raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 

@@ -52,7 +52,7 @@ def revoke(client: Client, token_id: str, as_json: AsJson = False) -> None:
     if as_json:
         print_json(revoked)
     else:
-        output.print(f"{revoked.id}: revoked")
+        typer.echo(f"{revoked.id}: revoked")
 
 
 @app.command()
@@ -63,7 +63,7 @@ def me(client: Client, as_json: AsJson = False) -> None:
     if as_json:
         print_json(caller)
     else:
-        output.print(f"{caller.token_id} of {caller.owner}: {', '.join(caller.scopes)}")
+        typer.echo(f"{caller.token_id} of {caller.owner}: {', '.join(caller.scopes)}")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SHUT_RDWR
@@ -42,7 +42,7 @@ class BadNetwork:
             def do_GET(self):
                 network.handle(self)
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815
 
             def log_message(self, *_):
                 pass
@@ -59,7 +59,7 @@ class BadNetwork:
             server.server_close()
             thread.join(10)
 
-    def keys(self):
+    def sent_keys(self):
         return [headers["Idempotency-Key"] for _, headers in self.seen]
 
     def handle(self, request):
@@ -78,14 +78,16 @@ class BadNetwork:
                 if fault == LOSE:
                     answer.read()
                 else:
-                    passed = {name: answer.headers[name] for name in ("Content-Type", "Content-Length") if name in answer.headers}
+                    passed = {
+                        name: answer.headers[name]
+                        for name in ("Content-Type", "Content-Length")
+                        if name in answer.headers
+                    }
                     limit = fault.size if isinstance(fault, Cut) else None
                     self._answer(request, answer.status_code, passed, _up_to(limit, answer.iter_raw()))
         request.close_connection = True
-        try:
+        with suppress(OSError):  # whoever called has gone already
             request.connection.shutdown(SHUT_RDWR)
-        except OSError:
-            pass  # whoever called has gone already
 
     @staticmethod
     def _answer(request, status, headers, chunks):

@@ -7,9 +7,10 @@ from tests.service.cli.bad_network import BadNetwork
 from tests.service.cli.running import TOKEN, RunningApi
 
 
-@pytest.fixture
-def api(tmp_path):
-    api = RunningApi(tmp_path)
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    """One for all tests of a file."""
+    api = RunningApi(tmp_path_factory.mktemp("api"))
     api.start()
     yield api
     api.stop()

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import threading
 import time
+from uuid import uuid4
 
 import pytest
 
@@ -11,6 +12,7 @@ from service.api.schemas import EventView
 from service.cli.client import AsyncClient, Client
 from service.cli.streams import Ended, LogLine
 from service.cli.tries import ApiError, Patience
+from service.domain.jobs import JobState
 from service.domain.terms import Terms
 from tests.service.cli.bad_network import DROP, LOSE, Answer, Cut
 from tests.service.cli.running import SPEC, TOKEN
@@ -55,24 +57,26 @@ def by(request):
 @pytest.mark.parametrize("fault", [DROP, LOSE, Answer(503, {"Retry-After": "0"}), Answer(500), Answer(502), Cut(40)])
 def test_a_submission_is_stored_once_whatever_the_network_does(api, network, by, fault):
     network.faults.extend([fault, fault])
-    job = by.call(network.url, lambda client: client.submit_job("once", SPEC, Terms(priority=3, tags=["a"])))
-    assert (job.name, job.priority, job.tags) == ("once", 3, ["a"])
+    tag = uuid4().hex
+    job = by.call(network.url, lambda client: client.submit_job("once", SPEC, Terms(priority=3, tags=[tag])))
+    assert (job.name, job.priority, job.tags) == ("once", 3, [tag])
     with api.client() as client:
-        assert [each.id for each in client.jobs()] == [job.id]
+        assert [each.id for each in client.jobs(tag=tag)] == [job.id]
     assert len(network.seen) == 3
-    assert len(set(network.keys())) == 1
+    assert len(set(network.sent_keys())) == 1
 
 
 def test_every_post_has_a_key_of_its_own_unless_one_is_given(api, network, by):
-    first, again = (by.call(network.url, lambda client: client.submit_job("x", SPEC, key="mine")) for _ in range(2))
+    mine = uuid4().hex
+    first, again = (by.call(network.url, lambda client: client.submit_job("x", SPEC, key=mine)) for _ in range(2))
     assert first.id == again.id
     new = [by.call(network.url, lambda client: client.clone(first.id)) for _ in range(2)]
     assert len({first.id, *(job.id for job in new)}) == 3
-    assert network.keys()[:2] == ["mine", "mine"]
-    assert None not in network.keys()
-    assert len(set(network.keys())) == 3
+    assert network.sent_keys()[:2] == [mine, mine]
+    assert None not in network.sent_keys()
+    assert len(set(network.sent_keys())) == 3
     with pytest.raises(ApiError, match="takes a new key for each request"):
-        by.call(network.url, lambda client: client.submit_job("y", SPEC, key="mine"))
+        by.call(network.url, lambda client: client.submit_job("y", SPEC, key=mine))
 
 
 def test_a_lost_token_is_named_so_that_it_can_be_revoked(api, network, by):
@@ -80,7 +84,7 @@ def test_a_lost_token_is_named_so_that_it_can_be_revoked(api, network, by):
     with pytest.raises(ApiError, match="was made by this request before") as refused:
         by.call(network.url, lambda client: client.create_token("ann", ["read"]))
     with api.client() as client:
-        lost = next(token for token in client.tokens() if token.owner == "ann")
+        lost = next(client.tokens())
         assert lost.id in str(refused.value)
     assert len(network.seen) == 2
 
@@ -131,7 +135,12 @@ def test_a_server_that_says_nothing_is_left_after_the_time_limit(by):
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         began = time.monotonic()
         with pytest.raises(ApiError, match="does not answer: "):
-            by.call(url, lambda client: client.me(), timeout_seconds=0.2, patience=Patience(tries=2, first_pause_seconds=0.02))
+            by.call(
+                url,
+                lambda client: client.me(),
+                timeout_seconds=0.2,
+                patience=Patience(tries=2, first_pause_seconds=0.02),
+            )
         assert 0.4 <= time.monotonic() - began < 5
 
 
@@ -139,8 +148,8 @@ def test_another_service_is_told_from_ours(network, by):
     network.faults.append(Answer(200, {}, b"<html>welcome</html>"))
     with pytest.raises(ApiError, match="did not answer as a syncbn service does"):
         by.call(network.url, lambda client: client.me())
+    network.faults.append(Answer(200, {}, b"data: 1\n\n"))
     with pytest.raises(ApiError, match="text/event-stream"):
-        network.faults.append(Answer(200, {}, b"data: 1\n\n"))
         by.collect(network.url, lambda client: client.follow_events("job-1"))
 
 
@@ -239,11 +248,13 @@ def test_a_timeline_is_followed_with_progress(api, network, by):
 
 
 def test_lists_are_read_page_by_page(api, network, by):
-    ids = [api.submit() for _ in range(5)]
-    found = by.collect(network.url, lambda client: client.jobs(page_size=2))
+    tag = uuid4().hex
+    with api.client() as client:
+        ids = [client.submit_job("x", SPEC, Terms(tags=[tag])).id for _ in range(5)]
+    found = by.collect(network.url, lambda client: client.jobs(tag=tag, page_size=2))
     assert [job.id for job in found] == ids[::-1]
     assert len(network.seen) == 3
-    assert by.collect(network.url, lambda client: client.jobs(state="failed")) == []
+    assert by.collect(network.url, lambda client: client.jobs(tag=tag, state=JobState.FAILED)) == []
 
 
 def test_a_job_is_cancelled_only_as_it_was_seen(api, by):
@@ -273,7 +284,7 @@ def test_an_id_stays_within_its_part_of_the_path(network, by):
         ("127.0.0.1:8000", "t", "url: takes an address"),
         ("ftp://host", "t", "url: takes an address"),
         ("http://", "t", "url: takes an address"),
-        ("http://a b", "t", "url: takes an address"),
+        ("http://host:port", "t", "url: takes an address"),
         ("http://host", "", "token: takes visible ASCII"),
         ("http://host", "a\nb", "token: takes visible ASCII"),
         ("http://host", "ä", "token: takes visible ASCII"),
