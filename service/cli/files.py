@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,6 +38,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise typer.BadParameter(str(error), param_hint="file") from None
     if not isinstance(content, dict):
         raise typer.BadParameter(f"{path} holds no mapping of fields to values", param_hint="file")
+    _refuse_what_json_has_not(content, str(path), "file")
     return content
 
 
@@ -101,9 +101,24 @@ def override(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 def _value(path: str, text: str) -> Any:
     """Read JSON, in which 1e-3 is a number, else YAML, in which words need no quotes."""
-    with suppress(ValueError):
-        return json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = _yaml(path, text)
+    _refuse_what_json_has_not(value, path, "--set")
+    return value
+
+
+def _yaml(path: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise typer.BadParameter(f"{path} takes JSON or YAML (got {text})", param_hint="--set") from None
+
+
+def _refuse_what_json_has_not(value: Any, where: str, option: str) -> None:
+    """Refuse the dates, sets and infinities that YAML has."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"{where}: takes what JSON can hold ({error})", param_hint=option) from None

@@ -1,6 +1,8 @@
 """What commands print and how they end: data on standard output, all else on standard error, and the exit codes."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -11,7 +13,9 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 
-output = Console(highlight=False)
+WIDTH_OF_FILES = 160
+# A file or another program is as wide as it needs to be.
+output = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
 errors = Console(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]

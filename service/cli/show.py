@@ -5,6 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import yaml
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
@@ -15,6 +16,7 @@ from service.api.cluster_schemas import ClusterView, Resources
 from service.api.schemas import Check, EventView, JobView, Needs, Readiness, Validation
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe
+from trainer.spec import JobSpec
 
 COLOURS = {
     "queued": "dim",
@@ -35,7 +37,7 @@ def state_text(job: JobView) -> str:
 
 def jobs_table(jobs: Sequence[JobView]) -> Table:
     """A row per job."""
-    table = Table(Column("job", no_wrap=True), "name", "owner", "state", "attempt", "step", "reason")
+    table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
     for job in jobs:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else NOTHING
         row = (job.id, escape(job.name), job.owner, _state(job.state), str(job.attempt), step, escape(job.reason))
@@ -44,7 +46,7 @@ def jobs_table(jobs: Sequence[JobView]) -> Table:
 
 
 def job_view(job: JobView, events: Sequence[EventView]) -> Group:
-    """All of a job but the defaults of its spec, and its timeline."""
+    """A job, and its timeline."""
     progress = job.progress
     terms = {
         "priority": job.priority or None,
@@ -68,11 +70,9 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
         "started": job.started_at and _time(job.started_at),
         "ended": job.ended_at and _time(job.ended_at),
         "MLflow": job.mlflow_url,
-        "spec": yaml.safe_dump(
-            job.spec.model_dump(mode="json", exclude_defaults=True), sort_keys=False, default_flow_style=None
-        ).strip(),
+        "spec": _spec_text(job.spec),
     }
-    timeline = Table("time", "attempt", "state", "by", "reason")
+    timeline = _table("time", "attempt", "state", "by", "reason", whole=("time", "attempt", "state"))
     for event in events:
         row = (str(event.attempt), _state(event.state), escape(event.actor), escape(event.reason))
         timeline.add_row(_time(event.at), *row)
@@ -94,7 +94,7 @@ def needs_view(found: Validation) -> RenderableType:
 
 def tokens_table(tokens: Sequence[TokenView]) -> Table:
     """Tokens, without their secrets."""
-    table = Table("token", "owner", "scopes", "name", "expires", "last used", "revoked")
+    table = _table("token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes"))
     for token in tokens:
         times = [_time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)]
         table.add_row(token.id, token.owner, ", ".join(token.scopes), escape(token.name), *times)
@@ -103,7 +103,7 @@ def tokens_table(tokens: Sequence[TokenView]) -> Table:
 
 def audit_table(records: Sequence[AuditView]) -> Table:
     """What was done with tokens."""
-    table = Table("time", "by", "action", "token", "what")
+    table = _table("time", "by", "action", "token", "what", whole=("time", "action", "token"))
     for record in records:
         table.add_row(_time(record.at), record.actor, record.action, record.subject, escape(record.detail))
     return table
@@ -126,7 +126,7 @@ def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
 
 def recipes_table(recipes: Sequence[Recipe]) -> Table:
     """A row per recipe."""
-    table = Table(Column("recipe", no_wrap=True), "claim", "presets")
+    table = _table("recipe", "claim", "presets", whole=("recipe",))
     for recipe in recipes:
         table.add_row(recipe.name, escape(recipe.claim), ", ".join(recipe.presets))
     return table
@@ -134,11 +134,28 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 def _facts(facts: Mapping[str, Any]) -> Table:
     """A row per fact; those that are not there are left out."""
-    table = Table.grid(padding=(0, 2))
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         if value not in (None, ""):
             table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(str(value)))
     return table
+
+
+def _spec_text(spec: JobSpec) -> str:
+    """A spec as YAML: what is compared in any case, and of the rest what is not as by default."""
+    changed = spec.model_dump(mode="json", exclude_defaults=True)
+    named = {
+        "norm": spec.norm.value,
+        "model": {"name": spec.model.name} | changed.pop("model", {}),
+        "data": {"name": spec.data.name} | changed.pop("data", {}),
+    }
+    return yaml.safe_dump(named | changed, sort_keys=False, default_flow_style=None, width=1_000).strip()
+
+
+def _table(*headings: str, whole: Sequence[str]) -> Table:
+    """A table whose `whole` columns are not cut while others can be."""
+    columns = (Column(heading, no_wrap=heading in whole, overflow="fold") for heading in headings)
+    return Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
 
 
 def _state(state: str) -> str:

@@ -88,6 +88,7 @@ def test_a_submission_under_a_key_is_done_once(syncbn, spec, comparison):
     [
         (("--set", "steps"), "takes NAME=VALUE (got steps)"),
         (("--set", "steps=[1"), "steps takes JSON or YAML (got [1)"),
+        (("--set", "steps=NaN"), "steps: takes what JSON can hold"),
         (("--set", "steps.x=1"), "steps.x: steps is 10, and has no fields"),
         (("--set", "a=1", "--set", "a=2"), "takes each name once (got a twice)"),
         (("--retries", "hang=often"), "hang takes a whole number (got often)"),
@@ -110,7 +111,13 @@ def test_wrong_options_are_named_and_nothing_is_sent(syncbn, api, spec, options,
 
 
 def test_wrong_files_are_named(syncbn, tmp_path):
-    for text, told in [("- 1", "holds no mapping"), ("{", "holds no YAML"), ("\x00", "holds no YAML")]:
+    for text, told in [
+        ("- 1", "holds no mapping"),
+        ("{", "holds no YAML"),
+        ("\x00", "holds no YAML"),
+        ("steps: 2020-01-01", "takes what JSON can hold"),
+        ("steps: .nan", "takes what JSON can hold"),
+    ]:
         path = tmp_path / "x.yaml"
         path.write_text(text)
         for name in ("submit", "validate", "compare"):
