@@ -1,12 +1,9 @@
 """Each call of the API, described once for both clients: what is sent, and what the answer is read as."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
-from urllib.parse import quote
-from uuid import uuid4
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
-import httpx
 from pydantic import BaseModel
 
 from service.api.access_schemas import AuditList, AuditView, CallerView, MadeToken, TokenList, TokenView
@@ -22,68 +19,14 @@ from service.api.schemas import (
     SubmitComparison,
     Validation,
 )
+from service.api.webhook_schemas import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
+from service.cli.call import Call, Content, Listing, get, given, post, read_text
 from service.domain.access import Scope
 from service.domain.jobs import JobState
 from service.domain.terms import Terms
 from trainer.spec import JobSpec, Norm
 
 Level = Literal["debug", "info", "warning", "error"]
-Content = Mapping[str, Any]
-A = TypeVar("A")
-M = TypeVar("M", bound=BaseModel)
-
-
-class Page(Protocol):
-    """A part of a list."""
-
-    next_page_token: str | None
-
-
-P = TypeVar("P", bound=Page)
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call(Generic[A]):
-    """One request, however often it is sent."""
-
-    method: Literal["GET", "POST"]
-    route: str
-    """As the OpenAPI document writes it."""
-    read: Callable[[httpx.Response], A]
-    """Raises ValueError if the answer is none of this API."""
-    path: Mapping[str, str] = field(default_factory=dict)
-    query: Content = field(default_factory=dict)
-    body: Content | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    takes: tuple[int, ...] = ()
-    """States of HTTP that are no error here, beside those of success."""
-
-    def request(self, client: httpx.Client | httpx.AsyncClient, timeout: httpx.Timeout) -> httpx.Request:
-        """Make the request."""
-        address = self.route.format_map({name: quote(value, safe="") for name, value in self.path.items()})
-        return client.build_request(
-            self.method,
-            address,
-            params=_given(self.query),
-            json=self.body,
-            headers=dict(self.headers),
-            timeout=timeout,
-        )
-
-
-@dataclass(frozen=True)
-class Listing(Generic[P, Item]):
-    """A list that is read page by page."""
-
-    first: Call[P]
-    items: Callable[[P], Sequence[Item]]
-
-    def after(self, page: P) -> Call[P] | None:
-        """The call for the page after this one; None after the last."""
-        if page.next_page_token is None:
-            return None
-        return replace(self.first, query={**self.first.query, "page_token": page.next_page_token})
 
 
 class JobWithTag(NamedTuple):
@@ -97,17 +40,17 @@ def submit_job(
     name: str, spec: JobSpec | Content, terms: Terms | None = None, *, key: str | None = None
 ) -> Call[JobView]:
     """Submit one job. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
-    return _post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
+    return post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
 
 
 def validate_job(name: str, spec: JobSpec | Content, terms: Terms | None = None) -> Call[Validation]:
     """Have a job checked, and nothing stored."""
-    return _post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
+    return post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
 
 
 def job(job_id: str) -> Call[JobView]:
     """Show one job."""
-    return _get(JobView, "/v1/jobs/{job_id}", job_id=job_id)
+    return get(JobView, "/v1/jobs/{job_id}", job_id=job_id)
 
 
 def job_with_etag(job_id: str) -> Call[JobWithTag]:
@@ -131,68 +74,68 @@ def jobs(
 ) -> Listing[JobList, JobView]:
     """Go through the jobs that meet all conditions, newest first."""
     query = {"owner": owner, "state": state, "comparison": comparison, "norm": norm, "tag": tag}
-    return Listing(_get(JobList, "/v1/jobs", query | {"page_size": page_size}), lambda page: page.jobs)
+    return Listing(get(JobList, "/v1/jobs", query | {"page_size": page_size}), lambda page: page.jobs)
 
 
 def cancel(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
     """Ask for a job to be cancelled; with `if_match`, an `ETag`, only if it has not changed since."""
     headers = {"If-Match": if_match} if if_match else {}
-    return _post(JobView, "/v1/jobs/{job_id}:cancel", headers=headers, job_id=job_id)
+    return post(JobView, "/v1/jobs/{job_id}:cancel", headers=headers, job_id=job_id)
 
 
 def resume(
     job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
 ) -> Call[JobView]:
     """Submit a new job that goes on from the checkpoints of one that has ended; `overrides` are paths into its spec."""
-    return _post(JobView, "/v1/jobs/{job_id}:resume", _change(name, overrides), key=key, job_id=job_id)
+    return post(JobView, "/v1/jobs/{job_id}:resume", _change(name, overrides), key=key, job_id=job_id)
 
 
 def clone(
     job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
 ) -> Call[JobView]:
     """Submit a new job like another one, from its beginning; `overrides` are paths into its spec."""
-    return _post(JobView, "/v1/jobs/{job_id}:clone", _change(name, overrides), key=key, job_id=job_id)
+    return post(JobView, "/v1/jobs/{job_id}:clone", _change(name, overrides), key=key, job_id=job_id)
 
 
 def events(job_id: str) -> Call[EventList]:
     """List a job's transitions."""
-    return _get(EventList, "/v1/jobs/{job_id}/events", job_id=job_id)
+    return get(EventList, "/v1/jobs/{job_id}/events", job_id=job_id)
 
 
 def logs(job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None) -> Call[str]:
     """Read the log of an attempt, by default the last: lines of one worker alone, or of a level or a more serious one."""
     query = {"attempt": attempt, "rank": rank, "level": level}
-    return Call(method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=_text)
+    return Call(method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=read_text)
 
 
 def submit_comparison(body: SubmitComparison | Content, *, key: str | None = None) -> Call[ComparisonView]:
     """Submit a comparison. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
-    return _post(ComparisonView, "/v1/comparisons", _content(body), key=key)
+    return post(ComparisonView, "/v1/comparisons", _content(body), key=key)
 
 
 def validate_comparison(body: SubmitComparison | Content) -> Call[Validation]:
     """Have a comparison checked, and nothing stored."""
-    return _post(Validation, "/v1/comparisons:validate", _content(body))
+    return post(Validation, "/v1/comparisons:validate", _content(body))
 
 
 def comparison(comparison_id: str) -> Call[ComparisonView]:
     """Show a comparison and its jobs."""
-    return _get(ComparisonView, "/v1/comparisons/{comparison_id}", comparison_id=comparison_id)
+    return get(ComparisonView, "/v1/comparisons/{comparison_id}", comparison_id=comparison_id)
 
 
 def report(comparison_id: str, *, curves: bool = False) -> Call[Report]:
     """Read a comparison's report, with each run's curve if asked for."""
-    return _get(Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id)
+    return get(Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id)
 
 
 def curves(comparison_id: str, metric: str) -> Call[Curves]:
     """Read one metric of all runs of a comparison."""
-    return _get(Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id)
+    return get(Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id)
 
 
 def me() -> Call[CallerView]:
     """Ask whose token this is, and what it allows."""
-    return _get(CallerView, "/v1/me")
+    return get(CallerView, "/v1/me")
 
 
 def create_token(
@@ -200,32 +143,60 @@ def create_token(
 ) -> Call[MadeToken]:
     """Make a token; the answer alone holds its secret. If that is lost on its way, ApiError names the token to revoke."""
     body = {"owner": owner, "scopes": list(scopes), "name": name, "expires_in_seconds": expires_in_seconds}
-    return _post(MadeToken, "/v1/tokens", body)
+    return post(MadeToken, "/v1/tokens", body)
 
 
 def tokens(*, page_size: int = 100) -> Listing[TokenList, TokenView]:
     """Go through all tokens, newest first."""
-    return Listing(_get(TokenList, "/v1/tokens", {"page_size": page_size}), lambda page: page.tokens)
+    return Listing(get(TokenList, "/v1/tokens", {"page_size": page_size}), lambda page: page.tokens)
 
 
 def revoke_token(token_id: str) -> Call[TokenView]:
     """Let a token open nothing from now on."""
-    return _post(TokenView, "/v1/tokens/{token_id}:revoke", token_id=token_id)
+    return post(TokenView, "/v1/tokens/{token_id}:revoke", token_id=token_id)
 
 
 def audit(*, page_size: int = 100) -> Listing[AuditList, AuditView]:
     """Go through all that was done with tokens, newest first."""
-    return Listing(_get(AuditList, "/v1/audit", {"page_size": page_size}), lambda page: page.records)
+    return Listing(get(AuditList, "/v1/audit", {"page_size": page_size}), lambda page: page.records)
+
+
+def create_webhook(body: MakeWebhook | Content, *, key: str | None = None) -> Call[MadeWebhook]:
+    """Have jobs told of by signed messages; the answer alone holds the secret that signs them."""
+    return post(MadeWebhook, "/v1/webhooks", _content(body), key=key)
+
+
+def webhooks(*, page_size: int = 100) -> Listing[WebhookList, WebhookView]:
+    """Go through the webhooks, newest first."""
+    return Listing(get(WebhookList, "/v1/webhooks", {"page_size": page_size}), lambda page: page.webhooks)
+
+
+def webhook(webhook_id: str) -> Call[WebhookView]:
+    """Show a webhook."""
+    return get(WebhookView, "/v1/webhooks/{webhook_id}", webhook_id=webhook_id)
+
+
+def delete_webhook(webhook_id: str) -> Call[None]:
+    """Delete a webhook. If the answer was lost on its way, the next try finds none, and ApiError says so."""
+    return Call(
+        method="DELETE", route="/v1/webhooks/{webhook_id}", path={"webhook_id": webhook_id}, read=lambda _: None
+    )
+
+
+def deliveries(webhook_id: str, *, page_size: int = 100) -> Listing[DeliveryList, DeliveryView]:
+    """Go through a webhook's messages and what became of them, newest first."""
+    first = get(DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id)
+    return Listing(first, lambda page: page.deliveries)
 
 
 def cluster() -> Call[ClusterView]:
     """Ask what Ray has and has free, and how many jobs there are for it."""
-    return _get(ClusterView, "/v1/cluster")
+    return get(ClusterView, "/v1/cluster")
 
 
 def ready() -> Call[Readiness]:
     """Ask what the service depends on; also when not all of it answers."""
-    return replace(_get(Readiness, "/readyz"), takes=(503,))
+    return replace(get(Readiness, "/readyz"), takes=(503,))
 
 
 def alive() -> Call[None]:
@@ -235,36 +206,7 @@ def alive() -> Call[None]:
 
 def metrics() -> Call[str]:
     """Read what Prometheus reads."""
-    return Call(method="GET", route="/metrics", read=_text)
-
-
-def _get(answer: type[M], route: str, query: Content | None = None, **path: str) -> Call[M]:
-    return Call(method="GET", route=route, path=path, query=query or {}, read=_reads(answer))
-
-
-def _post(
-    answer: type[M],
-    route: str,
-    body: Content | None = None,
-    *,
-    key: str | None = None,
-    headers: Mapping[str, str] | None = None,
-    **path: str,
-) -> Call[M]:
-    headers = {"Idempotency-Key": key or str(uuid4()), **(headers or {})}
-    return Call(method="POST", route=route, path=path, body=body, headers=headers, read=_reads(answer))
-
-
-def _reads(answer: type[M]) -> Callable[[httpx.Response], M]:
-    return lambda response: answer.model_validate_json(response.content)
-
-
-def _text(response: httpx.Response) -> str:
-    return response.text
-
-
-def _given(values: Content) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    return Call(method="GET", route="/metrics", read=read_text)
 
 
 def _content(body: BaseModel | Content) -> Content:
@@ -276,4 +218,4 @@ def _submission(name: str, spec: JobSpec | Content, terms: Terms | None) -> Cont
 
 
 def _change(name: str | None, overrides: Content | None) -> Content:
-    return _given({"name": name, "overrides": overrides})
+    return given({"name": name, "overrides": overrides})

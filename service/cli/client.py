@@ -12,7 +12,7 @@ from httpx_sse import EventSource
 from pydantic import BaseModel
 
 from service.api.schemas import ComparisonView
-from service.cli.calls import Call, Listing, Page
+from service.cli.call import Call, Listing, Page
 from service.cli.operations import Operations
 from service.cli.streams import SECONDS_OF_SILENCE, Following, Stream
 from service.cli.tries import PATIENT, ApiError, Patience, Tries, refuse_errors, told_as_api_errors

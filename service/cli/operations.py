@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 from pydantic import BaseModel
 
 from service.cli import calls, streams
-from service.cli.calls import Call, Listing, Page
+from service.cli.call import Call, Listing, Page
 from service.cli.streams import Stream
 
 if TYPE_CHECKING:  # they are made of this
@@ -101,6 +101,11 @@ class Operations:
     tokens = Listed(calls.tokens)
     revoke_token = Sent(calls.revoke_token)
     audit = Listed(calls.audit)
+    create_webhook = Sent(calls.create_webhook)
+    webhooks = Listed(calls.webhooks)
+    webhook = Sent(calls.webhook)
+    delete_webhook = Sent(calls.delete_webhook)
+    deliveries = Listed(calls.deliveries)
     cluster = Sent(calls.cluster)
     ready = Sent(calls.ready)
     alive = Sent(calls.alive)

@@ -112,7 +112,12 @@ def audit_table(records: Sequence[AuditView]) -> Table:
 def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
     """What there is, what waits for it, and what answers."""
     counts = ", ".join(f"{count} {state}" for state, count in cluster.jobs.items() if count)
-    checks = {"database": readiness.database, "Ray": readiness.ray, "MLflow": readiness.mlflow}
+    checks = {
+        "database": readiness.database,
+        "Ray": readiness.ray,
+        "MLflow": readiness.mlflow,
+        "dispatcher": readiness.dispatcher,
+    }
     return _facts(
         {
             "cluster": _resources(cluster.total) if cluster.total else "Ray does not answer",

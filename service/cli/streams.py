@@ -10,7 +10,8 @@ from httpx_sse import ServerSentEvent
 from pydantic import BaseModel
 
 from service.api.schemas import EventView
-from service.cli.calls import Call, Level
+from service.cli.call import Call
+from service.cli.calls import Level
 from service.cli.tries import ApiError, Tries
 from service.domain.jobs import JobState
 from trainer.spec import Progress

@@ -9,7 +9,8 @@ from typer.main import get_command
 from service.api.app import make_app
 from service.cli import calls, streams
 from service.cli.app import app as command
-from service.cli.calls import Call, Level, Listing
+from service.cli.call import Call, Listing
+from service.cli.calls import Level
 from service.cli.client import AsyncClient, Client
 from service.cli.operations import Operations
 from service.cli.streams import Stream
@@ -19,7 +20,7 @@ from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
 from trainer.spec import Norm
 
-ID = {"job_id": "job-1", "comparison_id": "comparison-1", "token_id": "token-1"}
+ID = {"job_id": "job-1", "comparison_id": "comparison-1", "token_id": "token-1", "webhook_id": "webhook-1"}
 VALUES = ID | {
     "name": "x", "spec": {}, "body": {}, "owner": "ann", "scopes": ["read"], "metric": "accuracy", "curves": True, "rank": 0,
     "level": "info", "attempt": 1, "state": "failed", "comparison": "comparison-1", "norm": "sync", "tag": "a", "page_size": 7,
