@@ -16,6 +16,7 @@ from service.api.body_limit import DeclaredLength
 from service.api.components import Components, GivenComponents
 from service.api.document import document, operation_id
 from service.api.headers import Headers
+from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
 from service.api.routes import metrics as metrics_routes
@@ -128,6 +129,7 @@ def make_app(
         token_routes.router,
         webhook_routes.router,
         validation_routes.router,
+        cluster_routes.router,
         metrics_routes.router,
     ):
         app.include_router(router)

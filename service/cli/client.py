@@ -1,33 +1,71 @@
-"""Typed client of the HTTP API; knows only HTTP and the schemas."""
+"""Typed clients of the HTTP API, one that waits and one for asyncio; they know only HTTP and the schemas."""
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from functools import cached_property
+from typing import Self, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from httpx_sse import EventSource
+from pydantic import BaseModel
 
-from service.api.access_schemas import AuditList, AuditView, CallerView, MadeToken, TokenList, TokenView
-from service.api.schemas import ComparisonView, Curves, EventList, JobList, JobView, Problem, Readiness, Report
+from service.api.schemas import ComparisonView
+from service.cli.call import Call, Listing, Page
+from service.cli.operations import Operations
+from service.cli.streams import SECONDS_OF_SILENCE, Following, Stream
+from service.cli.tries import PATIENT, ApiError, Patience, Tries, refuse_errors, told_as_api_errors
 
-M = TypeVar("M", bound=BaseModel)
+A = TypeVar("A")
+E = TypeVar("E", bound=BaseModel)
+P = TypeVar("P", bound=Page)
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LOOKS = 0.5
+BROKEN_OFF = "the stream ended before the job did"
 
 
-class ApiError(Exception):
-    """The API refused a request, or could not be reached; `problem` is its answer, if there is one."""
+class _Base(Operations):
+    """What both clients are made of.
 
-    def __init__(self, message: str, problem: Problem | None = None) -> None:
-        super().__init__(message)
-        self.problem = problem
+    `url` is the service's address, `token` a bearer token. A try of a call may wait for `timeout_seconds` on the network.
+    Where the connection fails, or the service is too busy or in trouble, the same request is sent again, as `patience` says and
+    under the same Idempotency-Key; `tell` hears of it. What remains is raised as ApiError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout_seconds: float = 30,
+        patience: Patience = PATIENT,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if not (token.isascii() and token.isprintable() and token):
+            raise ValueError("token: takes visible ASCII characters, at least one")
+        try:
+            address = httpx.URL(url.rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 ({error}; got {url!r})") from None
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 (got {url!r})")
+        self.url = str(address)
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._timeout = httpx.Timeout(timeout_seconds)
+        self._stream_timeout = httpx.Timeout(timeout_seconds, read=SECONDS_OF_SILENCE)
+        self._patience, self._tell = patience, tell
+
+    def _tries(self) -> Tries:
+        return Tries(self._patience, self._tell)
 
 
-class Client:
-    """Calls the API at `url` with a bearer token. Every call ends within `timeout_seconds` and raises ApiError if it fails."""
+class Client(_Base):
+    """Calls the API and waits for its answers; also a context manager."""
 
-    def __init__(self, url: str, token: str, timeout_seconds: float = 30) -> None:
-        self.url = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {token}"}
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_seconds, trust_env=False)
+    @cached_property
+    def _http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=self._headers, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
@@ -35,122 +73,128 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self._http.close()
 
-    def submit_job(self, name: str, spec: dict[str, Any]) -> JobView:
-        """Submit one job; `spec` as in JobSpec, and checked by the service."""
-        return self._read(JobView, "POST", "/v1/jobs", json={"name": name, "spec": spec})
-
-    def job(self, job_id: str) -> JobView:
-        """Show one job."""
-        return self._read(JobView, "GET", f"/v1/jobs/{job_id}")
-
-    def jobs(self, page_size: int = 100) -> Iterator[JobView]:
-        """Go through all jobs, newest first."""
-        token: str | None = None
+    def send(self, call: Call[A]) -> A:
+        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        tries = self._tries()
+        request = call.request(self._http, self._timeout)
         while True:
-            page = self._read(JobList, "GET", "/v1/jobs", params=_query(page_size, token))
-            yield from page.jobs
-            if (token := page.next_page_token) is None:
-                return
+            try:
+                with told_as_api_errors(self.url):
+                    answer = self._http.send(request)
+                    refuse_errors(self.url, answer, call.takes)
+                    return call.read(answer)
+            except ApiError as error:
+                time.sleep(tries.pause_after(error))
 
-    def cancel(self, job_id: str) -> JobView:
-        """Ask for a job to be cancelled."""
-        return self._read(JobView, "POST", f"/v1/jobs/{job_id}:cancel")
+    def go_through(self, listing: Listing[P, Item]) -> Iterator[Item]:
+        """Yield the items of all pages, each page when it is needed."""
+        call: Call[P] | None = listing.first
+        while call is not None:
+            page = self.send(call)
+            yield from listing.items(page)
+            call = listing.after(page)
 
-    def events(self, job_id: str) -> EventList:
-        """List a job's transitions."""
-        return self._read(EventList, "GET", f"/v1/jobs/{job_id}/events")
-
-    def logs(self, job_id: str) -> str:
-        """Read the log of a job's last attempt."""
-        return self._call("GET", f"/v1/jobs/{job_id}/logs").text
-
-    def submit_comparison(self, body: dict[str, Any]) -> ComparisonView:
-        """Submit a comparison; `body` as in SubmitComparison, and checked by the service."""
-        return self._read(ComparisonView, "POST", "/v1/comparisons", json=body)
-
-    def comparison(self, comparison_id: str) -> ComparisonView:
-        """Show a comparison and its jobs."""
-        return self._read(ComparisonView, "GET", f"/v1/comparisons/{comparison_id}")
-
-    def report(self, comparison_id: str, *, curves: bool = False) -> Report:
-        """Read a comparison's report, with each run's curve if asked for."""
-        return self._read(Report, "GET", f"/v1/comparisons/{comparison_id}/report", params={"curves": curves})
-
-    def curves(self, comparison_id: str, metric: str) -> Curves:
-        """Read one metric of all runs of a comparison."""
-        return self._read(Curves, "GET", f"/v1/comparisons/{comparison_id}/curves", params={"metric": metric})
-
-    def me(self) -> CallerView:
-        """Ask whose token this is, and what it allows."""
-        return self._read(CallerView, "GET", "/v1/me")
-
-    def create_token(
-        self, owner: str, scopes: Sequence[str], name: str, expires_in_seconds: int | None = None
-    ) -> MadeToken:
-        """Make a token; the answer alone holds its secret."""
-        body = {"owner": owner, "scopes": list(scopes), "name": name, "expires_in_seconds": expires_in_seconds}
-        return self._read(MadeToken, "POST", "/v1/tokens", json=body)
-
-    def tokens(self, page_size: int = 100) -> Iterator[TokenView]:
-        """Go through all tokens, newest first."""
-        token: str | None = None
-        while True:
-            page = self._read(TokenList, "GET", "/v1/tokens", params=_query(page_size, token))
-            yield from page.tokens
-            if (token := page.next_page_token) is None:
-                return
-
-    def revoke_token(self, token_id: str) -> TokenView:
-        """Let a token open nothing from now on."""
-        return self._read(TokenView, "POST", f"/v1/tokens/{token_id}:revoke")
-
-    def audit(self, page_size: int = 100) -> Iterator[AuditView]:
-        """Go through all that was done with tokens, newest first."""
-        token: str | None = None
-        while True:
-            page = self._read(AuditList, "GET", "/v1/audit", params=_query(page_size, token))
-            yield from page.records
-            if (token := page.next_page_token) is None:
-                return
-
-    def ready(self) -> Readiness:
-        """Ask what the service depends on; also when not all of it answers."""
-        return self._read(Readiness, "GET", "/readyz", accept=(200, 503))
+    def follow(self, stream: Stream[E]) -> Iterator[E]:
+        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        following = Following(stream, self._tries())
+        while not following.is_over:
+            try:
+                with told_as_api_errors(self.url):
+                    request = following.call().request(self._http, self._stream_timeout)
+                    with closing(self._http.send(request, stream=True)) as answer:
+                        if not answer.is_success:
+                            answer.read()
+                        refuse_errors(self.url, answer)
+                        following.open(answer)
+                        for event in EventSource(answer).iter_sse():
+                            if (taken := following.take(event)) is not None:
+                                yield taken
+                            if following.is_over:
+                                return
+                raise ApiError(BROKEN_OFF, is_transient=True)
+            except ApiError as error:
+                time.sleep(following.pause_after(error))
 
     def wait(
         self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
     ) -> ComparisonView:
         """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_seconds
+        while not _has_ended(comparison := self.comparison(comparison_id), deadline, watch):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return comparison
+
+
+class AsyncClient(_Base):
+    """The same for asyncio; an asynchronous context manager."""
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def send(self, call: Call[A]) -> A:
+        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        tries = self._tries()
+        request = call.request(self._http, self._timeout)
         while True:
-            comparison = self.comparison(comparison_id)
-            watch(comparison)
-            if all(job.state.is_terminal for job in comparison.jobs):
-                return comparison
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{comparison_id} has not ended within {timeout_seconds:g} seconds")
-            time.sleep(0.5)
+            try:
+                with told_as_api_errors(self.url):
+                    answer = await self._http.send(request)
+                    refuse_errors(self.url, answer, call.takes)
+                    return call.read(answer)
+            except ApiError as error:
+                await asyncio.sleep(tries.pause_after(error))
 
-    def _read(self, kind: type[M], method: str, path: str, accept: tuple[int, ...] = (), **arguments: Any) -> M:
-        answer = self._call(method, path, accept, **arguments)
-        try:
-            return kind.model_validate_json(answer.content)
-        except ValidationError as error:
-            raise ApiError(f"{self.url} did not answer as a syncbn service does: {error}") from error
+    async def go_through(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
+        """Yield the items of all pages, each page when it is needed."""
+        call: Call[P] | None = listing.first
+        while call is not None:
+            page = await self.send(call)
+            for item in listing.items(page):
+                yield item
+            call = listing.after(page)
 
-    def _call(self, method: str, path: str, accept: tuple[int, ...] = (), **arguments: Any) -> httpx.Response:
-        try:
-            answer = self._http.request(method, path, **arguments)
-        except httpx.HTTPError as error:
-            raise ApiError(f"{self.url} does not answer: {error}") from error
-        if answer.is_success or answer.status_code in accept:
-            return answer
-        try:
-            problem = Problem.model_validate_json(answer.content)
-        except ValidationError:
-            raise ApiError(f"{self.url} answered {answer.status_code}: {answer.text[:200]}") from None
-        raise ApiError(problem.detail, problem)
+    async def follow(self, stream: Stream[E]) -> AsyncIterator[E]:
+        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        following = Following(stream, self._tries())
+        while not following.is_over:
+            try:
+                with told_as_api_errors(self.url):
+                    request = following.call().request(self._http, self._stream_timeout)
+                    async with aclosing(await self._http.send(request, stream=True)) as answer:
+                        if not answer.is_success:
+                            await answer.aread()
+                        refuse_errors(self.url, answer)
+                        following.open(answer)
+                        async for event in EventSource(answer).aiter_sse():
+                            if (taken := following.take(event)) is not None:
+                                yield taken
+                            if following.is_over:
+                                return
+                raise ApiError(BROKEN_OFF, is_transient=True)
+            except ApiError as error:
+                await asyncio.sleep(following.pause_after(error))
+
+    async def wait(
+        self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
+    ) -> ComparisonView:
+        """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_seconds
+        while not _has_ended(comparison := await self.comparison(comparison_id), deadline, watch):  # noqa: ASYNC110
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        return comparison
 
 
-def _query(page_size: int, token: str | None) -> dict[str, Any]:
-    return {"page_size": page_size} | ({"page_token": token} if token else {})
+def _has_ended(comparison: ComparisonView, deadline: float, watch: Callable[[ComparisonView], None]) -> bool:
+    watch(comparison)
+    if all(job.state.is_terminal for job in comparison.jobs):
+        return True
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"{comparison.id} has not ended in the time that was given")
+    return False

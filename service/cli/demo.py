@@ -10,7 +10,8 @@ from rich.console import Console
 from service.api.schemas import ComparisonView
 from service.cli.client import Client
 from service.cli.local import LocalStack, StackError, first_signal_interrupts
-from service.cli.show import JobBars, report_table, save_plot
+from service.cli.reports import report_table, save_plot
+from service.cli.waiting import JobBars
 from service.domain.recipes import read_recipe
 
 RECIPE = Path(str(files("trainer"))) / "recipes" / "fig1-activations.yaml"
@@ -36,10 +37,10 @@ def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path 
                 f"Submitted {comparison.id}: {len(comparison.jobs)} jobs by POST {connection.url}/v1/comparisons"
             )
 
-            with JobBars() as bars:
+            with JobBars(console) as bars:
 
                 def watch(comparison: ComparisonView) -> None:
-                    bars.show(comparison)
+                    bars.show(comparison.jobs)
                     if reason := stack.wait(0):
                         raise StackError(f"the stack has stopped: {reason}")
 

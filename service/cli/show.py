@@ -1,18 +1,22 @@
-"""Tables, bars and plots of what the API answers."""
+"""What the API answers of jobs, tokens and the cluster, as tables."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
 
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
-from service.api.access_schemas import TokenView
-from service.api.schemas import ComparisonView, JobView, Report, SpreadView, VariantReport
+from service.api.schemas import Check, EventView, JobView, Needs, Readiness, Validation
+from service.api.schemas.access import AuditView, TokenView
+from service.api.schemas.cluster import ClusterView, Resources
 from service.domain.comparisons import describe
-from service.domain.recipes import Recipe, Rule
-from service.domain.statistics import spread
-from service.domain.verdicts import Finding, Interval, RecipeVerdict
+from service.domain.recipes import Recipe
+from trainer.spec import JobSpec
 
 COLOURS = {
     "queued": "dim",
@@ -22,161 +26,154 @@ COLOURS = {
     "failed": "red",
     "cancelled": "yellow",
 }
-
-
-class JobBars:
-    """A live bar per job of a comparison; use as a context manager, and `show` each look at it."""
-
-    def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.completed:>6.0f}/{task.total:.0f} steps"),
-            TextColumn("{task.fields[state]}"),
-            TextColumn("{task.fields[speed]}"),
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> "JobBars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, comparison: ComparisonView) -> None:
-        """Bring the bars up to date."""
-        for job in comparison.jobs:
-            if job.id not in self._tasks:
-                self._tasks[job.id] = self._progress.add_task(
-                    escape(job.name), total=job.spec.steps, state="", speed=""
-                )
-            done = job.progress.step if job.progress else 0
-            running = job.progress if job.state == "running" else None
-            speed = f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left" if running else ""
-            self._progress.update(self._tasks[job.id], completed=done, state=state_text(job), speed=speed)
+NOTHING = "–"
 
 
 def state_text(job: JobView) -> str:
     """A job's state in its colour; with the reason where it waits or did not go well."""
-    text = f"[{COLOURS[job.state]}]{job.state}[/]"
+    text = _state(job.state)
     return f"{text}: {escape(job.reason)}" if job.state in ("queued", "failed") else text
 
 
-def jobs_table(jobs: list[JobView]) -> Table:
+def jobs_table(jobs: Sequence[JobView]) -> Table:
     """A row per job."""
-    table = Table(Column("job", no_wrap=True), "name", "state", "attempt", "step", "reason")
+    table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
     for job in jobs:
-        step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else "–"
-        state = f"[{COLOURS[job.state]}]{job.state}[/]"
-        table.add_row(job.id, escape(job.name), state, str(job.attempt), step, escape(job.reason))
+        step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else NOTHING
+        row = (job.id, escape(job.name), job.owner, _state(job.state), str(job.attempt), step, escape(job.reason))
+        table.add_row(*row)
     return table
+
+
+def job_view(job: JobView, events: Sequence[EventView]) -> Group:
+    """A job, and its timeline."""
+    progress = job.progress
+    terms = {
+        "priority": job.priority or None,
+        "tags": ", ".join(job.tags),
+        "queue_seconds": job.queue_seconds,
+        "run_seconds": job.run_seconds,
+        "secrets": ", ".join(f"{variable}={name}" for variable, name in job.secrets.items()),
+    }
+    facts = {
+        "job": f"{job.id} {job.name!r} of {job.owner}",
+        "state": Text.from_markup(_state(job.state)) + Text(f": {job.reason}"),
+        "wish": "cancel requested" if job.cancel_requested and not job.state.is_terminal else None,
+        "attempt": job.attempt,
+        "failures": ", ".join(f"{count} {blame}" for blame, count in job.failures.items()),
+        "step": progress and f"{progress.step}/{progress.total_steps}, {progress.samples_per_second:,.0f} samples/s",
+        "comparison": job.comparison_id and f"{job.comparison_id}, {describe(job.variant)}",
+        "resumed from": job.resumed_from,
+        "cloned from": job.cloned_from,
+        **terms,
+        "created": _time(job.created_at),
+        "started": job.started_at and _time(job.started_at),
+        "ended": job.ended_at and _time(job.ended_at),
+        "MLflow": job.mlflow_url,
+        "spec": _spec_text(job.spec),
+    }
+    timeline = _table("time", "attempt", "state", "by", "reason", whole=("time", "attempt", "state"))
+    for event in events:
+        row = (str(event.attempt), _state(event.state), escape(event.actor), escape(event.reason))
+        timeline.add_row(_time(event.at), *row)
+    return Group(_facts(facts), timeline)
+
+
+def needs_view(found: Validation) -> RenderableType:
+    """What a checked submission would take."""
+    fits = {True: "yes", False: "no; it would wait in the queue", None: "Ray does not answer"}[found.fits]
+    most = "" if found.most == found.least else f", {_resources(found.most)} at most"
+    return _facts(
+        {
+            "valid": f"{found.jobs} job{'s' if found.jobs > 1 else ''}",
+            "each takes": _resources(found.least) + most,
+            "cluster is large enough": fits,
+        }
+    )
 
 
 def tokens_table(tokens: Sequence[TokenView]) -> Table:
     """Tokens, without their secrets."""
-    table = Table("token", "owner", "scopes", "name", "expires", "last used", "revoked")
+    table = _table("token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes"))
     for token in tokens:
-        times = [
-            f"{at:%Y-%m-%d %H:%M}" if at else "–" for at in (token.expires_at, token.last_used_at, token.revoked_at)
-        ]
+        times = [_time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)]
         table.add_row(token.id, token.owner, ", ".join(token.scopes), escape(token.name), *times)
     return table
 
 
-def report_table(report: Report) -> Table:
-    """A row per variant."""
-    target = "–" if report.target is None else f"{report.target:.3g}"
-    origin = "" if report.target_is_given else " (the baseline's best)"
-    table = Table(
-        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds"
+def audit_table(records: Sequence[AuditView]) -> Table:
+    """What was done with tokens."""
+    table = _table("time", "by", "action", "token", "what", whole=("time", "action", "token"))
+    for record in records:
+        table.add_row(_time(record.at), record.actor, record.action, record.subject, escape(record.detail))
+    return table
+
+
+def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
+    """What there is, what waits for it, and what answers."""
+    counts = ", ".join(f"{count} {state}" for state, count in cluster.jobs.items() if count)
+    checks = {
+        "database": readiness.database,
+        "Ray": readiness.ray,
+        "MLflow": readiness.mlflow,
+        "dispatcher": readiness.dispatcher,
+    }
+    return _facts(
+        {
+            "cluster": _resources(cluster.total) if cluster.total else "Ray does not answer",
+            "free": cluster.free and _resources(cluster.free),
+            "jobs": counts or "none",
+            "oldest in the queue": cluster.oldest_queued_at and f"since {_time(cluster.oldest_queued_at)}",
+            **{name: _check(check) for name, check in checks.items()},
+        }
     )
-    for heading in (
-        "variant",
-        "runs",
-        f"steps to {target}",
-        f"best {report.metric}",
-        "final",
-        "ratio of steps",
-        "verdict",
-    ):
-        table.add_column(heading, justify="left" if heading in ("variant", "verdict") else "right")
-    for variant in report.variants:
-        table.add_row(
-            escape(variant.label),
-            f"{variant.reached} of {variant.n}" + (f", {variant.failed} failed" if variant.failed else ""),
-            _spread(variant.steps_to_target, "{:,.0f}"),
-            _spread(variant.best, "{:.3f}"),
-            _spread(variant.final, "{:.3f}"),
-            _ratio(variant),
-            variant.verdict,
-        )
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> Table:
+    """A row per recipe."""
+    table = _table("recipe", "claim", "presets", whole=("recipe",))
+    for recipe in recipes:
+        table.add_row(recipe.name, escape(recipe.claim), ", ".join(recipe.presets))
     return table
 
 
-def _spread(spread: SpreadView | None, form: str) -> str:
-    if spread is None:
-        return "–"
-    low, middle, high = (form.format(value) for value in (spread.low, spread.median, spread.high))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _ratio(variant: VariantReport) -> str:
-    return ("≥ " if variant.ratio_is_at_least else "") + _spread(variant.ratio, "{:.1f}×")
-
-
-def verdict_table(recipe: Recipe, verdict: RecipeVerdict) -> Table:
-    """A row per rule and figure of a recipe."""
-    title = f"{recipe.name}: the claim {verdict.judgement}" if verdict.judgement != "not enough data" else recipe.name
-    caption = f"{escape(recipe.claim)} Falsified by {escape(recipe.falsified_if)}."
-    table = Table(*FINDING_HEADINGS, title=f"{title}; median and range over seeds", caption=caption)
-    for finding in verdict.findings:
-        table.add_row(*map(escape, finding_cells(finding)))
+def _facts(facts: Mapping[str, Any]) -> Table:
+    """A row per fact; those that are not there are left out."""
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for name, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(str(value)))
     return table
 
 
-FINDING_HEADINGS = ("measured", "first", "second", "result", "must be", "verdict")
+def _spec_text(spec: JobSpec) -> str:
+    """A spec as YAML: what is compared in any case, and of the rest what is not as by default."""
+    changed = spec.model_dump(mode="json", exclude_defaults=True)
+    named = {
+        "norm": spec.norm.value,
+        "model": {"name": spec.model.name} | changed.pop("model", {}),
+        "data": {"name": spec.data.name} | changed.pop("data", {}),
+    }
+    return yaml.safe_dump(named | changed, sort_keys=False, default_flow_style=None, width=1_000).strip()
 
 
-def finding_cells(finding: Finding) -> list[str]:
-    """Return what one finding says, as `FINDING_HEADINGS` name it."""
-    figure, values = finding.figure, finding.values
-    has_sides = figure.by in ("ratio", "difference")
-    return [
-        figure.says + (f" ({describe(finding.case)})" if finding.case else ""),
-        _intervals([value.of for value in values]) if has_sides else "",
-        _intervals([value.against for value in values]) if has_sides else "",
-        _intervals([value.number for value in values]),
-        f"{figure.relation.replace('_', ' ')} {figure.bound:g}" if isinstance(figure, Rule) else "",
-        finding.judgement or "",
-    ]
+def _table(*headings: str, whole: Sequence[str]) -> Table:
+    """A table whose `whole` columns are not cut while others can be."""
+    columns = (Column(heading, no_wrap=heading in whole, overflow="fold") for heading in headings)
+    return Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
 
 
-def _intervals(values: Sequence[Interval | None]) -> str:
-    """Write median and range; a number of which only the lower bound is known counts by that, and is marked."""
-    known = [value for value in values if value is not None]
-    found = spread([value.low for value in known])
-    if found is None:
-        return "–"
-    form = "{:,.0f}" if found.low >= 100 else "{:.3g}"
-    shown = _spread(SpreadView.model_validate(found), form)
-    return ("≥ " if any(value.high > value.low for value in known) else "") + shown
+def _state(state: str) -> str:
+    return f"[{COLOURS[state]}]{state}[/]"
 
 
-def save_plot(report: Report, path: Path) -> None:
-    """Draw the metric against steps, a line per run and a colour per variant, as in Ioffe & Szegedy 2015, Figure 1 (a)."""
-    from matplotlib.figure import Figure
+def _time(at: datetime) -> str:
+    return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for number, variant in enumerate(report.variants):
-        for place, run in enumerate(variant.curves or []):
-            steps, values = zip(*run.points, strict=True) if run.points else ((), ())
-            axes.plot(steps, values, color=f"C{number}", alpha=0.8, label=variant.label if place == 0 else None)
-    if report.target is not None:
-        axes.axhline(report.target, color="grey", linestyle=":", label=f"target {report.target:.3g}")
-    axes.set(xlabel="step", ylabel=report.metric, title=report.name)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+
+def _resources(amount: Needs | Resources) -> str:
+    return f"{amount.cpus:g} CPUs" + (f" and {amount.gpus:g} GPUs" if amount.gpus else "")
+
+
+def _check(check: Check) -> Text:
+    return Text(check.detail, style="" if check.ok else "red")

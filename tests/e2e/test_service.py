@@ -104,24 +104,49 @@ def test_the_api_is_killed_while_a_job_runs_and_its_true_end_is_seen(service):
         assert client.logs(job.id).count("step 1500/1500") == 1
 
 
-def test_the_command_line(service, tmp_path):
-    """Submit, list, show, log and report, as the README tells; and errors without a traceback."""
+@pytest.fixture
+def syncbn(service, tmp_path):
+    """Run the command in a process of its own."""
     environment = service.environment | {"SYNCBN_URL": service.url, "COLUMNS": "200"}
 
-    def syncbn(*arguments):
+    def run(*arguments):
         command = [sys.executable, "-m", "service.cli.app", *arguments]
         return subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
         )
 
+    return run
+
+
+def test_the_command_line_for_jobs(service, syncbn, tmp_path):
+    """Submit, list, show, log and clone, as the README tells; and errors without a traceback."""
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(SPEC | {"steps": 5, "num_workers": 1}))
-    submitted = syncbn("submit", "job.yaml", "--name", "by hand")
+    submitted = syncbn("submit", "job.yaml", "--name", "by hand", "--wait")
     assert submitted.returncode == 0, submitted.stderr
+    assert submitted.stdout.endswith(": succeeded, finished 5 steps\n")
+    assert "5/5 steps" in submitted.stderr
     job_id = submitted.stdout.split(":")[0]
-    service.until(job_id, "succeeded")
     assert job_id in syncbn("jobs").stdout
-    assert '"state": "succeeded"' in syncbn("show", job_id).stdout
+    assert '"state": "succeeded"' in syncbn("show", job_id, "--json").stdout
+    assert "finished 5 steps" in syncbn("show", job_id).stdout
     assert "step 5/5" in syncbn("logs", job_id).stdout
+    followed = syncbn("logs", "-f", job_id, "--rank", "0")
+    assert "worker 0 of 1" in followed.stdout
+    assert followed.stderr == f"{job_id}: succeeded\n"
+    assert "4 CPUs" in syncbn("cluster").stdout
+    for arguments, told in [
+        (("show", "job-0"), "there is no job 'job-0'"),
+        (("cancel", job_id), "already succeeded"),
+        (("--help",), ""),
+        (("submit", "nothing.yaml"), "does not exist"),
+    ]:
+        answer = syncbn(*arguments)
+        assert told in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert (answer.returncode == 0) == (told == "")
+
+
+def test_the_command_line_for_comparisons(syncbn, tmp_path):
     content = {
         "name": "by hand",
         "spec": SPEC | {"steps": 20, "num_workers": 1},
@@ -136,13 +161,3 @@ def test_the_command_line(service, tmp_path):
     reported = syncbn("report", comparison_id, "--plot", "curves.png")
     assert "steps to 0.1" in reported.stdout
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    for arguments, told in [
-        (("show", "job-0"), "there is no job 'job-0'"),
-        (("cancel", job_id), "already succeeded"),
-        (("--help",), ""),
-        (("submit", "nothing.yaml"), "does not exist"),
-    ]:
-        answer = syncbn(*arguments)
-        assert told in answer.stderr
-        assert "Traceback" not in answer.stderr
-        assert (answer.returncode == 0) == (told == "")

@@ -6,14 +6,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from service.api.access_schemas import (
-    AuditList,
-    AuditView,
-    CallerView,
-    MadeToken,
-    TokenList,
-    TokenView,
-)
 from service.api.examples.requests import SPEC
 from service.api.schemas import (
     Check,
@@ -33,7 +25,16 @@ from service.api.schemas import (
     Validation,
     VariantReport,
 )
-from service.api.webhook_schemas import DeliveryList, DeliveryView, MadeWebhook, WebhookList, WebhookView
+from service.api.schemas.access import (
+    AuditList,
+    AuditView,
+    CallerView,
+    MadeToken,
+    TokenList,
+    TokenView,
+)
+from service.api.schemas.cluster import ClusterView, Resources
+from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, WebhookList, WebhookView
 from service.domain.access import Scope
 from service.domain.jobs import JobState
 from service.domain.retries import Retries
@@ -201,6 +202,19 @@ ANSWERS: dict[str, BaseModel] = {
     "show_webhook": WEBHOOK,
     "list_webhooks": WebhookList(webhooks=[WEBHOOK], next_page_token=None),
     "list_deliveries": DeliveryList(deliveries=[DELIVERY], next_page_token=None),
+    "show_cluster": ClusterView(
+        total=Resources(cpus=16, gpus=8),
+        free=Resources(cpus=4, gpus=2),
+        jobs={
+            JobState.QUEUED: 3,
+            JobState.SUBMITTED: 0,
+            JobState.RUNNING: 2,
+            JobState.SUCCEEDED: 41,
+            JobState.FAILED: 1,
+            JobState.CANCELLED: 0,
+        },
+        oldest_queued_at=AT,
+    ),
     "ready": Readiness(
         **dict.fromkeys(("database", "ray", "mlflow", "dispatcher"), Check(ok=True, detail="answers")), ready=True
     ),

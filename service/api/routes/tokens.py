@@ -6,12 +6,12 @@ from http import HTTPStatus
 from fastapi import APIRouter, Request
 
 from service.api import problems
-from service.api.access_schemas import AuditList, AuditView, CallerView, MadeToken, MakeToken, TokenList, TokenView
 from service.api.auth import Admin, Reader
 from service.api.components import GivenComponents
 from service.api.idempotency import Route, answer_repeats_with
 from service.api.identifiers import TokenId
 from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, MakeToken, TokenList, TokenView
 from service.domain.access import RESERVED_OWNERS, Token, new_secret
 from service.domain.errors import InvalidField
 from service.domain.jobs import new_id

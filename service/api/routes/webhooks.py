@@ -9,7 +9,7 @@ from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
 from service.api.idempotency import Route
 from service.api.pages import PageSize, PageToken, place_of, token_of
-from service.api.webhook_schemas import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
+from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
 from service.domain.jobs import new_id
 from service.domain.webhooks import Webhook, new_webhook_secret
 

@@ -2,8 +2,10 @@ import io
 
 from rich.console import Console
 
-from service.api.schemas import ComparisonView, JobView, Report
-from service.cli.show import JobBars, jobs_table, report_table, save_plot, verdict_table
+from service.api.schemas import JobView, Report
+from service.cli.reports import report_table, save_plot, verdict_table
+from service.cli.show import jobs_table
+from service.cli.waiting import JobBars
 from service.domain.jobs import JobState
 from service.domain.recipes import Recipe
 from service.domain.reports import make_report
@@ -24,20 +26,20 @@ def views():
         make_job(name="a [bold] name", state=JobState.FAILED, reason=GLOO),
         make_job(reason="needs 8 CPUs, but the whole cluster has 2 CPUs and 0 GPUs"),
     ]
-    return jobs, [JobView.of(job, "http://mlflow") for job in jobs]
+    return [JobView.of(job, "http://mlflow") for job in jobs]
 
 
 def test_what_others_wrote_is_shown_as_it_is():
-    _, shown = views()
+    shown = views()
     text = render(jobs_table(shown))
     assert GLOO in text
     assert "a [bold] name" in text
 
 
 def test_bars_say_why_a_job_waits_or_failed():
-    jobs, _ = views()
+    shown = views()
     bars = JobBars()
-    bars.show(ComparisonView.of(make_comparison(), jobs, "http://mlflow"))
+    bars.show(shown)
     text = render(bars._progress.get_renderable())
     assert "needs 8 CPUs" in text
     assert GLOO in text

@@ -2,72 +2,48 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 
 import httpx
 import pytest
-import uvicorn
-from typer.testing import CliRunner
 
-from service.api.app import make_app
-from service.cli.app import app as command
 from service.cli.client import ApiError, Client
 from service.cli.machine import choose_ports
-from service.settings import Settings
-from tests.fakes import FakeMlflow, FakeRay
-
-TOKEN = "0123456789abcdef-test"
+from tests.service.cli.running import TOKEN
 
 
-@pytest.fixture
-def url(tmp_path):
-    settings = Settings(
-        token=TOKEN, database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db", storage=tmp_path / "storage"
-    )
-    app = make_app(settings, FakeRay(), FakeMlflow())
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join(20)
-
-
-def test_tokens_are_made_listed_and_revoked(url):
-    def run(*arguments, code=0):
-        result = CliRunner().invoke(command, ["token", *arguments, "--url", url, "--token", TOKEN])
-        assert result.exit_code == code, result.output
-        return result
+def test_tokens_are_made_listed_and_revoked(url, syncbn):
+    def run(*arguments):
+        code, printed, told = syncbn("token", *arguments)
+        assert code == 0, told
+        return printed
 
     made = run("create", "ann", "--scope", "submit", "--name", "laptop", "--expires-days", "90")
-    assert made.stdout.startswith("syncbn_")
-    assert made.stdout.count("\n") == 1
-    token = json.loads(run("create", "bob", "--scope", "read", "--json").stdout)
+    assert made.startswith("syncbn_")
+    assert made.count("\n") == 1
+    token = json.loads(run("create", "bob", "--scope", "read", "--json"))
     assert (token["owner"], token["scopes"], token["expires_at"]) == ("bob", ["read"], None)
-    secret = made.stdout.strip()
+    secret = made.strip()
     with Client(url, secret) as ann:
         me = ann.me()
         assert (me.owner, me.scopes) == ("ann", ["submit"])
         with pytest.raises(ApiError, match="scope admin"):
             list(ann.tokens())
-        table, listed = run("list").stdout, json.loads(run("list", "--json").stdout)
+        table, listed = run("list"), json.loads(run("list", "--json"))
         assert [each["owner"] for each in listed] == ["bob", "ann", "admin"]
         assert "laptop" in table
         assert secret not in table + json.dumps(listed)
-        run("revoke", me.token_id)
+        assert run("revoke", me.token_id) == f"{me.token_id}: revoked\n"
         with pytest.raises(ApiError, match="valid token"):
             ann.me()
     with Client(url, TOKEN) as admin:
         assert [record.action for record in admin.audit(page_size=2)] == ["token.revoke", *["token.create"] * 3]
+    assert "token.revoke" in run("audit")
+    assert [record["subject"] for record in json.loads(run("audit", "--limit", "1", "--json"))] == [me.token_id]
+    assert "of admin: admin" in run("me")
 
 
 def serve(tmp_path, port):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from service.api.schemas import Name
+from service.api.schemas.names import Name
 from service.domain.access import AuditRecord, Owner, Scope, Token
 from trainer.spec import Frozen
 

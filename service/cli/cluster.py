@@ -1,0 +1,21 @@
+"""The command that tells how the service and its cluster are."""
+
+import typer
+
+from service.cli.client import Client
+from service.cli.config import with_client
+from service.cli.printing import AsJson, output, print_json
+from service.cli.show import cluster_view
+
+app = typer.Typer()
+
+
+@app.command()
+@with_client
+def cluster(client: Client, as_json: AsJson = False) -> None:
+    """Show what the cluster has and has free, jobs by state, and whether the service is in order."""
+    found, readiness = client.cluster(), client.ready()
+    if as_json:
+        print_json(found.model_dump(mode="json") | {"readiness": readiness})
+    else:
+        output.print(cluster_view(found, readiness))

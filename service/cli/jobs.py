@@ -1,0 +1,186 @@
+"""Commands for jobs: submit, validate, jobs, show, cancel, resume and clone."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.api.schemas import JobView
+from service.cli.client import Client
+from service.cli.config import with_client
+from service.cli.files import (
+    Preset,
+    RecipeOrFile,
+    Set,
+    find_file,
+    override,
+    parse_overrides,
+    read_comparison,
+    read_mapping,
+)
+from service.cli.printing import AsJson, ExitCode, errors, output, print_json
+from service.cli.show import job_view, jobs_table, needs_view
+from service.cli.terms import Key, Name, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
+from service.cli.waiting import wait_for_job
+from service.domain.jobs import JobState
+from trainer.spec import Norm
+
+app = typer.Typer()
+JobId = Annotated[str, typer.Argument(help="such as job-3f9c2b7a10de", show_default=False)]
+SpecFile = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a spec", show_default=False)
+]
+Wait = Annotated[bool, typer.Option("--wait", help="wait for its end, with a progress bar")]
+
+
+@app.command()
+@with_client
+def submit(
+    client: Client,
+    spec: SpecFile,
+    name: Name = None,
+    overrides: Set = None,
+    tags: Tags = None,
+    priority: Priority = None,
+    retries: Retries = None,
+    queue_seconds: QueueSeconds = None,
+    run_seconds: RunSeconds = None,
+    secrets: Secrets = None,
+    key: Key = None,
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit one job: a file with a spec."""
+    content = read_mapping(spec)
+    override(content, parse_overrides(overrides))
+    terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
+    _submitted(client, client.submit_job(name or spec.stem, content, terms, key=key), wait=wait, as_json=as_json)
+
+
+@app.command()
+@with_client
+def validate(
+    client: Client,
+    file: RecipeOrFile,
+    preset: Preset = "quick",
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a job or a comparison checked, and nothing stored: whether it is valid, what it takes, and whether that is there."""
+    path, changes = find_file(file), parse_overrides(overrides)
+    content = read_mapping(path)
+    if {"spec", "presets"} & content.keys():
+        body, _ = read_comparison(path, preset)
+        override(body, {f"spec.{field}": value for field, value in changes.items()})
+        found = client.validate_comparison(body)
+    else:
+        override(content, changes)
+        found = client.validate_job(path.stem, content)
+    if as_json:
+        print_json(found)
+    else:
+        output.print(needs_view(found))
+
+
+@app.command()
+@with_client
+def jobs(
+    client: Client,
+    state: Annotated[JobState | None, typer.Option(help="in this state")] = None,
+    owner: Annotated[str | None, typer.Option(help="of this owner; admins see all owners'")] = None,
+    comparison: Annotated[str | None, typer.Option(help="of this comparison")] = None,
+    norm: Annotated[Norm | None, typer.Option(help="with this norm")] = None,
+    tag: Annotated[str | None, typer.Option(help="with this tag")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first: those that meet all conditions."""
+    listing = client.jobs(
+        state=state, owner=owner, comparison=comparison, norm=norm, tag=tag, page_size=min(limit, 1000)
+    )
+    found = list(islice(listing, limit + 1))
+    if as_json:
+        print_json(found[:limit])
+        return
+    output.print(jobs_table(found[:limit]))
+    if len(found) > limit:
+        errors.print(f"There are more than these {limit}; --limit shows them.")
+
+
+@app.command()
+@with_client
+def show(client: Client, job_id: JobId, as_json: AsJson = False) -> None:
+    """Show one job, and its timeline."""
+    job, events = client.job(job_id), client.events(job_id).events
+    if as_json:
+        print_json(job.model_dump(mode="json") | {"events": events})
+    else:
+        output.print(job_view(job, events))
+
+
+@app.command()
+@with_client
+def cancel(
+    client: Client,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="jobs, or comparisons with all their jobs")],
+    as_json: AsJson = False,
+) -> None:
+    """Ask for jobs to be cancelled; they keep their checkpoints."""
+    asked: list[JobView] = []
+    for each in ids:
+        if each.startswith("comparison-"):
+            jobs = client.comparison(each).jobs
+            asked += [client.cancel(job.id) for job in jobs if not job.state.is_terminal]
+        else:
+            asked.append(client.cancel(each))
+    if as_json:
+        print_json(asked)
+        return
+    for job in asked:
+        typer.echo(f"{job.id}: {job.state}" + ("" if job.state.is_terminal else ", cancel requested"))
+
+
+@app.command()
+@with_client
+def resume(
+    client: Client,
+    job_id: JobId,
+    name: Annotated[str | None, typer.Option(help="default: that of the other job")] = None,
+    overrides: Set = None,
+    key: Key = None,
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a new job that goes on from the checkpoints of one that has ended."""
+    job = client.resume(job_id, name=name, overrides=parse_overrides(overrides), key=key)
+    _submitted(client, job, wait=wait, as_json=as_json)
+
+
+@app.command()
+@with_client
+def clone(
+    client: Client,
+    job_id: JobId,
+    name: Annotated[str | None, typer.Option(help="default: that of the other job")] = None,
+    overrides: Set = None,
+    key: Key = None,
+    wait: Wait = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a new job like another one, from its beginning."""
+    job = client.clone(job_id, name=name, overrides=parse_overrides(overrides), key=key)
+    _submitted(client, job, wait=wait, as_json=as_json)
+
+
+def _submitted(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:
+    if not as_json:
+        typer.echo(f"{job.id}: {job.state}")
+    if wait:
+        job = wait_for_job(client, job)
+    if as_json:
+        print_json(job)
+    elif wait:
+        typer.echo(f"{job.id}: {job.state}, {job.reason}")
+    if job.state in (JobState.FAILED, JobState.CANCELLED):
+        raise typer.Exit(ExitCode.ENDED_BADLY)

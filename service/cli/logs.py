@@ -1,0 +1,47 @@
+"""The command that prints a job's log, and follows it."""
+
+from typing import Annotated
+
+import typer
+
+from service.cli.calls import Level
+from service.cli.client import Client
+from service.cli.config import with_client
+from service.cli.jobs import JobId
+from service.cli.printing import AsJson, errors, interruptible, print_json
+from service.cli.streams import Ended
+
+app = typer.Typer()
+
+
+@app.command()
+@with_client
+def logs(
+    client: Client,
+    job_id: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="print lines as they are written, until the job has ended")
+    ] = False,
+    rank: Annotated[int | None, typer.Option(min=0, help="lines of this worker alone")] = None,
+    level: Annotated[Level | None, typer.Option(help="lines of this level or a more serious one")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="default: the last one; with -f all, or those from this one on")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a job's driver and workers printed; a worker's lines begin with its rank. With -f and --json, an object a line."""
+    if not follow:
+        text = client.logs(job_id, attempt=attempt, rank=rank, level=level)
+        if as_json:
+            print_json({"lines": text.splitlines()})
+        else:
+            typer.echo(text, nl=False)
+        return
+    with interruptible(f"{job_id} goes on; `syncbn cancel {job_id}` ends it."):
+        for event in client.follow_logs(job_id, attempt=attempt, rank=rank, level=level):
+            if as_json:
+                typer.echo(event.model_dump_json())
+            elif isinstance(event, Ended):
+                errors.print(f"{job_id}: {event.state}", markup=False)
+            else:
+                typer.echo(event.text if event.rank is None else f"[{event.rank}] {event.text}")

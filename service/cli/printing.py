@@ -1,0 +1,64 @@
+"""What commands print and how they end: data on standard output, all else on standard error, and the exit codes."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+from rich.markup import escape
+
+WIDTH_OF_FILES = 160
+# A file or another program is as wide as it needs to be.
+output = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
+errors = Console(stderr=True, highlight=False)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
+
+
+class ExitCode(IntEnum):
+    """How a command ended."""
+
+    GOOD = 0
+    FAILED = 1
+    """The service refused it, or it could not be done."""
+    USAGE = 2
+    """An option, an argument or a file that cannot be taken; nothing was sent."""
+    ENDED_BADLY = 3
+    """A job that was waited for has failed or was cancelled."""
+    NO_ANSWER = 4
+    """The service did not answer, or was in trouble, at the last try too; the same may succeed later."""
+    INTERRUPTED = 130
+
+
+def print_json(content: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
+    """Print data for programs."""
+    typer.echo(json.dumps(_plain(content), indent=2))
+
+
+def tell_error(message: str) -> None:
+    """Say what went wrong."""
+    errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+@contextmanager
+def interruptible(hint: str) -> Iterator[None]:
+    """Let Ctrl-C end the waiting, and nothing else; `hint` says what goes on and how to come back to it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print(f"\n{hint}", markup=False, soft_wrap=True)
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+
+
+def _plain(content: Any) -> Any:
+    if isinstance(content, BaseModel):
+        return content.model_dump(mode="json")
+    if isinstance(content, dict):
+        return {name: _plain(value) for name, value in content.items()}
+    return [_plain(each) for each in content] if isinstance(content, list | tuple) else content

@@ -1,0 +1,81 @@
+"""The commands `syncbn token …`: make, list and revoke tokens, see whose yours is, and what was done with them."""
+
+from itertools import islice
+from typing import Annotated
+
+import typer
+
+from service.cli.client import Client
+from service.cli.config import with_client
+from service.cli.printing import AsJson, errors, output, print_json
+from service.cli.show import audit_table, tokens_table
+from service.domain.access import Scope
+
+app = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens, for admins; and tell whose yours is.")
+
+
+@app.command()
+@with_client
+def create(
+    client: Client,
+    owner: Annotated[str, typer.Argument(help="whose jobs it is for")],
+    scope: Annotated[list[Scope], typer.Option(help="may be given more than once")] = [Scope.SUBMIT],  # noqa: B006
+    name: Annotated[str, typer.Option(help="what it is for")] = "token",
+    expires_days: Annotated[int | None, typer.Option(min=1, max=3650, help="default: it does not expire")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a token. Its secret is printed this once."""
+    made = client.create_token(owner, scope, name, expires_days * 86_400 if expires_days else None)
+    if as_json:
+        print_json(made)
+        return
+    errors.print(f"{made.id} of {made.owner}; the secret is shown this once:")
+    typer.echo(made.token)
+
+
+@app.command("list")
+@with_client
+def list_tokens(client: Client, as_json: AsJson = False) -> None:
+    """List tokens, newest first."""
+    found = list(client.tokens())
+    if as_json:
+        print_json(found)
+    else:
+        output.print(tokens_table(found))
+
+
+@app.command()
+@with_client
+def revoke(client: Client, token_id: str, as_json: AsJson = False) -> None:
+    """Let a token open nothing from now on."""
+    revoked = client.revoke_token(token_id)
+    if as_json:
+        print_json(revoked)
+    else:
+        typer.echo(f"{revoked.id}: revoked")
+
+
+@app.command()
+@with_client
+def me(client: Client, as_json: AsJson = False) -> None:
+    """Tell whose token yours is, and what it allows."""
+    caller = client.me()
+    if as_json:
+        print_json(caller)
+    else:
+        typer.echo(f"{caller.token_id} of {caller.owner}: {', '.join(caller.scopes)}")
+
+
+@app.command()
+@with_client
+def audit(
+    client: Client,
+    limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List who made and revoked tokens, newest first."""
+    found = list(islice(client.audit(page_size=min(limit, 1000)), limit))
+    if as_json:
+        print_json(found)
+    else:
+        output.print(audit_table(found))

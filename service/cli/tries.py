@@ -1,0 +1,109 @@
+"""What went wrong with a call, and whether and when to try again."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+from pydantic import ValidationError
+
+from service.api.schemas import Problem
+
+TRANSIENT = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+"""The others are mistakes, such as an address of another protocol, and come again."""
+
+
+class ApiError(Exception):
+    """The API refused a request, or could not be reached.
+
+    `problem` is its answer, if there is one; `is_transient` tells that the same request may succeed later.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        problem: Problem | None = None,
+        *,
+        is_transient: bool = False,
+        retry_after_seconds: float = 0,
+    ) -> None:
+        super().__init__(message)
+        self.problem, self.is_transient, self.retry_after_seconds = problem, is_transient, retry_after_seconds
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a request is sent, and for how long; a stream counts anew whenever it has brought something."""
+
+    tries: int = 8
+    total_seconds: float = 60
+    """No try begins later than this; each may take the client's time limit."""
+    first_pause_seconds: float = 0.5
+    longest_pause_seconds: float = 10
+
+
+PATIENT = Patience()
+
+
+class Tries:
+    """The tries of one request: pauses grow twofold, at random so that clients part, and are as long as the service asks for."""
+
+    def __init__(self, patience: Patience, tell: Callable[[str], None]) -> None:
+        self._patience, self._tell = patience, tell
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget the tries before; of a stream, because it has brought something."""
+        self._made, self._deadline = 0, time.monotonic() + self._patience.total_seconds
+
+    def pause_after(self, error: ApiError) -> float:
+        """Return the seconds to wait before the next try; raises the error if there is none."""
+        self._made += 1
+        longest = min(self._patience.first_pause_seconds * 2 ** (self._made - 1), self._patience.longest_pause_seconds)
+        pause = max(error.retry_after_seconds, random.uniform(longest / 2, longest))  # noqa: S311 - nothing secret
+        if not error.is_transient or self._made >= self._patience.tries or time.monotonic() + pause > self._deadline:
+            raise error
+        self._tell(f"{error}; trying again in {pause:.1f} s")
+        return pause
+
+
+@contextmanager
+def told_as_api_errors(url: str) -> Iterator[None]:
+    """Raise ApiError for whatever httpx raises, and for answers that no service of this kind gives."""
+    try:
+        yield
+    except httpx.HTTPError as error:
+        reason = str(error) or type(error).__name__
+        raise ApiError(f"{url} does not answer: {reason}", is_transient=isinstance(error, TRANSIENT)) from error
+    except ValidationError as error:
+        raise ApiError(f"{url} did not answer as a syncbn service does: {error}") from error
+
+
+def refuse_errors(url: str, answer: httpx.Response, takes: tuple[int, ...] = ()) -> None:
+    """Raise ApiError if an answer, which has been read, tells of an error."""
+    status = answer.status_code
+    if answer.is_success or status in takes:
+        return
+    after = answer.headers.get("Retry-After")
+    # A conflict that passes, because the same request is being answered, says so; others do not.
+    is_transient = status in (429, 500, 502, 503, 504) or (status == httpx.codes.CONFLICT and after is not None)
+    try:
+        problem = Problem.model_validate_json(answer.content)
+        message = problem.detail
+    except ValidationError:
+        problem, message = None, f"{url} answered {status}: {answer.text[:200]}"
+    raise ApiError(message, problem, is_transient=is_transient, retry_after_seconds=_seconds(after))
+
+
+def _seconds(after: str | None) -> float:
+    """Read a `Retry-After`: seconds, or a date."""
+    if after is None or after.isdecimal():
+        return float(after or 0)
+    try:
+        return (parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):
+        return 0.0

@@ -1,0 +1,77 @@
+"""Ctrl-C while a command waits: the command ends with 130 and a hint, and the job goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from tests.service.cli.running import SPEC, TOKEN
+
+
+@pytest.fixture
+def started(api, tmp_path):
+    """Start the command in a process of its own, as a terminal does."""
+    environment = os.environ | {"SYNCBN_URL": api.url, "SYNCBN_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
+    processes = []
+
+    def start(*arguments):
+        command = [sys.executable, "-m", "service.cli.app", *map(str, arguments)]
+        processes.append(subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def interrupt(process):
+    """Press Ctrl-C once the command has begun to wait."""
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=20)
+    assert "Traceback" not in told
+    return process.returncode, told
+
+
+def test_of_following_a_log(api, started):
+    job_id = api.submit()
+    api.move(job_id, "submitted")
+    api.write(job_id, "one\n")
+    process = started("logs", "-f", job_id)
+    assert process.stdout.readline() == "one\n"
+    assert interrupt(process) == (130, f"\n{job_id} goes on; `syncbn cancel {job_id}` ends it.\n")
+    with api.client() as client:
+        job = client.job(job_id)
+    assert (job.state, job.cancel_requested) == ("submitted", False)
+
+
+@pytest.mark.parametrize("arguments", [("submit", "--wait"), ("compare",)])
+def test_of_waiting_for_the_end(api, started, tmp_path, arguments):
+    content = SPEC if "submit" in arguments else {"spec": SPEC, "matrix": {"norm": ["none", "sync"]}}
+    file = tmp_path / "file.yaml"
+    file.write_text(yaml.safe_dump(content))
+    process = started(*arguments, file)
+    made = process.stdout.readline().partition(":")[0]
+    code, told = interrupt(process)
+    assert code == 130
+    assert f"{made} goes on;" in told
+    assert f"`syncbn cancel {made}` ends it." in told
+    with api.client() as client:
+        jobs = [client.job(made)] if made.startswith("job-") else client.comparison(made).jobs
+    assert {(job.state, job.cancel_requested) for job in jobs} == {("queued", False)}
+
+
+def test_a_reader_that_goes_away_ends_the_command_without_a_word(api, started):
+    job_id = api.submit()
+    api.move(job_id, "submitted")
+    api.write(job_id, "one\n" * 50_000)
+    process = started("logs", "-f", job_id)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(20)
+    assert process.stderr.read() == ""
