@@ -1,12 +1,12 @@
 """Admission: which queued jobs go to Ray now, decided by the one replica that holds the scheduler's lease."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 from service.domain.errors import Unavailable
 from service.domain.leases import Lease
-from service.domain.scheduling import Policy, plan
+from service.domain.scheduling import Candidate, Policy, plan
 from service.engine.attempts import Attempts
 from service.engine.ray_jobs import RayJobs
 from service.store.jobs import JobStore
@@ -17,24 +17,28 @@ class Admission:
 
     def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Attempts, policy: Callable[[], Policy]) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
+        self._known: Mapping[tuple[str, int], Candidate] = {}
 
     async def admit(self, lease: Lease) -> None:
         """Start the jobs that the plan admits, and tell the others why they wait. Raises Unavailable."""
-        queue = await self._jobs.queue()
+        queue = await self._jobs.queue(self._known)
+        self._known = queue.waiting
         if not queue.waiting:
             return
+        told = {job_id: reason for (job_id, _), reason in queue.reasons.items()}
         try:
-            chosen = plan(queue.waiting, queue.active, await self._ray.cluster(), self._policy(), datetime.now(UTC))
+            cluster = await self._ray.cluster()
         except Unavailable as error:
-            await self._explain(queue.reasons, dict.fromkeys(queue.reasons, f"waits for Ray: {error}"), lease)
+            await self._explain(told, dict.fromkeys(told, f"waits for Ray: {error}"), lease)
             raise
-        await self._explain(queue.reasons, chosen.reasons, lease)
+        chosen = plan(queue.waiting.values(), queue.active, cluster, self._policy(), datetime.now(UTC))
+        await self._explain(told, chosen.reasons, lease)
         results = await asyncio.gather(
             *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True
         )
         for candidate, result in zip(chosen.admitted, results, strict=True):
             if isinstance(result, Unavailable):
-                await self._explain(queue.reasons, {candidate.id: f"waits: {result}"}, lease)
+                await self._explain(told, {candidate.id: f"waits: {result}"}, lease)
         for result in results:
             if isinstance(result, BaseException):
                 raise result

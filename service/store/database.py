@@ -16,6 +16,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from service.domain.errors import Unavailable
+from service.store import sqlite
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 TROUBLED_CLASSES = ("08", "53", "57", "58")
@@ -191,7 +192,7 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(
         address,
-        connect_args={"timeout": timeout_seconds},
+        connect_args={"timeout": timeout_seconds, "async_creator_fn": sqlite.connect},
         pool_size=CONNECTIONS,
         max_overflow=0,
         pool_timeout=timeout_seconds,

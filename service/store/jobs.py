@@ -1,12 +1,13 @@
 """Jobs and their events in the database."""
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Select, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import Select, and_, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -25,12 +26,13 @@ COLUMNS = [jobs.c[field.name] for field in fields(Job)]
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
-        "id", "owner", "priority", "state", "reason", "queued_at", "not_before", "progress",
+        "id", "owner", "priority", "queued_at", "not_before", "progress",
         "least_cpus", "least_gpus", "most_cpus", "most_gpus",
     )
 ]  # fmt: skip
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
+CANDIDATES_AT_ONCE = 500
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 
@@ -49,8 +51,9 @@ class Filter:
 class Queue:
     """What the scheduler decides on."""
 
-    waiting: list[Candidate]
-    reasons: dict[str, str]
+    waiting: dict[tuple[str, int], Candidate]
+    """By job and attempt, in the order of their submission."""
+    reasons: dict[tuple[str, int], str]
     """Why each of them waits, as it is told now."""
     active: list[Candidate]
 
@@ -125,22 +128,28 @@ class JobStore:
         )
         return await self._read(query.order_by(jobs.c.sequence))
 
-    async def queue(self) -> Queue:
-        """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray."""
-        states = [state.value for state in (JobState.QUEUED, *ACTIVE)]
-        query = select(*CANDIDATE_COLUMNS).where(
-            jobs.c.mlflow_closed.is_(False),
-            jobs.c.state.in_(states),
-            or_(jobs.c.state != JobState.QUEUED, jobs.c.cancel_requested.is_(False)),
-        )
+    async def queue(self, known: Mapping[tuple[str, int], Candidate] = MappingProxyType({})) -> Queue:
+        """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray.
+
+        What is known already, by job and attempt, is not read again: while a job waits, nothing that counts changes.
+        """
+        is_open = jobs.c.mlflow_closed.is_(False)
+        waits = and_(is_open, jobs.c.state == JobState.QUEUED, jobs.c.cancel_requested.is_(False))
+        is_active = and_(is_open, jobs.c.state.in_([state.value for state in ACTIVE]))
+        found = dict(known)
         async with self._database.read() as connection:
-            rows = (await connection.execute(query.order_by(jobs.c.sequence))).all()
-        waiting = [row for row in rows if row.state == JobState.QUEUED]
-        return Queue(
-            [_candidate(row) for row in waiting],
-            {row.id: row.reason for row in waiting},
-            [_candidate(row) for row in rows if row.state != JobState.QUEUED],
-        )
+            query = select(jobs.c.id, jobs.c.attempt, jobs.c.reason).where(waits).order_by(jobs.c.sequence)
+            rows = (await connection.execute(query)).all()
+            new = [row.id for row in rows if (row.id, row.attempt) not in known]
+            for first in range(0, len(new), CANDIDATES_AT_ONCE):
+                of_these = jobs.c.id.in_(new[first : first + CANDIDATES_AT_ONCE])
+                query = select(jobs.c.attempt, *CANDIDATE_COLUMNS).where(waits, of_these)
+                for row in (await connection.execute(query)).all():
+                    found[row.id, row.attempt] = _candidate(row)
+            active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
+        # What began to wait while this was read is left to the next time.
+        waiting = {(row.id, row.attempt): row.reason for row in rows if (row.id, row.attempt) in found}
+        return Queue({key: found[key] for key in waiting}, waiting, [_candidate(row) for row in active])
 
     async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """Read the pulses of these jobs, by id; of those there are."""

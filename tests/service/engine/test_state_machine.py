@@ -331,7 +331,7 @@ class Machine(RuleBasedStateMachine):
 
     def _waiting(self, store):
         waiting = self.runner.run(store.queue()).waiting
-        return [job for job in waiting if job.least.cpus <= CPUS]
+        return [job for job in waiting.values() if job.least.cpus <= CPUS]
 
 
 @pytest.fixture(scope="module")
