@@ -3,30 +3,33 @@
     python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: half an hour
     python benchmarks/chaos.py --keys 4 --service-kills 3 --head-kills 1    a short form, which the tests run
 
-All of it is real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. A client sends each key until
-it is answered, some of them again afterwards. Of the jobs as many run as there is time for; what is left at the end is cancelled.
+All of it is real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. The service is killed at any
+time, also while it starts; of Ray the head, with or without the drivers and workers on its node. A client sends each key until it
+is answered, some of them again afterwards. Of the jobs as many run as there is time for; what is left at the end is cancelled.
 Exits with 1 unless
 
 - each key is one job, and each repetition got the first answer;
 - no job is lost that was acknowledged;
-- no attempt was executed twice: it had one driver, and MLflow holds each step of a job once;
-- no more than 10 s after the service was started again it tells how each attempt ended whose end was in its files.
+- no attempt was executed twice, no two of a job at one time, and MLflow holds each step of a job once;
+- the service answers, and tells how each attempt ended that had not been told before it was killed, within 10 s of its start.
 """
 
 import argparse
 import os
 import random
+import re
+import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +40,17 @@ from mlflow import MlflowClient
 from service.cli import parts
 from service.cli.keeper import Kept, Plan
 from service.cli.machine import choose_ports, keep_secret, short_folder, tail
-from trainer.spec import LOG_FILE, OUTCOME_FILE
+from trainer.spec import DRIVER_FILE, LOG_FILE, OUTCOME_FILE
 
 MOST_SECONDS_TO_TRUTH = 10.0
 MOST_SECONDS = 300.0
 """For one thing that is waited for."""
 REPEATED = 0.2
 """Share of the requests that are sent again after they were answered."""
+KILLED_AT_START = 0.3
+"""Share of the service's starts at which it is killed again before it has come to anything."""
+OF_JOBS = ("-m trainer", "ray::", "default_worker")
+"""In the command lines of drivers, workers and supervisors."""
 SPEC: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},
     "data": {"name": "digits"},
@@ -53,7 +60,9 @@ SPEC: dict[str, Any] = {
     "checkpoint": {"every": 50},
     "log_model": False,
 }
-DRIVER_BEGINS = "Connecting to existing Ray cluster"
+WORKER_BEGINS = "worker 0 of 1 on "
+"""What the trainer tells in the log when it starts an attempt's worker."""
+CLOCK = re.compile(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d")
 
 
 class House:
@@ -86,52 +95,71 @@ class House:
         self.url = self.layout.api_url
         self.headers = {"Authorization": f"Bearer {self.layout.api_token}"}
         self._probes = httpx.Client(timeout=5, trust_env=False)
-        self._kept: dict[str, Kept] = {}
-        self._service: subprocess.Popen[bytes] | None = None
+        self._mlflow: Kept | None = None
+        self._ray: psutil.Popen | None = None
+        self._service: psutil.Popen | None = None
 
     def start(self) -> None:
         """Start all of it."""
-        self._keep(parts.mlflow_server(self.layout))
+        part = parts.mlflow_server(self.layout)
+        plan = Plan(parts=[part], directory=str(self.layout.data_dir))
+        self._mlflow = Kept(plan, log=self.layout.log("keeper"))
         self.start_head()
         self.start_service()
-        self._until_ready("mlflow", "ray", "api")
+        self.until_ready("mlflow", "ray", "api")
 
     def start_head(self) -> None:
         """Start Ray's head, without waiting for it."""
         self.layout.ray_dir.mkdir(mode=0o700, exist_ok=True)
-        self._keep(parts.ray_head(self.layout))
+        part = parts.ray_head(self.layout)
+        with self.layout.log("ray").open("ab") as log:
+            self._ray = psutil.Popen(
+                part.command,
+                env=part.environment,
+                cwd=self.layout.data_dir,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
 
-    def kill_head(self) -> None:
-        """Kill Ray's head, and wait until its node has ended, with the drivers and workers on it."""
-        deadline = time.monotonic() + MOST_SECONDS
-        while not (heads := [each for each in self._descendants("ray") if each.name() == "gcs_server"]):
-            if time.monotonic() > deadline:
-                raise TimeoutError("Ray has no head")
-            time.sleep(0.2)
-        heads[0].kill()
-        self._kept.pop("ray").stop()
+    def kill_head(self, *, with_jobs: bool) -> None:
+        """Kill Ray's head; and the drivers and workers on its node too, or they are left to notice it themselves."""
+        assert self._ray is not None
+        processes = [self._ray, *self._ray.children(recursive=True)]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if with_jobs or not any(words in " ".join(process.cmdline()) for words in OF_JOBS):
+                    process.kill()
+        self._ray.wait(10)
 
     def start_service(self) -> None:
         """Start the service, without waiting for it."""
         with self.layout.log("api").open("ab") as log:
             command = [sys.executable, "-m", "service.cli.app", "serve"]
-            self._service = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
+            self._service = psutil.Popen(
+                command, env=self._environment, cwd=self.layout.data_dir, stdout=log, stderr=log
+            )
 
     def kill_service(self) -> None:
-        """Kill the service."""
+        """Kill the service, if it runs."""
         assert self._service is not None
-        self._service.kill()
+        with suppress(psutil.NoSuchProcess):
+            self._service.kill()
         self._service.wait(10)
 
     def stop(self) -> None:
-        """End all of it."""
-        if self._service is not None and self._service.poll() is None:
-            self._service.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._service.wait(20)
+        """End all of it, and whatever it has left."""
+        if self._service is not None:
             self.kill_service()
-        for kept in self._kept.values():
-            kept.stop()
+        if self._ray is not None and self._ray.is_running():
+            self.kill_head(with_jobs=True)
+        if self._mlflow is not None:
+            self._mlflow.stop()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd() == str(self.layout.data_dir):
+                    process.kill()
+        shutil.rmtree(self.layout.ray_dir, ignore_errors=True)
 
     def until_alive(self) -> None:
         """Wait until the service answers."""
@@ -148,16 +176,20 @@ class House:
         found = self.storage.glob(f"*/attempt-*/{OUTCOME_FILE}")
         return {(path.parts[-3], int(path.parts[-2].removeprefix("attempt-"))) for path in found}
 
-    def _keep(self, part: parts.Part) -> None:
-        plan = Plan(parts=[part], directory=str(self.layout.data_dir), remove=[])
-        self._kept[part.name] = Kept(plan, log=self.layout.data_dir / "logs" / f"{part.name}-keeper.log")
+    def told_ends(self) -> set[tuple[str, int]]:
+        """Jobs and attempts that the service tells to have ended, of those that have files; none if it does not answer."""
+        told = set()
+        for folder in self.storage.glob("*"):
+            with suppress(httpx.HTTPError):
+                answer = self._probes.get(f"{self.url}/v1/jobs/{folder.name}", headers=self.headers)
+                if answer.is_success:
+                    job = answer.json()
+                    last = job["attempt"] if job["ended_at"] else job["attempt"] - 1
+                    told |= {(folder.name, attempt) for attempt in range(1, last + 1)}
+        return told
 
-    def _descendants(self, part: str) -> list[psutil.Process]:
-        with suppress(psutil.Error, KeyError):
-            return psutil.Process(self._kept[part].process_ids[part]).children(recursive=True)
-        return []
-
-    def _until_ready(self, *names: str) -> None:
+    def until_ready(self, *names: str) -> None:
+        """Wait until these parts are ready."""
         deadline = time.monotonic() + MOST_SECONDS
         probes = parts.probes(self.layout, self._probes)
         waiting = list(names)
@@ -181,7 +213,10 @@ class Found:
     repetitions: int = 0
     answered_otherwise: list[str] = field(default_factory=list)
     """Keys of which a repetition got another answer."""
+    seconds_to_answer: list[float] = field(default_factory=list)
+    """From the start of the service."""
     seconds_to_truth: list[float] = field(default_factory=list)
+    """The same, where attempts had ended of which it had not told."""
     progress: float = 0.0
     """Of the killing, from 0 to 1."""
 
@@ -225,25 +260,32 @@ def kill_again_and_again(house: House, service_kills: int, head_kills: int, foun
         {round((number + 0.5) * service_kills / head_kills) for number in range(head_kills)} if head_kills else set()
     )
 
-    def kill_head() -> None:
-        house.kill_head()
+    def kill_head(with_jobs: bool) -> None:
+        house.kill_head(with_jobs=with_jobs)
         house.start_head()
+        house.until_ready("ray")
 
     try:
         with ThreadPoolExecutor(1) as beside:
-            killed = []
+            killed: list[Future[None]] = []
             for number in range(service_kills):
                 time.sleep(chance.uniform(0.2, 3.0))
                 if number in heads:
-                    killed.append(beside.submit(kill_head))
+                    killed.append(beside.submit(kill_head, len(killed) % 2 == 0))
+                told = house.told_ends()
                 house.kill_service()
-                ended = house.ends_in_files()
+                while chance.random() < KILLED_AT_START:
+                    house.start_service()
+                    time.sleep(chance.uniform(0.0, 2.0))
+                    house.kill_service()
+                untold = house.ends_in_files() - told
                 began = time.monotonic()
                 house.start_service()
                 house.until_alive()
-                with httpx.Client(base_url=house.url, headers=house.headers, timeout=10, trust_env=False) as http:
-                    until_told(http, ended)
-                found.seconds_to_truth.append(time.monotonic() - began)
+                found.seconds_to_answer.append(time.monotonic() - began)
+                if untold:
+                    until_told(house, untold)
+                    found.seconds_to_truth.append(time.monotonic() - began)
                 found.progress = (number + 1) / service_kills
             for each in killed:
                 each.result(MOST_SECONDS)
@@ -251,17 +293,12 @@ def kill_again_and_again(house: House, service_kills: int, head_kills: int, foun
         found.progress = 1.0
 
 
-def until_told(http: httpx.Client, ended: set[tuple[str, int]]) -> None:
+def until_told(house: House, ended: set[tuple[str, int]]) -> None:
     """Wait until the service tells of each of these attempts that it has ended."""
     deadline = time.monotonic() + MOST_SECONDS
-    waiting = set(ended)
-    while waiting:
-        for job_id, attempt in list(waiting):
-            job = http.get(f"/v1/jobs/{job_id}").raise_for_status().json()
-            if job["attempt"] > attempt or job["ended_at"] is not None:
-                waiting.remove((job_id, attempt))
+    while missing := ended - house.told_ends():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the service does not tell that these ended: {waiting}")
+            raise TimeoutError(f"the service does not tell that these ended: {missing}")
         time.sleep(0.05)
 
 
@@ -285,7 +322,9 @@ def end_all(http: httpx.Client, least_succeeded: int) -> list[dict[str, Any]]:
         time.sleep(1)
     for job in all_jobs(http):
         if job["ended_at"] is None:
-            http.post(f"/v1/jobs/{job['id']}:cancel")
+            answer = http.post(f"/v1/jobs/{job['id']}:cancel")
+            if answer.status_code != httpx.codes.CONFLICT:  # it has ended meanwhile
+                answer.raise_for_status()
     deadline = time.monotonic() + MOST_SECONDS
     while any(job["ended_at"] is None for job in all_jobs(http)):
         if time.monotonic() > deadline:
@@ -306,10 +345,17 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
         wrong.append(f"{keys} keys, and {len(found.acknowledged)} answers")
     executed = 0
     for log in house.storage.glob(f"*/attempt-*/{LOG_FILE}"):
-        drivers = log.read_text(errors="replace").count(DRIVER_BEGINS)
-        executed += drivers
-        if drivers > 1:
-            wrong.append(f"{log.parent}: executed {drivers} times")
+        text = log.read_text(errors="replace")
+        begun = text.count(WORKER_BEGINS)
+        executed += begun
+        if begun > 1:
+            wrong.append(f"{log.parent}: executed {begun} times")
+        number = int(log.parent.name.removeprefix("attempt-"))
+        before = log.parent.with_name(f"attempt-{number - 1}") / DRIVER_FILE
+        if (clock := CLOCK.search(text)) and before.exists():
+            began = datetime.strptime(clock.group(), "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
+            if began < before.stat().st_mtime:
+                wrong.append(f"{log.parent}: began before the attempt before it had ended")
     states = Counter(job["state"] for job in jobs)
     mlflow = MlflowClient(house.layout.mlflow_url)
     for job in jobs:
@@ -320,14 +366,17 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
             if steps != list(range(0, SPEC["steps"] + 1, SPEC["eval_every"])):
                 wrong.append(f"{job['id']}: MLflow holds steps {steps}")
     attempts = sum(job["attempt"] for job in jobs if job["state"] == "succeeded")
+    if executed < states["succeeded"]:
+        wrong.append(f"{states['succeeded']} jobs have succeeded, and {executed} attempts told that they began")
     requests = f"{found.requests} requests, {found.repetitions} repetitions"
     print(f"{len(found.acknowledged)} keys in {requests}: {len(jobs)} jobs")
-    print(f"ended: {dict(states)}; {executed} attempts had a driver; those that succeeded took {attempts} attempts")
-    if seconds := found.seconds_to_truth:
-        median, most = statistics.median(seconds), max(seconds)
-        print(f"from the service's start to the truth: {median:.1f} s, at most {most:.1f}; {len(seconds)} kills")
-        if max(seconds) > MOST_SECONDS_TO_TRUTH:
-            wrong.append(f"the truth took {max(seconds):.1f} s, more than {MOST_SECONDS_TO_TRUTH:g}")
+    print(f"ended: {dict(states)}; {executed} attempts ran; those jobs that succeeded took {attempts} attempts")
+    for what, seconds in (("answer", found.seconds_to_answer), ("truth", found.seconds_to_truth)):
+        if seconds:
+            median, most = statistics.median(seconds), max(seconds)
+            print(f"from the service's start to its {what}: {median:.1f} s, at most {most:.1f}; {len(seconds)} times")
+            if most > MOST_SECONDS_TO_TRUTH:
+                wrong.append(f"the {what} took {most:.1f} s, more than {MOST_SECONDS_TO_TRUTH:g}")
     return wrong
 
 

@@ -31,7 +31,10 @@ class Admission:
         except Unavailable as error:
             await self._explain(told, dict.fromkeys(told, f"waits for Ray: {error}"), lease)
             raise
-        chosen = plan(queue.waiting.values(), queue.active, cluster, self._policy(), datetime.now(UTC))
+        # In a thread: with thousands in the queue it takes long enough to keep requests waiting.
+        chosen = await asyncio.to_thread(
+            plan, queue.waiting.values(), queue.active, cluster, self._policy(), datetime.now(UTC)
+        )
         await self._explain(told, chosen.reasons, lease)
         results = await asyncio.gather(
             *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True

@@ -164,7 +164,9 @@ class Dispatcher:
             return
         now = datetime.now(UTC)
         silent_seconds = self._silent_seconds(job, submission, sign)
-        if outcome is None and job.state == JobState.RUNNING and silent_seconds > self._silence_seconds:
+        has_begun = outcome is not None or job.state == JobState.RUNNING
+        is_silent = silent_seconds > (self._silence_seconds if outcome is None else self._grace_seconds)
+        if has_begun and is_silent and submission is not None and submission.status in RUNNING:
             await self._ray.stop(job.submission_id)
             submission = None  # Ray calls it running for ever, as it does after its head was lost
         step = next_step(job, submission, outcome, now)

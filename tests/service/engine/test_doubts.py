@@ -185,3 +185,24 @@ async def test_a_new_attempt_starts_without_the_progress_of_the_last(house):
     house.ray.lose_everything()
     await house.round()
     assert (await house.jobs.get(job.id)).progress is None
+
+
+@pytest.mark.parametrize(
+    "outcome", [Outcome(state="succeeded", reason="done"), Outcome(state="failed", reason="no", cause="user_code")]
+)
+async def test_an_outcome_is_believed_though_ray_calls_the_run_running_for_ever(house, monkeypatch, outcome):
+    now = 0.0
+    monkeypatch.setattr("service.engine.dispatcher.time.monotonic", lambda: now)
+    house.grace_seconds = 5
+    house.reopen()
+    job = await house.add()
+    await house.round()
+    house.ray.set(job.submission_id, RayStatus.RUNNING)
+    await house.round()
+    house.write(job, OUTCOME_FILE, outcome)
+    await house.round()
+    assert await house.state(job) == "running"
+    now += 6
+    await house.round()
+    assert await house.state(job) == outcome.state
+    assert house.ray.submissions[job.submission_id].status == RayStatus.STOPPED
