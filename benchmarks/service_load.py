@@ -5,8 +5,9 @@
     python benchmarks/service_load.py --parts posts page
 
 All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients,
-which take their part of the same cores. No job leaves the queue, as the owner's quota is 0: what is measured is the service. Beside
-each figure is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this machine bears.
+which take their part of the same cores. No job leaves the queue, as the owner's quota is 0, but in `head`, where they run one after
+the other. Beside each figure is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this
+machine bears. The database of --database-url must be empty; what each part makes in it is dropped after it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import aiohttp
 import psutil
+from sqlalchemy import func, select, text
 
 from service.cli.local import LocalStack
 from service.cli.machine import tail
@@ -32,11 +34,19 @@ from service.store.database import Database
 from service.store.jobs import insert_jobs
 from trainer.spec import LOG_FILE, JobSpec
 
-SPEC = {"model": {"name": "mlp", "hidden": [100, 100, 100]}, "data": {"name": "digits"}, "steps": 100, "num_workers": 2}
+SPEC: dict[str, Any] = {
+    "model": {"name": "mlp", "hidden": [100, 100, 100]},
+    "data": {"name": "digits"},
+    "steps": 100,
+    "num_workers": 2,
+}
+SHORT = SPEC | {"steps": 5, "num_workers": 1, "log_model": False}
 POSTS_PER_SECOND, POST_SECONDS = 100, 30
 MANY_JOBS, PAGE_SIZE, PAGES = 100_000, 50, 200
 STREAMS, LINES = 500, 30
 QUEUED = 1_000
+OF_JOBS = ("-m trainer", "ray::", "default_worker", "time.sleep")
+"""In the command lines of what runs for jobs."""
 BARE_JOBS = 20
 """That Ray is given directly: each takes its head a process."""
 MOST_SECONDS = 300.0
@@ -46,8 +56,12 @@ class Load:
     """One service on one database, and the clients' ways to it and to Ray."""
 
     def __init__(self, stack: LocalStack, database_url: str | None) -> None:
-        quota = {"SYNCBN_QUOTA_JOBS": "0", "SYNCBN_RATE_PER_SECOND": "1000000", "SYNCBN_RATE_BURST": "1000000"}
-        self.environment = stack.api_environment | quota
+        self.environment = stack.api_environment | {
+            "SYNCBN_QUOTA_JOBS": "0",
+            "SYNCBN_RATE_PER_SECOND": "1000000",
+            "SYNCBN_RATE_BURST": "1000000",
+            "SYNCBN_STREAMS_PER_TOKEN": "1000",
+        }
         self.environment |= {"SYNCBN_DATABASE_URL": database_url} if database_url else {}
         self.storage = Path(self.environment["SYNCBN_STORAGE"])
         self.url = f"http://127.0.0.1:{self.environment['SYNCBN_PORT']}"
@@ -98,11 +112,12 @@ class Load:
         return float(self.process.memory_info().rss) / 1e6
 
     def head_memory(self) -> float:
-        """The memory of Ray's head with all its processes, in MB."""
+        """The memory of Ray's head: its processes but those of jobs, in MB."""
         total = 0
         for process in [self.ray, *self.ray.children(recursive=True)]:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
+                if not any(words in " ".join(process.cmdline()) for words in OF_JOBS):
+                    total += process.memory_info().rss
         return total / 1e6
 
 
@@ -271,14 +286,20 @@ async def bare_streams(load: Load) -> None:
 
 
 async def head(load: Load) -> None:
-    """Queue many jobs, and compare the memory of Ray's head before and after; then give it some directly."""
+    """Queue many jobs, of which one at a time runs, and compare the memory of Ray's head; then give it some jobs directly."""
+    load.environment["SYNCBN_QUOTA_JOBS"] = "1"
     async with load.serving() as session:
+        for number in range(2):  # so that what Ray loads once is not counted
+            await until_ended(session, await submit(session, f"before {number}", SHORT))
         before = load.head_memory()
-        for number in range(QUEUED):
-            await submit(session, f"queued {number}")
-        await asyncio.sleep(30)
+        queued = [await submit(session, f"queued {number}", SHORT) for number in range(QUEUED)]
+        await asyncio.sleep(60)
+        states = [await state_of(session, job_id) for job_id in queued]
         after = load.head_memory()
-    print(f"head: {QUEUED:,} queued jobs: Ray's head takes {after - before:+.0f} MB, of {before:.0f}")
+    ran = sum(state == "succeeded" for state in states)
+    print(
+        f"head: {QUEUED:,} queued jobs, {ran} of which ran in 60 s: {after - before:+.0f} MB of {before:.0f}; goal: flat"
+    )
     before = load.head_memory()
     async with load.ray_session() as ray:
         for _ in range(BARE_JOBS):
@@ -286,13 +307,28 @@ async def head(load: Load) -> None:
         await asyncio.sleep(30)
         after = load.head_memory()
     print(
-        f"head: {BARE_JOBS} jobs submitted to Ray directly: {after - before:+.0f} MB, {(after - before) / BARE_JOBS:.0f} a job"
+        f"head: {BARE_JOBS} jobs that Ray was given directly: {after - before:+.0f} MB, and a process or two for each of them"
     )
 
 
-async def submit(session: aiohttp.ClientSession, name: str) -> str:
+async def until_ended(session: aiohttp.ClientSession, job_id: str) -> None:
+    """Wait for a job's end."""
+    deadline = time.monotonic() + MOST_SECONDS
+    while await state_of(session, job_id) in ("queued", "submitted", "running"):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{job_id} does not end")
+        await asyncio.sleep(0.5)
+
+
+async def state_of(session: aiohttp.ClientSession, job_id: str) -> str:
+    """Ask for a job's state."""
+    async with session.get(f"/v1/jobs/{job_id}") as answer:
+        return str((await answer.json())["state"])
+
+
+async def submit(session: aiohttp.ClientSession, name: str, spec: dict[str, Any] = SPEC) -> str:
     """Submit a job, and return its id."""
-    async with session.post("/v1/jobs", json={"name": name, "spec": SPEC}) as answer:
+    async with session.post("/v1/jobs", json={"name": name, "spec": spec}) as answer:
         answer.raise_for_status()
         return str((await answer.json())["id"])
 
@@ -324,12 +360,39 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--database-url", help="of an empty database; default: a new SQLite file")
     options = parser.parse_args()
+    if options.database_url:
+        asyncio.run(check_empty(options.database_url))
     for name in options.parts:
         with (
             tempfile.TemporaryDirectory(prefix="load-") as folder,
             LocalStack(Path(folder) / "data", api=False) as stack,
         ):
-            asyncio.run(PARTS[name](Load(stack, options.database_url)))
+            try:
+                asyncio.run(PARTS[name](Load(stack, options.database_url)))
+            finally:
+                if options.database_url:
+                    asyncio.run(empty(options.database_url))
+
+
+async def check_empty(url: str) -> None:
+    """Refuse a database that holds anything."""
+    database = Database(url, 60)
+    async with database.read() as connection:
+        count = (
+            select(func.count()).select_from(text("information_schema.tables")).where(text("table_schema = 'public'"))
+        )
+        if (await connection.execute(count)).scalar_one():
+            raise SystemExit("--database-url: takes an empty database; this one has tables")
+    await database.close()
+
+
+async def empty(url: str) -> None:
+    """Drop what a part has made."""
+    database = Database(url, 60)
+    async with database.write() as connection:
+        await connection.execute(text("DROP SCHEMA public CASCADE"))
+        await connection.execute(text("CREATE SCHEMA public"))
+    await database.close()
 
 
 if __name__ == "__main__":
