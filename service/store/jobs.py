@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Select, and_, bindparam, exists, func, insert, or_, select, update
+from sqlalchemy import Column, Select, and_, bindparam, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -109,10 +109,12 @@ class JobStore:
         for name in ("owner", "state", "comparison_id", "norm"):
             if (value := getattr(wanted, name)) is not None:
                 query = query.where(jobs.c[name] == value)
+        place: Column[int] = jobs.c.sequence
         if wanted.tag is not None:
-            query = query.where(exists().where(job_tags.c.job_id == jobs.c.id, job_tags.c.tag == wanted.tag))
+            place = job_tags.c.job_sequence  # whose index has the jobs of a tag in their order
+            query = query.join(job_tags, place == jobs.c.sequence).where(job_tags.c.tag == wanted.tag)
         async with self._database.read() as connection:
-            rows, more = await read_page(connection, query, jobs.c.sequence, size, before)
+            rows, more = await read_page(connection, query, place, size, before)
         return [_job(row) for row in rows], more
 
     async def of_comparison(self, comparison_id: str) -> list[Job]:
@@ -276,7 +278,10 @@ async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
     """Store new jobs with their first events, inside the caller's transaction."""
     await connection.execute(insert(jobs), [_row(job) for job in new])
     await connection.execute(insert(events), [_event(job, job.created_at, job.owner) for job in new])
-    if tags := [{"tag": tag, "job_id": job.id} for job in new for tag in job.tags]:
+    if tagged := {job.id: job.tags for job in new if job.tags}:
+        places = select(jobs.c.id, jobs.c.sequence).where(jobs.c.id.in_(list(tagged)))
+        rows = (await connection.execute(places)).all()
+        tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tagged[row.id]]
         await connection.execute(insert(job_tags), tags)
 
 

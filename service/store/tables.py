@@ -114,7 +114,8 @@ job_tags = Table(
     "job_tags",
     metadata,
     Column("tag", String(80), primary_key=True),
-    Column("job_id", ForeignKey("jobs.id"), primary_key=True),
+    Column("job_sequence", ForeignKey("jobs.sequence"), primary_key=True),
+    Column("job_id", ForeignKey("jobs.id"), nullable=False, index=True),
 )
 
 events = Table(
