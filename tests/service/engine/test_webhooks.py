@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+import socket
+import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 
@@ -233,3 +236,99 @@ async def test_what_a_job_measures_last_counts(house, webhooks):
     assert await house.state(job) == "succeeded"
     found, _ = await webhooks.deliveries_of(hook.id, 10, None)
     assert [delivery.about for delivery in found] == ["succeeded", "accuracy at least 0.9"]
+
+
+async def test_a_webhook_that_is_made_while_a_job_runs_is_told_of_what_was_before_and_places_are_forgotten(
+    house, webhooks, monkeypatch
+):
+    threshold = Threshold(metric="accuracy", relation="at_least", bound=0.9)
+    await make(webhooks, "https://a", states=(), thresholds=(threshold,))
+    job = await house.add()
+    await house.round()
+    outbox = house.files.job_folder(job.id) / OUTBOX_FILE
+    outbox.parent.mkdir(parents=True, exist_ok=True)
+    measured = {"step": 10, "metrics": {"accuracy": 0.99}}
+    others = [
+        {"metrics": {"accuracy": 1.0}},
+        {"step": 5, "metrics": {"accuracy": "high"}},
+        {"step": None, "metrics": {}},
+    ]
+    outbox.write_text("".join(json.dumps(line) + "\n" for line in [*others, measured]))
+    await house.thresholds.refresh()
+    await house.thresholds.look(job)
+    late = await make(webhooks, "https://b", states=(), thresholds=(threshold,))
+    await house.thresholds.refresh()
+    await house.thresholds.look(job)
+    assert json.loads((await only_message(webhooks, late)).body)["data"]["threshold"]["step"] == 10
+    assert len(house.thresholds._places) == 2
+    monkeypatch.setattr("service.engine.thresholds.FORGET_SECONDS", 0)
+    await house.thresholds.refresh()
+    assert house.thresholds._places == {}
+
+
+async def test_a_receiver_that_does_not_answer_keeps_only_its_own_messages_waiting(house, webhooks, sender, receiver):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        dead = await make(webhooks, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        for _ in range(15):
+            await cancel(house)
+        await make(webhooks, receiver.url)
+        await cancel(house)
+        began = time.monotonic()
+        task = asyncio.create_task(sender.run())
+        while not receiver.messages:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await cancel(house)
+        while len(receiver.messages) < 4:
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 2  # after which the first message to the other one is given up
+        task.cancel()
+        await asyncio.wait([task])
+    assert [each.tries for each in (await webhooks.deliveries_of(dead.id, 50, None))[0]] == [0] * 19
+
+
+async def test_a_sender_that_comes_back_late_changes_nothing(house, database, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    ((_, late),) = await webhooks.claim_due(10, 30)
+    await let_time_pass(database, await only_message(webhooks, hook), 30)
+    assert await round_of(sender) == 1
+    await webhooks.note_try(replace(late, tries=1, answer="answered 500"))
+    message = await only_message(webhooks, hook)
+    assert (message.is_delivered, message.tries, message.answer) == (True, 1, "answered 204")
+
+
+async def test_one_that_is_deleted_while_a_job_ends_is_told_of_nothing(house, database, webhooks):
+    hook = await make(webhooks, "https://a")
+    job = await house.add()
+    async with database.transaction():
+        await house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
+        deleting = asyncio.create_task(webhooks.delete(hook, ADMIN))
+        await asyncio.sleep(0.2)
+    await deleting
+    assert (await webhooks.deliveries_of(hook.id, 10, None))[0] == []
+    with pytest.raises(NotFound):
+        await webhooks.delete(hook, ADMIN)
+
+
+async def test_one_that_is_being_deleted_is_told_of_no_end(house, database, webhooks):
+    hook = await make(webhooks, "https://a")
+    job = await house.add()
+    met = Threshold(metric="accuracy", relation="at_least", bound=0.9)
+    async with database.transaction():
+        await webhooks.delete(hook, ADMIN)
+        ending = asyncio.create_task(
+            house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
+        )
+        telling = asyncio.create_task(webhooks.announce(hook, job, met, 1, 0.95))
+        await asyncio.sleep(0.2)
+    await asyncio.gather(ending, telling)
+    assert await house.state(job) == "cancelled"
+    assert (await webhooks.deliveries_of(hook.id, 10, None))[0] == []
+
+
+async def test_an_owner_has_no_more_by_making_them_at_one_time(webhooks):
+    making = (make(webhooks, "https://a") for _ in range(MOST_OF_AN_OWNER + 10))
+    made = await asyncio.gather(*making, return_exceptions=True)
+    assert sum(isinstance(each, Conflict) for each in made) == 10
+    assert len((await webhooks.page(100, None, "admin"))[0]) == MOST_OF_AN_OWNER
