@@ -70,10 +70,17 @@ async def test_a_name_that_is_not_found_in_time_is_refused(slow_names, monkeypat
 
 
 async def test_storage_that_hangs_keeps_nothing_else_waiting():
-    ended = threading.Event()
-    looks = [asyncio.create_task(on_storage(ended.wait, 20)) for _ in range(64)]
+    started, ended = threading.Event(), threading.Event()
+
+    def hang():
+        started.set()
+        ended.wait(20)
+
+    looks = [asyncio.create_task(on_storage(hang)) for _ in range(64)]
     try:
         async with asyncio.timeout(5):
+            while not started.is_set():
+                await asyncio.sleep(0.01)
             assert await asyncio.to_thread(lambda: "done") == "done"
             with pytest.raises(InvalidField, match="public address"):
                 await Outgoing([], 2).check("https://127.0.0.1/")
