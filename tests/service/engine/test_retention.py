@@ -190,7 +190,7 @@ async def test_thousands_are_deleted_in_time(database, house):
     store, began = RetentionStore(database), time.monotonic()
     for _ in range(4):
         assert await store.forget_jobs(datetime.now(UTC), 50) == 50
-    assert time.monotonic() - began < 2  # without an index on what a job is resumed from it takes many times as long
+    assert time.monotonic() - began < 15  # without an index on what a job is resumed from it takes minutes
 
 
 async def test_only_where_the_schedulers_lease_is_held(house, database, retention):
