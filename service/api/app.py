@@ -232,7 +232,7 @@ async def _open_components(
                 poll_seconds=settings.poll_seconds,
                 send_seconds=seconds,
             ),
-            retention=Retention(replica, RetentionStore(database), keys, files, settings.retention()),
+            retention=Retention(replica, RetentionStore(database), webhooks, keys, files, settings.retention()),
             watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,

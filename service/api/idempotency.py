@@ -46,7 +46,7 @@ class Route(KnownCaller):
     """A route whose POSTs may be repeated under a key.
 
     What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither; after an error
-    the key is free.
+    the key is free. The key is taken with the first write: what a route asks of others, it asks before.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -75,22 +75,35 @@ def answer_repeats_with(request: Request, answer: Response) -> None:
     request.state.answer_to_repeats = answer
 
 
+class _Answered(Exception):  # noqa: N818 - no error, but what a transaction ends with that comes too late
+    def __init__(self, before: StoredAnswer) -> None:
+        self.before = before
+
+
 async def _once(
     request: Request, caller: Caller, key: str, handle: Callable[[Request], Coroutine[Any, Any, Response]]
 ) -> Response:
     components = components_of(request)
     # Before the transaction, since the body may be slow to come.
     fingerprint = await _fingerprint(request, caller)
+
+    async def claim() -> None:
+        if (answered := await components.idempotency.claim(caller.owner, key, fingerprint)) is not None:
+            raise _Answered(answered)
+
     with _in_flight(components.keys_in_flight, (caller.owner, key)):
-        async with components.database.transaction():
-            before = await components.idempotency.claim(caller.owner, key, fingerprint)
-            if before is None:
-                answer = await handle(request)
-                kept = getattr(request.state, "answer_to_repeats", answer)
-                headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
-                stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
-                await components.idempotency.store(caller.owner, key, stored)
-                return answer
+        before = await components.idempotency.find(caller.owner, key)
+        if before is None:
+            try:
+                async with components.database.transaction(claim):
+                    answer = await handle(request)
+                    kept = getattr(request.state, "answer_to_repeats", answer)
+                    headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
+                    stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
+                    await components.idempotency.store(caller.owner, key, stored)
+                    return answer
+            except _Answered as answered:
+                before = answered.before
     if before.fingerprint != fingerprint:
         raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})

@@ -73,7 +73,7 @@ def audit(
     limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List who made and revoked tokens, newest first."""
+    """List who made and revoked tokens, and made and deleted webhooks, newest first."""
     found = list(islice(client.audit(page_size=min(limit, 1000)), limit))
     if as_json:
         print_json(found)

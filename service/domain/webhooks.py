@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field
 
@@ -27,6 +28,23 @@ PAUSES_SECONDS = (5, 30, 120, 600, 1_800, 7_200, 18_000, 36_000)
 """Between a message's tries; after the last of them it is given up, some 18 hours after the first."""
 TRANSLATED = IPv6Network("64:ff9b::/96")
 """IPv4 addresses as NAT64 writes them (RFC 6052)."""
+PUBLIC_IPV6 = IPv6Network("2000::/3")
+"""Global unicast: all that is handed out of IPv6 (RFC 4291). Other ways to write or wrap an IPv4 address lie outside of it."""
+NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            "168.63.129.16/32",  # the host of an Azure machine
+            "192.0.0.0/24",  # protocols' own (RFC 6890), and a cloud's metadata
+            "192.88.99.0/24",  # relays of 6to4 (RFC 7526)
+            "2001::/23",  # protocols' own, Teredo among them, which wraps IPv4 addresses (RFC 4380)
+            "2001:db8::/32",  # documentation (RFC 3849)
+            "2002::/16",  # 6to4, which wraps IPv4 addresses (RFC 3056)
+            "3fff::/20",  # documentation (RFC 9637)
+        ),
+    )
+)
+"""What is called global by some versions of Python's tables, or by all."""
 
 
 class Threshold(Frozen):
@@ -60,6 +78,12 @@ class Webhook:
     tag: str | None = None
     """Of which jobs; None: of all."""
     created_at: datetime
+
+    @property
+    def host(self) -> str:
+        """Scheme and host of its address, whose path may be a secret."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.hostname}"
 
     def is_about(self, job: Job) -> bool:
         """Whether it tells of a job."""
@@ -126,22 +150,29 @@ def pause_after(tries: int) -> int | None:
 def may_be_reached(address: IPAddress, allowed: Sequence[IPNetwork]) -> bool:
     """Whether messages may go to an address: a public one, or one in a network that the operator allows.
 
-    An address that only wraps another one, as for the change from IPv4 to IPv6, is judged by that one.
+    An IPv4 address that is only written as one of IPv6 is judged as what it is.
     """
-    if isinstance(address, IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour
-        if address in TRANSLATED:
-            inner = IPv4Address(int(address) & 0xFFFF_FFFF)
-        if inner is not None:
-            return may_be_reached(inner, allowed)
+    address = _unwrapped(address)
     if is_in(address, allowed):
         return True
-    return address.is_global and not address.is_multicast
+    if isinstance(address, IPv6Address) and address not in PUBLIC_IPV6:
+        return False
+    return address.is_global and not address.is_multicast and not is_in(address, NOT_PUBLIC)
 
 
 def is_in(address: IPAddress, networks: Sequence[IPNetwork]) -> bool:
     """Whether one of the networks holds an address."""
+    address = _unwrapped(address)
     return any(address.version == network.version and address in network for network in networks)
+
+
+def _unwrapped(address: IPAddress) -> IPAddress:
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return address.ipv4_mapped
+        if address in TRANSLATED:
+            return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address
 
 
 def read_networks(text: str | None) -> tuple[IPNetwork, ...]:

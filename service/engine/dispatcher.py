@@ -225,7 +225,6 @@ class Dispatcher:
 
     async def _settle(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
-        self._thresholds.forget(job)
         if job.mlflow_run_id is not None:
             await on_storage(self._files.close_attempts, job)
             await self._mlflow.finish(job.mlflow_run_id, job.state)

@@ -1,9 +1,9 @@
 """Secrets for jobs: files that the operator puts into one folder; only their names are stored and travel."""
 
-import asyncio
 from pathlib import Path
 
 from service.domain.errors import InvalidField, Refused
+from service.engine.run_files import on_storage
 
 SHARED = "shared"
 """The folder whose secrets all owners may use."""
@@ -18,10 +18,13 @@ class JobSecrets:
         self._folder = folder.absolute() if folder else None
 
     async def resolve(self, owner: str, secrets: dict[str, str]) -> dict[str, str]:
-        """Write references in full, as `<owner>/<name>`. Raises InvalidField for what the owner may not use, or is not there."""
+        """Write references in full, as `<owner>/<name>`.
+
+        Raises InvalidField for what the owner may not use, or is not there; Unavailable if the folder does not answer.
+        """
         if not secrets:
             return {}
-        return await asyncio.to_thread(
+        return await on_storage(
             lambda: {variable: self._resolve(owner, variable, name) for variable, name in secrets.items()}
         )
 

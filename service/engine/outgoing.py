@@ -2,7 +2,9 @@
 
 import asyncio
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
@@ -12,6 +14,8 @@ from service.domain.errors import InvalidField
 from service.domain.webhooks import IPAddress, IPNetwork, is_in, may_be_reached
 
 SECONDS_TO_RESOLVE = 5.0
+MOST_LOOK_UPS = 32
+"""At one time."""
 PORTS = {"https": 443, "http": 80}
 
 
@@ -19,11 +23,29 @@ class Forbidden(httpcore.ConnectError):
     """A name stands for an address where nothing is sent to."""
 
 
+class _Names:
+    """Looks up names' addresses in threads of its own: a slow server of names keeps nothing else waiting."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, thread_name_prefix="names")
+
+    async def look_up(self, host: str, port: int) -> list[IPAddress]:
+        """Look up a name's addresses. Raises OSError."""
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(SECONDS_TO_RESOLVE):
+            found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
+        return list(dict.fromkeys(ip_address(str(item[4][0]).partition("%")[0]) for item in found))
+
+    def close(self) -> None:
+        """Look up nothing more; what is being looked up is not waited for."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
 class _Guard(httpcore.AsyncNetworkBackend):
     """Connects to the addresses that it has looked at itself: a name that is asked for twice may get two answers."""
 
-    def __init__(self, allowed: Sequence[IPNetwork]) -> None:
-        self._allowed, self._backend = allowed, httpcore.AnyIOBackend()
+    def __init__(self, names: _Names, may_be_reached: Callable[[IPAddress], bool]) -> None:
+        self._names, self._may_be_reached, self._backend = names, may_be_reached, httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -34,9 +56,9 @@ class _Guard(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the first of a name's addresses that answers. Raises Forbidden if one of them must not be reached."""
-        addresses = await _resolve(host, port)
-        if not all(may_be_reached(address, self._allowed) for address in addresses):
-            raise Forbidden(f"{host} is not a public address")
+        addresses = await self._names.look_up(host, port)
+        if not all(map(self._may_be_reached, addresses)):
+            raise Forbidden(f"{host} is not an address that messages are sent to")
         for place, address in enumerate(addresses):
             try:
                 return await self._backend.connect_tcp(str(address), port, timeout, local_address, socket_options)
@@ -50,8 +72,17 @@ class Outgoing:
     """Sends messages; `allowed` are networks that are reached though they are not public."""
 
     def __init__(self, allowed: Sequence[IPNetwork], seconds: float) -> None:
-        self._allowed, self._seconds = allowed, seconds
-        self._pool = httpcore.AsyncConnectionPool(network_backend=_Guard(allowed), keepalive_expiry=5)
+        self._allowed, self._seconds, self._names = allowed, seconds, _Names()
+        # A pool for each scheme, as what is not encrypted may go to fewer places. The sender says how much goes on at once.
+        self._pools = {
+            scheme: httpcore.AsyncConnectionPool(
+                network_backend=_Guard(self._names, may), max_connections=None, keepalive_expiry=5
+            )
+            for scheme, may in (
+                ("https", lambda address: may_be_reached(address, allowed)),
+                ("http", lambda address: is_in(address, allowed)),
+            )
+        }
 
     async def check(self, url: str) -> None:
         """Raise InvalidField for an address that no message would be sent to."""
@@ -60,7 +91,7 @@ class Outgoing:
         if parts.username is not None or parts.password is not None:
             raise InvalidField("url", url, "takes no user name or password; messages are signed")
         try:
-            addresses = await _resolve(host, parts.port or PORTS[parts.scheme])
+            addresses = await self._names.look_up(host, parts.port or PORTS[parts.scheme])
         except OSError:
             raise InvalidField("url", url, f"takes an address that can be found; {host} cannot") from None
         if not all(may_be_reached(address, self._allowed) for address in addresses):
@@ -78,17 +109,14 @@ class Outgoing:
         sent = {"Content-Type": "application/json", "User-Agent": "syncbn-webhooks/1"} | headers
         async with (
             asyncio.timeout(self._seconds),
-            self._pool.stream("POST", url, headers=list(sent.items()), content=body.encode()) as answer,
+            self._pools[urlsplit(url).scheme].stream(
+                "POST", url, headers=list(sent.items()), content=body.encode()
+            ) as answer,
         ):
             return answer.status
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._pool.aclose()
-
-
-async def _resolve(host: str, port: int) -> list[IPAddress]:
-    """Look up a name's addresses. Raises OSError."""
-    async with asyncio.timeout(SECONDS_TO_RESOLVE):
-        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(ip_address(str(item[4][0]).partition("%")[0]) for item in found))
+        for pool in self._pools.values():
+            await pool.aclose()
+        self._names.close()

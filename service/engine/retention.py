@@ -1,4 +1,4 @@
-"""Retention: what ended long ago is deleted, its files before its rows, so that what a crash leaves is found again."""
+"""Retention: what ended long ago is deleted: rows first, with a note of the folders left, so that a crash leaves nothing behind."""
 
 import asyncio
 import logging
@@ -10,26 +10,33 @@ from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.store.idempotency import IdempotencyStore
 from service.store.retention import RetentionStore
+from service.store.webhooks import WebhookStore
 
 logger = logging.getLogger(__name__)
 PAUSE_SECONDS = 600.0
 KEYS_LAST = timedelta(hours=25)
 """Clients may count on an Idempotency-Key for 24 hours."""
+MESSAGES_LAST = timedelta(days=30)
+"""After their end."""
 MOST_AT_ONCE = 50
+"""Jobs."""
+MOST_MESSAGES_AT_ONCE = 1_000
 
 
 class Retention:
-    """Deletes for all replicas, where the scheduler's lease is held. `keep` is for how long; None: for ever."""
+    """Deletes for all replicas, where the scheduler's lease is held. `keep` is for how long jobs are kept; None: for ever."""
 
     def __init__(
         self,
         replica: Replica,
         store: RetentionStore,
+        webhooks: WebhookStore,
         keys: IdempotencyStore,
         files: RunFiles,
         keep: timedelta | None,
     ) -> None:
-        self._replica, self._store, self._keys, self._files, self._keep = replica, store, keys, files, keep
+        self._replica, self._store, self._webhooks, self._keys = replica, store, webhooks, keys
+        self._files, self._keep = files, keep
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -37,7 +44,7 @@ class Retention:
             try:
                 await self.round()
             except Exception as error:  # what could not be deleted is looked at again
-                logger.warning("retention broken off: %s", error, exc_info=not isinstance(error, Unavailable | OSError))
+                logger.warning("retention broken off: %s", error, exc_info=not isinstance(error, Unavailable))
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def round(self) -> int:
@@ -46,17 +53,25 @@ class Retention:
             return 0
         now, count = datetime.now(UTC), 0
         await self._keys.forget_before(now - KEYS_LAST)
-        while self._keep is not None and (old := await self._store.jobs_ended_before(now - self._keep, MOST_AT_ONCE)):
-            for job_id in old:
-                await asyncio.to_thread(_delete, self._files, job_id)
-            await self._store.forget_jobs(old)
-            count += len(old)
-            logger.info("%d jobs that ended before %s were deleted", len(old), now - self._keep)
+        while await self._webhooks.forget_ended(now - MESSAGES_LAST, MOST_MESSAGES_AT_ONCE):
+            pass
+        while self._keep is not None and (deleted := await self._store.forget_jobs(now - self._keep, MOST_AT_ONCE)):
+            count += deleted
+            logger.info("%d jobs that ended before %s were deleted", deleted, now - self._keep)
+        await self._delete_folders()
         return count
+
+    async def _delete_folders(self) -> None:
+        for job_id in await self._store.folders_left():
+            try:
+                await asyncio.to_thread(_delete, self._files, job_id)
+            except OSError as error:  # it keeps no other waiting, and is tried again in the next round
+                logger.warning("the folder of %s could not be deleted: %s", job_id, error, extra={"job_id": job_id})
+            else:
+                await self._store.forget_folder(job_id)
 
 
 def _delete(files: RunFiles, job_id: str) -> None:
-    try:
-        shutil.rmtree(files.job_folder(job_id))
-    except FileNotFoundError:
-        return
+    folder = files.job_folder(job_id)
+    if folder.exists():
+        shutil.rmtree(folder)

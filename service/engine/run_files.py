@@ -1,14 +1,16 @@
 """What the service reads of a run's files: progress, outcome and log."""
 
 import asyncio
-import json
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from service.domain.errors import Unavailable
 from service.domain.jobs import Job
@@ -29,6 +31,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 STORAGE_SECONDS = 20.0
 """For a look at a job's files."""
+STORAGE_THREADS = ThreadPoolExecutor(32, thread_name_prefix="storage")
+"""Its own, so that storage keeps nothing but looks at it waiting, and is kept waiting by nothing else."""
 MOST_BYTES = 1_000_000
 
 
@@ -40,11 +44,15 @@ class Point:
     metrics: dict[str, float]
 
 
+POINT = TypeAdapter(Point)
+
+
 async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Work on files in a thread, and wait for it so long at most. Raises Unavailable."""
     try:
         async with asyncio.timeout(STORAGE_SECONDS):
-            return await asyncio.to_thread(work, *arguments, **options)
+            call = partial(copy_context().run, work, *arguments, **options)
+            return await asyncio.get_running_loop().run_in_executor(STORAGE_THREADS, call)
     except (TimeoutError, OSError) as error:
         raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
@@ -110,9 +118,7 @@ class RunFiles:
 
 
 def _points(lines: Iterable[bytes]) -> Iterator[Point]:
-    """Read the measurements among lines; half a line, which a killed attempt leaves, is passed by."""
+    """Read the measurements among lines; others, such as the half one that a killed attempt leaves, are passed by."""
     for text in lines:
-        with suppress(ValueError):
-            line = json.loads(text)
-            if isinstance(line, dict) and isinstance(line.get("metrics"), dict):
-                yield Point(line["step"], line["metrics"])
+        with suppress(ValidationError):
+            yield POINT.validate_json(text)

@@ -14,7 +14,8 @@ from service.engine.outgoing import Outgoing
 from service.store.webhooks import WebhookStore
 
 logger = logging.getLogger(__name__)
-MOST_AT_ONCE = 20
+MOST_AT_ONCE = 100
+"""Messages on their way, each to another webhook."""
 GONE = 410
 """The receiver wants no more of it."""
 
@@ -27,22 +28,46 @@ class WebhookSender:
     ) -> None:
         self._webhooks, self._outgoing, self._sent = webhooks, outgoing, sent
         self._poll_seconds, self._send_seconds = poll_seconds, send_seconds
+        self._on_their_way: dict[str, asyncio.Task[None]] = {}
+        """By webhook."""
 
     async def run(self) -> None:
         """Send until cancelled. What is cut off by the end is sent again, by whoever looks next."""
-        while True:
-            try:
-                if await self.round():
-                    continue
-            except Exception as error:  # of whatever kind: messages wait for this
-                logger.warning("messages wait: %s", error, exc_info=not isinstance(error, Unavailable))
+        try:
+            while True:
+                try:
+                    await self.take()
+                except Exception as error:  # of whatever kind: messages wait for this
+                    logger.warning("messages wait: %s", error, exc_info=not isinstance(error, Unavailable))
+                    await asyncio.sleep(self._poll_seconds)
+                await self._pause()
+        finally:
+            for task in self._on_their_way.values():
+                task.cancel()
+
+    async def take(self) -> int:
+        """Begin to send what is due, but for webhooks that a message is on its way to; return how much it is."""
+        free = MOST_AT_ONCE - len(self._on_their_way)
+        due = await self._webhooks.claim_due(free, 2 * self._send_seconds, self._on_their_way.keys()) if free else []
+        for webhook, delivery in due:
+            self._on_their_way[webhook.id] = asyncio.create_task(self._bring(webhook, delivery))
+        return len(due)
+
+    async def _pause(self) -> None:
+        """Wait until it may be that more is due, or can be sent."""
+        if self._on_their_way:
+            tasks = self._on_their_way.values()
+            await asyncio.wait(tasks, timeout=self._poll_seconds, return_when=asyncio.FIRST_COMPLETED)
+        else:
             await asyncio.sleep(self._poll_seconds)
 
-    async def round(self) -> int:
-        """Send what is due, so much at once; return how much it was."""
-        due = await self._webhooks.claim_due(MOST_AT_ONCE, 2 * self._send_seconds)
-        await asyncio.gather(*(self._send(webhook, delivery) for webhook, delivery in due))
-        return len(due)
+    async def _bring(self, webhook: Webhook, delivery: Delivery) -> None:
+        try:
+            await self._send(webhook, delivery)
+        except Unavailable as error:
+            logger.warning("what became of %s could not be stored; it is sent again: %s", delivery.id, error)
+        finally:
+            del self._on_their_way[webhook.id]
 
     async def _send(self, webhook: Webhook, delivery: Delivery) -> None:
         timestamp = int(time.time())

@@ -1,7 +1,7 @@
 """The database: SQLite with a write-ahead log, or PostgreSQL; opened, brought up to date, and closed."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +31,17 @@ WRITES = "writes"
 """Option of a connection that is going to write."""
 
 
+async def _nothing() -> None:
+    return
+
+
 @dataclass
 class Transaction:
-    """One that several reads and writes of a task are part of."""
+    """One that several reads and writes of a task are part of; it begins with the first write."""
 
-    connection: AsyncConnection
+    resources: AsyncExitStack
+    first: Callable[[], Awaitable[object]]
+    connection: AsyncConnection | None = None
     after_commit: list[Callable[[], None]] = field(default_factory=list)
 
 
@@ -50,26 +56,24 @@ class Database:
         self._transactions: WeakKeyDictionary[asyncio.Task[Any], Transaction] = WeakKeyDictionary()
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[None]:
-        """Make all reads and writes of this task one transaction, committed at the end and rolled back on an error.
+    async def transaction(self, first: Callable[[], Awaitable[object]] = _nothing) -> AsyncIterator[None]:
+        """Make all writes of this task, and the reads after the first of them, one transaction.
 
-        Raises Unavailable.
+        It is committed at the end and rolled back on an error. It begins with the first write, and with `first` in it: so what is
+        asked of others before anything is stored, such as a name's address, keeps no writer waiting. Raises Unavailable.
         """
         task = asyncio.current_task()
         assert task is not None
         assert task not in self._transactions, "transactions are not nested"
-        async with AsyncExitStack() as stack:
-            # The database's trouble is told where it is met, for what else is done meanwhile has troubles of its own.
-            with _unavailable():
-                connection = await stack.enter_async_context(self._connect_to_write())
-                begun = await connection.begin()
-            self._transactions[task] = transaction = Transaction(connection)
+        async with AsyncExitStack() as resources:
+            self._transactions[task] = transaction = Transaction(resources, first)
             try:
                 yield
             finally:
                 del self._transactions[task]
-            with _unavailable():
-                await begun.commit()
+            if transaction.connection is not None:
+                with _unavailable():
+                    await transaction.connection.commit()
         for call in transaction.after_commit:
             call()
 
@@ -83,7 +87,7 @@ class Database:
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """Lend a connection for queries. Raises Unavailable."""
-        if (transaction := self._joined()) is not None:
+        if (transaction := self._joined()) is not None and transaction.connection is not None:
             with _unavailable():
                 yield transaction.connection
             return
@@ -98,12 +102,22 @@ class Database:
         Inside `transaction()` it is that one, and so is what an error rolls back: it must be let through.
         """
         if (transaction := self._joined()) is not None:
+            joined = transaction.connection or await self._begin(transaction)
             with _unavailable():
-                yield transaction.connection
+                yield joined
             return
         with _unavailable():
             async with self._connect_to_write() as connection, connection.begin():
                 yield connection
+
+    async def _begin(self, transaction: Transaction) -> AsyncConnection:
+        # The database's trouble is told where it is met, for what else is done meanwhile has troubles of its own.
+        with _unavailable():
+            connection = await transaction.resources.enter_async_context(self._connect_to_write())
+            await connection.begin()
+        transaction.connection = connection
+        await transaction.first()
+        return connection
 
     @asynccontextmanager
     async def _connect_to_write(self) -> AsyncIterator[AsyncConnection]:

@@ -26,6 +26,13 @@ class IdempotencyStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
+    async def find(self, owner: str, key: str) -> StoredAnswer | None:
+        """Read what a key's request was answered; None if it has not been answered yet."""
+        query = select(keys).where(keys.c.owner == owner, keys.c.key == key)
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return None if row is None else StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
+
     async def claim(self, owner: str, key: str, fingerprint: str) -> StoredAnswer | None:
         """Take a key, which is free again if the transaction is rolled back; if it is taken, return what it was answered.
 
@@ -38,8 +45,7 @@ class IdempotencyStore:
             query = insert(keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
             if (await connection.execute(query)).rowcount:
                 return None
-            row = (await connection.execute(select(keys).where(keys.c.owner == owner, keys.c.key == key))).one()
-            return StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
+            return await self.find(owner, key)
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
         """Keep the answer to the request that has claimed a key."""

@@ -1,50 +1,65 @@
 """What retention deletes: jobs that ended long ago, with all that hangs on them."""
 
-from collections.abc import Sequence
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import delete, exists, or_, select
+from sqlalchemy import Select, delete, exists, insert, or_, select
 
-from service.domain.jobs import JobState
 from service.store.database import Database
-from service.store.tables import comparisons, events, job_tags, jobs
+from service.store.tables import comparisons, deleted_jobs, events, job_tags, jobs
 from service.store.webhooks import forget_deliveries
 
 
 class RetentionStore:
-    """Queries about old jobs."""
+    """Queries about old jobs, and about folders that are left of them."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def jobs_ended_before(self, time: datetime, most: int) -> list[str]:
-        """Find jobs that may be deleted, the oldest first.
+    async def forget_jobs(self, time: datetime, most: int) -> int:
+        """Delete jobs that ended before `time`, the oldest first, and return how many.
 
-        Not among them are jobs that MLflow does not know the end of yet, those whose comparison has a younger job, without
-        which its report would be another one, and those whose checkpoints a job that has not ended may still go on from.
+        With them go their events, tags and messages, and the comparisons that have no job left; their folders are `folders_left`.
+        Not deleted are jobs that MLflow does not know the end of yet, those that another one was resumed from, as long as it is
+        there, and those whose comparison has a job that stays, without which its report would be another one.
         """
-        other = jobs.alias()
-        is_young = or_(other.c.ended_at.is_(None), other.c.ended_at >= time)
-        ended = [state.value for state in JobState if state.is_terminal]
-        query = (
-            select(jobs.c.id)
-            .where(
-                jobs.c.ended_at < time,
-                jobs.c.mlflow_closed.is_(True),
-                ~exists().where(other.c.comparison_id == jobs.c.comparison_id, is_young),
-                ~exists().where(other.c.resumed_from == jobs.c.id, other.c.state.not_in(ended)),
-            )
-            .order_by(jobs.c.ended_at)
-            .limit(most)
-        )
-        async with self._database.read() as connection:
-            return list((await connection.execute(query)).scalars())
-
-    async def forget_jobs(self, job_ids: Sequence[str]) -> None:
-        """Delete jobs with their events, tags and messages, and the comparisons that have no job left."""
         async with self._database.write() as connection:
-            await forget_deliveries(connection, job_ids)
+            query = _deletable(time).order_by(jobs.c.ended_at).limit(most).with_for_update(of=jobs, skip_locked=True)
+            found = (await connection.execute(query)).scalars().all()
+            # Looked at again now that they are locked: who resumes from a job locks it too, and may have just done so.
+            again = _deletable(time).where(jobs.c.id.in_(found))
+            old = (await connection.execute(again)).scalars().all()
+            if not old:
+                return 0
+            await forget_deliveries(connection, old)
             for table, column in ((events, events.c.job_id), (job_tags, job_tags.c.job_id), (jobs, jobs.c.id)):
-                await connection.execute(delete(table).where(column.in_(job_ids)))
+                await connection.execute(delete(table).where(column.in_(old)))
             is_empty = ~exists().where(jobs.c.comparison_id == comparisons.c.id)
             await connection.execute(delete(comparisons).where(comparisons.c.mlflow_closed, is_empty))
+            await connection.execute(insert(deleted_jobs), [{"id": job_id} for job_id in old])
+            return len(old)
+
+    async def folders_left(self) -> list[str]:
+        """Read the ids of the deleted jobs whose folders may still be there."""
+        async with self._database.read() as connection:
+            return list((await connection.execute(select(deleted_jobs.c.id))).scalars())
+
+    async def forget_folder(self, job_id: str) -> None:
+        """Note that a deleted job's folder is gone."""
+        async with self._database.write() as connection:
+            await connection.execute(delete(deleted_jobs).where(deleted_jobs.c.id == job_id))
+
+
+def _deletable(time: datetime) -> Select[Any]:
+    other, later = jobs.alias(), jobs.alias()
+    # What a job goes on from may lie with the first of a row of jobs, so each of them keeps the one before.
+    is_resumed = exists().where(later.c.resumed_from == jobs.c.id)
+    other_stays = or_(
+        other.c.ended_at.is_(None), other.c.ended_at >= time, exists().where(later.c.resumed_from == other.c.id)
+    )
+    return select(jobs.c.id).where(
+        jobs.c.ended_at < time,
+        jobs.c.mlflow_closed.is_(True),
+        ~is_resumed,
+        ~exists().where(other.c.comparison_id == jobs.c.comparison_id, other_stays),
+    )

@@ -108,7 +108,11 @@ jobs = Table(
     Index("ix_jobs_state_sequence", "state", "sequence"),
     Index("ix_jobs_norm_sequence", "norm", "sequence"),
     Index("ix_jobs_ended_at", "ended_at"),
+    Index("ix_jobs_resumed_from", "resumed_from"),
 )
+
+deleted_jobs = Table("deleted_jobs", metadata, Column("id", String(40), primary_key=True))
+"""Whose folders are still to be deleted."""
 
 job_tags = Table(
     "job_tags",
@@ -206,6 +210,7 @@ deliveries = Table(
     # One message about one thing, whoever comes to tell of it.
     Index("ix_deliveries_about", "webhook_id", "job_id", "about", unique=True),
     Index("ix_deliveries_due", "ended_at", "due_at"),
+    Index("ix_deliveries_next", "webhook_id", "ended_at", "due_at"),
 )
 
 idempotency_keys = Table(

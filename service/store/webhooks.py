@@ -1,11 +1,11 @@
 """Webhooks and their messages. A message is stored in the same transaction as what it tells of, so that none is lost."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import Select, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.access import Caller
@@ -13,13 +13,15 @@ from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import Job, JobState, new_id
 from service.domain.webhooks import Delivery, Threshold, Webhook, write_message
 from service.store.audit import record
-from service.store.database import Database
+from service.store.database import Database, take_turns
 from service.store.pages import read_page
-from service.store.tables import deliveries, webhooks
+from service.store.tables import deliveries, jobs, webhooks
 
 COLUMNS = [webhooks.c[field.name] for field in fields(Webhook)]
 DELIVERY_COLUMNS = [deliveries.c[field.name] for field in fields(Delivery)]
 MOST_OF_AN_OWNER = 20
+COUNT_LOCK = 5_021_505
+"""Of counting an owner's webhooks and adding one."""
 
 
 class WebhookStore:
@@ -37,12 +39,13 @@ class WebhookStore:
         }
         count = select(func.count()).where(webhooks.c.owner == webhook.owner)
         async with self._database.write() as connection:
+            await take_turns(connection, COUNT_LOCK)
             if (await connection.execute(count)).scalar_one() >= MOST_OF_AN_OWNER:
                 raise Conflict(
                     f"{webhook.owner} has {MOST_OF_AN_OWNER} webhooks, the most there may be; delete one before"
                 )
             await connection.execute(insert(webhooks).values(**row))
-            await record(connection, maker, "webhook.create", webhook.id, f"to {webhook.url}", webhook.created_at)
+            await record(connection, maker, "webhook.create", webhook.id, f"to {webhook.host}", webhook.created_at)
 
     async def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
         """Read one. Raises NotFound, also if it is not `owner`'s."""
@@ -62,11 +65,15 @@ class WebhookStore:
         return [_webhook(row) for row in rows], more
 
     async def delete(self, webhook: Webhook, actor: Caller) -> None:
-        """Delete one, with its messages: those on their way are not sent any more."""
+        """Delete one, with its messages: those on their way are not sent any more. Raises NotFound."""
+        # Locked first: a message that is being stored just now is waited for, and who comes later finds no webhook any more.
+        row = select(webhooks.c.id).where(webhooks.c.id == webhook.id).with_for_update()
         async with self._database.write() as connection:
+            if (await connection.execute(row)).one_or_none() is None:
+                raise NotFound(f"there is no webhook {webhook.id!r}")
             await connection.execute(delete(deliveries).where(deliveries.c.webhook_id == webhook.id))
             await connection.execute(delete(webhooks).where(webhooks.c.id == webhook.id))
-            await record(connection, actor, "webhook.delete", webhook.id, f"to {webhook.url}", datetime.now(UTC))
+            await record(connection, actor, "webhook.delete", webhook.id, f"to {webhook.host}", datetime.now(UTC))
 
     async def with_thresholds(self) -> list[Webhook]:
         """Read those that tell of metrics."""
@@ -75,12 +82,15 @@ class WebhookStore:
             return [_webhook(row) for row in (await connection.execute(query)).all()]
 
     async def announce(self, webhook: Webhook, job: Job, met: Threshold, step: int, value: float) -> None:
-        """Store a message about a threshold that a job has met, unless there has been one."""
+        """Store a message about a threshold that a job has met, unless there has been one, or there is no such webhook any more."""
         now = datetime.now(UTC)
         known = select(deliveries.c.id).where(
             deliveries.c.webhook_id == webhook.id, deliveries.c.job_id == job.id, deliveries.c.about == str(met)
         )
+        is_there = _kept(select(webhooks.c.id).where(webhooks.c.id == webhook.id))
         async with self._database.write() as connection:
+            if (await connection.execute(is_there)).one_or_none() is None:
+                return
             if (await connection.execute(known)).one_or_none() is None:
                 await _send(connection, webhook, job, str(met), write_message(job, now, met, step, value), now)
 
@@ -91,16 +101,25 @@ class WebhookStore:
             rows, more = await read_page(connection, query, deliveries.c.sequence, size, before)
         return [_delivery(row) for row in rows], more
 
-    async def claim_due(self, most: int, seconds: float) -> list[tuple[Webhook, Delivery]]:
-        """Take messages that are due, the oldest first, and keep other replicas from them for so many seconds."""
+    async def claim_due(self, most: int, seconds: float, busy: Collection[str] = ()) -> list[tuple[Webhook, Delivery]]:
+        """Take messages that are due, the longest due first, and keep other replicas from them for so many seconds.
+
+        Of each webhook it is one at most, and none of those that are `busy`: so a slow receiver keeps only its own waiting.
+        """
         now = datetime.now(UTC)
-        query = select(*DELIVERY_COLUMNS).where(deliveries.c.ended_at.is_(None), deliveries.c.due_at <= now)
-        query = query.order_by(deliveries.c.due_at).limit(most)
+        is_due = (deliveries.c.ended_at.is_(None), deliveries.c.due_at <= now)
+        of_one = select(deliveries.c.id).where(deliveries.c.webhook_id == webhooks.c.id, *is_due)
+        of_each = select(of_one.order_by(deliveries.c.due_at).limit(1).scalar_subquery()).where(
+            webhooks.c.id.not_in(busy)
+        )
+        query = select(*DELIVERY_COLUMNS).where(deliveries.c.id.in_(of_each), *is_due)
+        query = query.order_by(deliveries.c.due_at)
         async with self._database.read() as connection:  # most of the time there is none, and nothing to write
-            if (await connection.execute(query.limit(1))).one_or_none() is None:
-                return []
+            for look in (select(deliveries.c.id).where(*is_due), query):
+                if (await connection.execute(look.limit(1))).one_or_none() is None:
+                    return []
         async with self._database.write() as connection:
-            rows = (await connection.execute(query.with_for_update(skip_locked=True))).all()
+            rows = (await connection.execute(query.limit(most).with_for_update(skip_locked=True))).all()
             due = [_delivery(row) for row in rows]
             later = {"due_at": now + timedelta(seconds=seconds)}
             ids = [delivery.id for delivery in due]
@@ -110,15 +129,31 @@ class WebhookStore:
         return [(found[delivery.webhook_id], delivery) for delivery in due]
 
     async def note_try(self, delivery: Delivery) -> None:
-        """Store what became of a message."""
+        """Store what became of a try, unless somebody else has tried since: a sender may come back late."""
+        is_as_it_was = (deliveries.c.ended_at.is_(None), deliveries.c.tries == delivery.tries - 1)
+        query = update(deliveries).where(deliveries.c.id == delivery.id, *is_as_it_was)
         values = {name: getattr(delivery, name) for name in ("due_at", "tries", "ended_at", "is_delivered", "answer")}
         async with self._database.write() as connection:
-            await connection.execute(update(deliveries).where(deliveries.c.id == delivery.id).values(**values))
+            await connection.execute(query.values(**values))
+
+    async def forget_ended(self, time: datetime, most: int) -> int:
+        """Delete messages that ended before `time`, about jobs that did so too; return how many.
+
+        While a job runs, they keep it from being told of twice.
+        """
+        old_jobs = select(jobs.c.id).where(jobs.c.ended_at < time)
+        old = (
+            select(deliveries.c.sequence)
+            .where(deliveries.c.ended_at < time, deliveries.c.job_id.in_(old_jobs))
+            .limit(most)
+        )
+        async with self._database.write() as connection:
+            return (await connection.execute(delete(deliveries).where(deliveries.c.sequence.in_(old)))).rowcount
 
 
 async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> None:
     """Store a message to everyone who is told of such an end, inside the transaction that ends the job."""
-    rows = (await connection.execute(select(*COLUMNS).where(webhooks.c.owner == job.owner))).all()
+    rows = (await connection.execute(_kept(select(*COLUMNS).where(webhooks.c.owner == job.owner)))).all()
     for webhook in map(_webhook, rows):
         if job.state in webhook.states and webhook.is_about(job):
             await _send(connection, webhook, job, job.state.value, write_message(job, at), at)
@@ -127,6 +162,11 @@ async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> N
 async def forget_deliveries(connection: AsyncConnection, job_ids: Sequence[str]) -> None:
     """Delete the messages about jobs, inside the transaction that deletes those."""
     await connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(job_ids)))
+
+
+def _kept(query: Select[Any]) -> Select[Any]:
+    """Let the webhooks that are found not be deleted before what is told to them is stored."""
+    return query.with_for_update(read=True, key_share=True)
 
 
 async def _send(connection: AsyncConnection, webhook: Webhook, job: Job, about: str, body: str, at: datetime) -> None:

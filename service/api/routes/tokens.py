@@ -67,6 +67,6 @@ async def revoke_token(token_id: TokenId, caller: Admin, components: GivenCompon
 async def list_audit(
     _: Admin, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
 ) -> AuditList:
-    """List who made and revoked tokens, newest first; what was done to a job is among its events."""
+    """List who made and revoked tokens, and made and deleted webhooks, newest first; what was done to a job is among its events."""
     records, more = await components.audit.page(page_size, place_of(page_token))
     return AuditList(records=[AuditView.of(record) for record in records], next_page_token=token_of(more))

@@ -56,7 +56,7 @@ class TokenList(BaseModel):
 
 
 class AuditView(BaseModel):
-    """What somebody did to a token."""
+    """What somebody did to a token or a webhook."""
 
     at: datetime
     actor: str = Field(description="whose token it was; `service`: the service itself, when it started")

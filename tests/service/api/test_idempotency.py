@@ -108,3 +108,47 @@ async def test_a_repeated_cancel_is_one_event(client):
     assert first.content == again.content
     events = (await client.get(f"/v1/jobs/{job['id']}/events")).json()["events"]
     assert [event["reason"] for event in events].count("asked to cancel") == 1
+
+
+@pytest.mark.parametrize("what", ["outgoing.check", "secrets.resolve"])
+async def test_what_is_asked_of_others_keeps_no_other_request_waiting(app, client, monkeypatch, what):
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(*_):
+        asked.set()
+        await answer.wait()
+        return {}
+
+    part, name = what.split(".")
+    first = {"outgoing": ("/v1/webhooks", {"url": "https://93.184.215.14/"}), "secrets": ("/v1/jobs", BODY)}[part]
+    with monkeypatch.context() as patched:
+        patched.setattr(getattr(app.state.components, part), name, slow)
+        waiting = asyncio.create_task(client.post(first[0], json=first[1], headers=KEY))
+        await asyncio.wait_for(asked.wait(), 5)
+    async with asyncio.timeout(5):
+        other = await client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "another"})
+    assert (other.status_code, waiting.done()) == (202, False)
+    answer.set()
+    assert (await waiting).status_code in (201, 202)
+
+
+async def test_a_repetition_is_answered_though_others_would_refuse_it_now(app, client, monkeypatch):
+    body = {"url": "https://93.184.215.14/"}
+    first = await client.post("/v1/webhooks", json=body, headers=KEY)
+    monkeypatch.setattr(app.state.components.outgoing, "check", None)
+    again = await client.post("/v1/webhooks", json=body, headers=KEY)
+    assert (again.status_code, again.content) == (201, first.content)
+
+
+async def test_who_comes_to_a_key_second_gets_the_firsts_answer(app, client, monkeypatch):
+    # As on another replica, which does not know what is in flight here.
+    first = await client.post("/v1/jobs", json=BODY, headers=KEY)
+    find, is_early = app.state.components.idempotency.find, [True]
+
+    async def too_early(*arguments):
+        return None if is_early and is_early.pop() else await find(*arguments)
+
+    monkeypatch.setattr(app.state.components.idempotency, "find", too_early)
+    again = await client.post("/v1/jobs", json=BODY, headers=KEY)
+    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (202, first.content, "true")
+    assert await count(client) == 1

@@ -11,6 +11,7 @@ from service.domain.webhooks import (
     PAUSES_SECONDS,
     Threshold,
     Webhook,
+    is_in,
     may_be_reached,
     new_webhook_secret,
     pause_after,
@@ -44,12 +45,14 @@ def test_a_receiver_checks_the_signature_by_a_library_of_the_standard():
     [
         "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::",
-        "2002:a00:1::1",
+        "2002:a00:1::1", "2002:5db8:d70e::1", "::127.0.0.1", "::10.0.0.1", "::ffff:0:127.0.0.1", "64:ff9b:1::7f00:1", "fec0::1",
+        "5f00::1", "3fff::1", "2001:db8:1::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2", "100::1", "192.88.99.1", "168.63.129.16",
+        "192.0.0.192",
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public_are_refused_unless_allowed(address):
     assert not may_be_reached(ip_address(address), ())
-    assert not may_be_reached(ip_address(address), read_networks("192.0.2.0/24, 2001:db8::/32"))
+    assert not may_be_reached(ip_address(address), read_networks("192.0.2.0/24, 2001:db8:2::/48"))
 
 
 @pytest.mark.parametrize("address", ["93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "64:ff9b::5db8:d70e"])
@@ -62,6 +65,8 @@ def test_an_operator_allows_networks():
     assert may_be_reached(ip_address("10.1.2.3"), allowed)
     assert may_be_reached(ip_address("::ffff:10.1.2.3"), allowed)
     assert may_be_reached(ip_address("::1"), allowed)
+    assert may_be_reached(ip_address("168.63.129.16"), read_networks("168.63.129.16/32"))
+    assert is_in(ip_address("::ffff:10.1.2.3"), allowed)
     assert not may_be_reached(ip_address("10.2.2.3"), allowed)
 
 
@@ -112,3 +117,10 @@ def test_it_is_about_its_owners_jobs_with_its_tag():
 
 def test_tries_end():
     assert [pause_after(tries) for tries in range(1, 10)] == [*PAUSES_SECONDS, None]
+
+
+def test_of_an_address_that_may_be_a_secret_only_the_host_is_told():
+    url = "https://hooks.example.org:8443/services/T00/B00/secret?key=secret"
+    assert (
+        Webhook(id="w", owner="ann", url=url, secret="s", states=(), created_at=NOW).host == "https://hooks.example.org"
+    )

@@ -1,21 +1,33 @@
+import asyncio
+import shutil
+import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select, update
 
+from service.domain.access import Caller, Scope
 from service.domain.errors import NotFound
 from service.domain.jobs import JobState, Transition
+from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
 from service.store.idempotency import IdempotencyStore
+from service.store.jobs import insert_jobs
 from service.store.retention import RetentionStore
-from service.store.tables import comparisons, events, job_tags, jobs
+from service.store.tables import comparisons, deliveries, events, job_tags, jobs
+from service.store.webhooks import WebhookStore
 from tests.service.examples import make_comparison, make_job
 
 
 @pytest.fixture
 def retention(house, database):
     return Retention(
-        house.replica, RetentionStore(database), IdempotencyStore(database), house.files, timedelta(days=30)
+        house.replica,
+        RetentionStore(database),
+        WebhookStore(database),
+        IdempotencyStore(database),
+        house.files,
+        timedelta(days=30),
     )
 
 
@@ -24,6 +36,10 @@ async def end(house, database, job, days):
     (house.files.job_folder(job.id) / "attempt-1").mkdir(parents=True)
     await house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
     await house.round()
+    await end_at(database, job, days)
+
+
+async def end_at(database, job, days):
     async with database.write() as connection:
         at = datetime.now(UTC) - timedelta(days=days)
         await connection.execute(update(jobs).where(jobs.c.id == job.id).values(ended_at=at))
@@ -65,28 +81,116 @@ async def test_a_comparison_goes_as_a_whole(house, database, retention):
         assert (await connection.execute(select(func.count()).select_from(comparisons))).scalar_one() == 0
 
 
-async def test_what_a_job_goes_on_from_stays_until_it_has_ended(house, database, retention):
+async def test_what_a_job_goes_on_from_stays_as_long_as_that_job(house, database, retention):
     house.policy = house.policy.__class__(most_active=0)
-    old = await house.add()
-    await end(house, database, old, 40)
-    resumed = await house.add(resumed_from=old.id)
+    first = await house.add()
+    await end(house, database, first, 60)
+    second = await house.add(resumed_from=first.id)
+    await end(house, database, second, 50)
+    third = await house.add(resumed_from=second.id)  # its checkpoints may be those of the first
     assert await retention.round() == 0
-    await end(house, database, resumed, 1)
-    assert await retention.round() == 1
+    await end(house, database, third, 1)
+    assert await retention.round() == 0
+    assert house.files.job_folder(first.id).exists()
+    await end_at(database, third, 31)
+    assert await retention.round() == 3
 
 
-async def test_files_that_cannot_be_deleted_keep_the_job(house, database, retention, monkeypatch):
+async def test_a_comparison_stays_whole_while_something_is_resumed_from_one_of_its_jobs(house, database, retention):
     house.policy = house.policy.__class__(most_active=0)
-    old = await house.add()
+    comparison = make_comparison()
+    one, other = [make_job(comparison_id=comparison.id) for _ in range(2)]
+    await house.comparisons.add(comparison, [one, other])
+    for job in (one, other):
+        await end(house, database, job, 31)
+    await house.add(resumed_from=one.id)
+    assert await retention.round() == 0
+
+
+async def test_a_job_that_is_being_resumed_from_is_not_deleted_and_a_deleted_one_not_resumed_from(database, house):
+    store, old = RetentionStore(database), await house.add()
+    house.policy = house.policy.__class__(most_active=0)
     await end(house, database, old, 31)
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "service.engine.retention.shutil.rmtree", lambda path: (_ for _ in ()).throw(OSError("read-only"))
-        )
-        with pytest.raises(OSError, match="read-only"):
-            await retention.round()
+    deleting = []
+
+    async def delete():
+        deleting.append(await store.forget_jobs(datetime.now(UTC), 10))
+
+    async with database.transaction():
+        await house.jobs.add(make_job(resumed_from=old.id))
+        task = asyncio.create_task(delete())
+        await asyncio.sleep(0.2)  # both databases give it time to look, and neither to see what is not committed
+    await task
+    assert deleting == [0]
     assert await is_there(house, old)
-    assert await retention.round() == 1
+    other = await house.add()
+    await end(house, database, other, 31)
+    await delete()
+    assert deleting == [0, 1]
+    with pytest.raises(NotFound, match=other.id):
+        await house.jobs.add(make_job(resumed_from=other.id))
+
+
+async def test_a_folder_that_cannot_be_deleted_keeps_no_other_and_is_found_again(
+    house, database, retention, monkeypatch
+):
+    house.policy = house.policy.__class__(most_active=0)
+    old, other = await house.add(), await house.add()
+    await end(house, database, old, 40)
+    await end(house, database, other, 31)
+    remove = shutil.rmtree
+
+    def fail(path):
+        if path == house.files.job_folder(old.id):
+            raise OSError("read-only")
+        remove(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("service.engine.retention.shutil.rmtree", fail)
+        assert await retention.round() == 2
+    assert house.files.job_folder(old.id).exists()
+    assert not house.files.job_folder(other.id).exists()
+    assert await retention.round() == 0
+    assert not house.files.job_folder(old.id).exists()
+    assert await RetentionStore(database).folders_left() == []
+
+
+async def test_messages_are_deleted_after_their_end_also_where_jobs_are_kept(house, database):
+    house.policy = house.policy.__class__(most_active=0)
+    webhooks = WebhookStore(database)
+    ends = (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+    hook = Webhook(
+        id="webhook-1", owner="admin", url="https://a", secret="s", states=ends, created_at=datetime.now(UTC)
+    )  # fmt: skip
+    await webhooks.add(hook, Caller("admin", (Scope.ADMIN,), "token-1"))
+    old, unsent, young = [await house.add() for _ in range(3)]
+    for job, days in ((old, 40), (unsent, 40), (young, 20)):
+        await end(house, database, job, days)
+        if job != unsent:
+            async with database.write() as connection:
+                ended_at = datetime.now(UTC) - timedelta(days=days)
+                query = update(deliveries).where(deliveries.c.job_id == job.id).values(ended_at=ended_at)
+                await connection.execute(query)
+    keys = IdempotencyStore(database)
+    await Retention(house.replica, RetentionStore(database), webhooks, keys, house.files, None).round()
+    found, _ = await webhooks.deliveries_of(hook.id, 10, None)
+    assert [message.job_id for message in found] == [young.id, unsent.id]
+    assert await is_there(house, old)
+
+
+async def test_thousands_are_deleted_in_time(database, house):
+    house.policy = house.policy.__class__(most_active=0)
+    long_ago = datetime.now(UTC) - timedelta(days=40)
+    many = [
+        make_job(state=JobState.SUCCEEDED, ended_at=long_ago, created_at=long_ago, mlflow_closed=True)
+        for _ in range(4_000)
+    ]
+    async with database.write() as connection:
+        await insert_jobs(connection, many)
+    store, began = RetentionStore(database), time.monotonic()
+    for _ in range(4):
+        assert await store.forget_jobs(datetime.now(UTC), 50) == 50
+    assert time.monotonic() - began < 15  # without an index on what a job is resumed from it takes minutes
 
 
 async def test_only_where_the_schedulers_lease_is_held(house, database, retention):

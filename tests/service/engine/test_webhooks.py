@@ -1,6 +1,10 @@
 """Messages to a real receiver, from a real database; and metrics that meet thresholds."""
 
+import asyncio
 import json
+import socket
+import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 
@@ -64,6 +68,13 @@ async def let_time_pass(database, delivery, seconds):
         await connection.execute(update(deliveries).where(deliveries.c.id == delivery.id).values(due_at=due_at))
 
 
+async def round_of(sender):
+    """Send what is due, and wait until that is done."""
+    count = await sender.take()
+    await asyncio.gather(*sender._on_their_way.values())
+    return count
+
+
 async def only_message(webhooks, hook):
     (found,), _ = await webhooks.deliveries_of(hook.id, 10, None)
     return found
@@ -75,8 +86,8 @@ async def test_an_end_is_told_once_signed_and_by_whose_webhook_it_is(house, webh
     await make(webhooks, receiver.url, states=(JobState.FAILED,))
     await make(webhooks, receiver.url, tag="nightly")
     job = await cancel(house)
-    assert await sender.round() == 1
-    assert await sender.round() == 0
+    assert await round_of(sender) == 1
+    assert await round_of(sender) == 0
     ((headers, body),) = receiver.messages
     assert Checker(hook.secret).verify(body, headers)["data"]["job_id"] == job.id
     message = await only_message(webhooks, hook)
@@ -90,13 +101,13 @@ async def test_what_is_not_taken_is_sent_again_under_the_same_id_and_at_last_giv
     await cancel(house)
     receiver.statuses = [500, 302, *[503] * len(PAUSES_SECONDS)]
     for pause in PAUSES_SECONDS:
-        assert await sender.round() == 1
-        assert await sender.round() == 0
+        assert await round_of(sender) == 1
+        assert await round_of(sender) == 0
         message = await only_message(webhooks, hook)
         assert message.ended_at is None
         assert timedelta(seconds=pause - 5) < message.due_at - datetime.now(UTC) <= timedelta(seconds=pause)
         await let_time_pass(database, message, pause)
-    assert await sender.round() == 1
+    assert await round_of(sender) == 1
     message = await only_message(webhooks, hook)
     assert (message.tries, message.is_delivered, message.answer) == (9, False, "answered 503")
     assert message.ended_at is not None
@@ -108,7 +119,7 @@ async def test_who_wants_no_more_gets_no_more(house, webhooks, sender, receiver)
     hook = await make(webhooks, receiver.url)
     await cancel(house)
     receiver.statuses = [410]
-    await sender.round()
+    await round_of(sender)
     assert (await only_message(webhooks, hook)).ended_at is not None
 
 
@@ -116,16 +127,16 @@ async def test_a_sender_that_dies_leaves_its_messages_to_others(house, database,
     hook = await make(webhooks, receiver.url)
     await cancel(house)
     assert len(await webhooks.claim_due(10, 30)) == 1  # and is never heard of again
-    assert await sender.round() == 0
+    assert await round_of(sender) == 0
     await let_time_pass(database, await only_message(webhooks, hook), 30)
-    assert await sender.round() == 1
+    assert await round_of(sender) == 1
     assert len(receiver.messages) == 1
 
 
 async def test_nobody_is_there(house, webhooks, sender):
     hook = await make(webhooks, "http://127.0.0.1:1/")
     await cancel(house)
-    await sender.round()
+    await round_of(sender)
     message = await only_message(webhooks, hook)
     assert (message.tries, message.answer) == (1, "could not be reached: ConnectError")
 
@@ -165,7 +176,7 @@ async def test_deleting_one_stops_its_messages(house, webhooks, sender, receiver
     hook = await make(webhooks, receiver.url)
     await cancel(house)
     await webhooks.delete(hook, ADMIN)
-    assert await sender.round() == 0
+    assert await round_of(sender) == 0
     with pytest.raises(NotFound):
         await webhooks.get(hook.id)
 
@@ -225,3 +236,103 @@ async def test_what_a_job_measures_last_counts(house, webhooks):
     assert await house.state(job) == "succeeded"
     found, _ = await webhooks.deliveries_of(hook.id, 10, None)
     assert [delivery.about for delivery in found] == ["succeeded", "accuracy at least 0.9"]
+
+
+async def test_a_webhook_that_is_made_while_a_job_runs_is_told_of_what_was_before_and_places_are_forgotten(
+    house, webhooks, monkeypatch
+):
+    threshold = Threshold(metric="accuracy", relation="at_least", bound=0.9)
+    await make(webhooks, "https://a", states=(), thresholds=(threshold,))
+    job = await house.add()
+    await house.round()
+    outbox = house.files.job_folder(job.id) / OUTBOX_FILE
+    outbox.parent.mkdir(parents=True, exist_ok=True)
+    measured = {"step": 10, "metrics": {"accuracy": 0.99}}
+    others = [
+        {"metrics": {"accuracy": 1.0}},
+        {"step": 5, "metrics": {"accuracy": "high"}},
+        {"step": None, "metrics": {}},
+    ]
+    outbox.write_text("".join(json.dumps(line) + "\n" for line in [*others, measured]))
+    await house.thresholds.refresh()
+    await house.thresholds.look(job)
+    late = await make(webhooks, "https://b", states=(), thresholds=(threshold,))
+    await house.thresholds.refresh()
+    await house.thresholds.look(job)
+    assert json.loads((await only_message(webhooks, late)).body)["data"]["threshold"]["step"] == 10
+    assert len(house.thresholds._places) == 2
+    monkeypatch.setattr("service.engine.thresholds.FORGET_SECONDS", 0)
+    await house.thresholds.refresh()
+    assert house.thresholds._places == {}
+
+
+async def test_a_receiver_that_does_not_answer_keeps_only_its_own_messages_waiting(house, webhooks, sender, receiver):
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent:
+        dead = await make(webhooks, f"http://127.0.0.1:{silent.getsockname()[1]}/")
+        for _ in range(15):
+            await cancel(house)
+        await make(webhooks, receiver.url)
+        await cancel(house)
+        began = time.monotonic()
+        task = asyncio.create_task(sender.run())
+        while not receiver.messages:
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await cancel(house)
+        while len(receiver.messages) < 4:
+            await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 2  # after which the first message to the other one is given up
+        task.cancel()
+        await asyncio.wait([task])
+    assert [each.tries for each in (await webhooks.deliveries_of(dead.id, 50, None))[0]] == [0] * 19
+
+
+async def test_a_sender_that_comes_back_late_changes_nothing(house, database, webhooks, sender, receiver):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    ((_, late),) = await webhooks.claim_due(10, 30)
+    await let_time_pass(database, await only_message(webhooks, hook), 30)
+    assert await round_of(sender) == 1
+    await webhooks.note_try(replace(late, tries=1, answer="answered 500"))
+    message = await only_message(webhooks, hook)
+    assert (message.is_delivered, message.tries, message.answer) == (True, 1, "answered 204")
+
+
+async def test_one_that_is_deleted_while_a_job_ends_is_told_of_nothing(house, database, webhooks):
+    hook = await make(webhooks, "https://a")
+    job = await house.add()
+    async with database.transaction():
+        await house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
+        deleting = asyncio.create_task(webhooks.delete(hook, ADMIN))
+        await asyncio.sleep(0.2)
+    await deleting
+    assert (await webhooks.deliveries_of(hook.id, 10, None))[0] == []
+    with pytest.raises(NotFound):
+        await webhooks.delete(hook, ADMIN)
+
+
+async def test_one_that_is_being_deleted_is_told_of_no_end(house, database, webhooks):
+    hook = await make(webhooks, "https://a")
+    job = await house.add()
+    met = Threshold(metric="accuracy", relation="at_least", bound=0.9)
+    async with database.transaction():
+        await webhooks.delete(hook, ADMIN)
+        ending = asyncio.create_task(
+            house.jobs.advance(job, Transition(state=JobState.CANCELLED, reason="test"), "ann")
+        )
+        telling = asyncio.create_task(webhooks.announce(hook, job, met, 1, 0.95))
+        await asyncio.sleep(0.2)
+    await asyncio.gather(ending, telling)
+    assert await house.state(job) == "cancelled"
+    assert (await webhooks.deliveries_of(hook.id, 10, None))[0] == []
+
+
+async def test_an_owner_has_no_more_by_making_them_at_one_time(database, webhooks):
+    for _ in range(MOST_OF_AN_OWNER - 1):
+        await make(webhooks, "https://a")
+    async with database.transaction():
+        await make(webhooks, "https://a")
+        other = asyncio.create_task(make(webhooks, "https://a"))
+        await asyncio.sleep(0.2)
+    with pytest.raises(Conflict):
+        await other

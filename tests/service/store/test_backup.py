@@ -35,8 +35,6 @@ class Operator:
         self.sqlite, self.postgresql = commands[:2], commands[2:]
         if self.kind == "sqlite":
             self.database_file = Path(engine.database)
-            for file in folder.glob("test.db*"):
-                assert file.exists()
 
     def run(self, number):
         command = (self.sqlite if self.kind == "sqlite" else self.postgresql)[number]

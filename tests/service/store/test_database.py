@@ -1,12 +1,16 @@
+from datetime import UTC, datetime
+
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import text
+from sqlalchemy import insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import Unavailable
-from service.store.database import Database
-from service.store.tables import metadata
+from service.store.database import MIGRATIONS, Database
+from service.store.tables import audit, metadata
 
 
 async def test_the_migrations_make_the_tables(database):
@@ -56,3 +60,23 @@ async def test_a_database_that_is_not_there_is_unavailable():
     with pytest.raises(Unavailable, match="did not answer"):
         await database.check()
     await database.close()
+
+
+async def test_addresses_of_webhooks_are_cut_down_to_their_hosts_where_they_were_kept_in_the_audit(database):
+    def go_to(connection, revision):
+        config = Config(attributes={"connection": connection})
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.set_main_option("path_separator", "os")
+        command.upgrade(config, revision)
+
+    async with database.write() as connection:
+        for table in await connection.run_sync(lambda c: inspect(c).get_table_names()):
+            await connection.execute(text(f"DROP TABLE {table}" + " CASCADE" * (connection.dialect.name != "sqlite")))
+        await connection.run_sync(go_to, "0004")
+        for action, detail in (("webhook.create", "to https://a.example:1/secret?x"), ("token.create", "of ann")):
+            row = {"at": datetime.now(UTC), "actor": "ann", "action": action, "subject": "x", "detail": detail}
+            await connection.execute(insert(audit).values(**row))
+    await database.migrate()
+    async with database.read() as connection:
+        kept = (await connection.execute(select(audit.c.detail).order_by(audit.c.sequence))).scalars().all()
+    assert kept == ["to https://a.example", "of ann"]
