@@ -208,6 +208,14 @@ deliveries = Table(
     Index("ix_deliveries_due", "ended_at", "due_at"),
 )
 
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String(80), primary_key=True),
+    Column("gpu_seconds", Float, nullable=False),
+    Column("cpu_seconds", Float, nullable=False),
+)
+
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,
