@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ P = ParamSpec("P")
 STORAGE_SECONDS = 20.0
 """For a look at a job's files."""
 MOST_BYTES = 1_000_000
+MARK_FILE = ".storage"
+"""By which the storage is known again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class RunFiles:
 
     def __init__(self, storage: Path) -> None:
         self._storage = storage.resolve()
+        self._is_known = False
+
+    def check(self) -> None:
+        """Write to the storage. Raises OSError, also if what was there once is not: a mount that is gone leaves an empty folder."""
+        mark = self._storage / MARK_FILE
+        if not self._is_known:
+            self._storage.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            self._is_known = True
+        os.utime(mark)
 
     def job_folder(self, job_id: str) -> Path:
         """Folder of all attempts of a job."""
