@@ -69,6 +69,15 @@ def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
 
 
+def test_the_compose_file_watches_the_service_and_takes_any_password():
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert "/readyz" in " ".join(services["api"]["healthcheck"]["test"])
+    assert services["api"]["restart"] == "unless-stopped"  # a process that goes on no more ends by itself
+    environment = services["api"]["environment"]
+    assert "$" not in environment["SYNCBN_DATABASE_URL"]  # where it would have to be escaped
+    assert environment["PGPASSWORD"] == "${POSTGRES_PASSWORD}"
+
+
 def test_the_recipes_are_comparisons_that_the_service_takes():
     from service.api.schemas import SubmitComparison
     from service.domain.comparisons import choose_baseline, expand

@@ -1,21 +1,22 @@
 """Wiring: the FastAPI application, its components, and the dispatcher that runs as long as it does."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 from starlette.types import ASGIApp
 
 from service.api import problems
+from service.api.background import Background
 from service.api.body_limit import DeclaredLength
-from service.api.components import Components, GivenComponents
+from service.api.components import Components
 from service.api.document import document, operation_id
 from service.api.headers import Headers
+from service.api.health import Health
 from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
@@ -23,7 +24,7 @@ from service.api.routes import metrics as metrics_routes
 from service.api.routes import tokens as token_routes
 from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
-from service.api.schemas import Check, Readiness
+from service.api.schemas import Readiness
 from service.domain.access import Scope
 from service.domain.rates import RateLimit
 from service.engine.admission import Admission
@@ -58,7 +59,6 @@ Send a job or a comparison, look at its progress here and at its curves in MLflo
 `Authorization: Bearer <token>`; each operation names the scope that the token must have. A POST that is repeated with the same
 `Idempotency-Key` is done once. Every error answers as problem details (RFC 9457) that name the field and what it takes.
 """
-SECONDS_TO_CHECK = 5.0
 MOST_BODY_BYTES = 1_000_000
 FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
 """Requests without a valid token that one address may make."""
@@ -94,23 +94,15 @@ def make_app(
             app.state.components = components
             await _ensure_admin(components.tokens, settings, show_first_token)
             await components.replica.start()
-            tasks = [  # ended in this order
-                asyncio.create_task(components.dispatcher.run(), name="the dispatcher"),
-                asyncio.create_task(
-                    components.replica.run(components.dispatcher.is_stuck), name="the renewal of leases"
-                ),
-                asyncio.create_task(components.watch.run(), name="the watch over jobs"),
-                asyncio.create_task(components.sender.run(), name="the sender of messages"),
-                asyncio.create_task(components.retention.run(), name="retention"),
-            ]
-            app.state.tasks = tasks
-            for task in tasks:
-                task.add_done_callback(_tell_end)
+            background = Background()  # ended in this order
+            background.start("the dispatcher", components.dispatcher.run())
+            background.start("the renewal of leases", components.replica.run(components.dispatcher.is_stuck))
+            background.start("the watch over jobs", components.watch.run())
+            background.start("the sender of messages", components.sender.run())
+            background.start("retention", components.retention.run())
+            app.state.background, app.state.health = background, Health(components, background)
             yield
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+            await background.close()
 
     app = Application(
         title="syncbn",
@@ -144,17 +136,13 @@ def make_app(
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
-    async def ready(components: GivenComponents, response: Response) -> Readiness:
-        """Tell whether the database, Ray and MLflow answer, each within 5 seconds, and jobs are looked after; 503 if not."""
-        checks = await asyncio.gather(
-            _check("database", components.database.check()),
-            _check("ray", components.ray.cluster()),
-            _check("mlflow", components.mlflow.check()),
-        )
-        parts = dict(zip(("database", "ray", "mlflow"), checks, strict=True)) | {
-            "dispatcher": _check_tasks(components, app.state.tasks)
-        }
-        readiness = Readiness(ready=all(check.ok for check in parts.values()), **parts)
+    async def ready(request: Request, response: Response) -> Readiness:
+        """Tell whether the database, Ray, MLflow and the storage answer and jobs are looked after; 503 if not.
+
+        Each has 5 seconds. An answer may be a second old.
+        """
+        health: Health = request.app.state.health
+        readiness = await health.readiness()
         response.status_code = 200 if readiness.ready else 503
         return readiness
 
@@ -249,27 +237,3 @@ async def _ensure_admin(tokens: TokenStore, settings: Settings, show: Callable[[
     known = await tokens.find(given) if given else None
     if known and not (known.is_valid(datetime.now(UTC)) and Scope.ADMIN in known.scopes):
         logger.warning("SYNCBN_TOKEN is the secret of %s, which is no valid one of an admin; choose another", known.id)
-
-
-def _tell_end(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()):
-        logger.critical("%s has ended; restart the service", task.get_name(), exc_info=error)
-
-
-def _check_tasks(components: Components, tasks: Sequence[asyncio.Task[None]]) -> Check:
-    """Whether this replica does its part: all of its tasks go on, and its leases hold."""
-    ended = [task.get_name() for task in tasks if task.done()]
-    if ended or components.dispatcher.is_stuck() or not components.replica.is_alive:
-        logger.warning("the dispatcher is not ready: ended: %s", ", ".join(ended) or "none")
-        return Check(ok=False, detail="does not look after jobs; the service's log says more")
-    return Check(ok=True, detail="looks after jobs")
-
-
-async def _check(name: str, call: Awaitable[object]) -> Check:
-    try:
-        async with asyncio.timeout(SECONDS_TO_CHECK):
-            await call
-    except Exception as error:  # whatever is wrong, it is the answer; addresses and the like are for the log alone
-        logger.warning("%s is not ready: %s", name, error or type(error).__name__)
-        return Check(ok=False, detail="does not answer; the service's log says more")
-    return Check(ok=True, detail="answers")

@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from service.api.auth import authenticate
 from service.api.components import components_of
 from service.domain.access import Caller
-from service.domain.errors import InvalidField
-from service.store.idempotency import StoredAnswer
+from service.domain.errors import InFlight, InvalidField
+from service.store.idempotency import IN_FLIGHT, StoredAnswer
 
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 TAKES = "takes 1 to 255 visible ASCII characters"
@@ -122,8 +122,7 @@ async def _fingerprint(request: Request, caller: Caller) -> str:
 @contextmanager
 def _in_flight(keys: set[tuple[str, str]], key: tuple[str, str]) -> Iterator[None]:
     if key in keys:
-        detail = f"{HEADER}: the first request with this key has not been answered yet"
-        raise HTTPException(409, detail, headers={"Retry-After": "1"})
+        raise InFlight(IN_FLIGHT)
     keys.add(key)
     try:
         yield

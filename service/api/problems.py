@@ -12,7 +12,16 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.api.schemas import FieldError, Problem
-from service.domain.errors import Changed, Conflict, InvalidField, NotFound, Refused, ServiceError, Unavailable
+from service.domain.errors import (
+    Changed,
+    Conflict,
+    InFlight,
+    InvalidField,
+    NotFound,
+    Refused,
+    ServiceError,
+    Unavailable,
+)
 from trainer.spec import Refusal, field_path
 
 MEDIA_TYPE = "application/problem+json"
@@ -20,6 +29,7 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     InvalidField: HTTPStatus.UNPROCESSABLE_ENTITY,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
+    InFlight: HTTPStatus.CONFLICT,
     Changed: HTTPStatus.PRECONDITION_FAILED,
     Refused: HTTPStatus.BAD_GATEWAY,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -74,7 +84,7 @@ def _on_service_error(_: Request, error: Exception) -> Response:
         if isinstance(error, InvalidField)
         else []
     )
-    headers = {"Retry-After": "1"} if isinstance(error, Unavailable) else None
+    headers = {"Retry-After": "1"} if isinstance(error, InFlight | Unavailable) else None
     return answer(STATUS[type(error)], str(error), errors, headers)
 
 

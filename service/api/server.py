@@ -1,21 +1,31 @@
-"""uvicorn, told to end open streams before it waits for open connections."""
+"""uvicorn, told to end open streams before it waits for open connections, and to end by itself once the service has failed."""
 
+import logging
+import os
 import socket
+import threading
 
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.health import Health
 from service.settings import Settings
 
+logger = logging.getLogger(__name__)
 SECONDS_TO_END = 3
 """For requests that are being answered."""
+LOOKS = 50
+"""In a row, ten in a second, that have to show a failure: a process that was stopped for a while looks stuck at first."""
+SECONDS_TO_EXIT = 20.0
+"""From then to the end of the process, whatever hangs in it."""
 
 
 class Server(uvicorn.Server):
-    """Serves the application until SIGINT or SIGTERM; a second one ends it at once."""
+    """Serves the application until SIGINT or SIGTERM, of which a second one ends it at once, or until it has failed."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app = app
+        self._failed_looks = 0
         super().__init__(
             uvicorn.Config(
                 app,
@@ -25,6 +35,24 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=SECONDS_TO_END,
             )
         )
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it has ended, or is about to, because the service goes on no more; a new process may do better."""
+        return self._failed_looks >= LOOKS
+
+    async def on_tick(self, counter: int) -> bool:
+        """Tell uvicorn, which asks ten times in a second, whether to end."""
+        health: Health | None = getattr(self._app.state, "health", None)
+        self._failed_looks = self._failed_looks + 1 if health is not None and health.has_failed() else 0
+        if self.has_failed:
+            logger.critical("the service goes on no more, and ends, to be started anew")
+            # A thread that hangs, as in a storage that does not answer, would otherwise keep the process for ever.
+            last_resort = threading.Timer(SECONDS_TO_EXIT, os._exit, [1])
+            last_resort.daemon = True
+            last_resort.start()
+            return True
+        return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End the streams, whose readers go on elsewhere or later, and then all else."""

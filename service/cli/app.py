@@ -88,7 +88,10 @@ def serve() -> None:
         told = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
         raise typer.BadParameter(told, param_hint="settings") from None
     configure(settings.log_format)
-    Server(make_app(settings, show_first_token=_show_first_token), settings).run()
+    server = Server(make_app(settings, show_first_token=_show_first_token), settings)
+    server.run()
+    if server.has_failed:
+        raise typer.Exit(1)
 
 
 def _show_first_token(secret: str) -> None:

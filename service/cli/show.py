@@ -116,6 +116,7 @@ def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
         "database": readiness.database,
         "Ray": readiness.ray,
         "MLflow": readiness.mlflow,
+        "storage": readiness.storage,
         "dispatcher": readiness.dispatcher,
     }
     return _facts(

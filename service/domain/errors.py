@@ -1,4 +1,4 @@
-"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, Changed, Unavailable, Refused."""
+"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, InFlight, Changed, Unavailable, Refused."""
 
 from typing import Any
 
@@ -21,6 +21,10 @@ class NotFound(ServiceError):  # noqa: N818
 
 class Conflict(ServiceError):  # noqa: N818
     """The request does not fit the state that the thing is in."""
+
+
+class InFlight(ServiceError):  # noqa: N818
+    """The same request came before, and has not been answered yet; its answer will be there soon."""
 
 
 class Changed(ServiceError):  # noqa: N818

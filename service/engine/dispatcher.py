@@ -36,7 +36,7 @@ RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
 MOST_AT_ONCE = 32
 """Jobs that are worked on side by side."""
 STUCK_SECONDS = 180.0
-"""Without an end of a round, or of the work on one job of it."""
+"""Without an end of a round or of the work on one job of it, or without a round that has not failed by a mistake of ours."""
 SHORTEST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
@@ -73,14 +73,16 @@ class Dispatcher:
         self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
         self._progressed_at = time.monotonic()
+        self._failing_since: float | None = None
 
     def wake(self) -> None:
         """Start the next round now: something was asked for."""
         self._woken.set()
 
     def is_stuck(self) -> bool:
-        """Whether nothing has come to an end for far longer than all time limits allow."""
-        return time.monotonic() - self._progressed_at > STUCK_SECONDS
+        """Whether nothing has come to an end for far longer than all time limits allow, or each round has failed for so long."""
+        since = self._progressed_at if self._failing_since is None else min(self._progressed_at, self._failing_since)
+        return time.monotonic() - since > STUCK_SECONDS
 
     async def run(self) -> None:
         """Run rounds until cancelled. A round that fails is logged, and the next one tries again."""
@@ -91,12 +93,14 @@ class Dispatcher:
             try:
                 with self._round_seconds.time():
                     await self.round()
-                pause = self._poll_seconds
+                pause, has_failed = self._poll_seconds, False
             except Exception as error:  # one round's trouble, of whatever kind, must not end all the others
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
-                known = isinstance(error, Unavailable)
-                logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=not known)
+                # What does not answer is told by readiness as that, and a new process would not mend it; any other trouble is ours.
+                has_failed = not isinstance(error, Unavailable)
+                logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
             self._progressed_at = time.monotonic()
+            self._failing_since = (self._failing_since or began) if has_failed else None
             # However many ask for a round, as each submission does, rounds leave half of the time to others.
             await asyncio.sleep(min(max(self._progressed_at - began, SHORTEST_PAUSE_SECONDS), pause))
             try:

@@ -63,14 +63,14 @@ class _Snapshot:
         oldest = self._totals.oldest_queued_at
         age = (self._now - oldest).total_seconds() if oldest else 0.0
         yield GaugeMetricFamily("syncbn_oldest_queued_seconds", "How long the first of the queue has waited", value=age)
-        for resource, seconds in (("gpu", self._totals.gpu_seconds), ("cpu", self._totals.cpu_seconds)):
+        for resource in ("gpu", "cpu"):
             family = CounterMetricFamily(
                 f"syncbn_{resource}_seconds",
                 f"Time that ended attempts ran, times the {resource.upper()}s that they may have held, by owner",
                 labels=["owner"],
             )
-            for owner, value in seconds.items():
-                family.add_metric([owner], value)
+            for owner, used in self._totals.usage.items():
+                family.add_metric([owner], getattr(used, f"{resource}_seconds"))
             yield family
         replicas = GaugeMetricFamily(
             "syncbn_replica_silent_seconds", "Since a replica last told that it is alive", labels=["replica"]

@@ -1,6 +1,7 @@
 """What the service reads of a run's files: progress, outcome and log."""
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,6 +35,8 @@ STORAGE_SECONDS = 20.0
 STORAGE_THREADS = ThreadPoolExecutor(32, thread_name_prefix="storage")
 """Its own, so that storage keeps nothing but looks at it waiting, and is kept waiting by nothing else."""
 MOST_BYTES = 1_000_000
+MARK_FILE = ".storage"
+"""By which the storage is known again."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class RunFiles:
 
     def __init__(self, storage: Path) -> None:
         self._storage = storage.resolve()
+        self._is_known = False
+
+    def check(self) -> None:
+        """Write to the storage. Raises OSError, also if what was there once is not: a mount that is gone leaves an empty folder."""
+        mark = self._storage / MARK_FILE
+        if not self._is_known:
+            self._storage.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+            self._is_known = True
+        os.utime(mark)
 
     def job_folder(self, job_id: str) -> Path:
         """Folder of all attempts of a job."""

@@ -167,6 +167,14 @@ async def take_turns(connection: AsyncConnection, lock: int) -> None:
         await connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
+async def is_first(connection: AsyncConnection, name: str) -> bool:
+    """Whether no other open transaction has asked this of `name`; on SQLite there is none beside one that writes."""
+    if connection.dialect.name != "postgresql":
+        return True
+    query = select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))
+    return bool((await connection.execute(query)).scalar_one())
+
+
 @contextmanager
 def _unavailable() -> Iterator[None]:
     """Tell the database's own trouble from mistakes of ours, which pass."""

@@ -6,8 +6,11 @@ from datetime import UTC, datetime
 from sqlalchemy import delete, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from service.store.database import Database
+from service.domain.errors import InFlight
+from service.store.database import Database, is_first
 from service.store.tables import idempotency_keys as keys
+
+IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class IdempotencyStore:
     async def claim(self, owner: str, key: str, fingerprint: str) -> StoredAnswer | None:
         """Take a key, which is free again if the transaction is rolled back; if it is taken, return what it was answered.
 
-        While another replica's transaction holds the key, this waits for its end.
+        Raises InFlight while another replica's transaction holds the key; on SQLite, which has one writer, this waits for its end.
         """
         # What is not known yet is seen by nobody: the answer follows in the same transaction.
         claim = {"fingerprint": fingerprint, "status": 0, "headers": {}, "body": b"", "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
+            if not await is_first(connection, f"{owner} {key}"):
+                raise InFlight(IN_FLIGHT)
             insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
             query = insert(keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
             if (await connection.execute(query)).rowcount:

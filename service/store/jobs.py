@@ -19,6 +19,7 @@ from service.store.database import Database
 from service.store.leases import is_held
 from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
+from service.store.usage import Usage, add_usage, read_usage
 from service.store.webhooks import announce_end
 from trainer.spec import JobSpec, Progress
 
@@ -70,15 +71,14 @@ class Pulse:
 
 @dataclass(frozen=True)
 class Totals:
-    """All jobs, summed up."""
+    """All jobs, summed up, and what they used."""
 
     jobs: dict[JobState, int]
     queued: dict[str, int]
     """By owner."""
     oldest_queued_at: datetime | None
-    gpu_seconds: dict[str, float]
-    """By owner: the seconds of attempts that have ended, times the most GPUs that they may have held."""
-    cpu_seconds: dict[str, float]
+    usage: dict[str, Usage]
+    """By owner; of jobs that were deleted too."""
 
 
 class JobStore:
@@ -172,19 +172,14 @@ class JobStore:
             .where(jobs.c.state == JobState.QUEUED)
             .group_by(jobs.c.owner)
         )
-        seconds = select(
-            jobs.c.owner,
-            func.sum(jobs.c.ran_seconds * jobs.c.most_gpus),
-            func.sum(jobs.c.ran_seconds * jobs.c.most_cpus),
-        ).group_by(jobs.c.owner)
         async with self._database.read() as connection:
-            by_state, by_owner, ran = [(await connection.execute(query)).all() for query in (states, queued, seconds)]
+            by_state, by_owner = [(await connection.execute(query)).all() for query in (states, queued)]
+            used = await read_usage(connection)
         return Totals(
             {JobState(state): count for state, count in by_state},
             {owner: count for owner, count, _ in by_owner},
             min((oldest for _, _, oldest in by_owner), default=None),
-            {owner: gpus for owner, gpus, _ in ran},
-            {owner: cpus for owner, _, cpus in ran},
+            used,
         )
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
@@ -251,6 +246,9 @@ class JobStore:
             await connection.execute(insert(events).values(**_event(after, now, actor)))
             if after.state.is_terminal:
                 await announce_end(connection, after, now)
+            if after.state == JobState.QUEUED or after.state.is_terminal:
+                ran_seconds = after.ran_seconds - job.ran_seconds
+                await add_usage(connection, job.owner, ran_seconds, job.candidate().most)
         return replace(after, version=job.version + 1)
 
     async def note(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:

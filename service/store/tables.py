@@ -213,6 +213,14 @@ deliveries = Table(
     Index("ix_deliveries_next", "webhook_id", "ended_at", "due_at"),
 )
 
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String(80), primary_key=True),
+    Column("gpu_seconds", Float, nullable=False),
+    Column("cpu_seconds", Float, nullable=False),
+)
+
 idempotency_keys = Table(
     "idempotency_keys",
     metadata,

@@ -1,10 +1,9 @@
 """Fixtures of the control plane's tests."""
 
 import pytest
-from sqlalchemy import text
 
 from service.store.database import Database
-from tests.service.databases import postgresql_server
+from tests.service.databases import empty, postgresql_server
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +18,9 @@ async def database(request, tmp_path):
     if request.param == "sqlite":
         database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
     else:
-        database = Database(request.getfixturevalue("postgresql_url"), 10)
-        async with database.write() as connection:
-            await connection.execute(text("DROP SCHEMA public CASCADE"))
-            await connection.execute(text("CREATE SCHEMA public"))
+        url = request.getfixturevalue("postgresql_url")
+        await empty(url)
+        database = Database(url, 10)
     await database.migrate()
     yield database
     await database.close()

@@ -216,7 +216,8 @@ ANSWERS: dict[str, BaseModel] = {
         oldest_queued_at=AT,
     ),
     "ready": Readiness(
-        **dict.fromkeys(("database", "ray", "mlflow", "dispatcher"), Check(ok=True, detail="answers")), ready=True
+        **dict.fromkeys(("database", "ray", "mlflow", "storage", "dispatcher"), Check(ok=True, detail="answers")),
+        ready=True,
     ),
 }
 """By operation: what it answers if all is well."""

@@ -21,6 +21,7 @@ from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import Job, JobState
 from service.domain.terms import Tag, clone, resume
 from service.engine.logs import PLACE, Level, Line, Place, Selection
+from service.engine.run_files import on_storage
 from service.store.jobs import Filter
 from trainer.spec import Norm
 
@@ -173,7 +174,7 @@ async def read_logs(
             raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
         return Stream(components, caller, follow_log(components, caller, job, place, wanted))
     place = Place(attempt or job.attempt)
-    if components.files.log_path(job, place.attempt).is_file():
+    if await on_storage(components.files.log_path(job, place.attempt).is_file):
         lines = read_log(components, job, place, wanted)
         return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.

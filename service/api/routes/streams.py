@@ -1,11 +1,12 @@
 """A job's log and its timeline as they grow, by server-sent events, to be gone on with after a break where they broke off."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import anyio
 from fastapi import HTTPException
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
@@ -15,8 +16,10 @@ from starlette.types import Receive, Scope, Send
 from service.api.components import Components
 from service.api.schemas import EventView
 from service.domain.access import Caller
+from service.domain.errors import Unavailable
 from service.domain.jobs import Job
 from service.engine.logs import AttemptLog, Line, Place, Selection
+from service.engine.run_files import STORAGE_SECONDS
 from service.store.jobs import Pulse
 
 MEDIA_TYPE = "text/event-stream"
@@ -25,7 +28,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SIGNS = 15.0
 """Of life, for whatever lies in between and ends connections that are silent."""
 LINES_AT_ONCE = 200
-READERS = anyio.CapacityLimiter(32)
+READERS = ThreadPoolExecutor(32, thread_name_prefix="log")
 """Threads that read logs: others' are left to others, should the storage hang."""
 JSON = TypeAdapter(Any)
 
@@ -129,6 +132,14 @@ async def follow_events(components: Components, caller: Caller, job: Job, after:
 
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
-    """Read lines in a thread, so many at a time."""
-    while part := await anyio.to_thread.run_sync(lambda: list(islice(lines, LINES_AT_ONCE)), limiter=READERS):
-        yield part
+    """Read lines in a thread, so many at a time, and wait for them so long at most. Raises Unavailable."""
+    loop = asyncio.get_running_loop()
+    try:
+        while True:
+            async with asyncio.timeout(STORAGE_SECONDS):
+                part = await loop.run_in_executor(READERS, lambda: list(islice(lines, LINES_AT_ONCE)))
+            if not part:
+                return
+            yield part
+    except (TimeoutError, OSError) as error:
+        raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error

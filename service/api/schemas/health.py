@@ -17,4 +17,5 @@ class Readiness(BaseModel):
     database: Check
     ray: Check
     mlflow: Check
+    storage: Check = Field(description="whether the folder that is shared with the cluster can be written to")
     dispatcher: Check = Field(description="whether this replica looks after jobs")

@@ -8,8 +8,10 @@ import pytest
 from service.api.app import make_app
 from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
+from tests.service.databases import empty
 
 TOKEN = "0123456789abcdef-test"
+ON_BOTH_DATABASES = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
 
 
 @pytest.fixture
@@ -23,12 +25,22 @@ def mlflow():
 
 
 @pytest.fixture
-async def app(tmp_path, ray, mlflow):
+async def database_url(request, tmp_path):
+    """An empty database: SQLite's, or PostgreSQL's for the files that are parametrised by ON_BOTH_DATABASES."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return f"sqlite+aiosqlite:///{tmp_path}/test.db"
+    url = request.getfixturevalue("postgresql_url")
+    await empty(url)
+    return url
+
+
+@pytest.fixture
+async def app(tmp_path, ray, mlflow, database_url):
     settings = Settings(
         token=TOKEN,
         grace_seconds=0,
         mlflow_public_url="http://mlflow.example/",
-        database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
+        database_url=database_url,
         storage=tmp_path / "storage",
         secrets_folder=tmp_path / "secrets",
         poll_seconds=0.02,

@@ -1,9 +1,16 @@
 import asyncio
+import threading
 
 import httpx
 import pytest
 
 from tests.service.api.conftest import TOKEN
+
+
+@pytest.fixture
+def nothing_is_kept(monkeypatch):
+    """Each question about readiness is answered by a new look."""
+    monkeypatch.setattr("service.api.health.SECONDS_KEPT", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +51,7 @@ async def test_a_mistake_of_ours_answers_as_a_problem_too(app):
     assert "NoneType" not in answer.text
 
 
-async def test_readiness_is_honest(anyone, ray, mlflow):
+async def test_readiness_is_honest(anyone, ray, mlflow, nothing_is_kept):
     assert (await anyone.get("/livez")).status_code == 200
     ready = await anyone.get("/readyz")
     assert (ready.status_code, ready.json()["ready"]) == (200, True)
@@ -57,13 +64,51 @@ async def test_readiness_is_honest(anyone, ray, mlflow):
     assert not (await anyone.get("/readyz")).json()["mlflow"]["ok"]
 
 
+async def test_a_storage_that_is_gone_is_told(anyone, tmp_path, nothing_is_kept):
+    assert (await anyone.get("/readyz")).json()["storage"] == {"ok": True, "detail": "answers"}
+    (tmp_path / "storage").rename(tmp_path / "unmounted")
+    (tmp_path / "storage").mkdir()
+    answer = await anyone.get("/readyz")
+    assert (answer.status_code, answer.json()["storage"]["ok"]) == (503, False)
+    (tmp_path / "storage").rmdir()
+    (tmp_path / "unmounted").rename(tmp_path / "storage")
+    assert (await anyone.get("/readyz")).json()["storage"]["ok"]
+
+
+async def test_a_storage_that_hangs_is_told_in_time(app, anyone, monkeypatch, nothing_is_kept):
+    monkeypatch.setattr("service.api.health.SECONDS_TO_CHECK", 0.1)
+    hangs = threading.Event()
+    monkeypatch.setattr(app.state.components.files, "check", lambda: hangs.wait(10))
+    try:
+        answer = await asyncio.wait_for(anyone.get("/readyz"), 2)
+    finally:
+        hangs.set()
+    assert (answer.status_code, answer.json()["storage"]["ok"]) == (503, False)
+
+
+async def test_however_many_ask_each_component_is_asked_once(app, anyone, monkeypatch):
+    asked = []
+    cluster = app.state.components.ray.cluster
+
+    async def count():
+        asked.append(1)
+        return await cluster()
+
+    monkeypatch.setattr(app.state.components.ray, "cluster", count)
+    answers = await asyncio.gather(*[anyone.get("/readyz") for _ in range(20)])
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(asked) == 1
+
+
 async def dispatcher_is_stuck(app, monkeypatch):
     monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", -1.0)
 
 
 async def a_task_has_ended(app, monkeypatch):
-    app.state.tasks[-1].cancel()
-    await asyncio.sleep(0.01)
+    async def end():
+        pass
+
+    await asyncio.wait([app.state.background.start("one", end())])
 
 
 async def leases_have_run_out(app, monkeypatch):
@@ -71,7 +116,7 @@ async def leases_have_run_out(app, monkeypatch):
 
 
 @pytest.mark.parametrize("trouble", [dispatcher_is_stuck, a_task_has_ended, leases_have_run_out])
-async def test_a_replica_that_does_not_look_after_jobs_is_not_ready(app, anyone, monkeypatch, trouble):
+async def test_a_replica_that_does_not_look_after_jobs_is_not_ready(app, anyone, monkeypatch, trouble, nothing_is_kept):
     assert (await anyone.get("/readyz")).json()["dispatcher"] == {"ok": True, "detail": "looks after jobs"}
     await trouble(app, monkeypatch)
     answer = await anyone.get("/readyz")

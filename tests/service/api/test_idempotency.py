@@ -1,9 +1,13 @@
 import asyncio
-import sqlite3
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from sqlalchemy import text
 
+from service.store.database import Database
+from tests.service.api.conftest import ON_BOTH_DATABASES
+
+pytestmark = ON_BOTH_DATABASES
 BODY = {"name": "mine", "spec": {"steps": 10, "num_workers": 2}}
 KEY = {"Idempotency-Key": "5f1b7c1e-0d57-4c0a"}
 
@@ -86,18 +90,25 @@ async def test_a_token_of_smaller_scope_is_not_handed_the_answer(as_owner):
     assert (await reader.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "new"})).status_code == 403
 
 
-async def test_the_dispatcher_wakes_after_the_commit(app, client, tmp_path, monkeypatch):
+async def test_the_dispatcher_wakes_after_the_commit(app, client, database_url, monkeypatch):
     seen = []
 
+    async def look():
+        other = Database(database_url, 10)
+        async with other.read() as connection:
+            found = (await connection.execute(text("SELECT cancel_requested FROM jobs"))).scalars().all()
+        await other.close()
+        return [bool(requested) for requested in found]
+
     def wake():
-        with closing(sqlite3.connect(tmp_path / "test.db")) as other:
-            seen.append(other.execute("SELECT count(*), sum(cancel_requested) FROM jobs").fetchone())
+        with ThreadPoolExecutor() as pool:
+            seen.append(pool.submit(asyncio.run, look()).result())
 
     monkeypatch.setattr(app.state.components.dispatcher, "wake", wake)
     job = (await client.post("/v1/jobs", json=BODY, headers=KEY)).json()
-    assert seen == [(1, 0)]
+    assert seen == [[False]]
     await client.post(f"/v1/jobs/{job['id']}:cancel", headers={"Idempotency-Key": "c"})
-    assert seen == [(1, 0), (1, 1)]
+    assert seen == [[False], [True]]
     await client.post("/v1/jobs", json=BODY, headers=KEY)
     assert len(seen) == 2
 

@@ -1,10 +1,15 @@
 import asyncio
+import threading
+from pathlib import Path
 
 import pytest
 
+from service.domain.errors import Unavailable
 from service.domain.lifecycle import RayStatus
+from tests.service.api.conftest import ON_BOTH_DATABASES
 from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
 
+pytestmark = ON_BOTH_DATABASES
 SPEC = {"steps": 10, "num_workers": 2}
 
 
@@ -50,6 +55,47 @@ async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):
     assert [event["state"] for event in events] == ["queued", "submitted", "running", "failed"]
     log = await client.get(f"/v1/jobs/{job['id']}/logs")
     assert (log.text, log.headers["content-type"]) == ("step 1\n", "text/plain; charset=utf-8")
+
+
+@pytest.fixture
+async def hanging(client, app, monkeypatch):
+    """A job's log on a storage that does not answer while this event is not set."""
+    for module in ("service.engine.run_files", "service.api.routes.streams"):
+        monkeypatch.setattr(f"{module}.STORAGE_SECONDS", 0.3)
+    job = await submit(client)
+    log = app.state.components.files.log_path(await app.state.components.jobs.get(job["id"]), 1)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("step 1\n")
+    answers = threading.Event()
+    yield log, f"/v1/jobs/{job['id']}/logs", answers
+    answers.set()
+
+
+async def test_a_look_for_a_log_that_hangs_keeps_nobody_waiting(client, monkeypatch, hanging):
+    log, path, answers = hanging
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: (path != log or answers.wait(5)) and is_file(path))
+    async with asyncio.timeout(3):
+        reading = asyncio.create_task(client.get(path))
+        await asyncio.sleep(0.05)
+        assert (await client.get("/livez")).is_success
+        assert not reading.done()
+        answer = await reading
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+
+
+async def test_a_log_whose_lines_do_not_come_breaks_off(client, monkeypatch, hanging):
+    _, path, answers = hanging
+
+    def read(self, is_over):
+        answers.wait(5)
+        yield from ()
+
+    monkeypatch.setattr("service.engine.logs.AttemptLog.read", read)
+    async with asyncio.timeout(3):
+        with pytest.raises(RuntimeError, match="already started") as broken:
+            await client.get(path)
+    assert isinstance(broken.value.__cause__, Unavailable)
 
 
 async def test_logs_come_from_ray_as_long_as_there_are_no_others(client):

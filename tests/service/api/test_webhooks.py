@@ -6,9 +6,11 @@ from standardwebhooks import Webhook as Checker
 
 from service.api.app import make_app
 from service.settings import Settings
+from tests.service.api.conftest import ON_BOTH_DATABASES
 from tests.service.api.test_jobs import SPEC
 from tests.service.receiver import receiving
 
+pytestmark = ON_BOTH_DATABASES
 HOOK = {
     "url": "https://93.184.215.14/hook",
     "thresholds": [{"metric": "accuracy", "relation": "at_least", "bound": 0.9}],
@@ -64,12 +66,12 @@ async def test_what_cannot_be_taken_is_named(client, changes, field):
     assert (answer.status_code, answer.json()["errors"][0]["field"]) == (422, field)
 
 
-async def test_a_cancelled_job_is_told_of_over_http(tmp_path, ray, mlflow):
+async def test_a_cancelled_job_is_told_of_over_http(tmp_path, database_url, ray, mlflow):
     import httpx
 
     settings = Settings(
         token="0123456789abcdef-test",
-        database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
+        database_url=database_url,
         storage=tmp_path,
         poll_seconds=0.02,
         webhook_networks="127.0.0.0/8",

@@ -305,6 +305,30 @@ async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
         await task
 
 
+@pytest.mark.parametrize(("error", "is_stuck"), [(ZeroDivisionError("ours"), True), (Unavailable("theirs"), False)])
+async def test_a_replica_whose_every_round_fails_by_our_mistake_is_stuck(house, monkeypatch, error, is_stuck):
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.4)
+    await house.start()
+    await house.add()
+
+    async def fail(lease):
+        raise error
+
+    monkeypatch.setattr(house.dispatcher._admission, "admit", fail)  # after the jobs were looked after
+    task = asyncio.create_task(house.dispatcher.run())
+    try:
+        await asyncio.sleep(0.3)
+        assert not house.dispatcher.is_stuck()
+        await asyncio.sleep(0.5)
+        assert house.dispatcher.is_stuck() == is_stuck
+        monkeypatch.undo()
+        await asyncio.sleep(0.3)
+        assert not house.dispatcher.is_stuck()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_a_replica_whose_rounds_hang_leaves_its_work_to_others(database, tmp_path, monkeypatch):
     monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.2)
     stuck, other = House(database, tmp_path, name="one"), House(database, tmp_path, name="two")

@@ -1,4 +1,5 @@
 from datetime import UTC, datetime
+from importlib import import_module
 
 import pytest
 from alembic import command
@@ -10,7 +11,10 @@ from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import Unavailable
 from service.store.database import MIGRATIONS, Database
+from service.store.jobs import JobStore
 from service.store.tables import audit, metadata
+from service.store.usage import Usage
+from tests.service.examples import make_job
 
 
 async def test_the_migrations_make_the_tables(database):
@@ -22,6 +26,19 @@ async def test_the_migrations_make_the_tables(database):
 async def test_migrating_again_changes_nothing(database):
     await database.migrate()
     await database.check()
+
+
+async def test_what_was_used_before_it_was_kept_apart_is_taken_over(database):
+    before = import_module("service.store.migrations.versions.0006_usage").down_revision
+    jobs = JobStore(database)
+    job = make_job()
+    await jobs.add(job)
+    async with database.write() as connection:
+        await connection.execute(text("UPDATE jobs SET ran_seconds = 2.5, most_gpus = 2, most_cpus = 4"))
+        await connection.execute(text("DROP TABLE usage"))
+        await connection.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
+    await database.migrate()
+    assert (await jobs.totals()).usage == {job.owner: Usage(gpu_seconds=5, cpu_seconds=10)}
 
 
 async def test_sqlite_has_a_write_ahead_log_and_makes_its_folder(tmp_path):

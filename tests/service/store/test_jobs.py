@@ -9,6 +9,8 @@ from service.domain.leases import SHARDS, shard_of
 from service.domain.retries import Blame, Failures
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import Filter, JobStore
+from service.store.tables import events
+from service.store.tables import jobs as table
 from tests.service.examples import make_comparison, make_job
 from trainer.spec import JobSpec, Progress
 
@@ -61,6 +63,26 @@ async def test_a_walk_leaves_its_events(jobs):
         ("running", 1, "dispatcher"),
         ("queued", 2, "dispatcher"),
     ]
+
+
+async def test_what_an_owner_used_only_grows_also_when_jobs_are_deleted(database, jobs):
+    spec = JobSpec(steps=1, num_workers=3)
+    first, second = make_job(spec=spec), make_job(spec=spec)
+    ran_seconds = 0.0
+    for job in (first, second):
+        await jobs.add(job)
+        for state in ("submitted", "running", "queued", "submitted", "running", "failed"):
+            job = await jobs.advance(job, to(state), "dispatcher")
+        ran_seconds += job.ran_seconds
+    assert ran_seconds > 0
+    used = (await jobs.totals()).usage
+    assert used.keys() == {first.owner}
+    assert used[first.owner].cpu_seconds == pytest.approx(ran_seconds * first.candidate().most.cpus)
+    assert used[first.owner].gpu_seconds == 0
+    async with database.write() as connection:
+        await connection.execute(events.delete())
+        await connection.execute(table.delete())
+    assert (await jobs.totals()).usage == used
 
 
 async def test_a_step_decided_on_an_old_state_is_refused_whole(jobs):

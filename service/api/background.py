@@ -1,0 +1,36 @@
+"""What goes on beside the requests for as long as the service runs: tasks, started together and ended in the same order."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+
+logger = logging.getLogger(__name__)
+
+
+class Background:
+    """Tasks of which none ends by itself if all is well."""
+
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, name: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Start one; its error, should it have one, is logged when it ends."""
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(_tell_end)
+        self._tasks.append(task)
+        return task
+
+    def ended(self) -> list[str]:
+        """Names of the tasks that go on no more."""
+        return [task.get_name() for task in self._tasks if task.done()]
+
+    async def close(self) -> None:
+        """End all of them, each before the next; one that has failed keeps none of the others from it."""
+        for task in self._tasks:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+def _tell_end(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        logger.critical("%s has ended", task.get_name(), exc_info=error)

@@ -1,0 +1,32 @@
+"""What owners have used, all told: it outlives the jobs that used it, so it never falls."""
+
+from dataclasses import dataclass
+
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.domain.scheduling import Capacity
+from service.store.tables import usage
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Seconds of attempts that have ended, times what they may have held at most."""
+
+    gpu_seconds: float
+    cpu_seconds: float
+
+
+async def add_usage(connection: AsyncConnection, owner: str, seconds: float, held: Capacity) -> None:
+    """Add that an attempt has ended, inside the caller's transaction; the last of it, for others of the owner wait from here on."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    query = insert(usage).values(owner=owner, gpu_seconds=seconds * held.gpus, cpu_seconds=seconds * held.cpus)
+    sums = {name: usage.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
+    await connection.execute(query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums))
+
+
+async def read_usage(connection: AsyncConnection) -> dict[str, Usage]:
+    """Read what each owner has used."""
+    rows = (await connection.execute(select(usage))).all()
+    return {row.owner: Usage(row.gpu_seconds, row.cpu_seconds) for row in rows}
