@@ -29,7 +29,7 @@ async def test_migrating_again_changes_nothing(database):
 
 
 async def test_what_was_used_before_it_was_kept_apart_is_taken_over(database):
-    before = import_module("service.store.migrations.versions.0006_usage").down_revision
+    before = import_module("service.store.migrations.versions.0007_usage").down_revision
     jobs = JobStore(database)
     job = make_job()
     await jobs.add(job)
