@@ -30,7 +30,7 @@ class _Names:
         self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, thread_name_prefix="names")
 
     async def look_up(self, host: str, port: int) -> list[IPAddress]:
-        """Look up a name's addresses. Raises OSError."""
+        """Look up a name's addresses. Raises OSError, and UnicodeError for what cannot be a name."""
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         async with asyncio.timeout(SECONDS_TO_RESOLVE):
             found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
@@ -92,7 +92,7 @@ class Outgoing:
             raise InvalidField("url", url, "takes no user name or password; messages are signed")
         try:
             addresses = await self._names.look_up(host, parts.port or PORTS[parts.scheme])
-        except OSError:
+        except (OSError, UnicodeError):
             raise InvalidField("url", url, f"takes an address that can be found; {host} cannot") from None
         if not all(may_be_reached(address, self._allowed) for address in addresses):
             raise InvalidField(

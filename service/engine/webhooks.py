@@ -42,8 +42,11 @@ class WebhookSender:
                     await asyncio.sleep(self._poll_seconds)
                 await self._pause()
         finally:
-            for task in self._on_their_way.values():
+            tasks = list(self._on_their_way.values())
+            for task in tasks:
                 task.cancel()
+            # They use connections and the database, which are closed next.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def take(self) -> int:
         """Begin to send what is due, but for webhooks that a message is on its way to; return how much it is."""
@@ -64,8 +67,9 @@ class WebhookSender:
     async def _bring(self, webhook: Webhook, delivery: Delivery) -> None:
         try:
             await self._send(webhook, delivery)
-        except Unavailable as error:
-            logger.warning("what became of %s could not be stored; it is sent again: %s", delivery.id, error)
+        except Exception as error:  # of whatever kind: it is sent again when its claim has ended
+            is_unexpected = not isinstance(error, Unavailable)
+            logger.warning("what became of %s could not be stored: %s", delivery.id, error, exc_info=is_unexpected)
         finally:
             del self._on_their_way[webhook.id]
 

@@ -4,13 +4,14 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, update
 
 from service.domain.access import Caller, Scope
 from service.domain.errors import NotFound
 from service.domain.jobs import JobState, Transition
 from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
+from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import insert_jobs
 from service.store.retention import RetentionStore
@@ -191,6 +192,26 @@ async def test_thousands_are_deleted_in_time(database, house):
     for _ in range(4):
         assert await store.forget_jobs(datetime.now(UTC), 50) == 50
     assert time.monotonic() - began < 15  # without an index on what a job is resumed from it takes minutes
+
+
+async def test_sqlite_finds_the_oldest_by_indexes_alone(tmp_path):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 5)
+    await database.migrate()
+    plans = []
+
+    def explain(connection, _, statement, parameters, *__):
+        if statement.startswith("SELECT jobs.id"):
+            plans.append(
+                "\n".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters))
+            )
+
+    event.listen(database._engine.sync_engine, "before_cursor_execute", explain)
+    await RetentionStore(database).forget_jobs(datetime.now(UTC), 50)
+    await database.close()
+    assert "ix_jobs_ended_at" in plans[0]
+    assert "ix_jobs_resumed_from" in plans[0]
+    assert "TEMP B-TREE" not in plans[0]  # which all old jobs would be put into, for each few that are deleted
+    assert "SCAN" not in plans[0]
 
 
 async def test_only_where_the_schedulers_lease_is_held(house, database, retention):

@@ -158,6 +158,8 @@ async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
         ("https://2130706433/", "public address"),  # 127.0.0.1 as one number
         ("https://localhost:8443/", "public address"),
         ("https://there-is-no-such-name.invalid/", "cannot"),
+        ("https://two..dots/", "cannot"),
+        (f"https://{'a' * 64}.example/", "cannot"),
         ("https://ann:secret@93.184.215.14/", "user name"),
         ("http://93.184.215.14/", "takes https"),
     ],
@@ -285,6 +287,39 @@ async def test_a_receiver_that_does_not_answer_keeps_only_its_own_messages_waiti
         task.cancel()
         await asyncio.wait([task])
     assert [each.tries for each in (await webhooks.deliveries_of(dead.id, 50, None))[0]] == [0] * 19
+
+
+async def test_an_end_waits_for_what_is_on_its_way_and_storing_that_may_fail(
+    house, database, webhooks, sender, receiver, monkeypatch, caplog
+):
+    hook = await make(webhooks, receiver.url)
+    await cancel(house)
+    storing, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def slow(delivery):
+        storing.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)  # as a connection that is given back
+            has_ended.set()
+
+    async def fail(delivery):
+        raise ValueError("a mistake")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(webhooks, "note_try", slow)
+        task = asyncio.create_task(sender.run())
+        await asyncio.wait_for(storing.wait(), 5)
+        task.cancel()
+        await asyncio.wait([task])
+    assert has_ended.is_set()
+    await let_time_pass(database, await only_message(webhooks, hook), 30)
+    with monkeypatch.context() as patched:
+        patched.setattr(webhooks, "note_try", fail)
+        assert await round_of(sender) == 1
+    assert "could not be stored: a mistake" in caplog.text
+    assert (await only_message(webhooks, hook)).ended_at is None
 
 
 async def test_a_sender_that_comes_back_late_changes_nothing(house, database, webhooks, sender, receiver):
