@@ -307,6 +307,7 @@ async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
 
 @pytest.mark.parametrize(("error", "is_stuck"), [(ZeroDivisionError("ours"), True), (Unavailable("theirs"), False)])
 async def test_a_replica_whose_every_round_fails_by_our_mistake_is_stuck(house, monkeypatch, error, is_stuck):
+    monkeypatch.setattr("service.engine.dispatcher.LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.4)
     await house.start()
     await house.add()
