@@ -195,7 +195,9 @@ class LocalStack:
             waiting = parts.probes(self._running(), client)
             if not self._api:
                 del waiting["api"]
-            while waiting:
+            names = set(waiting)
+            # A part can answer before its keeper has told which process it is.
+            while waiting or not names <= self._kept.process_ids.keys():
                 for name, is_ready in list(waiting.items()):
                     with suppress(httpx.HTTPError):
                         if is_ready():
