@@ -233,6 +233,8 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
         # Who reads first and then writes would be refused at once if another has written in between: writers wait at the beginning.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get(WRITES) else "BEGIN")
+        # A read needs no transaction: each statement sees one state, as on PostgreSQL.
+        if connection.get_execution_options().get(WRITES):
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine

@@ -23,6 +23,8 @@ class Cursor:
 
     async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> "Cursor":
         """Run a statement, and read what it returns."""
+        if sql.startswith("BEGIN"):
+            self._connection.may_be_in_transaction = True
         return await self._run(lambda connection: connection.execute(sql, parameters))
 
     async def executemany(self, sql: str, parameters: Iterable[Sequence[Any]]) -> "Cursor":
@@ -51,6 +53,20 @@ class Cursor:
 
 class Connection(aiosqlite.Connection):
     """One connection, in a thread of its own."""
+
+    may_be_in_transaction = False
+    """Set before the thread is asked to begin one: whoever is cancelled meanwhile must still roll it back."""
+
+    async def commit(self) -> None:
+        """Commit what has begun."""
+        await super().commit()
+        self.may_be_in_transaction = False
+
+    async def rollback(self) -> None:
+        """Roll back what has begun; where nothing has, as after reading, there is no need to ask the thread."""
+        if self.may_be_in_transaction:
+            await super().rollback()
+            self.may_be_in_transaction = False
 
     def cursor(self) -> Cursor:  # type: ignore[override]  # aiosqlite's own is a coroutine that goes to the thread
         """Make a cursor."""
