@@ -124,6 +124,23 @@ class QuirkyMlflow(FakeMlflow):
         super()._answer()
 
 
+async def in_turn(*work, return_exceptions):
+    """Do what `asyncio.gather` does, one after the other."""
+    assert return_exceptions
+    results = []
+    for each in work:
+        try:
+            results.append(await each)
+        except BaseException as error:
+            results.append(error)
+    return results
+
+
+async def here(work, *arguments):
+    """Do what `asyncio.to_thread` does, in no other thread."""
+    return work(*arguments)
+
+
 class Machine(RuleBasedStateMachine):
     template: Path
 
@@ -137,6 +154,9 @@ class Machine(RuleBasedStateMachine):
             mock.patch("service.engine.dispatcher.time", SimpleNamespace(monotonic=lambda: self.clock)),
             mock.patch("service.engine.replica.time", SimpleNamespace(monotonic=lambda: 0.0)),
             mock.patch("service.domain.lifecycle.pause", return_value=timedelta()),
+            # Which of several calls comes first would be decided by threads, and a walk not be the same twice.
+            mock.patch("service.engine.dispatcher.MOST_AT_ONCE", 1),
+            mock.patch("service.engine.admission.asyncio", SimpleNamespace(gather=in_turn, to_thread=here)),
         ]
         for patch in self.patches:
             patch.start()
