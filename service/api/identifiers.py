@@ -26,3 +26,4 @@ JOB, COMPARISON, TOKEN = r"^job-[0-9a-f]{1,12}$", r"^comparison-[0-9a-f]{1,12}$"
 JobId = Annotated[str, Path(pattern=JOB, description="such as `job-3f9c2b7a10de`")]
 ComparisonId = Annotated[str, Path(pattern=COMPARISON, description="such as `comparison-3f9c2b7a10de`")]
 TokenId = Annotated[str, Path(pattern=TOKEN, description="such as `token-3f9c2b7a10de`")]
+WebhookId = Annotated[str, Path(pattern=r"^webhook-[0-9a-f]{1,12}$", description="such as `webhook-3f9c2b7a10de`")]

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import dataclass
@@ -52,10 +52,14 @@ POINT = TypeAdapter(Point)
 
 async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
     """Work on files in a thread, and wait for it so long at most. Raises Unavailable."""
+    return await on_threads(STORAGE_THREADS, partial(copy_context().run, work, *arguments, **options))
+
+
+async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
+    """Work on files in one of these threads, and wait for it so long at most. Raises Unavailable."""
     try:
         async with asyncio.timeout(STORAGE_SECONDS):
-            call = partial(copy_context().run, work, *arguments, **options)
-            return await asyncio.get_running_loop().run_in_executor(STORAGE_THREADS, call)
+            return await asyncio.get_running_loop().run_in_executor(threads, work)
     except (TimeoutError, OSError) as error:
         raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 

@@ -10,7 +10,9 @@ from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, event, func, make_url, select, text
+from sqlalchemy import Connection, Table, event, func, make_url, select, text
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -165,6 +167,11 @@ async def take_turns(connection: AsyncConnection, lock: int) -> None:
     """Let transactions that name the same `lock`, any number, go one after the other; on SQLite all that write do."""
     if connection.dialect.name == "postgresql":
         await connection.execute(select(func.pg_advisory_xact_lock(lock)))
+
+
+def insert_into(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite_dialect.Insert:
+    """Begin an INSERT that may say what a conflict is to do, as both kinds of database can, each by a class of its own."""
+    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite_dialect.insert)(table)
 
 
 async def is_first(connection: AsyncConnection, name: str) -> bool:

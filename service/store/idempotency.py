@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from service.domain.errors import InFlight
-from service.store.database import Database, is_first
+from service.store.database import Database, insert_into, is_first
 from service.store.tables import idempotency_keys as keys
 
 IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
@@ -46,8 +45,7 @@ class IdempotencyStore:
         async with self._database.write() as connection:
             if not await is_first(connection, f"{owner} {key}"):
                 raise InFlight(IN_FLIGHT)
-            insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-            query = insert(keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
+            query = insert_into(connection, keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
             if (await connection.execute(query)).rowcount:
                 return None
             return await self.find(owner, key)

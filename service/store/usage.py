@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.scheduling import Capacity
+from service.store.database import insert_into
 from service.store.tables import usage
 
 
@@ -20,8 +20,8 @@ class Usage:
 
 async def add_usage(connection: AsyncConnection, owner: str, seconds: float, held: Capacity) -> None:
     """Add that an attempt has ended, inside the caller's transaction; the last of it, for others of the owner wait from here on."""
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    query = insert(usage).values(owner=owner, gpu_seconds=seconds * held.gpus, cpu_seconds=seconds * held.cpus)
+    values = {"owner": owner, "gpu_seconds": seconds * held.gpus, "cpu_seconds": seconds * held.cpus}
+    query = insert_into(connection, usage).values(**values)
     sums = {name: usage.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
     await connection.execute(query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums))
 

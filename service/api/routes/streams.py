@@ -1,6 +1,5 @@
 """A job's log and its timeline as they grow, by server-sent events, to be gone on with after a break where they broke off."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +15,9 @@ from starlette.types import Receive, Scope, Send
 from service.api.components import Components
 from service.api.schemas import EventView
 from service.domain.access import Caller
-from service.domain.errors import Unavailable
 from service.domain.jobs import Job
 from service.engine.logs import AttemptLog, Line, Place, Selection
-from service.engine.run_files import STORAGE_SECONDS
+from service.engine.run_files import on_threads
 from service.store.jobs import Pulse
 
 MEDIA_TYPE = "text/event-stream"
@@ -133,13 +131,5 @@ async def follow_events(components: Components, caller: Caller, job: Job, after:
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
     """Read lines in a thread, so many at a time, and wait for them so long at most. Raises Unavailable."""
-    loop = asyncio.get_running_loop()
-    try:
-        while True:
-            async with asyncio.timeout(STORAGE_SECONDS):
-                part = await loop.run_in_executor(READERS, lambda: list(islice(lines, LINES_AT_ONCE)))
-            if not part:
-                return
-            yield part
-    except (TimeoutError, OSError) as error:
-        raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
+    while part := await on_threads(READERS, lambda: list(islice(lines, LINES_AT_ONCE))):
+        yield part

@@ -1,20 +1,19 @@
 """Routes for webhooks."""
 
 from datetime import UTC, datetime
-from typing import Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter
 
 from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
 from service.api.idempotency import Route
+from service.api.identifiers import WebhookId
 from service.api.pages import PageSize, PageToken, place_of, token_of
 from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
 from service.domain.jobs import new_id
 from service.domain.webhooks import Webhook, new_webhook_secret
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=Route)
-WebhookId = Annotated[str, Path(pattern=r"^webhook-[0-9a-f]{1,12}$", description="such as `webhook-3f9c2b7a10de`")]
 
 
 @router.post("", status_code=201)
