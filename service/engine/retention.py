@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 from service.domain.errors import Unavailable
 from service.engine.replica import Replica
-from service.engine.run_files import RunFiles
+from service.engine.run_files import RunFiles, on_storage
 from service.store.idempotency import IdempotencyStore
 from service.store.retention import RetentionStore
 from service.store.webhooks import WebhookStore
@@ -62,10 +62,15 @@ class Retention:
         return count
 
     async def _delete_folders(self) -> None:
-        for job_id in await self._store.folders_left():
+        if not (left := await self._store.folders_left()):
+            return
+        await on_storage(
+            self._files.check
+        )  # a storage that is away has no folders, and they would be taken for deleted
+        for job_id in left:
             try:
-                await asyncio.to_thread(_delete, self._files, job_id)
-            except OSError as error:  # it keeps no other waiting, and is tried again in the next round
+                await on_storage(_delete, self._files, job_id)
+            except Unavailable as error:  # it keeps no other waiting, and is tried again in the next round
                 logger.warning("the folder of %s could not be deleted: %s", job_id, error, extra={"job_id": job_id})
             else:
                 await self._store.forget_folder(job_id)

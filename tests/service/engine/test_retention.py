@@ -7,10 +7,11 @@ import pytest
 from sqlalchemy import event, func, select, update
 
 from service.domain.access import Caller, Scope
-from service.domain.errors import NotFound
+from service.domain.errors import NotFound, Unavailable
 from service.domain.jobs import JobState, Transition
 from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
+from service.engine.run_files import RunFiles
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import insert_jobs
@@ -221,3 +222,20 @@ async def test_only_where_the_schedulers_lease_is_held(house, database, retentio
     await house.replica.renew()
     house.replica._held = {}
     assert await retention.round() == 0
+
+
+async def test_while_the_storage_is_away_no_folder_is_taken_for_deleted(house, database, retention, tmp_path):
+    house.policy = house.policy.__class__(most_active=0)
+    storage, elsewhere = tmp_path / "storage", tmp_path / "elsewhere"
+    house.files = retention._files = RunFiles(storage)
+    house.files.check()
+    old = await house.add()
+    await end(house, database, old, 31)
+    storage.rename(elsewhere)
+    storage.mkdir()  # as a mount point is without its mount
+    with pytest.raises(Unavailable):
+        await retention.round()
+    storage.rmdir()
+    elsewhere.rename(storage)
+    await retention.round()
+    assert not house.files.job_folder(old.id).exists()
