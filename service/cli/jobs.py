@@ -31,6 +31,7 @@ JobId = Annotated[str, typer.Argument(help="such as job-3f9c2b7a10de", show_defa
 SpecFile = Annotated[
     Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a spec", show_default=False)
 ]
+OtherName = Annotated[str | None, typer.Option("--name", help="default: that of the other job")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait for its end, with a progress bar")]
 
 
@@ -146,7 +147,7 @@ def cancel(
 def resume(
     client: Client,
     job_id: JobId,
-    name: Annotated[str | None, typer.Option(help="default: that of the other job")] = None,
+    name: OtherName = None,
     overrides: Set = None,
     key: Key = None,
     wait: Wait = False,
@@ -162,7 +163,7 @@ def resume(
 def clone(
     client: Client,
     job_id: JobId,
-    name: Annotated[str | None, typer.Option(help="default: that of the other job")] = None,
+    name: OtherName = None,
     overrides: Set = None,
     key: Key = None,
     wait: Wait = False,
