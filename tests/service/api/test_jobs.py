@@ -60,8 +60,7 @@ async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):
 @pytest.fixture
 async def hanging(client, app, monkeypatch):
     """A job's log on a storage that does not answer while this event is not set."""
-    for module in ("service.engine.run_files", "service.api.routes.streams"):
-        monkeypatch.setattr(f"{module}.STORAGE_SECONDS", 0.3)
+    monkeypatch.setattr("service.engine.run_files.STORAGE_SECONDS", 0.3)
     job = await submit(client)
     log = app.state.components.files.log_path(await app.state.components.jobs.get(job["id"]), 1)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,12 @@ from trainer.spec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, JobSpec, Outcom
 
 CPUS = 4
 CAUSES = ("user_code", "worker_lost", "preempted", "hang")
+WHICH = st.integers(0, 7)
+
+
+def one_of(names, which):
+    """What is drawn may not depend on how many there are: Hypothesis repeats a walk by what was drawn in it."""
+    return sorted(names)[which % len(names)]
 
 
 class Killed(BaseException):
@@ -190,14 +196,16 @@ class Machine(RuleBasedStateMachine):
     @rule(workers=st.integers(1, CPUS + 1), priority=st.integers(0, 1), retries=st.integers(0, 2))
     def submit(self, workers, priority, retries):
         limits = Retries(infrastructure=retries, preempted=retries, hang=retries)
-        job = make_job(spec=JobSpec(steps=1, num_workers=workers), priority=priority, retries=limits)
+        spec = JobSpec(steps=1, num_workers=workers)
+        # Their order is that of their submission, so that a walk is the same each time.
+        job = make_job(id=f"job-{len(self.jobs):012}", spec=spec, priority=priority, retries=limits)
         self.runner.run(self.houses[0].jobs.add(job))
         self.jobs[job.id] = job
 
     @precondition(lambda self: self.jobs)
-    @rule(data=st.data())
-    def cancel(self, data):
-        job_id = data.draw(st.sampled_from(sorted(self.jobs)))
+    @rule(which=WHICH)
+    def cancel(self, which):
+        job_id = one_of(self.jobs, which)
         if job_id not in self.ended:
             self.runner.run(self.houses[0].jobs.request_cancel(job_id, "ann"))
 
@@ -246,14 +254,14 @@ class Machine(RuleBasedStateMachine):
         if forgets:
             self.ray.lose_everything()
 
-    @rule(data=st.data())
-    def a_driver_starts(self, data):
-        pending = sorted(
-            name for name, found in self.ray.submissions.items()
-            if found.status == RayStatus.PENDING and name in self.ray.drivers
-        )  # fmt: skip
-        if pending:
-            self.start_driver(data.draw(st.sampled_from(pending)))
+    @rule(which=WHICH)
+    def a_driver_starts(self, which):
+        if pending := self.pending():
+            self.start_driver(one_of(pending, which))
+
+    def pending(self):
+        submissions = sorted(self.ray.submissions.items())
+        return [name for name, found in submissions if found.status == RayStatus.PENDING and name in self.ray.drivers]
 
     def start_driver(self, name):
         driver = self.ray.drivers[name]
@@ -268,11 +276,10 @@ class Machine(RuleBasedStateMachine):
             driver.is_alive = True
             self.ray.ran[driver.job_id, driver.attempt] += 1
 
-    @rule(end=st.sampled_from(["succeeds", "succeeds unseen", "dies", *CAUSES]), data=st.data())
-    def a_driver_ends(self, end, data):
-        alive = sorted(name for name, driver in self.ray.drivers.items() if driver.is_alive)
-        if alive:
-            self.end_driver(data.draw(st.sampled_from(alive)), end)
+    @rule(end=st.sampled_from(["succeeds", "succeeds unseen", "dies", *CAUSES]), which=WHICH)
+    def a_driver_ends(self, end, which):
+        if alive := [name for name, driver in self.ray.drivers.items() if driver.is_alive]:
+            self.end_driver(one_of(alive, which), end)
 
     def end_driver(self, name, end):
         driver = self.ray.drivers[name]
@@ -333,9 +340,8 @@ class Machine(RuleBasedStateMachine):
         store = self.houses[0].jobs
         for _ in range(200):
             self.time_passes(6.0)
-            for name, found in sorted(self.ray.submissions.items()):
-                if found.status == RayStatus.PENDING and name in self.ray.drivers:
-                    self.start_driver(name)
+            for name in self.pending():
+                self.start_driver(name)
             self.each_attempt_runs_once_and_no_job_twice_at_a_time()
             self.no_more_runs_than_there_is_room_for()
             self.an_end_is_for_ever()
