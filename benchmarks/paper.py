@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from service.cli.show import FINDING_HEADINGS, finding_cells
+from service.cli.reports import FINDING_HEADINGS, finding_cells
 from service.domain.comparisons import Variant, expand, without_seed
 from service.domain.recipes import Recipe, read_recipe
 from service.domain.verdicts import RecipeVerdict, Run, judge

@@ -1,5 +1,7 @@
 """What no import contract can see."""
 
+import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -35,6 +37,18 @@ def modules_after(statement):
 )
 def test_importing_a_module_does_not_load_what_it_must_not_cost(module, costs):
     assert not costs & modules_after(f"import {module}")
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_imports_what_is_there(script):
+    ours = [
+        statement for statement in ast.walk(ast.parse(script.read_text()))
+        if isinstance(statement, ast.ImportFrom) and statement.module.split(".")[0] in ("service", "trainer", "syncbn")
+    ]  # fmt: skip
+    for statement in ours:
+        module = importlib.import_module(statement.module)
+        for name in statement.names:
+            assert hasattr(module, name.name) or importlib.import_module(f"{statement.module}.{name.name}")
 
 
 def test_all_is_the_public_namespace():

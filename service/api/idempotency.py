@@ -75,7 +75,7 @@ def answer_repeats_with(request: Request, answer: Response) -> None:
     request.state.answer_to_repeats = answer
 
 
-class _Answered(Exception):  # noqa: N818 - no error, but what a transaction ends with that comes too late
+class _Answered(Exception):  # noqa: N818 - no error, but what a transaction is rolled back with that comes too late
     def __init__(self, before: StoredAnswer) -> None:
         self.before = before
 
@@ -87,23 +87,23 @@ async def _once(
     # Before the transaction, since the body may be slow to come.
     fingerprint = await _fingerprint(request, caller)
 
-    async def claim() -> None:
-        if (answered := await components.idempotency.claim(caller.owner, key, fingerprint)) is not None:
-            raise _Answered(answered)
+    async def take() -> None:
+        await components.idempotency.take(caller.owner, key)
 
     with _in_flight(components.keys_in_flight, (caller.owner, key)):
         before = await components.idempotency.find(caller.owner, key)
         if before is None:
             try:
-                async with components.database.transaction(claim):
+                async with components.database.transaction(take):
                     answer = await handle(request)
                     kept = getattr(request.state, "answer_to_repeats", answer)
                     headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
                     stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
-                    await components.idempotency.store(caller.owner, key, stored)
+                    if (answered := await components.idempotency.store(caller.owner, key, stored)) is not None:
+                        raise _Answered(answered)
                     return answer
-            except _Answered as answered:
-                before = answered.before
+            except _Answered as ended:
+                before = ended.before
     if before.fingerprint != fingerprint:
         raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})

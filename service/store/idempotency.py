@@ -1,9 +1,9 @@
 """Keys by which requests are known again, and the answers that they got."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import delete, select, update
+from sqlalchemy import delete, select
 
 from service.domain.errors import InFlight
 from service.store.database import Database, insert_into, is_first
@@ -35,26 +35,23 @@ class IdempotencyStore:
             row = (await connection.execute(query)).one_or_none()
         return None if row is None else StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
 
-    async def claim(self, owner: str, key: str, fingerprint: str) -> StoredAnswer | None:
-        """Take a key, which is free again if the transaction is rolled back; if it is taken, return what it was answered.
+    async def take(self, owner: str, key: str) -> None:
+        """Hold a key until the end of the transaction. Raises InFlight while another replica's holds it.
 
-        Raises InFlight while another replica's transaction holds the key; on SQLite, which has one writer, this waits for its end.
+        On SQLite, which has one writer, nobody else can.
         """
-        # What is not known yet is seen by nobody: the answer follows in the same transaction.
-        claim = {"fingerprint": fingerprint, "status": 0, "headers": {}, "body": b"", "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
             if not await is_first(connection, f"{owner} {key}"):
                 raise InFlight(IN_FLIGHT)
-            query = insert_into(connection, keys).values(owner=owner, key=key, **claim).on_conflict_do_nothing()
+
+    async def store(self, owner: str, key: str, answer: StoredAnswer) -> StoredAnswer | None:
+        """Keep the answer to a request. If there is one to its key already, return it: all else that was stored is to be undone."""
+        row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
+        async with self._database.write() as connection:
+            query = insert_into(connection, keys).values(**row).on_conflict_do_nothing()
             if (await connection.execute(query)).rowcount:
                 return None
             return await self.find(owner, key)
-
-    async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
-        """Keep the answer to the request that has claimed a key."""
-        values = {"status": answer.status, "headers": answer.headers, "body": answer.body}
-        async with self._database.write() as connection:
-            await connection.execute(update(keys).where(keys.c.owner == owner, keys.c.key == key).values(**values))
 
     async def forget_before(self, time: datetime) -> int:
         """Delete the keys that are older; return how many. Clients may count on a key for 24 hours."""

@@ -278,12 +278,12 @@ class JobStore:
 
 async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
     """Store new jobs with their first events, inside the caller's transaction."""
-    await connection.execute(insert(jobs), [_row(job) for job in new])
+    tags_of = {job.id: job.tags for job in new}
+    query = insert(jobs).returning(jobs.c.id, jobs.c.sequence)
+    rows = (await connection.execute(query, [_row(job) for job in new])).all()
     await connection.execute(insert(events), [_event(job, job.created_at, job.owner) for job in new])
-    if tagged := {job.id: job.tags for job in new if job.tags}:
-        places = select(jobs.c.id, jobs.c.sequence).where(jobs.c.id.in_(list(tagged)))
-        rows = (await connection.execute(places)).all()
-        tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tagged[row.id]]
+    tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
+    if tags:
         await connection.execute(insert(job_tags), tags)
 
 

@@ -22,9 +22,10 @@ class Cursor:
         return self
 
     async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> "Cursor":
-        """Run a statement, and read what it returns."""
+        """Run a statement, and read what it returns. A transaction begins with the statement after its beginning, in one way."""
         if sql.startswith("BEGIN"):
-            self._connection.may_be_in_transaction = True
+            self._connection.begin = sql
+            return self
         return await self._run(lambda connection: connection.execute(sql, parameters))
 
     async def executemany(self, sql: str, parameters: Iterable[Sequence[Any]]) -> "Cursor":
@@ -40,7 +41,12 @@ class Cursor:
         """Do nothing: SQLite's own cursor is closed already."""
 
     async def _run(self, statement: Callable[[sqlite3.Connection], sqlite3.Cursor]) -> "Cursor":
+        begin, self._connection.begin = self._connection.begin, None
+        self._connection.may_be_in_transaction |= begin is not None
+
         def run() -> None:
+            if begin is not None:
+                self._connection._conn.execute(begin)
             cursor = statement(self._connection._conn)
             self.description = cursor.description
             self._rows = cursor.fetchall() if cursor.description else []
@@ -54,16 +60,21 @@ class Cursor:
 class Connection(aiosqlite.Connection):
     """One connection, in a thread of its own."""
 
+    begin: str | None = None
+    """A statement that waits for the one after it."""
     may_be_in_transaction = False
     """Set before the thread is asked to begin one: whoever is cancelled meanwhile must still roll it back."""
 
     async def commit(self) -> None:
-        """Commit what has begun."""
-        await super().commit()
-        self.may_be_in_transaction = False
+        """Commit what has begun, if anything has."""
+        self.begin = None
+        if self.may_be_in_transaction:
+            await super().commit()
+            self.may_be_in_transaction = False
 
     async def rollback(self) -> None:
         """Roll back what has begun; where nothing has, as after reading, there is no need to ask the thread."""
+        self.begin = None
         if self.may_be_in_transaction:
             await super().rollback()
             self.may_be_in_transaction = False

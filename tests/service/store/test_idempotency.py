@@ -9,6 +9,7 @@ from service.store.idempotency import IdempotencyStore, StoredAnswer
 from service.store.jobs import JobStore
 from tests.service.examples import make_job
 
+OTHER = StoredAnswer("other", 200, {}, b"")
 ANSWER = StoredAnswer("request", 202, {"location": "/v1/jobs/x"}, b"\x00 body")
 
 
@@ -22,9 +23,9 @@ async def test_a_key_and_what_its_request_stores_come_together(database, keys):
 
     async def fail():
         async with database.transaction():
-            assert await keys.claim("ann", "k", "request") is None
             await jobs.add(job)
             assert await jobs.get(job.id) == job
+            assert await keys.store("ann", "k", ANSWER) is None
             database.after_commit(lambda: calls.append("early"))
             raise ZeroDivisionError
 
@@ -32,17 +33,18 @@ async def test_a_key_and_what_its_request_stores_come_together(database, keys):
         await fail()
     with pytest.raises(NotFound):
         await jobs.get(job.id)
+    assert await keys.find("ann", "k") is None
     async with database.transaction():
-        assert await keys.claim("ann", "k", "request") is None
+        await keys.take("ann", "k")
         await jobs.add(job)
-        await keys.store("ann", "k", ANSWER)
+        assert await keys.store("ann", "k", ANSWER) is None
         database.after_commit(lambda: calls.append("late"))
         assert calls == []
     assert calls == ["late"]
     assert await jobs.get(job.id) == job
-    async with database.transaction():
-        assert await keys.claim("ann", "k", "other") == ANSWER
-        assert await keys.claim("bob", "k", "other") is None
+    assert await keys.find("ann", "k") == ANSWER
+    assert await keys.store("ann", "k", OTHER) == ANSWER
+    assert await keys.store("bob", "k", OTHER) is None
 
 
 async def test_a_write_that_fails_inside_a_transaction_ends_all_of_it(database):
@@ -80,62 +82,60 @@ async def test_what_another_task_reads_and_writes_is_no_part_of_it(database):
     assert await look() == [job]
 
 
-async def claim_during(database, keys, first):
-    """Claim the key while the transaction of another replica, `first`, holds it."""
-    claimed = asyncio.Event()
+async def take_during(database, keys, first):
+    """Take the key, and answer, while the transaction of another replica, `first`, holds it."""
+    taken = asyncio.Event()
 
     async def hold():
         async with database.transaction():
-            assert await keys.claim("ann", "k", "request") is None
-            claimed.set()
+            await keys.take("ann", "k")
+            await keys.find("ann", "k")
+            taken.set()
             await asyncio.sleep(0.3)
             await first()
 
-    async def claim():
-        await claimed.wait()
+    async def take():
+        await taken.wait()
         began = time.monotonic()
         try:
             async with database.transaction():
-                return await keys.claim("ann", "k", "request"), time.monotonic() - began
+                await keys.take("ann", "k")
+                return await keys.store("ann", "k", OTHER), time.monotonic() - began
         except InFlight:
             return InFlight, time.monotonic() - began
 
-    _, claim = await asyncio.gather(hold(), claim(), return_exceptions=True)
-    return claim
+    _, found = await asyncio.gather(hold(), take(), return_exceptions=True)
+    return found
 
 
 async def test_while_a_replica_answers_another_is_told_so_at_once_or_on_sqlite_waits(database, keys):
-    found, seconds = await claim_during(database, keys, lambda: keys.store("ann", "k", ANSWER))
+    found, seconds = await take_during(database, keys, lambda: keys.store("ann", "k", ANSWER))
     is_postgresql = database._engine.dialect.name == "postgresql"
     assert found == (InFlight if is_postgresql else ANSWER)
     assert (seconds < 0.2) == is_postgresql
-    async with database.transaction():
-        assert await keys.claim("ann", "k", "request") == ANSWER
+    assert await keys.find("ann", "k") == ANSWER
 
 
 async def test_if_the_first_replica_fails_the_key_is_free_again(database, keys):
     async def fail():
         raise ZeroDivisionError
 
-    found, _ = await claim_during(database, keys, fail)
+    found, _ = await take_during(database, keys, fail)
     if found is not InFlight:  # on SQLite it has waited, and has the key
         assert found is None
         return
-    async with database.transaction():
-        assert await keys.claim("ann", "k", "request") is None
+    assert await keys.store("ann", "k", OTHER) is None
 
 
-async def test_another_key_is_claimed_meanwhile(database, keys):
+async def test_another_key_is_taken_meanwhile(database, keys):
     async with database.transaction():
-        await keys.claim("ann", "k", "request")
-        await keys.claim("ann", "l", "request")
+        await keys.take("ann", "k")
+        await keys.take("ann", "l")
 
 
 async def test_old_keys_are_forgotten(database, keys):
-    async with database.transaction():
-        await keys.claim("ann", "k", "request")
+    await keys.store("ann", "k", ANSWER)
     now = datetime.now(UTC)
     assert await keys.forget_before(now - timedelta(hours=1)) == 0
     assert await keys.forget_before(now + timedelta(hours=1)) == 1
-    async with database.transaction():
-        assert await keys.claim("ann", "k", "another") is None
+    assert await keys.store("ann", "k", OTHER) is None
