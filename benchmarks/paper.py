@@ -1,7 +1,7 @@
 """Measures the paper's claims: trains what a recipe asks for without Ray, judges it by the recipe's rules, and prints both.
 
     python benchmarks/paper.py                          the shortest recipe
-    python benchmarks/paper.py all --markdown FILE      all of them; up to an hour on two cores
+    python benchmarks/paper.py all --markdown FILE      all of them; twenty minutes on two cores
     python benchmarks/paper.py lr-sweep init-scale --seeds 0 1 2
 
 Workers are processes joined by gloo, one thread each. Teams of them train side by side, as many as there are cores for.

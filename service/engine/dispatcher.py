@@ -101,8 +101,8 @@ class Dispatcher:
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
             self._progressed_at = time.monotonic()
             self._failing_since = (self._failing_since or began) if has_failed else None
-            # However many ask for a round, as each submission does, rounds leave half of the time to others.
-            await asyncio.sleep(min(max(self._progressed_at - began, SHORTEST_PAUSE_SECONDS), pause))
+            # However many ask for a round, as each submission does, rounds leave nine tenths of the time to others.
+            await asyncio.sleep(min(max(9 * (self._progressed_at - began), SHORTEST_PAUSE_SECONDS), pause))
             try:
                 await asyncio.wait_for(self._woken.wait(), pause)
             except TimeoutError:
