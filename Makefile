@@ -36,7 +36,7 @@ lint: setup
 bench: setup
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-# What needs several nodes of Ray on this machine, and minutes.
+# What takes minutes: several nodes of Ray, several services, and jobs that lose all of it and recover.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
 

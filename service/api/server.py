@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 import threading
 
 import uvicorn
@@ -16,6 +17,8 @@ SECONDS_TO_END = 3
 """For requests that are being answered."""
 LOOKS = 50
 """In a row, ten in a second, that have to show a failure: a process that was stopped for a while looks stuck at first."""
+SECONDS_BETWEEN_THREADS = 0.001
+"""After which a thread that computes, such as a plan for thousands of jobs, lets the one that answers go on; Python's is 0.005."""
 SECONDS_TO_EXIT = 20.0
 """From then to the end of the process, whatever hangs in it."""
 
@@ -26,6 +29,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app = app
         self._failed_looks = 0
+        sys.setswitchinterval(SECONDS_BETWEEN_THREADS)
         super().__init__(
             uvicorn.Config(
                 app,

@@ -4,6 +4,7 @@ Every call may be repeated: a run is looked up by the tag that carries our ident
 """
 
 import asyncio
+import gc
 import os
 import subprocess
 import threading
@@ -80,6 +81,10 @@ class MlflowRunsOverHttp:
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
                 from mlflow import MlflowClient
 
+                # All modules are there now, and stay. Were they looked through for garbage, all requests would wait for a tenth of
+                # a second each time.
+                gc.collect()
+                gc.freeze()
                 self._loaded = MlflowClient(self._url)
             return self._loaded
 

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Column, Select, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Column, Select, and_, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -31,9 +31,15 @@ CANDIDATE_COLUMNS = [
         "least_cpus", "least_gpus", "most_cpus", "most_gpus",
     )
 ]  # fmt: skip
+INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
+    insert(jobs).returning(jobs.c.id, jobs.c.sequence),
+    insert(events),
+    insert(job_tags),
+)
+"""Made once, as each submission needs them: making a statement takes longer than running it."""
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
-CANDIDATES_AT_ONCE = 500
+JOBS_AT_ONCE = 500
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 
@@ -146,16 +152,16 @@ class JobStore:
         async with self._database.read() as connection:
             query = select(jobs.c.id, jobs.c.attempt, jobs.c.reason).where(waits).order_by(jobs.c.sequence)
             rows = (await connection.execute(query)).all()
-            new = [row.id for row in rows if (row.id, row.attempt) not in known]
-            for first in range(0, len(new), CANDIDATES_AT_ONCE):
-                of_these = jobs.c.id.in_(new[first : first + CANDIDATES_AT_ONCE])
+            new = [job_id for job_id, attempt, _ in rows if (job_id, attempt) not in known]
+            for first in range(0, len(new), JOBS_AT_ONCE):
+                of_these = jobs.c.id.in_(new[first : first + JOBS_AT_ONCE])
                 query = select(jobs.c.attempt, *CANDIDATE_COLUMNS).where(waits, of_these)
                 for row in (await connection.execute(query)).all():
                     found[row.id, row.attempt] = _candidate(row)
             active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
         # What began to wait while this was read is left to the next time.
-        waiting = {(row.id, row.attempt): row.reason for row in rows if (row.id, row.attempt) in found}
-        return Queue({key: found[key] for key in waiting}, waiting, [_candidate(row) for row in active])
+        reasons = {(job_id, attempt): reason for job_id, attempt, reason in rows if (job_id, attempt) in found}
+        return Queue({key: found[key] for key in reasons}, reasons, [_candidate(row) for row in active])
 
     async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """Read the pulses of these jobs, by id; of those there are."""
@@ -260,10 +266,15 @@ class JobStore:
 
     async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
         """Tell why jobs wait, in one transaction. The words are no fact that anything is decided on, so the version stays."""
-        query = update(jobs).where(jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease))
-        told = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
+        with_reason: dict[str, list[str]] = {}
+        for job_id, reason in reasons.items():
+            with_reason.setdefault(reason, []).append(job_id)
         async with self._database.write() as connection:
-            await connection.execute(query.values(reason=bindparam("words")), told)
+            for reason, job_ids in with_reason.items():  # many wait for the same
+                for first in range(0, len(job_ids), JOBS_AT_ONCE):
+                    of_these = jobs.c.id.in_(job_ids[first : first + JOBS_AT_ONCE])
+                    query = update(jobs).where(of_these, jobs.c.state == JobState.QUEUED, is_held(lease))
+                    await connection.execute(query.values(reason=reason))
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
         values = _row(replace(after, version=before.version + 1))
@@ -279,12 +290,11 @@ class JobStore:
 async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
     """Store new jobs with their first events, inside the caller's transaction."""
     tags_of = {job.id: job.tags for job in new}
-    query = insert(jobs).returning(jobs.c.id, jobs.c.sequence)
-    rows = (await connection.execute(query, [_row(job) for job in new])).all()
-    await connection.execute(insert(events), [_event(job, job.created_at, job.owner) for job in new])
+    rows = (await connection.execute(INSERT_JOBS, [_row(job) for job in new])).all()
+    await connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in new])
     tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
     if tags:
-        await connection.execute(insert(job_tags), tags)
+        await connection.execute(INSERT_TAGS, tags)
 
 
 def _row(job: Job) -> dict[str, Any]:

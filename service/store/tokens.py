@@ -5,7 +5,8 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, insert, or_, select, update
+from cachetools import TTLCache
+from sqlalchemy import bindparam, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.access import Caller, Scope, Token, hash_secret, new_secret
@@ -17,6 +18,10 @@ from service.store.pages import read_page
 from service.store.tables import tokens
 
 COLUMNS = [tokens.c[field.name] for field in fields(Token)]
+BY_HASH = select(*COLUMNS).where(tokens.c.hash == bindparam("hash"))
+"""Made once, as each request needs it: making a statement takes longer than running it."""
+MOST_KNOWN, SECONDS_KNOWN = 10_000, 1
+"""Tokens that are not read again for a moment: most requests come with one that has just been used."""
 ADMINS_LOCK = 5_021_504
 """Of decisions about who is an admin."""
 BETWEEN_NOTES = timedelta(minutes=1)
@@ -28,6 +33,8 @@ class TokenStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._known: TTLCache[str, Token] = TTLCache(MOST_KNOWN, SECONDS_KNOWN)
+        """By the hash of their secret."""
 
     async def add(self, token: Token, secret: str, maker: Caller | None) -> None:
         """Store a new token; a maker of None is the service itself."""
@@ -35,13 +42,19 @@ class TokenStore:
             await _add(connection, token, secret, maker)
 
     async def find(self, secret: str) -> Token | None:
-        """Find the token of a secret, whether valid or not.
+        """Find the token of a secret, whether valid or not. That another replica has revoked it may be known a second late.
 
         How long the comparison of hashes takes tells nothing: who does not know a secret cannot choose its hash.
         """
+        hashed = hash_secret(secret)
+        if (known := self._known.get(hashed)) is not None:
+            return known
         async with self._database.read() as connection:
-            row = (await connection.execute(select(*COLUMNS).where(tokens.c.hash == hash_secret(secret)))).one_or_none()
-        return None if row is None else _token(row)
+            row = (await connection.execute(BY_HASH, {"hash": hashed})).one_or_none()
+        if row is None:
+            return None
+        self._known[hashed] = token = _token(row)
+        return token
 
     async def valid_among(self, token_ids: Collection[str]) -> set[str]:
         """Tell which of these tokens still open anything."""
@@ -64,6 +77,7 @@ class TokenStore:
         )
         async with self._database.write() as connection:
             await connection.execute(query.values(last_used_at=now))
+        self._known.clear()
 
     async def page(self, size: int, before: int | None) -> tuple[list[Token], int | None]:
         """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
@@ -93,6 +107,7 @@ class TokenStore:
             await connection.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now))
             await _record(connection, actor, "token.revoke", token, now)
             row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one()
+        self._known.clear()
         return _token(row)
 
     async def ensure_admin(self, given: str | None, show: Callable[[str], None]) -> None:

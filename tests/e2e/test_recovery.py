@@ -18,7 +18,7 @@ from tests.processes import still_alive, working_in
 from tests.trainer.training import train_here
 from trainer.spec import JobSpec
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 
 STEPS = 3_000
 SPEC = {

@@ -14,7 +14,7 @@ from tests.e2e.service import Service
 from tests.e2e.test_service import SPEC
 from tests.service.databases import postgresql_server
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 LEASE_SECONDS = 2
 STEPS = 4_000
 

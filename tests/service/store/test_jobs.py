@@ -5,10 +5,11 @@ import pytest
 
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import JobState, Transition
-from service.domain.leases import SHARDS, shard_of
+from service.domain.leases import SCHEDULER, SHARDS, shard_of
 from service.domain.retries import Blame, Failures
 from service.store.comparisons import ComparisonStore
-from service.store.jobs import Filter, JobStore
+from service.store.jobs import JOBS_AT_ONCE, Filter, JobStore
+from service.store.leases import LeaseStore
 from service.store.tables import events
 from service.store.tables import jobs as table
 from tests.service.examples import make_comparison, make_job
@@ -30,6 +31,17 @@ async def test_what_is_stored_is_read_again(jobs):
     assert await jobs.get(job.id) == job
     with pytest.raises(NotFound, match="job-0"):
         await jobs.get("job-0")
+
+
+async def test_many_jobs_are_told_why_they_wait_while_they_do(database, jobs):
+    lease = (await LeaseStore(database).keep("one", 5))[SCHEDULER]
+    stored = [make_job() for _ in range(JOBS_AT_ONCE + 2)]
+    for job in stored:
+        await jobs.add(job)
+    gone = await jobs.advance(stored[-1], to("submitted"), "one")
+    await jobs.explain({job.id: "waits" for job in stored} | {stored[0].id: "waits for 4 CPUs"}, lease)
+    told = [job.reason for job in (await jobs.page(len(stored), None))[0]]
+    assert told == [gone.reason, *["waits"] * JOBS_AT_ONCE, "waits for 4 CPUs"]
 
 
 async def test_pages_go_through_all_jobs_newest_first(jobs):

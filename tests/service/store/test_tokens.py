@@ -66,6 +66,15 @@ async def test_revoking_is_final_and_on_the_record(tokens, audit):
         await tokens.revoke("token-0", ANN)
 
 
+async def test_what_another_replica_has_revoked_opens_nothing_a_second_later(database, tokens):
+    token = make_token()
+    await tokens.add(token, "secret", ANN)
+    assert (await tokens.find("secret")).is_valid(datetime.now(UTC))
+    await TokenStore(database).revoke(token.id, ANN)
+    await asyncio.sleep(1.1)
+    assert not (await tokens.find("secret")).is_valid(datetime.now(UTC))
+
+
 async def test_the_last_valid_admin_stays(tokens):
     first, second = make_token(scopes=(Scope.ADMIN,)), make_token(scopes=(Scope.ADMIN,))
     expired = make_token(scopes=(Scope.ADMIN,), expires_at=datetime.now(UTC) - timedelta(seconds=1))
