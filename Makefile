@@ -23,7 +23,7 @@ demo: setup
 up: setup
 	$(BIN)/syncbn up
 
-# All tests that need neither a GPU nor containers.
+# The tests that need neither a GPU nor minutes each.
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not cluster" $(TEST_OPTIONS)
 

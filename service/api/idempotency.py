@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from service.api.auth import authenticate
 from service.api.components import components_of
 from service.domain.access import Caller
-from service.domain.errors import InFlight, InvalidField
+from service.domain.errors import InFlight, InvalidField, ServiceError
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
 
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
@@ -104,6 +104,10 @@ async def _once(
                     return answer
             except _Answered as ended:
                 before = ended.before
+            except ServiceError:
+                # Perhaps for what the first request with this key has done meanwhile, on another replica.
+                if (before := await components.idempotency.find(caller.owner, key)) is None:
+                    raise
     if before.fingerprint != fingerprint:
         raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})

@@ -125,8 +125,9 @@ def plan(
 
     Who waits longer than `policy.patience` comes first, the oldest before others; then priority; then the owner with the smallest
     dominant share of the cluster; then age. A job is admitted only if its whole gang fits what is free and its owner's quota takes
-    it. While the first in this order waits for room, others that fit may pass it, but only for `policy.backfill`: then what becomes
-    free is kept for it. So every job that the cluster and its owner's quota can take is admitted in the end, as long as others end.
+    it. While the first in this order waits for room, or the first of an owner for its quota, others that fit may pass it, but only
+    for `policy.backfill`: then what becomes free is kept for it. So every job that the cluster and its owner's quota can take is
+    admitted in the end, as long as others end.
     """
     queue = {job.id: job for job in waiting}
     running, admitted, reasons = list(active), list[Candidate](), dict[str, str]()
@@ -174,10 +175,15 @@ def _next(
 
     free = _free(running, cluster)
     kept_for: Candidate | None = None
+    quota_kept_for: dict[str, Candidate] = {}
     for job in sorted(queue, key=rank):
         owners = held.get(job.owner, Capacity()) + job.most
-        if not _quota(policy, job).takes(counts.get(job.owner, 0) + 1, owners):
+        first = quota_kept_for.get(job.owner)
+        if first is not None and now - first.queued_at >= policy.backfill:
+            reasons[job.id] = f"waits behind {first.id}, which has waited longer for the quota of {job.owner}"
+        elif not _quota(policy, job).takes(counts.get(job.owner, 0) + 1, owners):
             reasons[job.id] = f"waits for the quota of {job.owner}"
+            quota_kept_for.setdefault(job.owner, job)
         elif len(running) >= policy.most_active:
             reasons[job.id] = f"waits for one of {policy.most_active} active jobs to end"
         elif kept_for is not None and now - kept_for.queued_at >= policy.backfill:

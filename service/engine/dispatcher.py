@@ -1,14 +1,16 @@
 """The dispatcher: looks at every job that is not settled, and does what brings it on.
 
-One round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version and of this
+A round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version and of this
 replica's lease, so that nothing is decided on an old state. No network call is made inside a transaction. A kill between any two
 steps is mended by the next round: a job is marked as submitted before Ray is told, under a submission id that does not change.
 """
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 
 from prometheus_client import Histogram
@@ -36,10 +38,16 @@ RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)
 MOST_AT_ONCE = 32
 """Jobs that are worked on side by side."""
 STUCK_SECONDS = 180.0
-"""Without an end of a round or of the work on one job of it, or without a round that has not failed by a mistake of ours."""
+"""Without an end of a round or of a piece of its work, or without a round that has not failed by a mistake of ours."""
+ADMISSION = "admission"
+"""The piece of work that is not on one job."""
+WAIT_SECONDS = 0.5
+"""Of a round for its work: what takes longer, as a call that hangs does, goes on beside the next rounds and holds nothing up."""
 SHORTEST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
+LONGEST_REST_SECONDS = 1.0
+"""In a pause, before whoever asks for a round is heard."""
 
 
 class Dispatcher:
@@ -72,7 +80,11 @@ class Dispatcher:
         self._woken = asyncio.Event()
         self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
-        self._progressed_at = time.monotonic()
+        self._work: dict[str, asyncio.Task[None]] = {}
+        """By the job's id."""
+        self._began: dict[str, float] = {}
+        """When what is being worked on was begun."""
+        self._ended_at = time.monotonic()
         self._failing_since: float | None = None
 
     def wake(self) -> None:
@@ -80,12 +92,20 @@ class Dispatcher:
         self._woken.set()
 
     def is_stuck(self) -> bool:
-        """Whether nothing has come to an end for far longer than all time limits allow, or each round has failed for so long."""
-        since = self._progressed_at if self._failing_since is None else min(self._progressed_at, self._failing_since)
+        """Whether something has taken far longer than all time limits allow, or each round has failed for so long."""
+        since = min(self._ended_at, *self._began.values(), self._failing_since or math.inf)
         return time.monotonic() - since > STUCK_SECONDS
 
     async def run(self) -> None:
         """Run rounds until cancelled. A round that fails is logged, and the next one tries again."""
+        try:
+            await self._run()
+        finally:
+            for task in self._work.values():
+                task.cancel()
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+
+    async def _run(self) -> None:
         pause = self._poll_seconds
         while True:
             self._woken.clear()
@@ -99,21 +119,52 @@ class Dispatcher:
                 # What does not answer is told by readiness as that, and a new process would not mend it; any other trouble is ours.
                 has_failed = not isinstance(error, Unavailable)
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
-            self._progressed_at = time.monotonic()
+            self._ended_at = time.monotonic()
             self._failing_since = (self._failing_since or began) if has_failed else None
             # However many ask for a round, as each submission does, rounds leave nine tenths of the time to others.
-            await asyncio.sleep(min(max(9 * (self._progressed_at - began), SHORTEST_PAUSE_SECONDS), pause))
-            try:
-                await asyncio.wait_for(self._woken.wait(), pause)
-            except TimeoutError:
-                continue
+            rest = min(max(9 * (self._ended_at - began), SHORTEST_PAUSE_SECONDS), LONGEST_REST_SECONDS, pause)
+            await asyncio.sleep(rest)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), pause - rest)
 
-    async def round(self) -> None:
-        """Do all that can be done now, by the leases that this replica holds."""
+    async def round(self, seconds: float = WAIT_SECONDS) -> None:
+        """Do all that can be done now, by the leases that this replica holds, and wait for its end so long at most.
+
+        Raises Unavailable if the database or Ray is; the trouble with one job is logged.
+        """
         await self._thresholds.refresh()
-        unsettled = await self._jobs.unsettled(self._replica.shards())
-        await self._each(unsettled, [self._look_after(job) for job in unsettled])
-        if (lease := self._replica.scheduler()) is not None:
+        for job in await self._jobs.unsettled(self._replica.shards()):
+            if job.id not in self._work:
+                self._work[job.id] = asyncio.create_task(self._look_after(job))
+        await self._wait(seconds)
+        if self._replica.scheduler() is not None and ADMISSION not in self._work:
+            self._work[ADMISSION] = asyncio.create_task(self._admit())
+            await self._wait(seconds)
+
+    async def _wait(self, seconds: float) -> None:
+        """Wait for the work, and tell of its trouble: that with one job does not keep the others waiting."""
+        if self._work:
+            await asyncio.wait(self._work.values(), timeout=seconds)
+        ended = {name: task for name, task in self._work.items() if task.done()}
+        for name in ended:
+            del self._work[name]
+        troubles = {
+            name: error
+            for name, task in ended.items()
+            if not task.cancelled() and (error := task.exception()) is not None
+        }
+        for name, error in troubles.items():
+            if name != ADMISSION and isinstance(error, Exception):
+                known = isinstance(error, Unavailable)
+                logger.warning("%s: %s", name, error, exc_info=None if known else error, extra={"job_id": name})
+        for name, error in troubles.items():
+            if name == ADMISSION or not isinstance(error, Exception):
+                raise error
+
+    async def _admit(self) -> None:
+        with self._working_on(ADMISSION):
+            if (lease := self._replica.scheduler()) is None:
+                return
             await self._admission.admit(lease)
             for comparison in await self._comparisons.unsettled():
                 try:
@@ -121,25 +172,23 @@ class Dispatcher:
                 except Refused as error:  # it keeps nobody else waiting
                     logger.warning("%s: %s", comparison.id, error)
 
-    async def _each(self, jobs: Sequence[Job], work: Sequence[Awaitable[None]]) -> None:
-        """Work on jobs side by side; trouble with one is logged and does not keep the others waiting."""
-        for job, result in zip(jobs, await asyncio.gather(*work, return_exceptions=True), strict=True):
-            if isinstance(result, Exception):
-                known = isinstance(result, Unavailable)
-                logger.warning("%s: %s", job.id, result, exc_info=None if known else result, extra={"job_id": job.id})
-            elif result is not None:
-                raise result
-
     async def _look_after(self, job: Job) -> None:
-        async with self._slots:
+        # What waits in the queue takes a statement, and does not wait for those that wait for others.
+        async with nullcontext() if job.state == JobState.QUEUED else self._slots:
             lease = self._replica.of_job(job.id)
             if lease is None:
                 return
             job_in_hand.set(job.id)
-            try:
+            with self._working_on(job.id):
                 await self._bring_on(job, lease)
-            finally:
-                self._progressed_at = time.monotonic()
+
+    @contextmanager
+    def _working_on(self, name: str) -> Iterator[None]:
+        self._began[name] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._began[name]
 
     async def _bring_on(self, job: Job, lease: Lease) -> None:
         if job.state.is_terminal:
@@ -235,10 +284,11 @@ class Dispatcher:
         await self._jobs.note(job, lease, mlflow_closed=True)
 
     async def _settle_comparison(self, comparison: Comparison) -> None:
-        """Tell MLflow that a comparison has ended, once all of its jobs have: as failed if any of them did."""
-        states = {job.state for job in await self._jobs.of_comparison(comparison.id)}
-        if not all(state.is_terminal for state in states):
+        """Tell MLflow that a comparison has ended, once all of its jobs have there: as failed if any of them did."""
+        jobs = await self._jobs.of_comparison(comparison.id)
+        if not all(job.mlflow_closed for job in jobs):
             return
+        states = {job.state for job in jobs}
         if comparison.mlflow_run_id is not None:
             worst = next(s for s in (JobState.FAILED, JobState.CANCELLED, JobState.SUCCEEDED) if s in states)
             await self._mlflow.finish(comparison.mlflow_run_id, worst)

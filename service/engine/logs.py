@@ -101,7 +101,7 @@ class AttemptLog:
     def _learn_ranks(self, file: BinaryIO) -> None:
         """Look through what lies before the place for the lines in which workers tell their ranks."""
         left = self.place.offset
-        for content in file:
+        while content := file.readline(LONGEST_LINE_BYTES):
             left -= len(content)
             if left < 0:
                 break

@@ -45,7 +45,8 @@ class Watch:
             async with self._changed:
                 has_news = ended or any(self._pulses.get(job_id) != pulse for job_id, pulse in found.items())
                 self._ended_tokens = ended
-                self._pulses.update(found)
+                # Of some, the last one who watched may have left while they were asked for.
+                self._pulses.update({job_id: pulse for job_id, pulse in found.items() if job_id in self._watched})
                 if has_news:
                     self._changed.notify_all()
 

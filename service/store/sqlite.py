@@ -86,4 +86,6 @@ class Connection(aiosqlite.Connection):
 
 def connect(path: str, **options: Any) -> Connection:
     """Begin to connect, as `aiosqlite.connect` does."""
-    return Connection(lambda: sqlite3.connect(path, **options), iter_chunk_size=64)
+    connection = Connection(lambda: sqlite3.connect(path, **options), iter_chunk_size=64)
+    connection._thread.daemon = True  # as SQLAlchemy has it: who has not closed its connections may end too
+    return connection

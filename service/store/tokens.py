@@ -35,6 +35,8 @@ class TokenStore:
         self._database = database
         self._known: TTLCache[str, Token] = TTLCache(MOST_KNOWN, SECONDS_KNOWN)
         """By the hash of their secret."""
+        self._changes = 0
+        """Of tokens, as far as they are known here."""
 
     async def add(self, token: Token, secret: str, maker: Caller | None) -> None:
         """Store a new token; a maker of None is the service itself."""
@@ -49,11 +51,14 @@ class TokenStore:
         hashed = hash_secret(secret)
         if (known := self._known.get(hashed)) is not None:
             return known
+        changes = self._changes
         async with self._database.read() as connection:
             row = (await connection.execute(BY_HASH, {"hash": hashed})).one_or_none()
         if row is None:
             return None
-        self._known[hashed] = token = _token(row)
+        token = _token(row)
+        if self._changes == changes:  # what was read before a change may be old
+            self._known[hashed] = token
         return token
 
     async def valid_among(self, token_ids: Collection[str]) -> set[str]:
@@ -77,7 +82,7 @@ class TokenStore:
         )
         async with self._database.write() as connection:
             await connection.execute(query.values(last_used_at=now))
-        self._known.clear()
+        self._database.after_commit(self._forget)
 
     async def page(self, size: int, before: int | None) -> tuple[list[Token], int | None]:
         """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
@@ -107,8 +112,12 @@ class TokenStore:
             await connection.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now))
             await _record(connection, actor, "token.revoke", token, now)
             row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one()
-        self._known.clear()
+        self._database.after_commit(self._forget)
         return _token(row)
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._changes += 1
 
     async def ensure_admin(self, given: str | None, show: Callable[[str], None]) -> None:
         """See to it that there is a way in: a token for the admin with the given secret or, if there is no token at all, a new one.

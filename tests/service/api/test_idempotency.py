@@ -151,15 +151,30 @@ async def test_a_repetition_is_answered_though_others_would_refuse_it_now(app, c
     assert (again.status_code, again.content) == (201, first.content)
 
 
-async def test_who_comes_to_a_key_second_gets_the_firsts_answer(app, client, monkeypatch):
-    # As on another replica, which does not know what is in flight here.
-    first = await client.post("/v1/jobs", json=BODY, headers=KEY)
+def look_too_early(app, monkeypatch):
+    """Let the next request look for an answer before there is one, as on another replica, which does not know what is in flight."""
     find, is_early = app.state.components.idempotency.find, [True]
 
     async def too_early(*arguments):
         return None if is_early and is_early.pop() else await find(*arguments)
 
     monkeypatch.setattr(app.state.components.idempotency, "find", too_early)
+
+
+async def test_who_comes_to_a_key_second_gets_the_firsts_answer(app, client, monkeypatch):
+    first = await client.post("/v1/jobs", json=BODY, headers=KEY)
+    look_too_early(app, monkeypatch)
     again = await client.post("/v1/jobs", json=BODY, headers=KEY)
     assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (202, first.content, "true")
     assert await count(client) == 1
+
+
+async def test_who_comes_second_gets_no_error_for_what_the_first_has_done(app, client, monkeypatch):
+    job = await client.post("/v1/jobs", json=BODY)
+    path, headers = f"/v1/jobs/{job.json()['id']}:cancel", KEY | {"If-Match": job.headers["ETag"]}
+    first = await client.post(path, headers=headers)
+    look_too_early(app, monkeypatch)
+    again = await client.post(path, headers=headers)
+    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (202, first.content, "true")
+    other = await client.post(path, headers=headers | {"Idempotency-Key": "another"})
+    assert other.status_code == 412

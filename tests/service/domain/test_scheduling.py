@@ -95,20 +95,26 @@ def test_an_idle_cluster_never_stays_so(waiting, cpus):
 @given(
     st.integers(1, 8),
     st.lists(st.tuples(st.integers(1, 8), st.integers(1, 30), st.integers(-5, 5), owners), min_size=20, max_size=60),
+    st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
-def test_nobody_starves(cpus, arrivals):
-    """A large job of the lowest priority starts in the end, however many others of higher ones keep coming and pass it."""
-    policy = Policy(most_active=4, backfill=timedelta(seconds=20), patience=timedelta(seconds=50))
+@settings(max_examples=80, deadline=None)
+def test_nobody_starves(cpus, arrivals, has_quota):
+    """A large job of the lowest priority starts in the end, however many others of higher ones keep coming and pass it.
+
+    With a quota, the others are its owner's, and there is always room for all that this takes.
+    """
+    quotas = {"dan": Quota(cpus=cpus)} if has_quota else {}
+    policy = Policy(most_active=4, backfill=timedelta(seconds=20), patience=timedelta(seconds=50), quotas=quotas)
     target = job(cpus, waited=0, priority=-100, owner="dan")
     waiting, running = [target], []
     longest = max(seconds for _, seconds, _, _ in arrivals)
     for second in range(50 + 2 * longest + 2):
         now = NOW + timedelta(seconds=second)
         for size, _, priority, owner in [arrivals[second % len(arrivals)]] * 2:
+            owner = "dan" if has_quota else owner
             waiting.append(job(min(size, cpus), priority=priority, owner=owner, queued_at=now))
         running = [(one, end) for one, end in running if end > second]
-        found = plan(waiting, [one for one, _ in running], cluster(cpus), policy, now)
+        found = plan(waiting, [one for one, _ in running], cluster(2 * cpus if has_quota else cpus), policy, now)
         for one in found.admitted:
             waiting.remove(one)
             running.append((one, second + arrivals[second % len(arrivals)][1]))

@@ -59,7 +59,7 @@ class House:
 
     async def round(self):
         await self.start()
-        await self.dispatcher.round()
+        await self.dispatcher.round(60)
 
     async def state(self, job):
         return (await self.jobs.get(job.id)).state.value

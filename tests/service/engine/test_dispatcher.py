@@ -246,6 +246,35 @@ async def test_a_comparison_has_one_parent_run_that_ends_after_its_jobs(house):
     assert await house.comparisons.unsettled() == []
 
 
+async def test_calls_that_hang_hold_up_nothing_else(house, monkeypatch):
+    ended, waiting, answers = await house.add(), await house.add(spec=JobSpec(steps=1, num_workers=30)), asyncio.Event()
+    await house.round()
+    house.ray.set(ended.submission_id, RayStatus.SUCCEEDED)
+    house.write(ended, OUTCOME_FILE, SUCCEEDED)
+
+    async def hang(*_):
+        await answers.wait()
+
+    monkeypatch.setattr(house.mlflow, "finish", hang)
+    monkeypatch.setattr(house.ray, "cluster", hang)
+    task = asyncio.create_task(house.dispatcher.run())
+    async with asyncio.timeout(10):
+        while await house.state(ended) != "succeeded":
+            await asyncio.sleep(0.01)
+    await house.jobs.request_cancel(waiting.id, "ann")
+    house.dispatcher.wake()
+    async with asyncio.timeout(2):
+        while await house.state(waiting) != "cancelled":
+            await asyncio.sleep(0.01)
+    assert not house.dispatcher.is_stuck()
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.5)
+    assert house.dispatcher.is_stuck()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not house.dispatcher.is_stuck()
+
+
 async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
     house.ray.is_down = True
     await house.start()

@@ -45,7 +45,7 @@ async def test_replicas_share_the_work_and_one_takes_over_from_the_other(databas
         second.write(job, OUTCOME_FILE, SUCCEEDED)
         second.ray.set(job.submission_id, RayStatus.SUCCEEDED)
     first.replica._held = held
-    await first.dispatcher.round()
+    await first.dispatcher.round(60)
     assert {await first.state(job) for job in jobs} == {"running"}
     await second.round()
     assert {await first.state(job) for job in jobs} == {"succeeded"}

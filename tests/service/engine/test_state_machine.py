@@ -214,13 +214,13 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1))
     def round(self, which):
         with suppress(Unavailable):
-            self.runner.run(self.houses[which].dispatcher.round())
+            self.runner.run(self.houses[which].dispatcher.round(60))
 
     @rule(which=st.integers(0, 1), calls=st.integers(0, 12))
     def killed_in_a_round(self, which, calls):
         house, self.world.calls_left = self.houses[which], calls
         with suppress(Unavailable, Killed):
-            self.runner.run(house.dispatcher.round())
+            self.runner.run(house.dispatcher.round(60))
         self.world.calls_left = None
         house.reopen()
         self.runner.run(house.start())
@@ -346,7 +346,7 @@ class Machine(RuleBasedStateMachine):
             self.no_more_runs_than_there_is_room_for()
             self.an_end_is_for_ever()
             for house in self.houses:
-                self.runner.run(house.dispatcher.round())
+                self.runner.run(house.dispatcher.round(60))
             for name, driver in sorted(self.ray.drivers.items()):
                 if driver.is_alive:
                     self.end_driver(name, "succeeds")

@@ -66,6 +66,16 @@ async def test_revoking_is_final_and_on_the_record(tokens, audit):
         await tokens.revoke("token-0", ANN)
 
 
+async def test_what_is_revoked_with_other_changes_opens_nothing_once_they_are_stored(database, tokens):
+    token = make_token()
+    await tokens.add(token, "secret", ANN)
+    async with database.transaction():
+        await tokens.revoke(token.id, ANN)
+        # A request of somebody else, who reads what is stored.
+        assert (await asyncio.create_task(tokens.find("secret"))).is_valid(datetime.now(UTC))
+    assert not (await tokens.find("secret")).is_valid(datetime.now(UTC))
+
+
 async def test_what_another_replica_has_revoked_opens_nothing_a_second_later(database, tokens):
     token = make_token()
     await tokens.add(token, "secret", ANN)
