@@ -1,7 +1,7 @@
 """Kills the service and Ray's head again and again while clients submit jobs under keys, and then counts what came of them.
 
-    python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: half an hour
-    python benchmarks/chaos.py --keys 4 --service-kills 3 --head-kills 1    a short form, which the tests run
+    python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: a quarter of an hour
+    python benchmarks/chaos.py --keys 2 --service-kills 2 --head-kills 1    a short form, like that of the tests
 
 All of it is real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. The service is killed at any
 time, also while it starts; of Ray the head, with or without the drivers and workers on its node. A client sends each key until it
