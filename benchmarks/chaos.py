@@ -1,6 +1,6 @@
 """Kills the service and Ray's head again and again while clients submit jobs under keys, and then counts what came of them.
 
-    python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: a quarter of an hour
+    python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: 15 minutes
     python benchmarks/chaos.py --keys 2 --service-kills 2 --head-kills 1    a short form, like that of the tests
 
 All of it is real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. The service is killed at any
