@@ -75,11 +75,6 @@ def answer_repeats_with(request: Request, answer: Response) -> None:
     request.state.answer_to_repeats = answer
 
 
-class _Answered(Exception):  # noqa: N818 - no error, but what a transaction is rolled back with that comes too late
-    def __init__(self, before: StoredAnswer) -> None:
-        self.before = before
-
-
 async def _once(
     request: Request, caller: Caller, key: str, handle: Callable[[Request], Coroutine[Any, Any, Response]]
 ) -> Response:
@@ -99,13 +94,10 @@ async def _once(
                     kept = getattr(request.state, "answer_to_repeats", answer)
                     headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
                     stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
-                    if (answered := await components.idempotency.store(caller.owner, key, stored)) is not None:
-                        raise _Answered(answered)
+                    await components.idempotency.store(caller.owner, key, stored)
                     return answer
-            except _Answered as ended:
-                before = ended.before
             except ServiceError:
-                # Perhaps for what the first request with this key has done meanwhile, on another replica.
+                # Perhaps since the first request with this key has been answered meanwhile, by another replica.
                 if (before := await components.idempotency.find(caller.owner, key)) is None:
                     raise
     if before.fingerprint != fingerprint:

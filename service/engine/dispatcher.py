@@ -81,7 +81,7 @@ class Dispatcher:
         self._last_seen: dict[str, tuple[object, float]] = {}
         self._slots = asyncio.Semaphore(MOST_AT_ONCE)
         self._work: dict[str, asyncio.Task[None]] = {}
-        """By the job's id."""
+        """By the job's id, or `ADMISSION`."""
         self._began: dict[str, float] = {}
         """When what is being worked on was begun."""
         self._ended_at = time.monotonic()
@@ -137,8 +137,8 @@ class Dispatcher:
             if job.id not in self._work:
                 self._work[job.id] = asyncio.create_task(self._look_after(job))
         await self._wait(seconds)
-        if self._replica.scheduler() is not None and ADMISSION not in self._work:
-            self._work[ADMISSION] = asyncio.create_task(self._admit())
+        if (lease := self._replica.scheduler()) is not None and ADMISSION not in self._work:
+            self._work[ADMISSION] = asyncio.create_task(self._admit(lease))
             await self._wait(seconds)
 
     async def _wait(self, seconds: float) -> None:
@@ -161,10 +161,8 @@ class Dispatcher:
             if name == ADMISSION or not isinstance(error, Exception):
                 raise error
 
-    async def _admit(self) -> None:
+    async def _admit(self, lease: Lease) -> None:
         with self._working_on(ADMISSION):
-            if (lease := self._replica.scheduler()) is None:
-                return
             await self._admission.admit(lease)
             for comparison in await self._comparisons.unsettled():
                 try:

@@ -10,7 +10,7 @@ from service.store.database import Database, insert_into, is_first
 from service.store.tables import idempotency_keys as keys
 
 BY_KEY = select(keys).where(keys.c.owner == bindparam("owner"), keys.c.key == bindparam("key"))
-"""Made once, as each POST needs it: making a statement takes longer than running it."""
+"""Made once, as each POST needs it: making a statement takes about as long as running it."""
 IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
 
 
@@ -45,13 +45,12 @@ class IdempotencyStore:
             if not await is_first(connection, f"{owner} {key}"):
                 raise InFlight(IN_FLIGHT)
 
-    async def store(self, owner: str, key: str, answer: StoredAnswer) -> StoredAnswer | None:
-        """Keep the answer to a request. If there is one to its key already, return it: all else that was stored is to be undone."""
+    async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
+        """Keep the answer to a request. Raises InFlight if its key has got one meanwhile: what else was stored is to be undone."""
         row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
-            if (await connection.execute(insert_into(connection, keys).on_conflict_do_nothing(), row)).rowcount:
-                return None
-            return await self.find(owner, key)
+            if not (await connection.execute(insert_into(connection, keys).on_conflict_do_nothing(), row)).rowcount:
+                raise InFlight(IN_FLIGHT)
 
     async def forget_before(self, time: datetime) -> int:
         """Delete the keys that are older; return how many. Clients may count on a key for 24 hours."""

@@ -19,7 +19,7 @@ from service.store.tables import tokens
 
 COLUMNS = [tokens.c[field.name] for field in fields(Token)]
 BY_HASH = select(*COLUMNS).where(tokens.c.hash == bindparam("hash"))
-"""Made once, as each request needs it: making a statement takes longer than running it."""
+"""Made once, as each request needs it: making a statement takes about as long as running it."""
 MOST_KNOWN, SECONDS_KNOWN = 10_000, 1
 """Tokens that are not read again for a moment: most requests come with one that has just been used."""
 ADMINS_LOCK = 5_021_504
