@@ -15,10 +15,8 @@ Exits with 1 unless
 """
 
 import argparse
-import os
 import random
 import re
-import shutil
 import signal
 import statistics
 import sys
@@ -34,23 +32,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
+from house import MOST_SECONDS, House
 from mlflow import MlflowClient
 
-from service.cli import parts
-from service.cli.keeper import Kept, Plan
-from service.cli.machine import choose_ports, keep_secret, short_folder, tail
-from trainer.spec import DRIVER_FILE, LOG_FILE, OUTCOME_FILE
+from trainer.spec import DRIVER_FILE, LOG_FILE
 
 MOST_SECONDS_TO_TRUTH = 10.0
-MOST_SECONDS = 300.0
-"""For one thing that is waited for."""
 REPEATED = 0.2
 """Share of the requests that are sent again after they were answered."""
 KILLED_AT_START = 0.3
 """Share of the service's starts at which it is killed again before it has come to anything."""
-OF_JOBS = ("-m trainer", "ray::", "default_worker")
-"""In the command lines of drivers, workers and supervisors."""
 SPEC: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},
     "data": {"name": "digits"},
@@ -63,144 +54,6 @@ SPEC: dict[str, Any] = {
 WORKER_BEGINS = "worker 0 of 1 on "
 """What the trainer tells in the log when it starts an attempt's worker."""
 CLOCK = re.compile(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d")
-
-
-class House:
-    """The service, Ray and MLflow, each in processes of its own that can be killed and started again."""
-
-    def __init__(self, data_dir: Path, database_url: str | None) -> None:
-        free = choose_ports(4)
-        self.storage = data_dir / "storage"
-        for folder in (self.storage, data_dir / "logs", data_dir / "mlflow-artifacts"):
-            folder.mkdir(parents=True)
-        self.layout = parts.Layout(
-            data_dir=data_dir,
-            ray_dir=short_folder(data_dir),
-            ray_token_path=data_dir / "ray-token",
-            api_token=keep_secret(data_dir / "token"),
-            cpus=os.cpu_count() or 1,
-            api_port=free[0],
-            mlflow_port=free[1],
-            ray_port=free[2],
-            ray_client_port=free[3],
-        )
-        keep_secret(self.layout.ray_token_path)
-        self._environment = parts.api_environment(self.layout) | {
-            "SYNCBN_RATE_PER_SECOND": "100000",
-            "SYNCBN_RATE_BURST": "100000",
-            "SYNCBN_MAX_ACTIVE_JOBS": str(os.cpu_count() or 1),
-        }
-        if database_url:
-            self._environment["SYNCBN_DATABASE_URL"] = database_url
-        self.url = self.layout.api_url
-        self.headers = {"Authorization": f"Bearer {self.layout.api_token}"}
-        self._probes = httpx.Client(timeout=5, trust_env=False)
-        self._mlflow: Kept | None = None
-        self._ray: psutil.Popen | None = None
-        self._service: psutil.Popen | None = None
-
-    def start(self) -> None:
-        """Start all of it."""
-        part = parts.mlflow_server(self.layout)
-        plan = Plan(parts=[part], directory=str(self.layout.data_dir))
-        self._mlflow = Kept(plan, log=self.layout.log("keeper"))
-        self.start_head()
-        self.start_service()
-        self.until_ready("mlflow", "ray", "api")
-
-    def start_head(self) -> None:
-        """Start Ray's head, without waiting for it."""
-        self.layout.ray_dir.mkdir(mode=0o700, exist_ok=True)
-        part = parts.ray_head(self.layout)
-        with self.layout.log("ray").open("ab") as log:
-            self._ray = psutil.Popen(
-                part.command,
-                env=part.environment,
-                cwd=self.layout.data_dir,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill_head(self, *, with_jobs: bool) -> None:
-        """Kill Ray's head; and the drivers and workers on its node too, or they are left to notice it themselves."""
-        assert self._ray is not None
-        processes = [self._ray, *self._ray.children(recursive=True)]
-        for process in processes:
-            with suppress(psutil.NoSuchProcess):
-                if with_jobs or not any(words in " ".join(process.cmdline()) for words in OF_JOBS):
-                    process.kill()
-        self._ray.wait(10)
-
-    def start_service(self) -> None:
-        """Start the service, without waiting for it."""
-        with self.layout.log("api").open("ab") as log:
-            command = [sys.executable, "-m", "service.cli.app", "serve"]
-            self._service = psutil.Popen(
-                command, env=self._environment, cwd=self.layout.data_dir, stdout=log, stderr=log
-            )
-
-    def kill_service(self) -> None:
-        """Kill the service, if it runs."""
-        assert self._service is not None
-        with suppress(psutil.NoSuchProcess):
-            self._service.kill()
-        self._service.wait(10)
-
-    def stop(self) -> None:
-        """End all of it, and whatever it has left."""
-        if self._service is not None:
-            self.kill_service()
-        if self._ray is not None and self._ray.is_running():
-            self.kill_head(with_jobs=True)
-        if self._mlflow is not None:
-            self._mlflow.stop()
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.cwd() == str(self.layout.data_dir):
-                    process.kill()
-        shutil.rmtree(self.layout.ray_dir, ignore_errors=True)
-
-    def until_alive(self) -> None:
-        """Wait until the service answers."""
-        deadline = time.monotonic() + MOST_SECONDS
-        while time.monotonic() < deadline:
-            with suppress(httpx.HTTPError):
-                if self._probes.get(f"{self.url}/livez").is_success:
-                    return
-            time.sleep(0.05)
-        raise TimeoutError(f"the service does not answer:\n{tail(self.layout.log('api'))}")
-
-    def ends_in_files(self) -> set[tuple[str, int]]:
-        """Jobs and attempts whose end is in their files."""
-        found = self.storage.glob(f"*/attempt-*/{OUTCOME_FILE}")
-        return {(path.parts[-3], int(path.parts[-2].removeprefix("attempt-"))) for path in found}
-
-    def told_ends(self) -> set[tuple[str, int]]:
-        """Jobs and attempts that the service tells to have ended, of those that have files; none if it does not answer."""
-        told = set()
-        for folder in self.storage.glob("*"):
-            with suppress(httpx.HTTPError):
-                answer = self._probes.get(f"{self.url}/v1/jobs/{folder.name}", headers=self.headers)
-                if answer.is_success:
-                    job = answer.json()
-                    last = job["attempt"] if job["ended_at"] else job["attempt"] - 1
-                    told |= {(folder.name, attempt) for attempt in range(1, last + 1)}
-        return told
-
-    def until_ready(self, *names: str) -> None:
-        """Wait until these parts are ready."""
-        deadline = time.monotonic() + MOST_SECONDS
-        probes = parts.probes(self.layout, self._probes)
-        waiting = list(names)
-        while waiting:
-            for name in list(waiting):
-                with suppress(httpx.HTTPError):
-                    if probes[name]():
-                        waiting.remove(name)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not ready: {', '.join(waiting)}")
-            time.sleep(0.1)
 
 
 @dataclass
