@@ -161,7 +161,9 @@ def probes(layout: Layout, client: httpx.Client) -> dict[str, Callable[[], bool]
         jobs = client.get(f"{layout.ray_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         agents = layout.ray_dir.glob("session_latest/dashboard_agent_listen_port_*")
         return jobs.is_success and any(
-            client.get(f"http://{HOST}:{agent.read_text()}/api/local_raylet_healthz").is_success for agent in agents
+            client.get(f"http://{HOST}:{agent.read_text()}/api/local_raylet_healthz").is_success
+            for agent in agents
+            if not agent.suffix  # what Ray is still writing ends in .tmp, and is gone in a moment
         )
 
     token = layout.ray_token_path.read_text().strip()
