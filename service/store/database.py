@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Table, event, func, make_url, select, text
+from sqlalchemy import Connection, Table, bindparam, event, func, make_url, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -29,8 +29,11 @@ MIGRATION_LOCK = 5_021_503
 """Of bringing the tables up to date."""
 CONNECTIONS = 20
 """Kept open, and never more: to open one takes longer than most of what it is used for."""
+TAKE_NAME = select(func.pg_try_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0)))
+POSTGRESQL_SETTINGS = {"plan_cache_mode": "force_custom_plan"}
+"""A plan that was made while there were few jobs, and kept, reads all of many for each."""
 WRITES = "writes"
-"""Option of a connection that is going to write."""
+"""Option of connections that are going to write."""
 
 
 async def _nothing() -> None:
@@ -52,8 +55,12 @@ class Database:
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self._engine, self._timeout_seconds = _open(url, timeout_seconds), timeout_seconds
+        is_sqlite = self._engine.dialect.name == "sqlite"
+        # A read needs no transaction, each statement sees one state: on PostgreSQL it would cost two more messages.
+        self._reader = self._engine if is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        self._writing = self._engine.execution_options(**{WRITES: True})
         # SQLite has one writer. Those who wait for it inside SQLite look again and again, without an order, and some never get it.
-        self._writer = asyncio.Lock() if self._engine.dialect.name == "sqlite" else None
+        self._writer = asyncio.Lock() if is_sqlite else None
         # By task, so that what a task starts beside itself does not write into its transaction.
         self._transactions: WeakKeyDictionary[asyncio.Task[Any], Transaction] = WeakKeyDictionary()
 
@@ -94,7 +101,7 @@ class Database:
                 yield transaction.connection
             return
         with _unavailable():
-            async with self._engine.connect() as connection:
+            async with self._reader.connect() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -131,9 +138,7 @@ class Database:
                         await stack.enter_async_context(self._writer)
                 except TimeoutError:
                     raise Unavailable("the database did not answer: others have written to it all the time") from None
-            connection = await stack.enter_async_context(self._engine.connect())
-            await connection.execution_options(**{WRITES: True})
-            yield connection
+            yield await stack.enter_async_context(self._writing.connect())
 
     def _joined(self) -> Transaction | None:
         task = asyncio.current_task()
@@ -178,8 +183,7 @@ async def is_first(connection: AsyncConnection, name: str) -> bool:
     """Whether no other open transaction has asked this of `name`; on SQLite there is none beside one that writes."""
     if connection.dialect.name != "postgresql":
         return True
-    query = select(func.pg_try_advisory_xact_lock(func.hashtextextended(name, 0)))
-    return bool((await connection.execute(query)).scalar_one())
+    return bool((await connection.execute(TAKE_NAME, {"name": name})).scalar_one())
 
 
 @contextmanager
@@ -209,14 +213,25 @@ def _is_of_the_server(error: DBAPIError) -> bool:
 def _open(url: str, timeout_seconds: float) -> AsyncEngine:
     address = make_url(url)
     if address.get_backend_name() != "sqlite":
-        return create_async_engine(
+        engine = create_async_engine(
             address,
-            pool_pre_ping=True,
             pool_size=CONNECTIONS,
             max_overflow=0,
             pool_timeout=timeout_seconds,
-            connect_args={"timeout": timeout_seconds, "command_timeout": timeout_seconds},
+            connect_args={
+                "timeout": timeout_seconds,
+                "command_timeout": timeout_seconds,
+                "server_settings": POSTGRESQL_SETTINGS,
+            },
         )
+
+        @event.listens_for(engine.sync_engine, "checkout")
+        def check(connection: Any, *_: Any) -> None:
+            # After a restart of the server a connection knows that it is closed: to ask the server costs each use three messages.
+            if connection.driver_connection.is_closed():
+                raise DisconnectionError
+
+        return engine
     if address.database and address.database != ":memory:":
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(

@@ -3,13 +3,15 @@
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import bindparam, delete, select
+from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy.exc import IntegrityError
 
 from service.domain.errors import InFlight
-from service.store.database import Database, insert_into, is_first
+from service.store.database import Database, is_first
 from service.store.tables import idempotency_keys as keys
 
 BY_KEY = select(keys).where(keys.c.owner == bindparam("owner"), keys.c.key == bindparam("key"))
+KEEP = insert(keys)
 """Made once, as each POST needs it: making a statement takes about as long as running it."""
 IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
 
@@ -49,8 +51,10 @@ class IdempotencyStore:
         """Keep the answer to a request. Raises InFlight if its key has got one meanwhile: what else was stored is to be undone."""
         row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
-            if not (await connection.execute(insert_into(connection, keys).on_conflict_do_nothing(), row)).rowcount:
-                raise InFlight(IN_FLIGHT)
+            try:
+                await connection.execute(KEEP, row)
+            except IntegrityError:
+                raise InFlight(IN_FLIGHT) from None
 
     async def forget_before(self, time: datetime) -> int:
         """Delete the keys that are older; return how many. Clients may count on a key for 24 hours."""

@@ -1,3 +1,4 @@
+import asyncio
 from datetime import UTC, datetime
 from importlib import import_module
 
@@ -97,3 +98,29 @@ async def test_addresses_of_webhooks_are_cut_down_to_their_hosts_where_they_were
     async with database.read() as connection:
         kept = (await connection.execute(select(audit.c.detail).order_by(audit.c.sequence))).scalars().all()
     assert kept == ["to https://a.example", "of ann"]
+
+
+async def test_connections_that_the_server_has_closed_are_replaced_without_an_error(postgresql_url):
+    database, other = Database(postgresql_url, 10), Database(postgresql_url, 10)
+    async with database.write() as first, database.read() as second:
+        process_ids = [
+            (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() for connection in (first, second)
+        ]
+    async with other.read() as connection:
+        for process_id in process_ids:
+            await connection.execute(text("SELECT pg_terminate_backend(:id, 5000)"), {"id": process_id})
+    await asyncio.sleep(0.1)  # until the news is here
+    await database.check()
+    async with database.write() as connection:
+        assert (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() not in process_ids
+    await database.close()
+    await other.close()
+
+
+async def test_reads_begin_no_transaction_and_writes_do(postgresql_url):
+    database = Database(postgresql_url, 10)
+    for lend, transactions in [(database.read, 2), (database.write, 1), (database.read, 2)]:
+        async with lend() as connection:
+            query = text("SELECT cast(pg_current_xact_id() AS text)")
+            assert len({(await connection.execute(query)).scalar_one() for _ in range(2)}) == transactions
+    await database.close()
