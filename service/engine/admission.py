@@ -1,7 +1,7 @@
 """Admission: which queued jobs go to Ray now, decided by the one replica that holds the scheduler's lease."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 from service.domain.errors import Unavailable
@@ -17,31 +17,38 @@ class Admission:
 
     def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Attempts, policy: Callable[[], Policy]) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
-        self._known: Mapping[tuple[str, int], Candidate] = {}
+        self._lease: Lease | None = None
+        """Under which the following were learnt: another replica may tell jobs otherwise meanwhile."""
+        self._known: dict[str, Candidate] = {}
+        self._told: dict[str, str] = {}
+        """Why jobs wait, by id."""
 
     async def admit(self, lease: Lease) -> None:
         """Start the jobs that the plan admits, and tell the others why they wait. Raises Unavailable."""
+        if lease != self._lease:
+            self._lease, self._known, self._told = lease, {}, {}
         queue = await self._jobs.queue(self._known)
         self._known = queue.waiting
+        told = self._told | queue.reasons
+        self._told = {candidate.id: told[candidate.id] for candidate in queue.waiting.values()}
         if not queue.waiting:
             return
-        told = {job_id: reason for (job_id, _), reason in queue.reasons.items()}
         try:
             cluster = await self._ray.cluster()
         except Unavailable as error:
-            await self._explain(told, dict.fromkeys(told, f"waits for Ray: {error}"), lease)
+            await self._explain(dict.fromkeys(self._told, f"waits for Ray: {error}"), lease)
             raise
         # In a thread: with thousands in the queue it takes long enough to keep requests waiting.
         chosen = await asyncio.to_thread(
             plan, queue.waiting.values(), queue.active, cluster, self._policy(), datetime.now(UTC)
         )
-        await self._explain(told, chosen.reasons, lease)
+        await self._explain(chosen.reasons, lease)
         results = await asyncio.gather(
             *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True
         )
         for candidate, result in zip(chosen.admitted, results, strict=True):
             if isinstance(result, Unavailable):
-                await self._explain(told, {candidate.id: f"waits: {result}"}, lease)
+                await self._explain({candidate.id: f"waits: {result}"}, lease)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -49,8 +56,9 @@ class Admission:
     async def _start(self, job_id: str, lease: Lease) -> None:
         await self._attempts.start(await self._jobs.get(job_id), lease)
 
-    async def _explain(self, told: dict[str, str], reasons: dict[str, str], lease: Lease) -> None:
+    async def _explain(self, reasons: dict[str, str], lease: Lease) -> None:
         """Keep the reasons of queued jobs true."""
-        changed = {job_id: reason for job_id, reason in reasons.items() if told.get(job_id) != reason}
+        changed = {job_id: reason for job_id, reason in reasons.items() if self._told[job_id] != reason}
         if changed:
             await self._jobs.explain(changed, lease)
+            self._told |= changed

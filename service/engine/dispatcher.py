@@ -43,7 +43,6 @@ ADMISSION = "admission"
 """The piece of work that is not on one job."""
 WAIT_SECONDS = 0.5
 """Of a round for its work: what takes longer, as a call that hangs does, goes on beside the next rounds and holds nothing up."""
-SHORTEST_PAUSE_SECONDS = 0.1
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
 LONGEST_REST_SECONDS = 1.0
@@ -121,8 +120,8 @@ class Dispatcher:
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
             self._ended_at = time.monotonic()
             self._failing_since = (self._failing_since or began) if has_failed else None
-            # However many ask for a round, as each submission does, rounds leave nine tenths of the time to others.
-            rest = min(max(9 * (self._ended_at - began), SHORTEST_PAUSE_SECONDS), LONGEST_REST_SECONDS, pause)
+            # However many ask for a round, as each submission does, rounds leave 19 twentieths of the time to others.
+            rest = min(19 * (self._ended_at - began), LONGEST_REST_SECONDS)
             await asyncio.sleep(rest)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), pause - rest)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Column, Select, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Column, Connection, Select, String, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
@@ -58,10 +58,10 @@ class Filter:
 class Queue:
     """What the scheduler decides on."""
 
-    waiting: dict[tuple[str, int], Candidate]
-    """By job and attempt, in the order of their submission."""
-    reasons: dict[tuple[str, int], str]
-    """Why each of them waits, as it is told now."""
+    waiting: dict[str, Candidate]
+    """By job and attempt, as "id:1"."""
+    reasons: dict[str, str]
+    """Why those of them wait that were not known, as it is told now; by the job's id."""
     active: list[Candidate]
 
 
@@ -140,7 +140,7 @@ class JobStore:
         )
         return await self._read(query.order_by(jobs.c.sequence))
 
-    async def queue(self, known: Mapping[tuple[str, int], Candidate] = MappingProxyType({})) -> Queue:
+    async def queue(self, known: Mapping[str, Candidate] = MappingProxyType({})) -> Queue:
         """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray.
 
         What is known already, by job and attempt, is not read again: while a job waits, nothing that counts changes.
@@ -148,20 +148,22 @@ class JobStore:
         is_open = jobs.c.mlflow_closed.is_(False)
         waits = and_(is_open, jobs.c.state == JobState.QUEUED, jobs.c.cancel_requested.is_(False))
         is_active = and_(is_open, jobs.c.state.in_([state.value for state in ACTIVE]))
-        found = dict(known)
+        key = jobs.c.id + ":" + cast(jobs.c.attempt, String)
+        reasons: dict[str, str] = {}
         async with self._database.read() as connection:
-            query = select(jobs.c.id, jobs.c.attempt, jobs.c.reason).where(waits).order_by(jobs.c.sequence)
-            rows = (await connection.execute(query)).all()
-            new = [job_id for job_id, attempt, _ in rows if (job_id, attempt) not in known]
+            # As one text: of thousands of rows each would take its turn with the requests that are being answered.
+            text = (await connection.execute(select(func.aggregate_strings(key, ",")).where(waits))).scalar_one()
+            keys = set(text.split(",")) if text else set()
+            found = {name: candidate for name, candidate in known.items() if name in keys}
+            new = [name.split(":")[0] for name in keys - known.keys()]
             for first in range(0, len(new), CANDIDATES_AT_ONCE):
-                of_these = jobs.c.id.in_(new[first : first + CANDIDATES_AT_ONCE])
-                query = select(jobs.c.attempt, *CANDIDATE_COLUMNS).where(waits, of_these)
+                query = select(key.label("key"), jobs.c.reason, *CANDIDATE_COLUMNS).where(
+                    waits, jobs.c.id.in_(new[first : first + CANDIDATES_AT_ONCE])
+                )
                 for row in (await connection.execute(query)).all():
-                    found[row.id, row.attempt] = _candidate(row)
+                    found[row.key], reasons[row.id] = _candidate(row), row.reason
             active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
-        # What began to wait while this was read is left to the next time.
-        reasons = {(job_id, attempt): reason for job_id, attempt, reason in rows if (job_id, attempt) in found}
-        return Queue({key: found[key] for key in reasons}, reasons, [_candidate(row) for row in active])
+        return Queue(found, reasons, [_candidate(row) for row in active])
 
     async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """Read the pulses of these jobs, by id; of those there are."""
@@ -285,11 +287,15 @@ class JobStore:
 async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
     """Store new jobs with their first events, inside the caller's transaction."""
     tags_of = {job.id: job.tags for job in new}
-    rows = (await connection.execute(INSERT_JOBS, [_row(job) for job in new])).all()
-    await connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in new])
-    tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
-    if tags:
-        await connection.execute(INSERT_TAGS, tags)
+
+    def insert_all(connection: Connection) -> None:
+        rows = connection.execute(INSERT_JOBS, [_row(job) for job in new]).all()
+        connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in new])
+        tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
+        if tags:
+            connection.execute(INSERT_TAGS, tags)
+
+    await connection.run_sync(insert_all)
 
 
 def _row(job: Job) -> dict[str, Any]:

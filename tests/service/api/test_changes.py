@@ -1,5 +1,7 @@
 """Checking without storing, conditional requests, filters, and jobs made after the example of others."""
 
+import asyncio
+
 import pytest
 
 from service.domain.jobs import JobState, Transition
@@ -63,6 +65,7 @@ async def test_an_etag_tells_whether_a_job_has_changed(client, busy):
         seen = await client.get(path)
         if "whole cluster" in seen.json()["reason"]:
             break
+        await asyncio.sleep(0.05)
     again = await client.get(path, headers={"If-None-Match": seen.headers["ETag"]})
     assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", seen.headers["ETag"])
     refused = await client.post(f"{path}:cancel", headers={"If-Match": '"1-0"'})
