@@ -25,7 +25,7 @@ from typing import Any
 
 import aiohttp
 import psutil
-from sqlalchemy import func, select, text
+from sqlalchemy import func, make_url, select, text
 
 from service.cli.local import LocalStack
 from service.cli.machine import tail
@@ -41,7 +41,7 @@ SPEC: dict[str, Any] = {
     "num_workers": 2,
 }
 SHORT = SPEC | {"steps": 5, "num_workers": 1, "log_model": False}
-POSTS_PER_SECOND, POST_SECONDS = 100, 30
+POSTS_PER_SECOND, POST_SECONDS, POST_ROUNDS = 100, 30, 5
 MANY_JOBS, PAGE_SIZE, PAGES = 100_000, 50, 200
 STREAMS, LINES = 500, 30
 QUEUED = 1_000
@@ -74,6 +74,16 @@ class Load:
         self.log = stack.data_dir / "logs" / "serve.log"
         self.process: psutil.Popen | None = None
         self.ray = psutil.Process(stack.process_ids["ray"])
+
+    async def empty(self) -> None:
+        """Drop what there is in the database."""
+        address = make_url(url := self.environment["SYNCBN_DATABASE_URL"])
+        if address.get_backend_name() == "postgresql":
+            await empty(url)
+        else:
+            file = Path(address.database or "")
+            for path in file.parent.glob(f"{file.name}*"):
+                path.unlink()
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[aiohttp.ClientSession]:
@@ -128,26 +138,33 @@ def session_at(url: str, headers: dict[str, str]) -> aiohttp.ClientSession:
 
 
 async def posts(load: Load) -> None:
-    """Submit at a steady rate, whether answers have come or not, and time each from when it was due."""
-    async with load.serving() as session:
-        seconds: list[float] = []
+    """Submit at a steady rate in several rounds, each on an empty queue and after requests that the service does nothing for."""
+    rounds = []
+    for number in range(POST_ROUNDS):
+        await load.empty()
+        async with load.serving() as session:
 
-        async def post(number: int, due: float) -> None:
-            body = {"name": f"job {number}", "spec": SPEC, "tags": ["load"]}
-            async with session.post("/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}) as answer:
-                if not answer.ok:
-                    raise RuntimeError(f"{answer.status}: {await answer.text()}")
-            seconds.append(time.perf_counter() - due)
+            async def submit_keyed(number: int) -> None:
+                body = {"name": f"job {number}", "spec": SPEC, "tags": ["load"]}
+                async with session.post("/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}) as answer:
+                    if not answer.ok:
+                        raise RuntimeError(f"{answer.status}: {await answer.text()}")
 
-        await post(-1, time.perf_counter())
-        seconds.clear()
-        start = time.perf_counter() + 0.1
-        async with asyncio.TaskGroup() as group:
-            for number in range(POSTS_PER_SECOND * POST_SECONDS):
-                due = start + number / POSTS_PER_SECOND
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                group.create_task(post(number, due))
-        print(f"posts: {POSTS_PER_SECOND} keyed POSTs a second for {POST_SECONDS} s: {told(seconds)}; goal p99 50 ms")
+            async def ask_for_nothing(_: int) -> None:
+                async with session.get("/livez") as answer:
+                    answer.raise_for_status()
+
+            await submit_keyed(-1)
+            nothing, submissions = await steadily(ask_for_nothing, 10), await steadily(submit_keyed, POST_SECONDS)
+        rounds.append(p99(submissions))
+        print(
+            f"posts: round {number + 1}, {POSTS_PER_SECOND} a second: keyed POSTs for {POST_SECONDS} s {told(submissions)}; "
+            f"GETs of /livez before {told(nothing)}"
+        )
+    print(
+        f"posts: p99 of {POST_ROUNDS} rounds: median {statistics.median(rounds) * 1e3:.1f} ms "
+        f"({min(rounds) * 1e3:.1f} to {max(rounds) * 1e3:.1f}); goal 50 ms"
+    )
     bare = []
     async with load.ray_session() as ray:
         for _ in range(BARE_JOBS):
@@ -155,6 +172,23 @@ async def posts(load: Load) -> None:
             await submit_bare(ray, "true")
             bare.append(time.perf_counter() - began)
     print(f"posts: {BARE_JOBS} POSTs to Ray, one after the other: {told(bare)}")
+
+
+async def steadily(call: Callable[[int], Coroutine[Any, Any, None]], seconds: float) -> list[float]:
+    """Call at a steady rate, whether answers have come or not; return the seconds that each took from when it was due."""
+    took = []
+
+    async def timed(number: int, due: float) -> None:
+        await call(number)
+        took.append(time.perf_counter() - due)
+
+    start = time.perf_counter() + 0.1
+    async with asyncio.TaskGroup() as group:
+        for number in range(int(POSTS_PER_SECOND * seconds)):
+            due = start + number / POSTS_PER_SECOND
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            group.create_task(timed(number, due))
+    return took
 
 
 async def page(load: Load) -> None:
@@ -342,8 +376,12 @@ async def submit_bare(ray: aiohttp.ClientSession, entrypoint: str) -> str:
 
 def told(seconds: Sequence[float]) -> str:
     """Write a distribution in milliseconds."""
-    cuts = statistics.quantiles(seconds, n=100, method="inclusive")
-    return f"median {cuts[49] * 1e3:.1f} ms, p99 {cuts[98] * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
+    return f"median {statistics.median(seconds) * 1e3:.1f} ms, p99 {p99(seconds) * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
+
+
+def p99(seconds: Sequence[float]) -> float:
+    """What 99 of 100 do not exceed."""
+    return statistics.quantiles(seconds, n=100, method="inclusive")[98]
 
 
 PARTS: dict[str, Callable[[Load], Coroutine[Any, Any, None]]] = {
@@ -367,11 +405,11 @@ def main() -> None:
             tempfile.TemporaryDirectory(prefix="load-") as folder,
             LocalStack(Path(folder) / "data", api=False) as stack,
         ):
+            load = Load(stack, options.database_url)
             try:
-                asyncio.run(PARTS[name](Load(stack, options.database_url)))
+                asyncio.run(PARTS[name](load))
             finally:
-                if options.database_url:
-                    asyncio.run(empty(options.database_url))
+                asyncio.run(load.empty())
 
 
 async def check_empty(url: str) -> None:
