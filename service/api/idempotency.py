@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from service.api.auth import authenticate
 from service.api.components import components_of
 from service.domain.access import Caller
-from service.domain.errors import InFlight, InvalidField, ServiceError
+from service.domain.errors import InFlight, InvalidField
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
 
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
@@ -86,20 +86,18 @@ async def _once(
         await components.idempotency.take(caller.owner, key)
 
     with _in_flight(components.keys_in_flight, (caller.owner, key)):
-        before = await components.idempotency.find(caller.owner, key)
-        if before is None:
-            try:
-                async with components.database.transaction(take):
-                    answer = await handle(request)
-                    kept = getattr(request.state, "answer_to_repeats", answer)
-                    headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
-                    stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
-                    await components.idempotency.store(caller.owner, key, stored)
-                    return answer
-            except ServiceError:
-                # Perhaps since the first request with this key has been answered meanwhile, by another replica.
-                if (before := await components.idempotency.find(caller.owner, key)) is None:
-                    raise
+        try:
+            async with components.database.transaction(take):
+                answer = await handle(request)
+                kept = getattr(request.state, "answer_to_repeats", answer)
+                headers = {name: value for name, value in kept.headers.items() if name != "content-length"}
+                stored = StoredAnswer(fingerprint, kept.status_code, headers, bytes(kept.body))
+                await components.idempotency.store(caller.owner, key, stored)
+                return answer
+        except Exception:
+            # A repetition gets the first answer, whatever would be said to the same request now.
+            if (before := await components.idempotency.find(caller.owner, key)) is None:
+                raise
     if before.fingerprint != fingerprint:
         raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})

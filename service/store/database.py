@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Table, bindparam, event, func, make_url, select, text
+from sqlalchemy import Connection, Table, event, func, make_url, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
@@ -29,7 +29,6 @@ MIGRATION_LOCK = 5_021_503
 """Of bringing the tables up to date."""
 CONNECTIONS = 20
 """Kept open, and never more: to open one takes longer than most of what it is used for."""
-TAKE_NAME = select(func.pg_try_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0)))
 POSTGRESQL_SETTINGS = {"plan_cache_mode": "force_custom_plan"}
 """A plan that was made while there were few jobs, and kept, reads all of many for each."""
 WRITES = "writes"
@@ -177,13 +176,6 @@ async def take_turns(connection: AsyncConnection, lock: int) -> None:
 def insert_into(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite_dialect.Insert:
     """Begin an INSERT that may say what a conflict is to do, as both kinds of database can, each by a class of its own."""
     return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite_dialect.insert)(table)
-
-
-async def is_first(connection: AsyncConnection, name: str) -> bool:
-    """Whether no other open transaction has asked this of `name`; on SQLite there is none beside one that writes."""
-    if connection.dialect.name != "postgresql":
-        return True
-    return bool((await connection.execute(TAKE_NAME, {"name": name})).scalar_one())
 
 
 @contextmanager

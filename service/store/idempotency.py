@@ -2,16 +2,29 @@
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select
+from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, func, insert, literal, select, true
 from sqlalchemy.exc import IntegrityError
 
 from service.domain.errors import InFlight
-from service.store.database import Database, is_first
+from service.store.database import Database
 from service.store.tables import idempotency_keys as keys
 
-BY_KEY = select(keys).where(keys.c.owner == bindparam("owner"), keys.c.key == bindparam("key"))
-KEEP = insert(keys)
+IS_IT = and_(keys.c.owner == bindparam("owner"), keys.c.key == bindparam("key"))
+
+
+def _taking(is_ours: ColumnElement[bool]) -> Select[Any]:
+    """Select whether nobody else holds a key, in one row, and the fingerprint of the request that it had before, if any."""
+    one = select(literal(1)).subquery()
+    return select(is_ours, keys.c.fingerprint).select_from(one.outerjoin(keys, IS_IT))
+
+
+BY_KEY, KEEP = select(keys).where(IS_IT), insert(keys)
+TAKE = {
+    "postgresql": _taking(func.pg_try_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0))),
+    "sqlite": _taking(true()),  # which has one writer
+}
 """Made once, as each POST needs it: making a statement takes about as long as running it."""
 IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
 
@@ -39,12 +52,11 @@ class IdempotencyStore:
         return None if row is None else StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
 
     async def take(self, owner: str, key: str) -> None:
-        """Hold a key until the end of the transaction. Raises InFlight while another replica's holds it.
-
-        On SQLite, which has one writer, nobody else can.
-        """
+        """Hold a key until the end of the transaction. Raises InFlight if another replica's holds it, or it has been answered."""
         async with self._database.write() as connection:
-            if not await is_first(connection, f"{owner} {key}"):
+            named = {"owner": owner, "key": key, "name": f"{owner} {key}"}
+            is_ours, before = (await connection.execute(TAKE[connection.dialect.name], named)).one()
+            if not is_ours or before is not None:
                 raise InFlight(IN_FLIGHT)
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:

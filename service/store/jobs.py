@@ -98,11 +98,13 @@ class JobStore:
 
     async def add(self, job: Job) -> None:
         """Store a new job with its first event. Raises NotFound if the one it is resumed from has been deleted meanwhile."""
-        # Locked, so that it is not deleted before the new job is there to keep it.
-        first = select(jobs.c.id).where(jobs.c.id == job.resumed_from).with_for_update(read=True, key_share=True)
         async with self._database.write() as connection:
-            if job.resumed_from is not None and (await connection.execute(first)).one_or_none() is None:
-                raise NotFound(f"there is no job {job.resumed_from!r}")
+            if job.resumed_from is not None:
+                # Locked, so that it is not deleted before the new job is there to keep it.
+                first = select(jobs.c.id).where(jobs.c.id == job.resumed_from)
+                query = first.with_for_update(read=True, key_share=True)
+                if (await connection.execute(query)).one_or_none() is None:
+                    raise NotFound(f"there is no job {job.resumed_from!r}")
             await insert_jobs(connection, [job])
 
     async def get(self, job_id: str, owner: str | None = None) -> Job:

@@ -152,19 +152,19 @@ async def test_a_repetition_is_answered_though_others_would_refuse_it_now(app, c
     assert (again.status_code, again.content) == (201, first.content)
 
 
-def look_too_early(app, monkeypatch):
-    """Let the next request look for an answer before there is one, as on another replica, which does not know what is in flight."""
-    find, is_early = app.state.components.idempotency.find, [True]
+def take_too_early(app, monkeypatch):
+    """Let the next request take a key before there is an answer, as on another replica just before the first's commit."""
+    take, is_early = app.state.components.idempotency.take, [True]
 
     async def too_early(*arguments):
-        return None if is_early and is_early.pop() else await find(*arguments)
+        return None if is_early and is_early.pop() else await take(*arguments)
 
-    monkeypatch.setattr(app.state.components.idempotency, "find", too_early)
+    monkeypatch.setattr(app.state.components.idempotency, "take", too_early)
 
 
 async def test_who_comes_to_a_key_second_gets_the_firsts_answer(app, client, monkeypatch):
     first = await client.post("/v1/jobs", json=BODY, headers=KEY)
-    look_too_early(app, monkeypatch)
+    take_too_early(app, monkeypatch)
     again = await client.post("/v1/jobs", json=BODY, headers=KEY)
     assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (202, first.content, "true")
     assert await count(client) == 1
@@ -176,7 +176,7 @@ async def test_who_comes_second_gets_no_error_for_what_the_first_has_done(app, c
         await client.post("/v1/webhooks", json=body)
     first = await client.post("/v1/webhooks", json=body, headers=KEY)
     assert first.status_code == 201
-    look_too_early(app, monkeypatch)
+    take_too_early(app, monkeypatch)
     again = await client.post("/v1/webhooks", json=body, headers=KEY)
     assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (201, first.content, "true")
     assert (await client.post("/v1/webhooks", json=body, headers={"Idempotency-Key": "another"})).status_code == 409
