@@ -45,7 +45,9 @@ class Settings(BaseSettings):
     ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard, which takes job submissions")
     mlflow_url: str = Field("http://127.0.0.1:5000", description="MLflow, as the service and the workers reach it")
     mlflow_public_url: str | None = Field(None, description="MLflow, as a browser reaches it, if that differs")
-    poll_seconds: float = Field(0.5, gt=0, le=60, description="pause between two rounds of the dispatcher")
+    poll_seconds: float = Field(
+        0.5, gt=0, le=60, description="pause between two rounds of the dispatcher; up to a second after long ones"
+    )
     call_timeout_seconds: float = Field(
         10, gt=0, le=300, description="time limit of one call to Ray, MLflow or the database"
     )

@@ -1,6 +1,7 @@
 """Admission: which queued jobs go to Ray now, decided by the one replica that holds the scheduler's lease."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
@@ -11,6 +12,9 @@ from service.engine.attempts import Attempts
 from service.engine.ray_jobs import RayJobs
 from service.store.jobs import JobStore
 
+FORGET_SECONDS = 60.0
+"""After which all is read again: what was told may have come to be otherwise, as after a commit whose answer was lost."""
+
 
 class Admission:
     """Looks at the queue and starts what fits."""
@@ -19,14 +23,16 @@ class Admission:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
         self._lease: Lease | None = None
         """Under which the following were learnt: another replica may tell jobs otherwise meanwhile."""
+        self._learnt_at = 0.0
         self._known: dict[str, Candidate] = {}
         self._told: dict[str, str] = {}
         """Why jobs wait, by id."""
 
     async def admit(self, lease: Lease) -> None:
         """Start the jobs that the plan admits, and tell the others why they wait. Raises Unavailable."""
-        if lease != self._lease:
-            self._lease, self._known, self._told = lease, {}, {}
+        now = time.monotonic()
+        if lease != self._lease or now - self._learnt_at > FORGET_SECONDS:
+            self._lease, self._learnt_at, self._known, self._told = lease, now, {}, {}
         queue = await self._jobs.queue(self._known)
         self._known = queue.waiting
         told = self._told | queue.reasons

@@ -45,8 +45,10 @@ WAIT_SECONDS = 0.5
 """Of a round for its work: what takes longer, as a call that hangs does, goes on beside the next rounds and holds nothing up."""
 LONGEST_PAUSE_SECONDS = 5.0
 """Between two rounds while something does not answer."""
-LONGEST_REST_SECONDS = 1.0
-"""In a pause, before whoever asks for a round is heard."""
+SHORTEST_REST_SECONDS = 0.1
+"""After a round, before whoever asks for one is heard."""
+SECONDS_TO_HEAR = 1.0
+"""From the beginning of a round to the end of the rest after it, unless the round itself takes longer."""
 
 
 class Dispatcher:
@@ -87,7 +89,7 @@ class Dispatcher:
         self._failing_since: float | None = None
 
     def wake(self) -> None:
-        """Start the next round now: something was asked for."""
+        """Let the next round come as soon as it may: something was asked for."""
         self._woken.set()
 
     def is_stuck(self) -> bool:
@@ -121,7 +123,8 @@ class Dispatcher:
             self._ended_at = time.monotonic()
             self._failing_since = (self._failing_since or began) if has_failed else None
             # However many ask for a round, as each submission does, rounds leave 19 twentieths of the time to others.
-            rest = min(19 * (self._ended_at - began), LONGEST_REST_SECONDS)
+            took = self._ended_at - began
+            rest = max(min(19 * took, SECONDS_TO_HEAR - took), SHORTEST_REST_SECONDS)
             await asyncio.sleep(rest)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), pause - rest)

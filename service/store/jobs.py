@@ -39,7 +39,7 @@ INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
 """Made once, as each submission needs them: making a statement takes about as long as running it."""
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
-CANDIDATES_AT_ONCE = 500
+JOBS_AT_ONCE = 500
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 
@@ -158,9 +158,9 @@ class JobStore:
             keys = set(text.split(",")) if text else set()
             found = {name: candidate for name, candidate in known.items() if name in keys}
             new = [name.split(":")[0] for name in keys - known.keys()]
-            for first in range(0, len(new), CANDIDATES_AT_ONCE):
+            for first in range(0, len(new), JOBS_AT_ONCE):
                 query = select(key.label("key"), jobs.c.reason, *CANDIDATE_COLUMNS).where(
-                    waits, jobs.c.id.in_(new[first : first + CANDIDATES_AT_ONCE])
+                    waits, jobs.c.id.in_(new[first : first + JOBS_AT_ONCE])
                 )
                 for row in (await connection.execute(query)).all():
                     found[row.key], reasons[row.id] = _candidate(row), row.reason
@@ -269,11 +269,12 @@ class JobStore:
             return replace(after, version=job.version + 1) if await self._store(connection, job, after, lease) else None
 
     async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
-        """Tell why jobs wait, in one transaction. The words are no fact that anything is decided on, so the version stays."""
+        """Tell why jobs wait. The words are no fact that anything is decided on, so the version stays."""
         query = update(jobs).where(jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease))
         told = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
-        async with self._database.write() as connection:
-            await connection.execute(query.values(reason=bindparam("words")), told)
+        for first in range(0, len(told), JOBS_AT_ONCE):  # others write in between
+            async with self._database.write() as connection:
+                await connection.execute(query.values(reason=bindparam("words")), told[first : first + JOBS_AT_ONCE])
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
         values = _row(replace(after, version=before.version + 1))

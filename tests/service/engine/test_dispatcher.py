@@ -57,6 +57,18 @@ async def test_a_replica_that_decides_again_tells_anew_what_another_has_told_mea
     assert (await house.jobs.get(job.id)).reason == told
 
 
+async def test_what_is_told_otherwise_is_told_again_in_the_end(house, monkeypatch):
+    job = await house.add(spec=JobSpec(steps=1, num_workers=30))
+    await house.round()
+    told = (await house.jobs.get(job.id)).reason
+    await house.jobs.explain({job.id: "waits for something else"}, house.replica.scheduler())
+    await house.round()
+    assert (await house.jobs.get(job.id)).reason == "waits for something else"
+    monkeypatch.setattr("service.engine.admission.FORGET_SECONDS", 0.0)
+    await house.round()
+    assert (await house.jobs.get(job.id)).reason == told
+
+
 async def test_jobs_wait_for_room_and_say_so(house):
     first, second, large = [await house.add(spec=JobSpec(steps=1, num_workers=n)) for n in (2, 1, 30)]
     await house.round()
@@ -284,7 +296,7 @@ async def test_calls_that_hang_hold_up_nothing_else(house, monkeypatch):
         while await house.state(waiting) != "cancelled":
             await asyncio.sleep(0.01)
     assert not house.dispatcher.is_stuck()
-    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 1.5)  # longer than a round and its rest
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 3.0)  # longer than a round and its rest
     async with asyncio.timeout(10):
         while not house.dispatcher.is_stuck():
             await asyncio.sleep(0.01)
