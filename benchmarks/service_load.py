@@ -1,13 +1,13 @@
 """What the service stands: submissions in a second, pages among many jobs, streams of one log, and a queue that costs Ray nothing.
 
-    python benchmarks/service_load.py                                   on SQLite; some ten minutes
+    python benchmarks/service_load.py                                   on SQLite; a quarter of an hour
     python benchmarks/service_load.py --database-url postgresql+asyncpg://user@host/empty
     python benchmarks/service_load.py --parts posts page
 
 All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients,
 which take their part of the same cores. No job leaves the queue, as the owner's quota is 0, but in `head`, where they run one after
 the other. Beside each figure is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this
-machine bears. The database of --database-url must be empty; what each part makes in it is dropped after it.
+machine bears. The database of --database-url must be empty; what is made in it is dropped again.
 """
 
 import argparse

@@ -59,6 +59,20 @@ async def test_a_locked_database_is_unavailable_in_time(tmp_path):
     await second.close()
 
 
+async def test_who_is_going_to_write_to_sqlite_keeps_other_writers_waiting_from_the_first_read_on(tmp_path):
+    first, second = [Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 0.2) for _ in range(2)]
+    query = text("SELECT 1")
+    async with first.write() as connection:
+        await connection.execute(query)
+        async with second.read() as reader:
+            await reader.execute(query)
+        with pytest.raises(Unavailable, match="locked"):
+            async with second.write() as writer:
+                await writer.execute(query)
+    await first.close()
+    await second.close()
+
+
 @pytest.mark.parametrize(
     ("state", "is_troubled"), [("57P03", True), ("53300", True), ("40P01", True), ("23505", False)]
 )
@@ -106,10 +120,13 @@ async def test_connections_that_the_server_has_closed_are_replaced_without_an_er
         process_ids = [
             (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() for connection in (first, second)
         ]
+        drivers = [(await connection.get_raw_connection()).driver_connection for connection in (first, second)]
     async with other.read() as connection:
         for process_id in process_ids:
             await connection.execute(text("SELECT pg_terminate_backend(:id, 5000)"), {"id": process_id})
-    await asyncio.sleep(0.1)  # until the news is here
+    async with asyncio.timeout(5):
+        while not all(driver.is_closed() for driver in drivers):
+            await asyncio.sleep(0.01)
     await database.check()
     async with database.write() as connection:
         assert (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() not in process_ids
