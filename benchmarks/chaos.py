@@ -15,6 +15,7 @@ Exits with 1 unless
 """
 
 import argparse
+import os
 import random
 import re
 import signal
@@ -210,6 +211,7 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
             if began < before.stat().st_mtime:
                 wrong.append(f"{log.parent}: began before the attempt before it had ended")
     states = Counter(job["state"] for job in jobs)
+    os.environ["MLFLOW_TRACKING_TOKEN"] = house.layout.mlflow_secret
     mlflow = MlflowClient(house.layout.mlflow_url)
     for job in jobs:
         if job["state"] == "failed":

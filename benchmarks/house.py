@@ -34,6 +34,7 @@ class House:
             ray_dir=short_folder(data_dir),
             ray_token_path=data_dir / "ray-token",
             api_token=keep_secret(data_dir / "token"),
+            mlflow_secret=keep_secret(data_dir / "mlflow-secret"),
             cpus=os.cpu_count() or 1,
             api_port=free[0],
             mlflow_port=free[1],

@@ -95,7 +95,7 @@ def main(seconds: float, steps: int) -> None:
         LocalStack(Path(name) / "stack", api=False, cpus=1) as stack,
         deaf_server() as deaf,
     ):
-        url = stack.connection.mlflow_url
+        url, os.environ["MLFLOW_TRACKING_TOKEN"] = stack.mlflow
         client = MlflowClient(url)
         runs = {name: client.create_run("0").info.run_id for name in ("without", "up", "down")}
         urls = {"without": None, "up": url, "down": deaf}

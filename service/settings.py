@@ -43,8 +43,25 @@ class Settings(BaseSettings):
         description="folder for logs, outcomes and models; every node of the cluster mounts it at the same path",
     )
     ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard, which takes job submissions")
-    mlflow_url: str = Field("http://127.0.0.1:5000", description="MLflow, as the service and the workers reach it")
-    mlflow_public_url: str | None = Field(None, description="MLflow, as a browser reaches it, if that differs")
+    public_url: str | None = Field(
+        None, description="this service, as browsers reach it; default: `http://<host>:<port>`"
+    )
+    cluster_url: str | None = Field(
+        None, description="this service, as the cluster's nodes reach it, for metrics; default: the public one"
+    )
+    mlflow_url: str = Field(
+        "http://127.0.0.1:5000", description="MLflow, as this service alone should be able to reach it"
+    )
+    mlflow_secret: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="secret that `mlflow server --app-name syncbn` asks for; 16 characters or more",
+    )
+    trusted_proxies: str | None = Field(
+        None,
+        description="addresses and networks of reverse proxies, separated by commas, whose `X-Forwarded-For` is believed; "
+        "default: none",
+    )
     poll_seconds: float = Field(
         0.5, gt=0, le=60, description="pause between two rounds of the dispatcher; up to a second after long ones"
     )
@@ -145,6 +162,14 @@ class Settings(BaseSettings):
     def _holds_networks(cls, text: str | None) -> str | None:
         read_networks(text)
         return text
+
+    def browser_url(self) -> str:
+        """Address of this service for browsers."""
+        return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    def nodes_url(self) -> str:
+        """Address of this service for the nodes of the cluster."""
+        return (self.cluster_url or self.browser_url()).rstrip("/")
 
     def replica_name(self) -> str:
         """Name of this process among all that share the database."""

@@ -18,5 +18,9 @@ def anyio_backend():
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
     """A real Ray and a real MLflow for the whole session, without the API."""
-    with LocalStack(tmp_path_factory.mktemp("stack"), api=False, cpus=4) as stack:
+    with (
+        LocalStack(tmp_path_factory.mktemp("stack"), api=False, cpus=4) as stack,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("MLFLOW_TRACKING_TOKEN", stack.mlflow[1])  # of MLflow's clients in the tests themselves
         yield stack

@@ -79,8 +79,13 @@ def test_the_readme_documents_every_setting():
 def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert services.keys() == {"database", "mlflow", "ray-head", "ray-worker", "api"}
-    for service in services.values():
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert [name for name, service in services.items() if "ports" in service] == ["api"]
+    assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
+    for service in ("ray-head", "ray-worker"):  # users' code reaches neither MLflow's server nor the database
+        assert services[service]["networks"] == ["cluster"]
+    for service in ("mlflow", "database"):
+        assert services[service]["networks"] == ["control"]
+    assert "--app-name=syncbn" in services["mlflow"]["command"]
 
 
 def test_the_compose_file_watches_the_service_and_takes_any_password():

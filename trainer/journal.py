@@ -74,5 +74,5 @@ def open_journal(task: Task, rank: int) -> Iterator[Journal]:
     folder = Path(context.folder)
     progress = ProgressFile(attempt_folder(folder, context.attempt), spec.steps, spec.global_batch_size)
     outbox = Outbox(folder)
-    with closing(outbox), TrackingProcess(folder, context.mlflow_url, context.mlflow_run_id):
+    with closing(outbox), TrackingProcess(folder, context.mlflow_url, context.mlflow_run_id, context.mlflow_token):
         yield RankZeroJournal(spec.steps, outbox, progress)

@@ -39,14 +39,18 @@ DONE = b"done"
 class TrackingProcess:
     """The process, as a context manager: leaving it waits up to 180 seconds until all is sent. Without an address there is none."""
 
-    def __init__(self, folder: Path, mlflow_url: str | None, run_id: str | None) -> None:
+    def __init__(
+        self, folder: Path, mlflow_url: str | None, run_id: str | None, mlflow_token: str | None = None
+    ) -> None:
         self._command = [sys.executable, "-m", "trainer.tracking", str(folder), str(mlflow_url), str(run_id)]
+        # In its environment, since command lines can be read by every user of the machine.
+        self._environment = os.environ | ({"MLFLOW_TRACKING_TOKEN": mlflow_token} if mlflow_token else {})
         self._is_wanted = mlflow_url is not None and run_id is not None
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "TrackingProcess":
         if self._is_wanted:
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, env=self._environment)
         return self
 
     def __exit__(self, *_: object) -> None:

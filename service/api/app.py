@@ -8,19 +8,23 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from service.api import problems
+from service.adapters.mlflow_http import MlflowHttp
+from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
 from service.api.components import Components
 from service.api.document import document, operation_id
 from service.api.headers import Headers
 from service.api.health import Health
+from service.api.mlflow_proxy import MAX_UPLOAD_BYTES, PREFIX, UPLOADS, proxy_mlflow
 from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
 from service.api.routes import metrics as metrics_routes
+from service.api.routes import sign_in as sign_in_routes
 from service.api.routes import tokens as token_routes
 from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
@@ -44,6 +48,7 @@ from service.engine.webhooks import WebhookSender
 from service.settings import Settings
 from service.store.audit import AuditStore
 from service.store.comparisons import ComparisonStore
+from service.store.credentials import CredentialStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
@@ -60,6 +65,8 @@ Send a job or a comparison, look at its progress here and at its curves in MLflo
 `Idempotency-Key` is done once. Every error answers as problem details (RFC 9457) that name the field and what it takes.
 """
 MOST_BODY_BYTES = 1_000_000
+PROXY_SECONDS = 60.0
+"""Between two parts of a request or answer that is forwarded to MLflow."""
 FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
 """Requests without a valid token that one address may make."""
 
@@ -69,7 +76,7 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        return Headers(DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES))
+        return Headers(DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES}))
 
     def openapi(self) -> dict[str, Any]:
         """Describe the API."""
@@ -123,8 +130,19 @@ def make_app(
         validation_routes.router,
         cluster_routes.router,
         metrics_routes.router,
+        sign_in_routes.router,
+        sign_in.router,
     ):
         app.include_router(router)
+    app.router.routes.append(
+        Route(
+            PREFIX + "{path:path}",
+            proxy_mlflow,
+            methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
+            include_in_schema=False,
+            max_body_size=MAX_UPLOAD_BYTES,
+        )
+    )
 
     @app.get("/", include_in_schema=False)
     async def show_docs() -> RedirectResponse:
@@ -154,7 +172,7 @@ async def _open_components(
     settings: Settings, ray: RayJobs | None, mlflow: MlflowRuns | None
 ) -> AsyncIterator[Components]:
     seconds = settings.call_timeout_seconds
-    public_url = (settings.mlflow_public_url or settings.mlflow_url).rstrip("/")
+    secret = settings.mlflow_secret.get_secret_value() if settings.mlflow_secret else None
     async with AsyncExitStack() as stack:
         database = Database(settings.database_url, seconds)
         stack.push_async_callback(database.close)
@@ -162,10 +180,13 @@ async def _open_components(
         if ray is None:
             ray = cluster = RayJobsOverHttp(settings.ray_address, settings.ray_token(), seconds)
             stack.push_async_callback(cluster.close)
-        mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds)
+        mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds, secret)
+        mlflow_http = MlflowHttp(settings.mlflow_url, secret, PROXY_SECONDS)
+        stack.push_async_callback(mlflow_http.close)
         permissions = settings.permissions()
         jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
         leases, keys, tokens = LeaseStore(database), IdempotencyStore(database), TokenStore(database)
+        credentials = CredentialStore(database)
         metrics = Metrics(jobs, leases)
         replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
@@ -176,7 +197,8 @@ async def _open_components(
             mlflow,
             files,
             metrics.dispatch_seconds,
-            mlflow_url=settings.mlflow_url,
+            mlflow_url=f"{settings.nodes_url()}/mlflow",
+            credentials=credentials,
             permissions=permissions,
             secrets=secrets,
         )
@@ -204,12 +226,14 @@ async def _open_components(
             jobs=jobs,
             comparisons=comparisons,
             tokens=tokens,
+            credentials=credentials,
             audit=AuditStore(database),
             webhooks=webhooks,
             outgoing=outgoing,
             idempotency=keys,
             ray=ray,
             mlflow=mlflow,
+            mlflow_http=mlflow_http,
             files=files,
             replica=replica,
             dispatcher=dispatcher,
@@ -220,14 +244,16 @@ async def _open_components(
                 poll_seconds=settings.poll_seconds,
                 send_seconds=seconds,
             ),
-            retention=Retention(replica, RetentionStore(database), webhooks, keys, files, settings.retention()),
+            retention=Retention(
+                replica, RetentionStore(database), webhooks, keys, credentials, files, settings.retention()
+            ),
             watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,
             secrets=secrets,
             rates=RateLimit(settings.rate_per_second, settings.rate_burst),
             failures=RateLimit(FAILURES_PER_SECOND, MOST_FAILURES),
-            mlflow_public_url=public_url,
+            public_url=settings.browser_url(),
         )
 
 

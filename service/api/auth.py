@@ -9,11 +9,13 @@ from typing import Annotated
 from fastapi import HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-from service.api.components import components_of
-from service.domain.access import Caller, Scope
+from service.api.components import Components, components_of
+from service.domain.access import Caller, Scope, Token
+from service.domain.credentials import CredentialKind
 from service.domain.errors import Unavailable
 
 logger = logging.getLogger(__name__)
+SESSION_COOKIE = "syncbn_session"
 bearer = HTTPBearer(auto_error=False, description="a token, as `POST /v1/tokens` or `syncbn token create` makes them")
 
 
@@ -29,17 +31,42 @@ async def authenticate(request: Request) -> Caller:
     credentials = await bearer(request)
     token = await components.tokens.find(credentials.credentials) if credentials else None
     if token is None or not token.is_valid(datetime.now(UTC)):
-        # Right tokens pass whatever others do: behind a proxy, all callers may have one address.
-        _limit(components.failures.take(request.client.host if request.client else "", time.monotonic()))
+        limit_failure(request)
         detail = "this call needs the header `Authorization: Bearer <token>` with a valid token"
         raise HTTPException(401, detail, headers={"WWW-Authenticate": "Bearer"})
+    request.state.caller = caller = await _admit(components, token)
+    return caller
+
+
+async def caller_of_session(request: Request) -> Caller | None:
+    """Find out who is signed in, by the session cookie; None if nobody is. Raises HTTPException with 429."""
+    secret = request.cookies.get(SESSION_COOKIE)
+    if not secret:
+        return None
+    components = components_of(request)
+    token = await components.credentials.find_token(CredentialKind.SESSION, secret)
+    if token is None or not token.is_valid(datetime.now(UTC)):
+        limit_failure(request)
+        return None
+    return await _admit(components, token)
+
+
+async def _admit(components: Components, token: Token) -> Caller:
     _limit(components.rates.take(token.id, time.monotonic()))
     try:
         await components.tokens.note_use(token)
     except Unavailable as error:  # no reason to turn anybody away
         logger.warning("the use of token %s could not be noted: %s", token.id, error)
-    request.state.caller = caller = Caller(token.owner, token.scopes, token.id)
-    return caller
+    return Caller(token.owner, token.scopes, token.id)
+
+
+def limit_failure(request: Request) -> None:
+    """Count a request without valid credentials. Raises HTTPException with 429 if its address has sent too many.
+
+    Valid credentials pass whatever others do: behind a proxy, all callers may have one address.
+    """
+    address = request.client.host if request.client else ""
+    _limit(components_of(request).failures.take(address, time.monotonic()))
 
 
 async def _caller(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.adapters.mlflow_http import MlflowHttp
 from service.domain.rates import RateLimit
 from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
@@ -19,6 +20,7 @@ from service.engine.watch import Watch
 from service.engine.webhooks import WebhookSender
 from service.store.audit import AuditStore
 from service.store.comparisons import ComparisonStore
+from service.store.credentials import CredentialStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
@@ -35,12 +37,14 @@ class Components:
     jobs: JobStore
     comparisons: ComparisonStore
     tokens: TokenStore
+    credentials: CredentialStore
     audit: AuditStore
     webhooks: WebhookStore
     outgoing: Outgoing
     idempotency: IdempotencyStore
     ray: RayJobs
     mlflow: MlflowRuns
+    mlflow_http: MlflowHttp
     files: RunFiles
     replica: Replica
     dispatcher: Dispatcher
@@ -55,10 +59,15 @@ class Components:
     """Of requests, by token."""
     failures: RateLimit
     """Of requests without a valid token, by address."""
-    mlflow_public_url: str
-    """Where a browser finds MLflow; addresses are made of it when they are asked for, since it may change between two starts."""
+    public_url: str
+    """This service's address for browsers. Links are made of it when they are asked for, since it may change between two starts."""
     keys_in_flight: set[tuple[str, str]] = field(default_factory=set)
     """Owners and keys of the requests that this process is answering."""
+
+    @property
+    def mlflow_public_url(self) -> str:
+        """Where a browser finds MLflow's pages."""
+        return f"{self.public_url}/mlflow"
 
 
 def components_of(request: Request) -> Components:

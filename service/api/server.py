@@ -37,6 +37,9 @@ class Server(uvicorn.Server):
                 port=settings.port,
                 log_config=None,
                 timeout_graceful_shutdown=SECONDS_TO_END,
+                # uvicorn's default believes X-Forwarded-For of everybody on this machine.
+                proxy_headers=settings.trusted_proxies is not None,
+                forwarded_allow_ips=settings.trusted_proxies,
             )
         )
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from service.cli import cluster, comparisons, jobs, logs, tokens
+from service.cli import browser, cluster, comparisons, jobs, logs, tokens
 from service.cli.config import DEFAULT_DATA_DIR
 from service.cli.local import Connection, LocalStack, StackError, run_until_stopped
 from service.cli.printing import ExitCode, output, tell_error
@@ -21,7 +21,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 good, 1 refused or failed, 2 wrong use, 3 a job that was waited for failed or was cancelled, "
     "4 no answer from the service, 130 Ctrl-C.",
 )
-for module in (jobs, logs, comparisons, cluster):
+for module in (jobs, logs, comparisons, cluster, browser):
     app.add_typer(module.app)
 app.add_typer(tokens.app, name="token")
 
@@ -63,7 +63,7 @@ def up(
 
     def tell(connection: Connection) -> None:
         output.print(f"API docs: {connection.url}/docs")
-        output.print(f"MLflow:   {connection.mlflow_url}")
+        output.print(f"MLflow:   {connection.mlflow_url}/ (`syncbn open` prints a link that signs in)")
         output.print(f"Token:    in {data_dir / 'connection.json'}")
         output.print("Ctrl-C stops all of it.")
 

@@ -17,11 +17,12 @@ from service.api.schemas import (
     SubmitComparison,
     Validation,
 )
-from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, TokenList, TokenView
+from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, SignInLink, TokenList, TokenView
 from service.api.schemas.cluster import ClusterView
 from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
 from service.cli.call import Call, Content, Listing, get, given, post, read_text
 from service.domain.access import Scope
+from service.domain.credentials import HOME
 from service.domain.jobs import JobState
 from service.domain.terms import Terms
 from trainer.spec import JobSpec, Norm
@@ -136,6 +137,11 @@ def curves(comparison_id: str, metric: str) -> Call[Curves]:
 def me() -> Call[CallerView]:
     """Ask whose token this is, and what it allows."""
     return get(CallerView, "/v1/me")
+
+
+def create_sign_in_link(next: str = HOME) -> Call[SignInLink]:  # noqa: A002 - as the API calls it
+    """Make a link that signs a browser in once, and leads to the path `next` of the service."""
+    return post(SignInLink, "/v1/sign-in-links", {"next": next})
 
 
 def create_token(

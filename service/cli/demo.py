@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from service.api.schemas import ComparisonView
+from service.cli.browser import sign_in_link
 from service.cli.client import Client
 from service.cli.local import LocalStack, StackError, first_signal_interrupts
 from service.cli.reports import report_table, save_plot
@@ -29,7 +30,7 @@ def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path 
     with first_signal_interrupts(), LocalStack(data_dir, cpus=max(FEWEST_CPUS, os.cpu_count() or 1)) as stack:
         connection = stack.connection
         console.print(
-            f"Ready after {time.monotonic() - began:.0f} s: {connection.url}/docs and {connection.mlflow_url}"
+            f"Ready after {time.monotonic() - began:.0f} s: {connection.url}/docs and {connection.mlflow_url}/"
         )
         with Client(connection.url, connection.token) as client:
             comparison = client.submit_comparison(body)
@@ -46,11 +47,16 @@ def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path 
 
                 comparison = client.wait(comparison.id, MOST_SECONDS, watch)
             report = client.report(comparison.id, curves=True)
+            link = sign_in_link(client, comparison.mlflow_url)
         console.print(report_table(report))
         picture = data_dir / f"{comparison.name}.png"
         save_plot(report, picture)
         console.print(f"Plot of {report.metric} against steps: {picture}")
-        console.print(f"MLflow's runs: {comparison.mlflow_url}")
+        if keep:
+            console.print(f"MLflow's runs: {link}", soft_wrap=True)
+            console.print("               (signs a browser in once, within ten minutes; `syncbn open` prints another)")
+        else:
+            console.print(f"MLflow's runs: {comparison.mlflow_url}", soft_wrap=True)
         console.print(f"API docs:      {connection.url}/docs")
         console.print(f"Done in {time.monotonic() - began:.0f} s.")
         if keep:

@@ -89,7 +89,13 @@ class LocalStack:
     def connection(self) -> Connection:
         """Where this stack is found."""
         layout = self._running()
-        return Connection(layout.api_url, layout.api_token, layout.mlflow_url, layout.ray_url)
+        return Connection(layout.api_url, layout.api_token, layout.mlflow_public_url, layout.ray_url)
+
+    @property
+    def mlflow(self) -> tuple[str, str]:
+        """The address of MLflow's own server, and the secret that it asks for."""
+        layout = self._running()
+        return layout.mlflow_url, layout.mlflow_secret
 
     @property
     def api_environment(self) -> dict[str, str]:
@@ -168,6 +174,7 @@ class LocalStack:
             ray_dir=ray_dir,
             ray_token_path=self.data_dir / "ray-token",
             api_token=keep_secret(self.data_dir / "token"),
+            mlflow_secret=keep_secret(self.data_dir / "mlflow-secret"),
             cpus=self._cpus,
             api_port=self._port or free[0],
             mlflow_port=free[1],

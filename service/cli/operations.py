@@ -97,6 +97,7 @@ class Operations:
     report = Sent(calls.report)
     curves = Sent(calls.curves)
     me = Sent(calls.me)
+    create_sign_in_link = Sent(calls.create_sign_in_link)
     create_token = Sent(calls.create_token)
     tokens = Listed(calls.tokens)
     revoke_token = Sent(calls.revoke_token)

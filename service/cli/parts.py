@@ -17,6 +17,15 @@ from service.cli.machine import HOST
 
 OBJECT_STORE_BYTES = 200_000_000
 PROBE_TIMEOUT_SECONDS = 3.0
+CLOSED = (
+    "SYNCBN_TOKEN",
+    "SYNCBN_URL",
+    "SYNCBN_DATA_DIR",
+    "SYNCBN_MLFLOW_SECRET",
+    "SYNCBN_PUBLIC_URL",
+    "SYNCBN_CLUSTER_URL",
+)
+"""Variables of the caller that name another service."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +36,7 @@ class Layout:
     ray_dir: Path
     ray_token_path: Path
     api_token: str
+    mlflow_secret: str
     cpus: int
     api_port: int
     mlflow_port: int
@@ -40,8 +50,13 @@ class Layout:
 
     @property
     def mlflow_url(self) -> str:
-        """MLflow's server and pages."""
+        """MLflow's server, which asks for `mlflow_secret`."""
         return f"http://{HOST}:{self.mlflow_port}"
+
+    @property
+    def mlflow_public_url(self) -> str:
+        """MLflow's pages, through the API."""
+        return f"{self.api_url}/mlflow"
 
     @property
     def ray_url(self) -> str:
@@ -88,7 +103,7 @@ def ray_head(layout: Layout) -> Part:
 
 
 def mlflow_server(layout: Layout) -> Part:
-    """Return MLflow's server on SQLite, through which artifacts go too."""
+    """Return MLflow's server on SQLite, through which artifacts go too, behind a secret of the stack."""
     options = {
         "backend-store-uri": f"sqlite:///{layout.data_dir}/mlflow.db",
         "artifacts-destination": (layout.data_dir / "mlflow-artifacts").as_uri(),
@@ -96,11 +111,13 @@ def mlflow_server(layout: Layout) -> Part:
         "port": layout.mlflow_port,
         "workers": 1,
         "allowed-hosts": f"localhost:*,{HOST}:*",
+        "app-name": "syncbn",
     }
     return Part(
         name="mlflow",
         command=[sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
-        environment=base_environment(layout) | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        environment=base_environment(layout)
+        | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "SYNCBN_MLFLOW_SECRET": layout.mlflow_secret},
         log=str(layout.log("mlflow")),
     )
 
@@ -122,6 +139,7 @@ def api_environment(layout: Layout) -> dict[str, str]:
         "SYNCBN_DATABASE_URL": f"sqlite+aiosqlite:///{layout.data_dir}/service.db",
         "SYNCBN_RAY_ADDRESS": layout.ray_url,
         "SYNCBN_MLFLOW_URL": layout.mlflow_url,
+        "SYNCBN_MLFLOW_SECRET": layout.mlflow_secret,
         "SYNCBN_STORAGE": str(layout.data_dir / "storage"),
         "SYNCBN_TOKEN": layout.api_token,
         "SYNCBN_HOST": HOST,
@@ -134,7 +152,7 @@ def base_environment(layout: Layout) -> dict[str, str]:
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("RAY_", "MLFLOW_")) and name not in ("SYNCBN_TOKEN", "SYNCBN_URL", "SYNCBN_DATA_DIR")
+        if not name.startswith(("RAY_", "MLFLOW_")) and name not in CLOSED
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     direct = ",".join([HOST, "localhost", *filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy")])])

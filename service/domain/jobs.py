@@ -38,6 +38,8 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 """From each state to those that may follow; back to queued means another attempt."""
+ACTIVE_STATES = frozenset({JobState.SUBMITTED, JobState.RUNNING})
+"""States in which an attempt may be running."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from service.engine.mlflow_runs import MlflowRuns
 from service.engine.ray_jobs import RayJobs
 from service.engine.run_files import RunFiles, on_storage
 from service.store.comparisons import ComparisonStore
+from service.store.credentials import CredentialStore
 from service.store.jobs import JobStore
 from trainer.spec import Permissions, RunContext, Task
 
@@ -41,12 +42,14 @@ class Attempts:
         dispatch_seconds: Histogram,
         *,
         mlflow_url: str,
+        credentials: CredentialStore,
         permissions: Permissions,
         secrets: JobSecrets,
     ) -> None:
         self._jobs, self._comparisons = jobs, comparisons
         self._ray, self._mlflow, self._files, self._dispatch_seconds = ray, mlflow, files, dispatch_seconds
-        self._mlflow_url, self._permissions, self._secrets = mlflow_url, permissions, secrets
+        self._mlflow_url, self._credentials = mlflow_url, credentials
+        self._permissions, self._secrets = permissions, secrets
         self._refusals: Counter[str] = Counter()
 
     async def start(self, job: Job, lease: Lease) -> None:
@@ -74,6 +77,7 @@ class Attempts:
                 name=job.name,
                 folder=str(self._files.job_folder(job.id)),
                 mlflow_url=self._mlflow_url,
+                mlflow_token=await self._credentials.add_for_attempt(job),
                 mlflow_run_id=job.mlflow_run_id,
                 permissions=self._permissions,
                 secrets=self._secrets.paths(job.secrets),

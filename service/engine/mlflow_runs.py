@@ -64,8 +64,8 @@ class MlflowRuns(Protocol):
 class MlflowRunsOverHttp:
     """MlflowRuns on a real MLflow server."""
 
-    def __init__(self, url: str, timeout_seconds: float) -> None:
-        self._url, self._timeout_seconds = url, timeout_seconds
+    def __init__(self, url: str, timeout_seconds: float, secret: str | None = None) -> None:
+        self._url, self._timeout_seconds, self._secret = url, timeout_seconds, secret
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="mlflow")
         self._starting = threading.Lock()
         self._loading = threading.Lock()
@@ -79,6 +79,8 @@ class MlflowRunsOverHttp:
                 # MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+                if self._secret is not None:  # MLflow's client reads it from here alone, at each request
+                    os.environ["MLFLOW_TRACKING_TOKEN"] = self._secret
                 from mlflow import MlflowClient
 
                 # All modules are there now, and stay. Were they looked through for garbage, all requests would wait for a tenth of

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from service.domain.errors import Unavailable
 from service.engine.replica import Replica
 from service.engine.run_files import RunFiles, on_storage
+from service.store.credentials import CredentialStore
 from service.store.idempotency import IdempotencyStore
 from service.store.retention import RetentionStore
 from service.store.webhooks import WebhookStore
@@ -32,11 +33,12 @@ class Retention:
         store: RetentionStore,
         webhooks: WebhookStore,
         keys: IdempotencyStore,
+        credentials: CredentialStore,
         files: RunFiles,
         keep: timedelta | None,
     ) -> None:
         self._replica, self._store, self._webhooks, self._keys = replica, store, webhooks, keys
-        self._files, self._keep = files, keep
+        self._credentials, self._files, self._keep = credentials, files, keep
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
@@ -53,6 +55,7 @@ class Retention:
             return 0
         now, count = datetime.now(UTC), 0
         await self._keys.forget_before(now - KEYS_LAST)
+        await self._credentials.delete_expired()
         while await self._webhooks.forget_ended(now - MESSAGES_LAST, MOST_MESSAGES_AT_ONCE):
             pass
         while self._keep is not None and (deleted := await self._store.forget_jobs(now - self._keep, MOST_AT_ONCE)):

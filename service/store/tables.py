@@ -165,6 +165,20 @@ tokens = Table(
     Column("last_used_at", UtcDateTime),
 )
 
+credentials = Table(
+    "credentials",
+    metadata,
+    Column("hash", String(64), primary_key=True),
+    Column("kind", String(20), nullable=False),
+    # Of a sign-in link or session.
+    Column("token_id", String(40)),
+    # Of an attempt.
+    Column("job_id", String(40)),
+    Column("attempt", Integer),
+    Column("expires_at", UtcDateTime, index=True),
+)
+"""What opens something besides tokens; `service.domain.credentials` has the kinds."""
+
 audit = Table(
     "audit",
     metadata,

@@ -56,7 +56,7 @@ class TokenStore:
             row = (await connection.execute(BY_HASH, {"hash": hashed})).one_or_none()
         if row is None:
             return None
-        token = _token(row)
+        token = read_token(row)
         if self._changes == changes:  # what was read before a change may be old
             self._known[hashed] = token
         return token
@@ -88,7 +88,7 @@ class TokenStore:
         """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
         async with self._database.read() as connection:
             rows, more = await read_page(connection, select(*COLUMNS), tokens.c.sequence, size, before)
-        return [_token(row) for row in rows], more
+        return [read_token(row) for row in rows], more
 
     async def revoke(self, token_id: str, actor: Caller) -> Token:
         """Let a token open nothing from now on; revoking twice changes nothing.
@@ -99,13 +99,13 @@ class TokenStore:
         async with self._database.write() as connection:
             await take_turns(connection, ADMINS_LOCK)
             rows = (await connection.execute(select(*COLUMNS).where(tokens.c.revoked_at.is_(None)))).all()
-            live = {row.id: _token(row) for row in rows}
+            live = {row.id: read_token(row) for row in rows}
             token = live.pop(token_id, None)
             if token is None:
                 row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one_or_none()
                 if row is None:
                     raise NotFound(f"there is no token {token_id!r}")
-                return _token(row)
+                return read_token(row)
             is_admin = Scope.ADMIN in token.scopes and token.is_valid(now)
             if is_admin and not any(Scope.ADMIN in other.scopes and other.is_valid(now) for other in live.values()):
                 raise Conflict(f"token {token_id} is the last valid one with scope admin; make another one before")
@@ -113,7 +113,7 @@ class TokenStore:
             await _record(connection, actor, "token.revoke", token, now)
             row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one()
         self._database.after_commit(self._forget)
-        return _token(row)
+        return read_token(row)
 
     def _forget(self) -> None:
         self._known.clear()
@@ -151,6 +151,7 @@ def _admin(name: str) -> Token:
     return Token(id=new_id("token"), owner=ADMIN, name=name, scopes=(Scope.ADMIN,), created_at=datetime.now(UTC))
 
 
-def _token(row: Any) -> Token:
+def read_token(row: Any) -> Token:
+    """Make a token of its row."""
     values = {field.name: getattr(row, field.name) for field in fields(Token)}
     return Token(**(values | {"scopes": tuple(Scope(scope) for scope in row.scopes)}))

@@ -65,7 +65,7 @@ def head_process(stack):
 
 
 @pytest.mark.timeout(600)
-def test_workers_driver_and_head_are_killed_and_no_bit_is_lost(tmp_path):
+def test_workers_driver_and_head_are_killed_and_no_bit_is_lost(tmp_path, monkeypatch):
     data_dir, chance = tmp_path / "data", random.Random()
     with LocalStack(data_dir, cpus=2) as stack, Client(stack.connection.url, stack.connection.token) as client:
         job_id = client.submit_job("often killed", SPEC).id
@@ -89,6 +89,7 @@ def test_workers_driver_and_head_are_killed_and_no_bit_is_lost(tmp_path):
             assert time.monotonic() < deadline, f"{job}\n{client.logs(job_id)}"
             time.sleep(0.5)
         assert (job.state, job.attempt, job.reason) == ("succeeded", 3, f"finished {STEPS} steps")
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", stack.connection.token)
         mlflow = MlflowClient(stack.connection.mlflow_url)
         for metric in ("accuracy", "test_loss"):
             steps = [point.step for point in mlflow.get_metric_history(job.mlflow_run_id, metric)]

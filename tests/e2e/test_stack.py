@@ -59,6 +59,19 @@ def everything_below(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def mlflow_below(process: Popen[str], data_dir: Path) -> tuple[str, str]:
+    """The address of MLflow's own server, which is written down nowhere, and its secret."""
+    commands = [below.cmdline() for below in everything_below(psutil.Process(process.pid))]
+    (port,) = {
+        word.removeprefix("--port=")
+        for command in commands
+        if "--app-name=syncbn" in command
+        for word in command
+        if word.startswith("--port=")
+    }
+    return f"http://127.0.0.1:{port}", (data_dir / "mlflow-secret").read_text()
+
+
 def listening_addresses(processes: list[psutil.Process]) -> set[str]:
     addresses = set()
     for process in processes:
@@ -85,21 +98,28 @@ class MlflowRuns:
     def __init__(self) -> None:
         self.logged: set[str] = set()
 
-    def log(self, url: str, name: str) -> None:
+    def log(self, mlflow: tuple[str, str], name: str) -> None:
+        url, headers = mlflow[0], {"Authorization": f"Bearer {mlflow[1]}"}
         run = {"experiment_id": "0", "run_name": name, "start_time": time.time_ns() // 1_000_000}
-        created = httpx.post(f"{url}/api/2.0/mlflow/runs/create", json=run, timeout=30).raise_for_status()
+        created = httpx.post(
+            f"{url}/api/2.0/mlflow/runs/create", json=run, headers=headers, timeout=30
+        ).raise_for_status()
         path = created.json()["run"]["info"]["artifact_uri"].removeprefix("mlflow-artifacts:/")
         artifact = f"{url}/api/2.0/mlflow-artifacts/artifacts/{path}/name.txt"
-        httpx.put(artifact, content=name.encode(), timeout=30).raise_for_status()
+        httpx.put(artifact, content=name.encode(), headers=headers, timeout=30).raise_for_status()
         self.logged.add(name)
 
-    def check(self, url: str) -> None:
-        found = httpx.post(f"{url}/api/2.0/mlflow/runs/search", json={"experiment_ids": ["0"]}, timeout=30)
+    def check(self, mlflow: tuple[str, str]) -> None:
+        url, headers = mlflow[0], {"Authorization": f"Bearer {mlflow[1]}"}
+        query = {"experiment_ids": ["0"]}
+        found = httpx.post(f"{url}/api/2.0/mlflow/runs/search", json=query, headers=headers, timeout=30)
         runs = {run["info"]["run_name"]: run["info"] for run in found.raise_for_status().json().get("runs", [])}
         assert set(runs) == self.logged
         for name, run in runs.items():
             path = run["artifact_uri"].removeprefix("mlflow-artifacts:/")
-            artifact = httpx.get(f"{url}/api/2.0/mlflow-artifacts/artifacts/{path}/name.txt", timeout=30)
+            artifact = httpx.get(
+                f"{url}/api/2.0/mlflow-artifacts/artifacts/{path}/name.txt", headers=headers, timeout=30
+            )
             assert artifact.text == name
 
 
@@ -150,8 +170,8 @@ def test_two_stacks_live_side_by_side(tmp_path):
 def test_nothing_survives_the_death_of_the_command_or_the_api(data_dir, runs, victim):
     with syncbn_up(data_dir) as process:
         connection = wait_until_ready(process, data_dir)
-        runs.check(connection.mlflow_url)
-        runs.log(connection.mlflow_url, victim)
+        runs.check((connection.mlflow_url, connection.token))
+        runs.log(mlflow_below(process, data_dir), victim)
         submit_to_ray(connection, data_dir, STUBBORN_JOB)
         wait_for_file(data_dir / "job-started")
         (data_dir / "job-started").unlink()
@@ -171,8 +191,8 @@ def test_nothing_survives_the_death_of_the_command_or_the_api(data_dir, runs, vi
 def test_nothing_survives_the_death_of_a_server(data_dir, runs, victim):
     part = {"raylet": "ray", "gcs_server": "ray", "uvicorn": "mlflow"}.get(victim, victim)
     with LocalStack(data_dir, api=False) as stack:
-        runs.check(stack.connection.mlflow_url)
-        runs.log(stack.connection.mlflow_url, victim)
+        runs.check(stack.mlflow)
+        runs.log(stack.mlflow, victim)
         everything = everything_below(psutil.Process(stack.process_ids["ray"]).parent().parent())
         doomed = psutil.Process(stack.process_ids[part])
         if victim in ("raylet", "gcs_server"):

@@ -188,12 +188,12 @@ def test_only_the_first_rank_writes(tmp_path, capsys):
 def test_what_is_logged_is_in_mlflow_once(stack, tmp_path):
     from mlflow import MlflowClient
 
-    client = MlflowClient(stack.connection.mlflow_url)
+    client = MlflowClient(stack.mlflow[0])
     run_id = client.create_run("0").info.run_id
     (tmp_path / "figure.png").write_bytes(b"not really")
     for attempt in range(2):
         outbox = Outbox(tmp_path)
-        with TrackingProcess(tmp_path, stack.connection.mlflow_url, run_id):
+        with TrackingProcess(tmp_path, stack.mlflow[0], run_id):
             outbox.put("tags", tags={"workers": attempt + 1})
             outbox.put("dataset", name="digits", digest="abc", source="digits")
             for step in range(1200 * (attempt + 1)):
@@ -222,15 +222,15 @@ def test_what_is_logged_is_in_mlflow_once(stack, tmp_path):
 def test_a_trainer_that_is_killed_leaves_no_tracking_behind(stack, tmp_path):
     from mlflow import MlflowClient
 
-    run_id = MlflowClient(stack.connection.mlflow_url).create_run("0").info.run_id
-    with TrackingProcess(tmp_path, stack.connection.mlflow_url, run_id) as process:
+    run_id = MlflowClient(stack.mlflow[0]).create_run("0").info.run_id
+    with TrackingProcess(tmp_path, stack.mlflow[0], run_id) as process:
         outbox = Outbox(tmp_path)
         outbox.log(0, {"accuracy": 0.5})
         outbox.close()
         process._process.stdin.close()  # as the end of the trainer does, without a word
         assert process._process.wait(30) == 0
         process._process.stdin = None
-    assert MlflowClient(stack.connection.mlflow_url).get_run(run_id).data.metrics["accuracy"] == 0.5
+    assert MlflowClient(stack.mlflow[0]).get_run(run_id).data.metrics["accuracy"] == 0.5
 
 
 FRESH = """
@@ -262,16 +262,16 @@ def test_the_model_is_logged_once_and_loads_without_this_project(stack, tmp_path
     assert any(isinstance(module, SyncBatchNorm) for module in result.model.modules())
     example = torch.rand(2, 3, 32, 32)
     assert export_model(spec, result.model.state_dict(), (3, 32, 32), 10, example, tmp_path / "model")
-    client = MlflowClient(stack.connection.mlflow_url)
+    client = MlflowClient(stack.mlflow[0])
     run = client.create_run("0").info
     for _ in range(2):
         outbox = Outbox(tmp_path)
         outbox.put("model", path=str(tmp_path / "model"), step=1)
         outbox.close()
-        assert drain(outbox, stack.connection.mlflow_url, run.run_id) == 0
+        assert drain(outbox, stack.mlflow[0], run.run_id) == 0
     assert len(client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")) == 1
     torch.save(example, tmp_path / "example.pt")
-    command = [sys.executable, "-c", FRESH, stack.connection.mlflow_url, run.run_id, "example.pt", "outputs.pt"]
+    command = [sys.executable, "-c", FRESH, stack.mlflow[0], run.run_id, "example.pt", "outputs.pt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "BatchNorm2d" in done.stdout

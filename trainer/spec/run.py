@@ -18,6 +18,7 @@ class RunContext(Frozen):
     name: str
     folder: str = Field(description="absolute path of the job's files, on storage that all nodes share")
     mlflow_url: str | None = None
+    mlflow_token: str | None = Field(None, repr=False, description="what this attempt writes to its MLflow run with")
     mlflow_run_id: str | None = None
     permissions: Permissions = Permissions()
     secrets: dict[str, str] = Field(

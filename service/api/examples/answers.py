@@ -30,6 +30,7 @@ from service.api.schemas.access import (
     AuditView,
     CallerView,
     MadeToken,
+    SignInLink,
     TokenList,
     TokenView,
 )
@@ -42,7 +43,7 @@ from service.domain.webhooks import Threshold
 from trainer.spec import JobSpec, Progress
 
 AT = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
-MLFLOW = "http://127.0.0.1:5000/#/experiments/1/runs/"
+MLFLOW = "http://127.0.0.1:8000/mlflow/#/experiments/1/runs/"
 QUEUED = JobView(
     id="job-3f9c2b7a10de",
     name="first try",
@@ -180,6 +181,9 @@ ANSWERS: dict[str, BaseModel] = {
     "show_curves": Curves(
         metric="accuracy",
         runs=[RunCurve(job_id=QUEUED.id, seed=0, state=JobState.SUCCEEDED, points=[(50, 0.71), (100, 0.81)])],
+    ),
+    "make_sign_in_link": SignInLink(
+        url="http://127.0.0.1:8000/sign-in?code=syncbn_…&next=/mlflow/%23/experiments/1/runs/0d3f5c1b9a7e4f62"
     ),
     "make_token": MadeToken(token="syncbn_…", **TOKEN.model_dump()),  # noqa: S106
     "list_tokens": TokenList(tokens=[TOKEN], next_page_token=None),

@@ -73,6 +73,7 @@ REQUESTS: dict[str, Named] = {
         },
         "of all ends": {"url": "https://example.org/hooks/training"},
     },
+    "make_sign_in_link": {"to a run in MLflow": {"next": "/mlflow/#/experiments/1/runs/0d3f5c1b9a7e4f62"}},
     "make_token": {
         "to submit, for 90 days": {
             "owner": "ann",

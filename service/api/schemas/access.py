@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from service.api.schemas.names import Name
 from service.domain.access import AuditRecord, Owner, Scope, Token
+from service.domain.credentials import HOME
 from trainer.spec import Frozen
 
 
@@ -53,6 +54,24 @@ class TokenList(BaseModel):
 
     tokens: list[TokenView]
     next_page_token: str | None
+
+
+class MakeSignInLink(Frozen):
+    """Where a link that signs in leads."""
+
+    next: str = Field(
+        HOME,
+        min_length=1,
+        max_length=2_000,
+        pattern=r"^/([^/\\\x00-\x20][^\\\x00-\x20]*)?$",
+        description="path on this service, such as `/mlflow/#/experiments/1`",
+    )
+
+
+class SignInLink(BaseModel):
+    """A link that signs a browser in, once."""
+
+    url: str
 
 
 class AuditView(BaseModel):

@@ -39,7 +39,7 @@ async def app(tmp_path, ray, mlflow, database_url):
     settings = Settings(
         token=TOKEN,
         grace_seconds=0,
-        mlflow_public_url="http://mlflow.example/",
+        public_url="http://syncbn.example/",
         database_url=database_url,
         storage=tmp_path / "storage",
         secrets_folder=tmp_path / "secrets",

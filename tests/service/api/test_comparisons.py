@@ -19,7 +19,7 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
         ] != "submitted":
             await asyncio.sleep(0.01)
     run = f"run-of-{comparison['id']}"
-    assert seen["mlflow_url"] == f"http://mlflow.example/#/experiments/1/runs/{run}"
+    assert seen["mlflow_url"] == f"http://syncbn.example/mlflow/#/experiments/1/runs/{run}"
     assert seen["jobs"][0]["comparison_id"] == comparison["id"]
 
 

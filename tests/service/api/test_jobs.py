@@ -34,7 +34,7 @@ async def test_a_job_is_taken_and_shown(client):
     assert (job["state"], job["attempt"], job["progress"]) == ("queued", 1, None)
     seen = await until(client, job, "submitted")
     assert seen["spec"]["global_batch_size"] == 60
-    assert seen["mlflow_url"] == f"http://mlflow.example/#/experiments/1/runs/run-of-{job['id']}"
+    assert seen["mlflow_url"] == f"http://syncbn.example/mlflow/#/experiments/1/runs/run-of-{job['id']}"
 
 
 async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):

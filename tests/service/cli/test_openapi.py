@@ -22,7 +22,7 @@ from trainer.spec import Norm
 
 ID = {"job_id": "job-1", "comparison_id": "comparison-1", "token_id": "token-1", "webhook_id": "webhook-1"}
 VALUES = ID | {
-    "name": "x", "spec": {}, "body": {}, "owner": "ann", "scopes": ["read"], "metric": "accuracy", "curves": True, "rank": 0,
+    "name": "x", "spec": {}, "body": {}, "owner": "ann", "scopes": ["read"], "metric": "accuracy", "next": "/mlflow/", "curves": True, "rank": 0,
     "level": "info", "attempt": 1, "state": "failed", "comparison": "comparison-1", "norm": "sync", "tag": "a", "page_size": 7,
     "key": "k", "if_match": '"1"', "overrides": {"steps": 1}, "expires_in_seconds": 1, "terms": None,
 }  # fmt: skip

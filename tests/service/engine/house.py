@@ -10,6 +10,7 @@ from service.engine.replica import Replica
 from service.engine.run_files import RunFiles
 from service.engine.thresholds import Thresholds
 from service.store.comparisons import ComparisonStore
+from service.store.credentials import CredentialStore
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
 from service.store.webhooks import WebhookStore
@@ -36,7 +37,8 @@ class House:
         self.metrics = Metrics(self.jobs, LeaseStore(self.database))
         attempts = Attempts(
             self.jobs, self.comparisons, self.ray, self.mlflow, self.files, self.metrics.dispatch_seconds,
-            mlflow_url="http://mlflow", permissions=Permissions(), secrets=JobSecrets(None),
+            mlflow_url="http://mlflow", credentials=CredentialStore(self.database),
+            permissions=Permissions(), secrets=JobSecrets(None),
         )  # fmt: skip
         self.thresholds = Thresholds(WebhookStore(self.database), self.files)
         self.dispatcher = Dispatcher(

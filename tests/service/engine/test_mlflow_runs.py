@@ -14,7 +14,7 @@ from tests.service.examples import make_comparison, make_job
 
 @pytest.fixture
 def real(stack):
-    return MlflowRunsOverHttp(stack.connection.mlflow_url, 20)
+    return MlflowRunsOverHttp(stack.mlflow[0], 20, stack.mlflow[1])
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=pytest.mark.ray)])

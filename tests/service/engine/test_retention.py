@@ -12,6 +12,7 @@ from service.domain.jobs import JobState, Transition
 from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
 from service.engine.run_files import RunFiles
+from service.store.credentials import CredentialStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
 from service.store.jobs import insert_jobs
@@ -28,6 +29,7 @@ def retention(house, database):
         RetentionStore(database),
         WebhookStore(database),
         IdempotencyStore(database),
+        CredentialStore(database),
         house.files,
         timedelta(days=30),
     )
@@ -174,7 +176,9 @@ async def test_messages_are_deleted_after_their_end_also_where_jobs_are_kept(hou
                 query = update(deliveries).where(deliveries.c.job_id == job.id).values(ended_at=ended_at)
                 await connection.execute(query)
     keys = IdempotencyStore(database)
-    await Retention(house.replica, RetentionStore(database), webhooks, keys, house.files, None).round()
+    await Retention(
+        house.replica, RetentionStore(database), webhooks, keys, CredentialStore(database), house.files, None
+    ).round()
     found, _ = await webhooks.deliveries_of(hook.id, 10, None)
     assert [message.job_id for message in found] == [young.id, unsent.id]
     assert await is_there(house, old)

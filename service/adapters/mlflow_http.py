@@ -1,0 +1,86 @@
+"""MLflow over plain HTTP, for requests that are forwarded as they come."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+
+from service.domain.errors import Unavailable
+
+MAX_CONNECTIONS = 64
+FORWARDED_HEADERS = (
+    "accept",
+    "accept-encoding",
+    "content-type",
+    "content-length",
+    "range",
+    "if-none-match",
+    "user-agent",
+)
+"""Of a request; neither cookies nor credentials of the caller are among them."""
+RETURNED_HEADERS = (
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "content-disposition",
+    "content-range",
+    "accept-ranges",
+    "cache-control",
+    "etag",
+    "last-modified",
+)
+"""Of an answer; cookies are not."""
+
+
+class MlflowHttp:
+    """Client of the MLflow server at `url`, with the secret that it asks for.
+
+    Each step of a request (connecting, the next part of a body) may take `timeout_seconds`.
+    """
+
+    def __init__(self, url: str, secret: str | None, timeout_seconds: float) -> None:
+        self._url = url
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {secret}"} if secret else {},
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def send(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: str | dict[str, str] = "",
+        headers: dict[str, str] | None = None,
+        content: bytes | AsyncIterator[bytes] | None = None,
+        json: Any = None,
+    ) -> httpx.Response:
+        """Send a request and return the answer with its body unread. Raises Unavailable."""
+        params = httpx.QueryParams(query)
+        sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
+        request = self._client.build_request(
+            method, path, params=params or None, headers=sent, content=content, json=json
+        )
+        try:
+            return await self._client.send(request, stream=True)
+        except httpx.HTTPError as error:
+            raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
+
+    async def get_json(self, path: str) -> Any:
+        """Read a JSON answer; None unless it is a success. Raises Unavailable."""
+        answer = await self.send("GET", path)
+        try:
+            await answer.aread()
+            return answer.json() if answer.is_success else None
+        except (httpx.HTTPError, ValueError) as error:
+            raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
+        finally:
+            await answer.aclose()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._client.aclose()
