@@ -1,5 +1,6 @@
 """MLflow from outside: without a credential nothing, with a token reading, with an attempt's credential its own run."""
 
+import asyncio
 import os
 import time
 
@@ -131,7 +132,7 @@ async def test_the_credential_of_an_attempt_ends_with_it(start_job, connect, adm
             job = (await admin.get(f"/v1/jobs/{context.job_id}")).json()
             if job["state"] == "cancelled":
                 break
-            time.sleep(0.05)
+            await asyncio.sleep(0.05)
         late = {"metrics": [FORGED]}
         assert (await attempt.post(f"/mlflow{API}/runs/log-batch", json=late)).status_code == 401
 
