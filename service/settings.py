@@ -171,6 +171,12 @@ class Settings(BaseSettings):
         """Address of this service for the nodes of the cluster."""
         return (self.cluster_url or self.browser_url()).rstrip("/")
 
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _holds_addresses(cls, text: str | None) -> str | None:
+        read_networks(text)
+        return text
+
     def replica_name(self) -> str:
         """Name of this process among all that share the database."""
         return self.replica or f"{socket.gethostname()[:70]}-{self.port}"

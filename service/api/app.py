@@ -16,6 +16,7 @@ from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
 from service.api.components import Components
+from service.api.deadlines import BODY_SECONDS, BodyDeadline
 from service.api.document import document, operation_id
 from service.api.headers import Headers
 from service.api.health import Health
@@ -76,7 +77,8 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        return Headers(DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES}))
+        limited = DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES})
+        return Headers(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,)))
 
     def openapi(self) -> dict[str, Any]:
         """Describe the API."""

@@ -9,6 +9,7 @@ import threading
 import uvicorn
 from fastapi import FastAPI
 
+from service.api.deadlines import HeaderDeadlineProtocol
 from service.api.health import Health
 from service.settings import Settings
 
@@ -36,6 +37,8 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 log_config=None,
+                http=HeaderDeadlineProtocol,
+                ws="none",
                 timeout_graceful_shutdown=SECONDS_TO_END,
                 # uvicorn's default believes X-Forwarded-For of everybody on this machine.
                 proxy_headers=settings.trusted_proxies is not None,

@@ -147,6 +147,7 @@ class LocalStack:
 
     def _take_data_dir(self) -> None:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.data_dir.chmod(0o700)  # also one that was made by hand, or by an earlier version: it holds tokens and logs
         for name in ("logs", "storage", "mlflow-artifacts"):
             (self.data_dir / name).mkdir(exist_ok=True)
         lock = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,0 +1,83 @@
+"""Time limits of requests: for the header, and for each part and the whole of a body.
+
+uvicorn has neither, so a client that sends half a request would keep its connection, and what is allocated for it, without end.
+"""
+
+import asyncio
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEADER_SECONDS = 10.0
+BODY_SECONDS = 60.0
+"""For a whole body, or for each part of one under a path whose bodies may be large."""
+
+
+class HeaderDeadlineProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which closes a connection whose next request's header does not arrive in time."""
+
+    header_seconds = HEADER_SECONDS
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request's header."""
+        super().connection_made(transport)
+        self._start()
+
+    def on_message_begin(self) -> None:
+        """Wait for the header of a request on a connection that is kept alive."""
+        super().on_message_begin()
+        self._cancel()
+        self._start()
+
+    def on_headers_complete(self) -> None:
+        """Stop waiting."""
+        self._cancel()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._cancel()
+        super().connection_lost(exc)
+
+    def _start(self) -> None:
+        self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)
+
+    def _cancel(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+class BodyDeadline:
+    """ASGI middleware for bodies that do not arrive in time: reading one raises HTTPException with 408, which closes the connection."""
+
+    def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, large_under: tuple[str, ...] = ()) -> None:
+        """Allow `seconds` for a body; under the path prefixes of `large_under`, for each part of it."""
+        self._app, self._seconds, self._large_under = app, seconds, large_under
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        loop = asyncio.get_running_loop()
+        deadline, is_large = loop.time() + self._seconds, scope["path"].startswith(self._large_under)
+        is_complete = False
+
+        async def receive_in_time() -> Message:
+            nonlocal is_complete
+            if is_complete:  # what is left to receive is that the client has gone
+                return await receive()
+            try:
+                async with asyncio.timeout_at(loop.time() + self._seconds if is_large else deadline):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"the body did not arrive within {self._seconds:.0f} s"
+                raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, detail, {"Connection": "close"}) from None
+            is_complete = not message.get("more_body", False)
+            return message
+
+        await self._app(scope, receive_in_time, send)

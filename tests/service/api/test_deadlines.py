@@ -1,0 +1,118 @@
+"""Requests that do not arrive whole, and addresses that proxies claim, on a real server."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+from service.api.app import make_app
+from service.api.deadlines import BodyDeadline, HeaderDeadlineProtocol
+from service.api.server import Server
+from service.cli.machine import choose_ports
+from service.settings import Settings
+from tests.fakes import FakeMlflow, FakeRay
+from tests.service.api.conftest import TOKEN
+
+
+@asynccontextmanager
+async def serving(tmp_path, **changes):
+    """Run the API on a port of its own; yield the port."""
+    (port,) = choose_ports(1)
+    settings = Settings(
+        token=TOKEN, port=port, database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db", storage=tmp_path / "storage", **changes
+    )  # fmt: skip
+    server = Server(make_app(settings, FakeRay(), FakeMlflow()), settings)
+    task = asyncio.create_task(server.serve())
+    async with asyncio.timeout(30):
+        while not server.started:
+            await asyncio.sleep(0.05)
+    yield port
+    server.should_exit = True
+    async with asyncio.timeout(30):
+        await task
+
+
+async def ask(port, *parts, read=True):
+    """Send the parts of a request on one connection; return all that comes back until it is closed."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for part in parts:
+        writer.write(part.encode())
+        await writer.drain()
+    async with asyncio.timeout(20):
+        answer = (await reader.read()).decode() if read else ""
+    writer.close()
+    return answer
+
+
+HEAD = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+
+
+async def test_half_sent_requests_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(HeaderDeadlineProtocol, "header_seconds", 1.0)
+    monkeypatch.setattr("service.api.app.BODY_SECONDS", 1.0)
+    async with serving(tmp_path) as port:
+        halves = [
+            ["GET /livez HTTP/1.1\r\nHost:"],  # no end of the header
+            [""],  # nothing at all
+            [HEAD + 'Content-Length: 100\r\n\r\n{"name":'],  # no end of the body
+            [HEAD + 'Idempotency-Key: k\r\nContent-Length: 100\r\n\r\n{"name":'],
+            [HEAD + 'Transfer-Encoding: chunked\r\n\r\n5\r\n{"nam\r\n'],
+            ["GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", "GET /livez HT"],  # a second request on the same connection
+        ]
+        header, nothing, body, keyed, chunked, second = await asyncio.gather(*(ask(port, *half) for half in halves))
+        assert header == nothing == ""
+        for answer in (body, keyed, chunked):
+            assert answer.startswith("HTTP/1.1 408")
+            assert "the body did not arrive within 1 s" in answer
+            assert "connection: close" in answer.lower()
+        assert second.startswith("HTTP/1.1 200")
+        many = await asyncio.gather(*(ask(port, halves[2][0]) for _ in range(200)))
+        assert all(answer.startswith(("HTTP/1.1 408", "HTTP/1.1 429")) for answer in many)
+
+
+async def test_a_stream_that_is_read_slowly_is_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(HeaderDeadlineProtocol, "header_seconds", 0.5)
+    async with serving(tmp_path) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(2):  # the connection is kept alive
+            writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert (await reader.readuntil(b'"alive"}')).startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.7)
+        writer.close()
+
+
+async def test_the_limit_of_a_large_body_is_for_each_part():
+    async def read_all(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        await send("complete")
+
+    parts = [{"type": "http.request", "body": b"x", "more_body": more} for more in (True, True, True, False)]
+
+    async def receive():
+        await asyncio.sleep(0.2)
+        return parts.pop(0)
+
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    await BodyDeadline(read_all, 0.5, ("/large/",))({"type": "http", "path": "/large/x"}, receive, send)
+    assert sent == ["complete"]
+
+
+@pytest.mark.parametrize(("trusted", "is_limited"), [(None, True), ("127.0.0.1", False), ("10.0.0.1", True)])
+async def test_an_address_that_a_header_claims_counts_only_from_a_trusted_proxy(tmp_path, caplog, trusted, is_limited):
+    caplog.set_level("INFO", "uvicorn.access")
+    async with serving(tmp_path, trusted_proxies=trusted) as port:
+        request = "GET /v1/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nConnection: close\r\n"
+        answers = [await ask(port, f"{request}X-Forwarded-For: 203.0.113.{n}\r\n\r\n") for n in range(30)]
+    assert any(answer.startswith("HTTP/1.1 429") for answer in answers) == is_limited
+    assert ("203.0.113." in caplog.text) == (not is_limited)
+
+
+@pytest.mark.parametrize("value", ["nowhere", "10.0.0.0/33", "127.0.0.1,,x"])
+def test_a_trusted_proxy_is_an_address_or_a_network(value):
+    with pytest.raises(ValueError, match="trusted_proxies"):
+        Settings(trusted_proxies=value)
