@@ -1,5 +1,6 @@
 """Settings of the API and dispatcher, read from environment variables."""
 
+import re
 import socket
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from service.domain.access import Owner
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
 from trainer.spec import Frozen, Permissions
+from trainer.spec.permissions import IMPORT
 
 
 class OwnerQuota(Frozen):
@@ -113,7 +115,9 @@ class Settings(BaseSettings):
         "mounts it at the same path",
     )
     allowed_imports: str | None = Field(
-        None, description="modules, parted by commas, whose functions `import:` models may name, with all below them"
+        None,
+        description="functions that `import:` models may name, separated by commas: `package.module:function`, or "
+        "`package.module:*` for all of a module that holds nothing but model builders",
     )
     allowed_roots: str | None = Field(
         None,
@@ -170,6 +174,14 @@ class Settings(BaseSettings):
     def nodes_url(self) -> str:
         """Address of this service for the nodes of the cluster."""
         return (self.cluster_url or self.browser_url()).rstrip("/")
+
+    @field_validator("allowed_imports")
+    @classmethod
+    def _names_functions(cls, text: str | None) -> str | None:
+        for entry in _parted(text):
+            if not re.fullmatch(IMPORT, entry):
+                raise ValueError(f"must be `package.module:function` or `package.module:*` (got {entry!r})")
+        return text
 
     @field_validator("trusted_proxies")
     @classmethod

@@ -70,7 +70,7 @@ def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatc
         cluster.add_node(num_cpus=2)
         leaving = cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
-        permissions = Permissions(imports=("tests",))
+        permissions = Permissions(imports=("tests.trainer.networks:*",))
         context = RunContext(job_id="job-1", attempt=1, name="elastic", folder=str(tmp_path), permissions=permissions)
         task = Task(spec=JobSpec.model_validate(SPEC), context=context)
         environment = os.environ | {JOB_VARIABLE: task.model_dump_json(), "RAY_ADDRESS": cluster.address}

@@ -27,6 +27,10 @@ def test_some_owners_have_quotas_of_their_own(monkeypatch):
         ("webhook_networks", "10.0.0.1/8"),
         ("retention_days", "0"),
         ("log_format", "xml"),
+        ("allowed_imports", "torchvision"),
+        ("allowed_imports", "models:build, os:"),
+        ("trusted_proxies", "nowhere"),
+        ("trusted_proxies", "10.0.0.0/33"),
     ],
 )
 def test_what_cannot_be_taken_is_named(monkeypatch, name, value):

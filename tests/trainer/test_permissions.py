@@ -16,15 +16,21 @@ def test_nothing_is_needed_by_what_reaches_nowhere():
     Permissions().check(spec(model={"name": "torchvision:resnet18"}, data={"name": "torchvision:FakeData"}))
 
 
-@pytest.mark.parametrize("module", ["models", "models.vision"])
-def test_modules_are_allowed_with_all_below_them(module):
-    Permissions(imports=("models",)).check(spec(model={"name": f"import:{module}:build"}))
+@pytest.mark.parametrize("allowed", ["models:build", "models:*", "other:x,models:build"])
+def test_a_function_is_allowed_by_its_name_or_with_its_whole_module(allowed):
+    Permissions(imports=tuple(allowed.split(","))).check(spec(model={"name": "import:models:build"}))
 
 
-@pytest.mark.parametrize("module", ["model", "models2", "other.models", "os"])
-def test_other_modules_are_refused(module):
-    with pytest.raises(Refusal, match=r"model\.name: takes modules under models"):
-        Permissions(imports=("models",)).check(spec(model={"name": f"import:{module}:build"}))
+@pytest.mark.parametrize(
+    "function",
+    ["models:other", "models:_build", "models.vision:build", "model:build", "models2:build", "other.models:build", "os:system"],
+)  # fmt: skip
+def test_other_functions_are_refused(function):
+    for allowed in (("models:build", "vision:*"), ("models.sub:*",), ("models",), ("*",), ()):
+        with pytest.raises(Refusal, match=r"model\.name: must be an allowed function: "):
+            Permissions(imports=allowed).check(spec(model={"name": f"import:{function}"}))
+    with pytest.raises(Refusal):
+        Permissions(imports=("models:*",)).check(spec(model={"name": "import:models:_private"}))
 
 
 def test_a_path_is_taken_by_where_it_leads(tmp_path):

@@ -84,7 +84,7 @@ class LibraryModelSpec(Frozen):
 
 
 class ImportedModelSpec(Frozen):
-    """A model that a function of an installed module builds; the operator allows modules by SYNCBN_ALLOWED_IMPORTS."""
+    """A model that a function of an installed module builds; the operator allows functions by SYNCBN_ALLOWED_IMPORTS."""
 
     name: Annotated[str, Field(pattern=r"^import:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=300)] = Field(
         description="`import:package.module:function`; called with `arguments`, it returns a torch.nn.Module"

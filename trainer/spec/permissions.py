@@ -20,13 +20,21 @@ class Refusal(ValueError):  # noqa: N818 - names say what is the case
         self.field, self.value, self.takes = field, value, takes
 
 
+IMPORT = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
+"""Form of an allowed import."""
+
+
 class Permissions(Frozen):
-    """Prefixes of modules, and roots of paths and fsspec addresses; nothing is allowed that is not below one of them."""
+    """Functions that build models, and roots of paths and fsspec addresses; nothing else is allowed."""
 
     everything: bool = False
     """For a spec that its user runs by hand."""
     imports: tuple[str, ...] = ()
-    """Modules, with all below them."""
+    """`package.module:function`, or `package.module:*` for every function of a module that holds nothing but model builders.
+
+    A module alone is not enough, and what lies below it is not allowed with it: a library has functions that do more than build a
+    model, and a spec chooses the arguments.
+    """
     roots: tuple[str, ...] = ()
     """Absolute folders and fsspec addresses such as `s3://bucket/folder`, with all below them; `/` allows every local path."""
 
@@ -48,9 +56,10 @@ class Permissions(Frozen):
             self.check_path("checkpoint.address", spec.checkpoint.address)
 
     def _check_import(self, field: str, model: ImportedModelSpec) -> None:
-        if not any(model.module == prefix or model.module.startswith(f"{prefix}.") for prefix in self.imports):
+        exact, whole = f"{model.module}:{model.function}", f"{model.module}:*"
+        if not (exact in self.imports or (whole in self.imports and not model.function.startswith("_"))):
             allowed = ", ".join(self.imports) or "none; the operator allows them by SYNCBN_ALLOWED_IMPORTS"
-            raise Refusal(field, model.name, f"takes modules under {allowed}")
+            raise Refusal(field, model.name, f"must be an allowed function: {allowed}")
 
     def check_path(self, field: str, value: str) -> None:
         """Raise Refusal if a path or address does not lie below a root; links are followed."""
