@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     quota_jobs: int | None = Field(None, ge=0, description="jobs that an owner may have with Ray at one time")
     quota_cpus: float | None = Field(None, ge=0, description="CPUs that an owner's jobs may hold at one time")
     quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
+    quota_stored_bytes: int | None = Field(
+        1_000_000_000, ge=0, description="bytes that an owner's jobs may take in the database, ended ones included"
+    )
     owner_quotas: dict[Owner, OwnerQuota] = Field(
         {},
         description='other quotas for some owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; what is not given has no limit',

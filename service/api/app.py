@@ -1,5 +1,6 @@
 """Wiring: the FastAPI application, its components, and the dispatcher that runs as long as it does."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -16,6 +17,7 @@ from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
 from service.api.components import Components
+from service.api.compute import in_thread
 from service.api.deadlines import BODY_SECONDS, BodyDeadline
 from service.api.document import document, operation_id
 from service.api.headers import Headers
@@ -65,7 +67,7 @@ Send a job or a comparison, look at its progress here and at its curves in MLflo
 `Authorization: Bearer <token>`; each operation names the scope that the token must have. A POST that is repeated with the same
 `Idempotency-Key` is done once. Every error answers as problem details (RFC 9457) that name the field and what it takes.
 """
-MOST_BODY_BYTES = 1_000_000
+MAX_BODY_BYTES = 256_000
 PROXY_SECONDS = 60.0
 """Between two parts of a request or answer that is forwarded to MLflow."""
 FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
@@ -77,7 +79,7 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        limited = DeclaredLength(super().build_middleware_stack(), MOST_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES})
+        limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES})
         return Headers(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,)))
 
     def openapi(self) -> dict[str, Any]:
@@ -109,20 +111,24 @@ def make_app(
             background.start("the watch over jobs", components.watch.run())
             background.start("the sender of messages", components.sender.run())
             background.start("retention", components.retention.run())
+            describing = asyncio.create_task(
+                in_thread(app.openapi)
+            )  # takes half a second, which no request should wait for
             app.state.background, app.state.health = background, Health(components, background)
             yield
             await background.close()
+            describing.cancel()
 
     app = Application(
         title="syncbn",
-        version="1",
+        version="1.1",
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
         generate_unique_id_function=operation_id,
     )
     app.state.settings = settings
-    app.max_body_size = MOST_BODY_BYTES
+    app.max_body_size = MAX_BODY_BYTES
     problems.install(app)
     for router in (
         job_routes.router,
@@ -186,7 +192,9 @@ async def _open_components(
         mlflow_http = MlflowHttp(settings.mlflow_url, secret, PROXY_SECONDS)
         stack.push_async_callback(mlflow_http.close)
         permissions = settings.permissions()
-        jobs, comparisons, files = JobStore(database), ComparisonStore(database), RunFiles(settings.storage)
+        jobs = JobStore(database, settings.quota_stored_bytes)
+        comparisons = ComparisonStore(database, settings.quota_stored_bytes)
+        files = RunFiles(settings.storage)
         leases, keys, tokens = LeaseStore(database), IdempotencyStore(database), TokenStore(database)
         credentials = CredentialStore(database)
         metrics = Metrics(jobs, leases)

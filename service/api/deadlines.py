@@ -52,7 +52,7 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
 
 
 class BodyDeadline:
-    """ASGI middleware for bodies that do not arrive in time: reading one raises HTTPException with 408, which closes the connection."""
+    """ASGI middleware that limits the time of bodies: reading one that is late raises HTTPException with 408."""
 
     def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, large_under: tuple[str, ...] = ()) -> None:
         """Allow `seconds` for a body; under the path prefixes of `large_under`, for each part of it."""

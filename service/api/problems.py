@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from http import HTTPStatus
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,6 +19,7 @@ from service.domain.errors import (
     InFlight,
     InvalidField,
     NotFound,
+    QuotaExceeded,
     Refused,
     ServiceError,
     Unavailable,
@@ -30,11 +32,14 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     InFlight: HTTPStatus.CONFLICT,
+    QuotaExceeded: HTTPStatus.FORBIDDEN,
     Changed: HTTPStatus.PRECONDITION_FAILED,
     Refused: HTTPStatus.BAD_GATEWAY,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+MAX_ERRORS = 20
+"""Fields that one answer names."""
 LONGEST_VALUE = 200
 """Characters of a refused value that are sent back."""
 
@@ -71,9 +76,11 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
         return answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: takes application/json (got {sent})", [item])
     errors = [
         FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
-        for item in error.errors()
+        for item in islice(error.errors(), MAX_ERRORS)
     ]
     detail = "; ".join(f"{item.field}: {item.takes}" for item in errors)
+    if (more := len(error.errors()) - len(errors)) > 0:
+        detail += f"; and {more} more"
     return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors)
 
 

@@ -11,6 +11,7 @@ from service.api.schemas import (
     Curves,
     EventList,
     JobList,
+    JobSummaryView,
     JobView,
     Readiness,
     Report,
@@ -72,7 +73,7 @@ def jobs(
     norm: Norm | None = None,
     tag: str | None = None,
     page_size: int = 100,
-) -> Listing[JobList, JobView]:
+) -> Listing[JobList, JobSummaryView]:
     """Go through the jobs that meet all conditions, newest first."""
     query = {"owner": owner, "state": state, "comparison": comparison, "norm": norm, "tag": tag}
     return Listing(get(JobList, "/v1/jobs", query | {"page_size": page_size}), lambda page: page.jobs)

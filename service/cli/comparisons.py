@@ -98,7 +98,7 @@ def _verdict(client: Client, recipe: Recipe, comparison: ComparisonView) -> Reci
     runs = [
         Run(
             variant=without_seed(job.variant),
-            seed=job.spec.seed,
+            seed=job.seed,
             curves={metric: points[metric, job.id] for metric in curves},
             diverged=job.reason.startswith("diverged"),
         )

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from service.api.schemas import Check, EventView, JobView, Needs, Readiness, Validation
+from service.api.schemas import Check, EventView, JobSummaryView, JobView, Needs, Readiness, Validation
 from service.api.schemas.access import AuditView, TokenView
 from service.api.schemas.cluster import ClusterView, Resources
 from service.domain.comparisons import describe
@@ -29,13 +29,13 @@ COLOURS = {
 NOTHING = "–"
 
 
-def state_text(job: JobView) -> str:
+def state_text(job: JobSummaryView) -> str:
     """A job's state in its colour; with the reason where it waits or did not go well."""
     text = _state(job.state)
     return f"{text}: {escape(job.reason)}" if job.state in ("queued", "failed") else text
 
 
-def jobs_table(jobs: Sequence[JobView]) -> Table:
+def jobs_table(jobs: Sequence[JobSummaryView]) -> Table:
     """A row per job."""
     table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
     for job in jobs:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from service.api.schemas import ComparisonView, EventView, JobView
+from service.api.schemas import ComparisonView, EventView, JobSummaryView, JobView
 from service.cli.client import Client
 from service.cli.printing import errors, interruptible
 from service.cli.show import state_text
@@ -38,13 +38,11 @@ class JobBars:
     ) -> None:
         self._progress.stop()
 
-    def show(self, jobs: Sequence[JobView]) -> None:
+    def show(self, jobs: Sequence[JobSummaryView]) -> None:
         """Bring the bars up to date."""
         for job in jobs:
             if job.id not in self._tasks:
-                self._tasks[job.id] = self._progress.add_task(
-                    escape(job.name), total=job.spec.steps, state="", speed=""
-                )
+                self._tasks[job.id] = self._progress.add_task(escape(job.name), total=job.steps, state="", speed="")
             done = job.progress.step if job.progress else 0
             running = job.progress if job.state == "running" else None
             speed = f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left" if running else ""

@@ -1,6 +1,7 @@
 """Comparisons: one base spec under several variants, made into jobs; pure."""
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -16,6 +17,12 @@ from trainer.spec import Frozen, JobSpec, Metric, field_path
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
+MAX_SPEC_BYTES = 65_536
+"""A spec as JSON, with all defaults."""
+MAX_COMPARISON_BYTES = 8_000_000
+"""All specs of a comparison."""
+MAX_VARIANT_BYTES = 4_000
+"""What the axes set in one job, as JSON: it is part of lists."""
 SEED = "seed"
 """The path that repeats a variant instead of making another one."""
 VARIANT = "variant"
@@ -104,19 +111,49 @@ def expand(
     if count > MOST_JOBS:
         raise InvalidField("matrix", f"{count} jobs", f"takes at most {MOST_JOBS} jobs in all")
     _refuse_overlaps(matrix, variants)
+    _refuse_size(spec, axes, variants, count)
     base = spec.model_dump(mode="json")
     points: list[tuple[Variant, JobSpec]] = []
     known: dict[str, Variant] = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         resolved = _resolve(base, _changes(point, matrix, variants), point)
-        same = known.setdefault(resolved.model_dump_json(), point)
+        same = known.setdefault(hashlib.sha256(resolved.model_dump_json().encode()).hexdigest(), point)
         if same is not point:
             raise InvalidField(
                 "matrix", describe(point), f"each point is a job of its own, but {describe(same)} is the same one"
             )
         points.append((point, resolved))
     return points
+
+
+def size_of(content: Any) -> int:
+    """Bytes of `content` as JSON."""
+    return len(json.dumps(content, separators=(",", ":")))
+
+
+def check_size(spec: JobSpec) -> int:
+    """Return the bytes of a spec as JSON. Raises InvalidField if these are too many."""
+    size = len(spec.model_dump_json())
+    if size > MAX_SPEC_BYTES:
+        raise InvalidField(
+            "spec", f"{size:,} bytes", f"must have at most {MAX_SPEC_BYTES:,} bytes as JSON with all defaults"
+        )
+    return size
+
+
+def _refuse_size(spec: JobSpec, axes: Matrix, variants: Mapping[str, Variant], count: int) -> None:
+    """Refuse a comparison whose jobs would take too much, before any of them is made."""
+    largest = {path: max(size_of(value) for value in values) for path, values in axes.items()}
+    point = sum(len(path) + size + 4 for path, size in largest.items())
+    if point > MAX_VARIANT_BYTES:
+        path = max(largest, key=lambda path: largest[path])
+        must = f"must have values of at most {MAX_VARIANT_BYTES:,} bytes in all per job; name larger ones as `variants`"
+        raise InvalidField(f"matrix.{path}", f"{point:,} bytes", must)
+    size = check_size(spec) + point + max((size_of(variant) for variant in variants.values()), default=0)
+    if size * count > MAX_COMPARISON_BYTES:
+        must = f"must have at most {MAX_COMPARISON_BYTES:,} bytes of specs: {count} jobs of up to {size:,} bytes each"
+        raise InvalidField("spec", f"{size * count:,} bytes", must)
 
 
 def _refuse_overlaps(matrix: Matrix, variants: Mapping[str, Variant]) -> None:
@@ -160,7 +197,7 @@ def _resolve(
     for field, path, value in changes:
         _set(content, field.partition("[")[0], path, value)
     try:
-        return JobSpec.model_validate(content)
+        resolved = JobSpec.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         takes = first["msg"].removeprefix("Value error, ")
@@ -169,6 +206,8 @@ def _resolve(
             if broken == path or broken.startswith((f"{path}.", f"{path}[")):
                 raise InvalidField(field, value, takes) from None
         raise InvalidField(whole, point, f"this variant has no valid {broken}: {takes}") from None
+    check_size(resolved)
+    return resolved
 
 
 def _set(content: dict[str, Any], field: str, path: str, value: Any) -> None:

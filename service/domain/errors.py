@@ -1,4 +1,4 @@
-"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, InFlight, Changed, Unavailable, Refused."""
+"""Errors of the control plane: ServiceError and its subclasses, each of which is one HTTP status."""
 
 from typing import Any
 
@@ -7,11 +7,15 @@ class ServiceError(Exception):
     """Base of all errors whose message is meant for the user."""
 
 
+MAX_SHOWN = 200
+"""Characters of a value that a message shows."""
+
+
 class InvalidField(ServiceError):  # noqa: N818 - names say what is the case
     """A field of a request holds a value that cannot be taken."""
 
     def __init__(self, field: str, value: Any, takes: str) -> None:
-        super().__init__(f"{field}: {takes} (got {value!r})")
+        super().__init__(f"{field}: {takes} (got {shown(value)})")
         self.field, self.value, self.takes = field, value, takes
 
 
@@ -31,9 +35,19 @@ class Changed(ServiceError):  # noqa: N818
     """The thing is not any more what the request says that it is."""
 
 
+class QuotaExceeded(ServiceError):  # noqa: N818
+    """The request would take more than its owner may have."""
+
+
 class Unavailable(ServiceError):  # noqa: N818
     """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
 
 
 class Refused(ServiceError):  # noqa: N818
     """Ray or MLflow answered that it does not take something; trying again helps only if the trouble was a passing one."""
+
+
+def shown(value: Any) -> str:
+    """Write a value for a message, shortened if it is long."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

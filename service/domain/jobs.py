@@ -43,14 +43,13 @@ ACTIVE_STATES = frozenset({JobState.SUBMITTED, JobState.RUNNING})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run that a user asked for."""
+class JobRecord:
+    """What is known of a job apart from its spec, which may be large."""
 
     id: str
     name: str
     owner: str
     """Whose token submitted it."""
-    spec: JobSpec
     tags: tuple[str, ...] = ()
     priority: int = 0
     retries: Retries = field(default_factory=Retries)
@@ -88,6 +87,37 @@ class Job:
     ended_at: datetime | None = None
     version: int = 1
     """Grows with each stored change; a change that was computed from an older version is refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSummary(JobRecord):
+    """A job as it is listed."""
+
+    norm: str
+    seed: int
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(JobRecord):
+    """One run that a user asked for."""
+
+    spec: JobSpec
+
+    @property
+    def norm(self) -> str:
+        """Norm of the spec."""
+        return self.spec.norm.value
+
+    @property
+    def seed(self) -> int:
+        """Seed of the spec."""
+        return self.spec.seed
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the spec."""
+        return self.spec.steps
 
     @property
     def submission_id(self) -> str:

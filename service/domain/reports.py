@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from service.domain.comparisons import Comparison, Variant, describe, without_seed
-from service.domain.jobs import Job, JobState
+from service.domain.jobs import JobState, JobSummary
 from service.domain.statistics import Curve, VariantResult, compare, default_target
 
 
@@ -40,12 +40,12 @@ class ComparisonReport:
     variants: Sequence[VariantReport]
 
 
-def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str, Curve]) -> ComparisonReport:
+def make_report(comparison: Comparison, jobs: Sequence[JobSummary], curves: Mapping[str, Curve]) -> ComparisonReport:
     """Measure each variant of `jobs` by their `curves` (by job id), in the order of the matrix."""
-    groups: dict[str, tuple[Variant, dict[int, Job]]] = {}
+    groups: dict[str, tuple[Variant, dict[int, JobSummary]]] = {}
     for job in jobs:
         variant = without_seed(job.variant)
-        groups.setdefault(describe(variant), (variant, {}))[1][job.spec.seed] = job
+        groups.setdefault(describe(variant), (variant, {}))[1][job.seed] = job
     by_seed = {label: {seed: curves[job.id] for seed, job in runs.items()} for label, (_, runs) in groups.items()}
     baseline_label = describe(comparison.baseline)
     baseline = by_seed.get(baseline_label, {})

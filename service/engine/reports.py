@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from service.domain.comparisons import Comparison
-from service.domain.jobs import Job
+from service.domain.jobs import JobSummary
 from service.domain.reports import ComparisonReport, make_report
 from service.domain.statistics import Curve
 from service.engine.mlflow_runs import MlflowRuns
@@ -12,16 +12,16 @@ from service.engine.mlflow_runs import MlflowRuns
 READS_AT_ONCE = 8
 
 
-async def report(comparison: Comparison, jobs: Sequence[Job], mlflow: MlflowRuns) -> ComparisonReport:
+async def report(comparison: Comparison, jobs: Sequence[JobSummary], mlflow: MlflowRuns) -> ComparisonReport:
     """Report on a comparison by what MLflow holds now."""
     return make_report(comparison, jobs, await read_curves(jobs, comparison.metric, mlflow))
 
 
-async def read_curves(jobs: Sequence[Job], metric: str, mlflow: MlflowRuns) -> dict[str, Curve]:
+async def read_curves(jobs: Sequence[JobSummary], metric: str, mlflow: MlflowRuns) -> dict[str, Curve]:
     """Read a metric by job id; empty for jobs that have none of that name, or no run yet."""
     gate = asyncio.Semaphore(READS_AT_ONCE)
 
-    async def read(job: Job) -> Curve:
+    async def read(job: JobSummary) -> Curve:
         if job.mlflow_run_id is None:
             return []
         async with gate:

@@ -19,14 +19,15 @@ COLUMNS = [comparisons.c[field.name] for field in fields(Comparison)]
 class ComparisonStore:
     """Queries about comparisons."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_stored_bytes: int | None = None) -> None:
+        """Refuse jobs by which those of their owner would take more than `max_stored_bytes`; None: no limit."""
+        self._database, self._max_stored_bytes = database, max_stored_bytes
 
     async def add(self, comparison: Comparison, jobs: Sequence[Job]) -> None:
-        """Store a comparison and all of its jobs in one transaction."""
+        """Store a comparison and all of its jobs in one transaction. Raises QuotaExceeded."""
         async with self._database.write() as connection:
             await connection.execute(insert(comparisons).values(**asdict(comparison)))
-            await insert_jobs(connection, jobs)
+            await insert_jobs(connection, jobs, self._max_stored_bytes)
 
     async def get(self, comparison_id: str, owner: str | None = None) -> Comparison:
         """Read one comparison. Raises NotFound, also if it is not `owner`'s."""

@@ -10,8 +10,9 @@ from typing import Any
 from sqlalchemy import Column, Connection, Select, String, and_, bindparam, cast, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.errors import Changed, Conflict, NotFound
-from service.domain.jobs import Event, Job, JobState, Transition, is_legal
+from service.domain.comparisons import size_of
+from service.domain.errors import Changed, Conflict, NotFound, QuotaExceeded
+from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, Transition, is_legal
 from service.domain.leases import Lease, shard_of
 from service.domain.retries import Blame, Failures, Retries
 from service.domain.scheduling import Candidate, Capacity
@@ -19,11 +20,18 @@ from service.store.database import Database
 from service.store.leases import is_held
 from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
-from service.store.usage import Usage, add_usage, read_usage
+from service.store.usage import Usage, add_stored_bytes, add_usage, read_usage
 from service.store.webhooks import announce_end
 from trainer.spec import JobSpec, Progress
 
 COLUMNS = [jobs.c[field.name] for field in fields(Job)]
+SUMMARY_COLUMNS = [
+    *[jobs.c[field.name] for field in fields(JobRecord)],
+    jobs.c.norm,
+    jobs.c.spec["seed"].as_integer().label("seed"),
+    jobs.c.spec["steps"].as_integer().label("steps"),
+]
+"""Of lists, which do not read specs: a page has up to 1,000 jobs."""
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
@@ -40,6 +48,9 @@ INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
 JOBS_AT_ONCE = 500
+INSERTED_AT_ONCE = 32
+BYTES_BESIDE_SPEC = 1_000
+"""What a job takes in the database besides its spec and variant, about."""
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 
@@ -93,11 +104,15 @@ class JobStore:
     A change that is made under a lease does not happen either if another replica has taken the lease since.
     """
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, database: Database, max_stored_bytes: int | None = None) -> None:
+        """Refuse jobs by which those of their owner would take more than `max_stored_bytes`; None: no limit."""
+        self._database, self._max_stored_bytes = database, max_stored_bytes
 
     async def add(self, job: Job) -> None:
-        """Store a new job with its first event. Raises NotFound if the one it is resumed from has been deleted meanwhile."""
+        """Store a new job with its first event.
+
+        Raises NotFound if the one it is resumed from has been deleted meanwhile, and QuotaExceeded.
+        """
         async with self._database.write() as connection:
             if job.resumed_from is not None:
                 # Locked, so that it is not deleted before the new job is there to keep it.
@@ -105,7 +120,7 @@ class JobStore:
                 query = first.with_for_update(read=True, key_share=True)
                 if (await connection.execute(query)).one_or_none() is None:
                     raise NotFound(f"there is no job {job.resumed_from!r}")
-            await insert_jobs(connection, [job])
+            await insert_jobs(connection, [job], self._max_stored_bytes)
 
     async def get(self, job_id: str, owner: str | None = None) -> Job:
         """Read one job. Raises NotFound, also if it is not `owner`'s."""
@@ -115,9 +130,11 @@ class JobStore:
             raise NotFound(f"there is no job {job_id!r}")
         return found[0]
 
-    async def page(self, size: int, before: int | None, wanted: Filter = Filter()) -> tuple[list[Job], int | None]:
+    async def page(
+        self, size: int, before: int | None, wanted: Filter = Filter()
+    ) -> tuple[list[JobSummary], int | None]:
         """Read up to `size` jobs, newest first, older than place `before`; also the place to go on from, if there is more."""
-        query = select(*COLUMNS)
+        query = select(*SUMMARY_COLUMNS)
         for name in ("owner", "state", "comparison_id", "norm"):
             if (value := getattr(wanted, name)) is not None:
                 query = query.where(jobs.c[name] == value)
@@ -127,11 +144,13 @@ class JobStore:
             query = query.join(job_tags, place == jobs.c.sequence).where(job_tags.c.tag == wanted.tag)
         async with self._database.read() as connection:
             rows, more = await read_page(connection, query, place, size, before)
-        return [_job(row) for row in rows], more
+        return [_summary(row) for row in rows], more
 
-    async def of_comparison(self, comparison_id: str) -> list[Job]:
+    async def of_comparison(self, comparison_id: str) -> list[JobSummary]:
         """Read a comparison's jobs in the order of its matrix."""
-        return await self._read(select(*COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence))
+        query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        async with self._database.read() as connection:
+            return [_summary(row) for row in (await connection.execute(query)).all()]
 
     async def unsettled(self, shards: Collection[int]) -> list[Job]:
         """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
@@ -287,18 +306,33 @@ class JobStore:
             return [_job(row) for row in (await connection.execute(query)).all()]
 
 
-async def insert_jobs(connection: AsyncConnection, new: Sequence[Job]) -> None:
-    """Store new jobs with their first events, inside the caller's transaction."""
-    tags_of = {job.id: job.tags for job in new}
+async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_stored_bytes: int | None = None) -> None:
+    """Store new jobs of one owner with their first events, inside the caller's transaction. Raises QuotaExceeded."""
 
-    def insert_all(connection: Connection) -> None:
-        rows = connection.execute(INSERT_JOBS, [_row(job) for job in new]).all()
-        connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in new])
+    def insert_some(connection: Connection, some: Sequence[Job]) -> int:
+        tags_of = {job.id: job.tags for job in some}
+        contents = [_row(job) | {"stored_bytes": _stored_bytes(job)} for job in some]
+        rows = connection.execute(INSERT_JOBS, contents).all()
+        connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in some])
         tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
         if tags:
             connection.execute(INSERT_TAGS, tags)
+        return sum(int(content["stored_bytes"]) for content in contents)
 
-    await connection.run_sync(insert_all)
+    size = 0
+    for first in range(0, len(new), INSERTED_AT_ONCE):  # other requests are answered in between
+        size += await connection.run_sync(insert_some, new[first : first + INSERTED_AT_ONCE])
+    stored = await add_stored_bytes(connection, new[0].owner, size)
+    if max_stored_bytes is not None and stored > max_stored_bytes:
+        raise QuotaExceeded(
+            f"the jobs of {new[0].owner} would take {stored:,} bytes in the database; at most {max_stored_bytes:,} are allowed. "
+            "Retention deletes ended jobs, and the operator sets SYNCBN_QUOTA_STORED_BYTES"
+        )
+
+
+def _stored_bytes(job: Job) -> int:
+    """Bytes that a job takes in the database, with its events, about."""
+    return len(job.spec.model_dump_json()) + size_of(job.variant) + BYTES_BESIDE_SPEC
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -321,14 +355,22 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(row: Any) -> Job:
-    values = {field.name: getattr(row, field.name) for field in fields(Job)}
-    values["spec"] = JobSpec.model_validate_json(json.dumps(row.spec))
-    values["tags"] = tuple(row.tags)
-    values["retries"] = Retries(**row.retries)
-    values["failures"] = Failures({Blame(blame): count for blame, count in row.failures.items()})
-    values["state"] = JobState(row.state)
-    values["progress"] = _progress(row.progress)
-    return Job(**values)
+    return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
+
+
+def _summary(row: Any) -> JobSummary:
+    return JobSummary(**_record(row), norm=row.norm, seed=row.seed, steps=row.steps)
+
+
+def _record(row: Any) -> dict[str, Any]:
+    values = {field.name: getattr(row, field.name) for field in fields(JobRecord)}
+    return values | {
+        "tags": tuple(row.tags),
+        "retries": Retries(**row.retries),
+        "failures": Failures({Blame(blame): count for blame, count in row.failures.items()}),
+        "state": JobState(row.state),
+        "progress": _progress(row.progress),
+    }
 
 
 def _progress(content: Any) -> Progress | None:

@@ -3,10 +3,11 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, delete, exists, insert, or_, select
+from sqlalchemy import Select, delete, exists, func, insert, or_, select
 
 from service.store.database import Database
 from service.store.tables import comparisons, deleted_jobs, events, job_tags, jobs
+from service.store.usage import add_stored_bytes
 from service.store.webhooks import forget_deliveries
 
 
@@ -31,6 +32,9 @@ class RetentionStore:
             old = (await connection.execute(again)).scalars().all()
             if not old:
                 return 0
+            sizes = select(jobs.c.owner, func.sum(jobs.c.stored_bytes)).where(jobs.c.id.in_(old)).group_by(jobs.c.owner)
+            for owner, size in (await connection.execute(sizes)).all():
+                await add_stored_bytes(connection, owner, -int(size))
             await forget_deliveries(connection, old)
             for table, column in ((events, events.c.job_id), (job_tags, job_tags.c.job_id), (jobs, jobs.c.id)):
                 await connection.execute(delete(table).where(column.in_(old)))

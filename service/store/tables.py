@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    BigInteger,
     Boolean,
     Column,
     DateTime,
@@ -99,6 +100,7 @@ jobs = Table(
     # What is asked for in SQL of the things above.
     Column("norm", String(20), nullable=False),
     Column("shard", Integer, nullable=False),
+    Column("stored_bytes", Integer, nullable=False, server_default="0"),
     Column("least_cpus", Float, nullable=False),
     Column("least_gpus", Float, nullable=False),
     Column("most_cpus", Float, nullable=False),
@@ -233,6 +235,8 @@ usage = Table(
     Column("owner", String(80), primary_key=True),
     Column("gpu_seconds", Float, nullable=False),
     Column("cpu_seconds", Float, nullable=False),
+    # Of jobs that are stored now.
+    Column("stored_bytes", BigInteger, nullable=False, server_default="0"),
 )
 
 idempotency_keys = Table(

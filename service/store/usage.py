@@ -26,6 +26,14 @@ async def add_usage(connection: AsyncConnection, owner: str, seconds: float, hel
     await connection.execute(query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums))
 
 
+async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) -> int:
+    """Add to the bytes that an owner's jobs take, inside the caller's transaction; return their sum."""
+    query = insert_into(connection, usage).values(owner=owner, gpu_seconds=0.0, cpu_seconds=0.0, stored_bytes=count)
+    sums = {"stored_bytes": usage.c.stored_bytes + query.excluded.stored_bytes}
+    query = query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums)
+    return int((await connection.execute(query.returning(usage.c.stored_bytes))).scalar_one())
+
+
 async def read_usage(connection: AsyncConnection) -> dict[str, Usage]:
     """Read what each owner has used."""
     rows = (await connection.execute(select(usage))).all()

@@ -1,10 +1,11 @@
 """Jobs and comparisons for tests."""
 
+from dataclasses import fields
 from datetime import UTC, datetime
 from typing import Any
 
 from service.domain.comparisons import Comparison
-from service.domain.jobs import Job, new_id
+from service.domain.jobs import Job, JobRecord, JobSummary, new_id
 from trainer.spec import JobSpec
 
 
@@ -19,6 +20,12 @@ def make_job(**changes: Any) -> Job:
         "queued_at": datetime.now(UTC),
     }
     return Job(**(values | changes))
+
+
+def summary_of(job: Job) -> JobSummary:
+    """A job as lists have it."""
+    record = {field.name: getattr(job, field.name) for field in fields(JobRecord)}
+    return JobSummary(**record, norm=job.norm, seed=job.seed, steps=job.steps)
 
 
 def make_comparison(**changes: Any) -> Comparison:

@@ -2,10 +2,12 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 DEEPEST = 32
 """Levels of lists and objects within an argument."""
+MAX_ARGUMENT_VALUES = 10_000
+"""Numbers, texts, lists and objects of all arguments together, the keys of objects included."""
 
 
 class Frozen(BaseModel):
@@ -14,11 +16,18 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _readable_again(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Refuse what can be read from a request once, but not from the database, or from a file, again."""
+def _readable_again(arguments: Any) -> Any:
+    """Refuse what can be read from a request once, but not from the database, or from a file, again; and what is too much.
+
+    This comes before pydantic's own validation, which takes long for many values.
+    """
     left: list[tuple[Any, int]] = [(arguments, 0)]
+    count = 0
     while left:
         value, depth = left.pop()
+        count += 1
+        if count > MAX_ARGUMENT_VALUES or len(left) > MAX_ARGUMENT_VALUES:
+            raise ValueError(f"must have at most {MAX_ARGUMENT_VALUES:,} values in all")
         if depth > DEEPEST:
             raise ValueError(f"takes at most {DEEPEST} levels of lists and objects")
         if isinstance(value, str) and any(
@@ -32,7 +41,7 @@ def _readable_again(arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return arguments
 
 
-Arguments = Annotated[dict[str, JsonValue], AfterValidator(_readable_again)]
+Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_readable_again)]
 """Keyword arguments of something that the spec names."""
 
 

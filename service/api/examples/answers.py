@@ -15,6 +15,7 @@ from service.api.schemas import (
     EventView,
     FieldError,
     JobList,
+    JobSummaryView,
     JobView,
     Needs,
     Problem,
@@ -42,8 +43,14 @@ from service.domain.retries import Retries
 from service.domain.webhooks import Threshold
 from trainer.spec import JobSpec, Progress
 
+
+def _summary(job: JobView) -> JobSummaryView:
+    return JobSummaryView(**job.model_dump(exclude={"spec"}))
+
+
 AT = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
 MLFLOW = "http://127.0.0.1:8000/mlflow/#/experiments/1/runs/"
+_SPEC = JobSpec.model_validate(SPEC)
 QUEUED = JobView(
     id="job-3f9c2b7a10de",
     name="first try",
@@ -69,7 +76,10 @@ QUEUED = JobView(
     created_at=AT,
     started_at=None,
     ended_at=None,
-    spec=JobSpec.model_validate(SPEC),
+    norm=_SPEC.norm,
+    seed=_SPEC.seed,
+    steps=_SPEC.steps,
+    spec=_SPEC,
 )
 RUNNING = QUEUED.model_copy(
     update={
@@ -98,11 +108,9 @@ COMPARISON = ComparisonView(
     target=0.8,
     mlflow_url=f"{MLFLOW}9e1c03d4b5a64a7f",
     created_at=AT,
-    jobs=[OF_COMPARISON],
+    jobs=[_summary(OF_COMPARISON)],
 )
-VALIDATION = Validation(
-    jobs=1, spec=JobSpec.model_validate(SPEC), least=Needs(cpus=2, gpus=0), most=Needs(cpus=2, gpus=0), fits=True
-)
+VALIDATION = Validation(jobs=1, spec=_SPEC, least=Needs(cpus=2, gpus=0), most=Needs(cpus=2, gpus=0), fits=True)
 EVENTS = [
     EventView(sequence=sequence, at=AT + timedelta(seconds=seconds), state=state, reason=reason, actor=actor, attempt=1)
     for sequence, seconds, state, reason, actor in (
@@ -171,7 +179,7 @@ ANSWERS: dict[str, BaseModel] = {
     "resume_job": QUEUED.model_copy(update={"resumed_from": "job-10aa92be77c0"}),
     "show_job": RUNNING,
     "cancel_job": RUNNING.model_copy(update={"cancel_requested": True}),
-    "list_jobs": JobList(jobs=[RUNNING], next_page_token="NDE"),  # noqa: S106
+    "list_jobs": JobList(jobs=[_summary(RUNNING)], next_page_token="NDE"),  # noqa: S106
     "list_events": EventList(events=EVENTS),
     "validate_job": VALIDATION,
     "validate_comparison": VALIDATION.model_copy(update={"jobs": 8}),
@@ -246,7 +254,7 @@ PROBLEMS: dict[HTTPStatus, Problem] = {
             "job job-3f9c2b7a10de has changed since: it is running, attempt 1 is running",
             [],
         ),
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("the body takes at most 1,000,000 bytes", []),
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("the body takes at most 256,000 bytes", []),
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE: _field("Content-Type", "text/plain", "takes application/json"),
         HTTPStatus.UNPROCESSABLE_ENTITY: _field(
             "spec.global_batch_size", 1, "2 workers with norm 'sync' on 'mnist5k' take 2 to 4000 samples"

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Response
 
 from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
+from service.api.compute import in_thread
 from service.api.idempotency import Route
 from service.api.identifiers import ComparisonId
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
@@ -22,7 +23,7 @@ async def submit_comparison(
     body: SubmitComparison, caller: Submitter, components: GivenComponents, response: Response
 ) -> ComparisonView:
     """Store a comparison and one job for each point of its matrix, all or none."""
-    points = expand(body.spec, body.matrix, body.variants)
+    points = await in_thread(expand, body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
     secrets = await components.secrets.resolve(caller.owner, body.secrets)
@@ -92,5 +93,5 @@ async def show_curves(
     await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     curves = await read_curves(jobs, metric, components.mlflow)
-    runs = [RunCurve(job_id=job.id, seed=job.spec.seed, state=job.state, points=list(curves[job.id])) for job in jobs]
+    runs = [RunCurve(job_id=job.id, seed=job.seed, state=job.state, points=list(curves[job.id])) for job in jobs]
     return Curves(metric=metric, runs=runs)

@@ -15,8 +15,9 @@ from service.api.idempotency import Route
 from service.api.identifiers import COMPARISON, JobId
 from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
 from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log
-from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobView, SubmitJob
+from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobSummaryView, JobView, SubmitJob
 from service.domain.access import Caller, Owner
+from service.domain.comparisons import check_size
 from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import Job, JobState
 from service.domain.terms import Tag, clone, resume
@@ -31,6 +32,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 @router.post("", status_code=202)
 async def submit_job(body: SubmitJob, caller: Submitter, components: GivenComponents, response: Response) -> JobView:
     """Store a job and answer with its address; the dispatcher takes it from there."""
+    check_size(body.spec)
     components.permissions.check(body.spec)
     secrets = await components.secrets.resolve(caller.owner, body.secrets)
     job = body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets)
@@ -72,7 +74,7 @@ async def list_jobs(
     wanted = Filter(owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
     jobs, more = await components.jobs.page(page_size, place_of(page_token), wanted)
     return JobList(
-        jobs=[JobView.of(job, components.mlflow_public_url) for job in jobs],
+        jobs=[JobSummaryView.of(job, components.mlflow_public_url) for job in jobs],
         next_page_token=token_of(more),
     )
 

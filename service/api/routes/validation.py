@@ -6,9 +6,10 @@ from fastapi import APIRouter
 
 from service.api.auth import Submitter
 from service.api.components import Components, GivenComponents
+from service.api.compute import in_thread
 from service.api.idempotency import KnownCaller
 from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
-from service.domain.comparisons import choose_baseline, expand
+from service.domain.comparisons import check_size, choose_baseline, expand
 from service.domain.errors import Unavailable
 from service.domain.scheduling import Capacity, least_needs, most_needs
 from service.domain.terms import Terms
@@ -20,13 +21,14 @@ router = APIRouter(prefix="/v1", route_class=KnownCaller)
 @router.post("/jobs:validate", tags=["jobs"])
 async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
     """Check a submission, and store nothing."""
+    check_size(body.spec)
     return await _validate(components, caller.owner, body, body.spec, [body.spec])
 
 
 @router.post("/comparisons:validate", tags=["comparisons"])
 async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
     """Check a comparison, and store nothing."""
-    specs = [spec for _, spec in expand(body.spec, body.matrix, body.variants)]
+    specs = [spec for _, spec in await in_thread(expand, body.spec, body.matrix, body.variants)]
     choose_baseline(body.axes, body.baseline)
     return await _validate(components, caller.owner, body, body.spec, specs)
 

@@ -2,7 +2,17 @@
 
 from service.api.schemas.comparisons import ComparisonView, SubmitComparison
 from service.api.schemas.health import Check, Readiness
-from service.api.schemas.jobs import ChangeJob, EventList, EventView, JobList, JobView, Needs, SubmitJob, Validation
+from service.api.schemas.jobs import (
+    ChangeJob,
+    EventList,
+    EventView,
+    JobList,
+    JobSummaryView,
+    JobView,
+    Needs,
+    SubmitJob,
+    Validation,
+)
 from service.api.schemas.names import Name
 from service.api.schemas.problems import FieldError, Problem
 from service.api.schemas.reports import Curves, Report, RunCurve, SpreadView, VariantReport
@@ -16,6 +26,7 @@ __all__ = [
     "EventView",
     "FieldError",
     "JobList",
+    "JobSummaryView",
     "JobView",
     "Name",
     "Needs",

@@ -1,14 +1,15 @@
 """Comparisons in requests and answers."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from service.api.schemas.jobs import JobView, run_url
+from service.api.schemas.jobs import JobSummaryView, run_url
 from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison, ComparisonSpec
-from service.domain.jobs import Job
+from service.domain.jobs import JobRecord
 from service.domain.terms import Terms
 
 
@@ -30,11 +31,11 @@ class ComparisonView(BaseModel):
     target: float | None
     mlflow_url: str | None
     created_at: datetime
-    jobs: list[JobView]
+    jobs: list[JobSummaryView]
 
     @classmethod
-    def of(cls, comparison: Comparison, jobs: list[Job], mlflow_public_url: str) -> "ComparisonView":
+    def of(cls, comparison: Comparison, jobs: Sequence[JobRecord], mlflow_public_url: str) -> "ComparisonView":
         """Show a comparison."""
         values = {name: getattr(comparison, name) for name in cls.model_fields if name not in ("jobs", "mlflow_url")}
-        views = [JobView.of(job, mlflow_public_url) for job in jobs]
+        views = [JobSummaryView.of(job, mlflow_public_url) for job in jobs]
         return cls(**values, mlflow_url=run_url(mlflow_public_url, comparison), jobs=views)

@@ -1,13 +1,13 @@
 """Jobs in requests and answers, apart from JobSpec."""
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison
-from service.domain.jobs import Event, Job, JobState
+from service.domain.jobs import Event, JobRecord, JobState
 from service.domain.retries import Blame, Retries
 from service.domain.terms import Terms
 from trainer.spec import Frozen, JobSpec, Progress
@@ -48,8 +48,8 @@ class Validation(BaseModel):
     fits: bool | None = Field(description="whether the cluster as it is now is large enough; null: Ray does not answer")
 
 
-class JobView(BaseModel):
-    """A job as it stands."""
+class JobSummaryView(BaseModel):
+    """A job as lists show it: all but its spec."""
 
     id: str
     name: str
@@ -75,10 +75,12 @@ class JobView(BaseModel):
     created_at: datetime
     started_at: datetime | None
     ended_at: datetime | None
-    spec: JobSpec
+    norm: str = Field(description="of the spec")
+    seed: int = Field(description="of the spec")
+    steps: int = Field(description="of the spec")
 
     @classmethod
-    def of(cls, job: Job, mlflow_public_url: str) -> "JobView":
+    def of(cls, job: JobRecord, mlflow_public_url: str) -> Self:
         """Show a job."""
         values = {
             name: getattr(job, name) for name in cls.model_fields if name not in ("mlflow_url", "failures", "tags")
@@ -88,10 +90,16 @@ class JobView(BaseModel):
         )
 
 
-class JobList(BaseModel):
-    """A page of jobs, newest first."""
+class JobView(JobSummaryView):
+    """A job as it stands."""
 
-    jobs: list[JobView]
+    spec: JobSpec
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first, without their specs."""
+
+    jobs: list[JobSummaryView]
     next_page_token: str | None = Field(description="pass it as `page_token` for the next page; null on the last one")
 
 
@@ -117,7 +125,7 @@ class EventList(BaseModel):
     events: list[EventView]
 
 
-def run_url(base: str, of: Job | Comparison) -> str | None:
+def run_url(base: str, of: JobRecord | Comparison) -> str | None:
     """Where a browser finds a run in MLflow; None as long as there is none."""
     if of.mlflow_run_id is None:
         return None

@@ -1,35 +1,11 @@
 """Requests that do not arrive whole, and addresses that proxies claim, on a real server."""
 
 import asyncio
-from contextlib import asynccontextmanager
 
 import pytest
 
-from service.api.app import make_app
 from service.api.deadlines import BodyDeadline, HeaderDeadlineProtocol
-from service.api.server import Server
-from service.cli.machine import choose_ports
-from service.settings import Settings
-from tests.fakes import FakeMlflow, FakeRay
-from tests.service.api.conftest import TOKEN
-
-
-@asynccontextmanager
-async def serving(tmp_path, **changes):
-    """Run the API on a port of its own; yield the port."""
-    (port,) = choose_ports(1)
-    settings = Settings(
-        token=TOKEN, port=port, database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db", storage=tmp_path / "storage", **changes
-    )  # fmt: skip
-    server = Server(make_app(settings, FakeRay(), FakeMlflow()), settings)
-    task = asyncio.create_task(server.serve())
-    async with asyncio.timeout(30):
-        while not server.started:
-            await asyncio.sleep(0.05)
-    yield port
-    server.should_exit = True
-    async with asyncio.timeout(30):
-        await task
+from tests.service.api.serving import TOKEN, serving
 
 
 async def ask(port, *parts, read=True):

@@ -64,7 +64,7 @@ async def _in_pieces():
 async def test_a_body_that_is_too_large(client, content, headers):
     content = content() if callable(content) else content
     answer = await refused(client, 413, "POST", "/v1/jobs", content=content, headers=JSON | headers)
-    assert answer.json()["detail"] == "the body takes at most 1,000,000 bytes"
+    assert answer.json()["detail"] == "the body takes at most 256,000 bytes"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
@@ -128,6 +128,6 @@ async def test_an_argument_that_could_not_be_read_again(client, value):
 
 
 async def test_how_much_a_comparison_may_set(client):
-    body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(40_000)}}
+    body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(10_000)}}
     answer = await refused(client, 422, "POST", "/v1/comparisons:validate", json=body)
     assert answer.json()["errors"][0]["field"] == "matrix"

@@ -1,18 +1,21 @@
 import asyncio
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.domain.errors import Conflict, NotFound
+from service.domain.errors import Conflict, NotFound, QuotaExceeded
 from service.domain.jobs import JobState, Transition
 from service.domain.leases import SCHEDULER, SHARDS, shard_of
 from service.domain.retries import Blame, Failures
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import Filter, JobStore
 from service.store.leases import LeaseStore
+from service.store.retention import RetentionStore
 from service.store.tables import events
 from service.store.tables import jobs as table
-from tests.service.examples import make_comparison, make_job
+from service.store.usage import add_stored_bytes
+from tests.service.examples import make_comparison, make_job, summary_of
 from trainer.spec import JobSpec, Progress
 
 
@@ -55,7 +58,7 @@ async def test_pages_go_through_all_jobs_newest_first(jobs):
         if place is None:
             break
         await jobs.add(make_job())  # what comes meanwhile neither shifts the pages nor shows up
-    assert seen == stored[::-1]
+    assert seen == [summary_of(job) for job in stored[::-1]]
 
 
 async def test_a_walk_leaves_its_events(jobs):
@@ -184,7 +187,7 @@ async def test_lists_are_filtered(jobs):
         (Filter(tag="a"), [sync]),
         (Filter(tag="a", owner="admin"), []),
     ]:
-        assert await jobs.page(10, None, wanted) == (found, None)
+        assert await jobs.page(10, None, wanted) == ([summary_of(job) for job in found], None)
 
 
 async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):
@@ -193,7 +196,7 @@ async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):
     mine = [make_job(comparison_id=comparison.id) for _ in range(3)]
     await comparisons.add(comparison, mine)
     assert await comparisons.get(comparison.id) == comparison
-    assert await jobs.of_comparison(comparison.id) == mine
+    assert await jobs.of_comparison(comparison.id) == [summary_of(job) for job in mine]
     assert await comparisons.unsettled() == [comparison]
     await comparisons.note(comparison.id, mlflow_run_id="r", mlflow_experiment_id="1", mlflow_closed=True)
     assert (await comparisons.get(comparison.id)).mlflow_run_id == "r"
@@ -211,3 +214,24 @@ async def test_if_one_job_cannot_be_stored_nothing_is(database, jobs):
     with pytest.raises(NotFound):
         await comparisons.get(comparison.id)
     assert await jobs.page(10, None) == ([], None)
+
+
+async def test_an_owner_stores_no_more_than_the_quota_and_deletion_frees_it(database):
+    jobs = JobStore(database, 5_000)
+    stored = make_job(owner="bob")
+    await jobs.add(stored)
+    large = make_job(owner="bob", variant={"junk": "x" * 2_000})
+    with pytest.raises(QuotaExceeded, match=r"the jobs of bob would take [\d,]+ bytes in the database; at most 5,000"):
+        await jobs.add(large)
+    with pytest.raises(NotFound):
+        await jobs.get(large.id)
+    await jobs.add(make_job(owner="ann", variant={"junk": "x" * 1_000}))
+    async with database.write() as connection:
+        left = await add_stored_bytes(connection, "bob", 0)
+        assert left == len(stored.spec.model_dump_json()) + 2 + 1_000
+    await jobs.advance(stored, Transition(state=JobState.CANCELLED, reason="test"), "test")
+    cancelled = await jobs.get(stored.id)
+    await jobs.note(cancelled, mlflow_closed=True)
+    assert await RetentionStore(database).forget_jobs(datetime.now(UTC) + timedelta(seconds=1), 10) == 1
+    async with database.write() as connection:
+        assert await add_stored_bytes(connection, "bob", 0) == 0

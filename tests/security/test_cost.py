@@ -1,0 +1,155 @@
+"""The most expensive requests that every route accepts or refuses: meanwhile, others are answered."""
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+
+from service.api.app import MAX_BODY_BYTES
+from service.domain.comparisons import MAX_COMPARISON_BYTES, MAX_SPEC_BYTES
+from tests.service.api.serving import TOKEN, serving_elsewhere
+
+MAX_SECONDS = 0.5
+MAX_ANSWER_BYTES = 9_000_000
+MODEL = "import:models:build"
+JUNK = {"junk": ["x" * 97] * 600}
+LARGE = {"steps": 1, "model": {"name": "timm:resnet26", "arguments": JUNK}}
+"""A spec that is nearly as large as one may be."""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory):
+    with serving_elsewhere(tmp_path_factory.mktemp("service")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=120) as client:
+        yield client
+
+
+class Watch:
+    """Asks /livez all the time in a thread of its own, and keeps the longest time that an answer took."""
+
+    def __init__(self, url):
+        self.longest, self._ended = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(url,))
+
+    def _run(self, url):
+        with httpx.Client(timeout=60) as client:
+            while not self._ended.is_set():
+                began = time.monotonic()
+                assert client.get(f"{url}/livez").is_success
+                self.longest = max(self.longest, time.monotonic() - began)
+                self._ended.wait(0.01)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._thread.join()
+
+
+def comparison(**changes):
+    return {"name": "large", "spec": LARGE, "matrix": {"seed": list(range(100))}} | changes
+
+
+NESTED = json.loads("[" * 90 + "]" * 90)
+OVERLAPPING = {f"v{n}": {f"a{m}": n for m in range(32)} for n in range(100)}
+REQUESTS = {
+    "a large job": ("POST", "/v1/jobs", {"name": "x", "spec": LARGE}, 202),
+    "a spec that is too large": (
+        "POST",
+        "/v1/jobs",
+        {"name": "x", "spec": LARGE | {"model": {"name": "timm:x", "arguments": {"junk": ["x" * 9] * 9_000}}}},
+        422,
+    ),
+    "a large comparison": ("POST", "/v1/comparisons", comparison(), 202),
+    "many small jobs": (
+        "POST",
+        "/v1/comparisons",
+        {"name": "many", "spec": {"steps": 1}, "matrix": {"seed": list(range(256))}},
+        202,
+    ),
+    "a comparison that is too large": (
+        "POST",
+        "/v1/comparisons",
+        comparison(matrix={"seed": list(range(256))}),
+        422,
+    ),
+    "the same, only checked": ("POST", "/v1/comparisons:validate", comparison(), 200),
+    "values that are too large": (
+        "POST",
+        "/v1/comparisons",
+        comparison(spec={"steps": 1}, matrix={"model.hidden": [[n] * 1_000 for n in range(1, 60)]}),
+        422,
+    ),
+    "fields that overlap": ("POST", "/v1/comparisons", comparison(variants=OVERLAPPING, spec={"steps": 1}), 422),
+    "many wrong fields": (
+        "POST",
+        "/v1/jobs",
+        {"name": "x", "spec": {"steps": 1, "model": {"name": "mlp", "hidden": ["x"] * 50_000}}},
+        422,
+    ),
+    "many unknown fields": ("POST", "/v1/jobs", {f"field{n}": n for n in range(12_000)}, 422),
+    "deep nesting": (
+        "POST",
+        "/v1/jobs",
+        {"name": "x", "spec": {"steps": 1, "model": {"name": MODEL, "arguments": {"a": [NESTED] * 1_300}}}},
+        422,
+    ),
+    "many overrides": ("POST", "/v1/jobs/{job}:clone", {"overrides": {f"optimizer.x{n}": n for n in range(64)}}, 422),
+    "a large clone": ("POST", "/v1/jobs/{job}:clone", {"overrides": {"seed": 1}}, 202),
+    "a large override": (
+        "POST",
+        "/v1/jobs/{job}:clone",
+        {"overrides": {"model.arguments": {"junk": ["x" * 9] * 9_000}}},
+        422,
+    ),
+    "a webhook": (
+        "POST",
+        "/v1/webhooks",
+        {"url": "https://example.org", "thresholds": [{"metric": "x" * 60, "above": 1}] * 2_500},
+        422,
+    ),
+    "a token": ("POST", "/v1/tokens", {"owner": "a" * 250_000, "scopes": ["read"]}, 422),
+    "a link": ("POST", "/v1/sign-in-links", {"next": "/" + "x" * 250_000}, 422),
+    "the longest list": ("GET", "/v1/jobs?page_size=1000", None, 200),
+    "a comparison": ("GET", "/v1/comparisons/{comparison}", None, 200),
+    "a report": ("GET", "/v1/comparisons/{comparison}/report?curves=true", None, 200),
+    "curves": ("GET", "/v1/comparisons/{comparison}/curves", None, 200),
+    "a job": ("GET", "/v1/jobs/{job}", None, 200),
+    "events": ("GET", "/v1/jobs/{job}/events", None, 200),
+    "tokens": ("GET", "/v1/tokens?page_size=1000", None, 200),
+    "the audit": ("GET", "/v1/audit?page_size=1000", None, 200),
+    "metrics": ("GET", "/metrics", None, 200),
+    "the document": ("GET", "/openapi.json", None, 200),
+}
+
+
+def test_the_largest_requests_are_what_they_are_called():
+    assert 0.9 * MAX_SPEC_BYTES < len(json.dumps(LARGE)) < MAX_SPEC_BYTES
+    assert 0.7 * MAX_COMPARISON_BYTES < 100 * len(json.dumps(LARGE)) < MAX_COMPARISON_BYTES
+    assert all(len(json.dumps(body)) < MAX_BODY_BYTES for _, _, body, _ in REQUESTS.values() if body)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
+    method, path, body, status = REQUESTS[name]
+    if "{" in path:
+        jobs = client.post("/v1/comparisons", json=comparison()).json()
+        path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
+    with Watch(url) as watch:
+        time.sleep(0.1)
+        answers = [client.request(method, path, json=body) for _ in range(3)]
+    assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]
+    assert all(len(answer.content) < MAX_ANSWER_BYTES for answer in answers)
+    if status == 422:
+        assert all(len(answer.content) < 20_000 for answer in answers)
+    print(f"{name}: /livez answered within {watch.longest:.3f} s, {len(answers[0].content):,} bytes")
+    assert watch.longest < MAX_SECONDS
