@@ -2,7 +2,7 @@
 
 import secrets
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
@@ -118,6 +118,13 @@ class Job(JobRecord):
     def steps(self) -> int:
         """Optimiser steps of the spec."""
         return self.spec.steps
+
+    @property
+    def queue_until(self) -> datetime | None:
+        """When it has waited too long for its first attempt; None: never."""
+        if self.queue_seconds is None or self.attempt > 1:
+            return None
+        return self.created_at + timedelta(seconds=self.queue_seconds)
 
     @property
     def submission_id(self) -> str:

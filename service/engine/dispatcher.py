@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from prometheus_client import Histogram
 
@@ -198,7 +198,7 @@ class Dispatcher:
         elif job.cancel_requested:
             step = Transition(state=JobState.CANCELLED, reason="cancelled while queued")
             await self._jobs.advance(job, step, ACTOR, lease)
-        elif _has_waited_too_long(job):
+        elif job.queue_until is not None and job.queue_until <= datetime.now(UTC):
             reason = f"waited longer than its queue_seconds, {job.queue_seconds:g}; at last: {job.reason}"
             await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=reason), ACTOR, lease)
 
@@ -293,10 +293,3 @@ class Dispatcher:
             worst = next(s for s in (JobState.FAILED, JobState.CANCELLED, JobState.SUCCEEDED) if s in states)
             await self._mlflow.finish(comparison.mlflow_run_id, worst)
         await self._comparisons.note(comparison.id, mlflow_closed=True)
-
-
-def _has_waited_too_long(job: Job) -> bool:
-    """Whether a job has not come to its first attempt in time."""
-    if job.queue_seconds is None or job.attempt > 1:
-        return False
-    return datetime.now(UTC) - job.created_at > timedelta(seconds=job.queue_seconds)

@@ -155,7 +155,7 @@ class JobStore:
     async def unsettled(self, shards: Collection[int]) -> list[Job]:
         """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
         waits = jobs.c.state == JobState.QUEUED
-        has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_seconds.is_not(None))
+        has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_until <= datetime.now(UTC))
         query = select(*COLUMNS).where(
             jobs.c.mlflow_closed.is_(False), jobs.c.shard.in_(shards), or_(~waits, waits & has_limit)
         )
@@ -346,6 +346,7 @@ def _row(job: Job) -> dict[str, Any]:
     candidate = job.candidate()
     return row | {
         "norm": job.spec.norm,
+        "queue_until": job.queue_until,
         "shard": shard_of(job.id),
         "least_cpus": candidate.least.cpus,
         "least_gpus": candidate.least.gpus,

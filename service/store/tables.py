@@ -76,6 +76,8 @@ jobs = Table(
     Column("retries", JSON, nullable=False),
     Column("secrets", JSON, nullable=False),
     Column("queue_seconds", Float),
+    # Of its first attempt; computed from the above.
+    Column("queue_until", UtcDateTime),
     Column("run_seconds", Float),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),

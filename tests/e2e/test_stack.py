@@ -136,9 +136,12 @@ def runs():
 
 def test_two_stacks_live_side_by_side(tmp_path):
     first_dir, second_dir = tmp_path / "first", tmp_path / "second"
+    first_dir.mkdir()
+    first_dir.chmod(0o755)  # as by hand, or by an earlier version
     with syncbn_up(first_dir) as first, syncbn_up(second_dir) as second:
         one, two = wait_until_ready(first, first_dir), wait_until_ready(second, second_dir)
         for connection, directory in ((one, first_dir), (two, second_dir)):
+            assert stat.S_IMODE(directory.stat().st_mode) == 0o700
             assert stat.S_IMODE((directory / "connection.json").stat().st_mode) == 0o600
             assert httpx.get(f"{connection.url}/readyz", timeout=30).is_success
             assert httpx.get(f"{connection.ray_address}/api/jobs/", timeout=30).status_code == 401

@@ -36,7 +36,12 @@ async def test_what_was_used_before_it_was_kept_apart_is_taken_over(database):
     await jobs.add(job)
     async with database.write() as connection:
         await connection.execute(text("UPDATE jobs SET ran_seconds = 2.5, most_gpus = 2, most_cpus = 4"))
-        for change in ("DROP TABLE usage", "DROP TABLE credentials", "ALTER TABLE jobs DROP COLUMN stored_bytes"):
+        for change in (
+            "DROP TABLE usage",
+            "DROP TABLE credentials",
+            "ALTER TABLE jobs DROP COLUMN stored_bytes",
+            "ALTER TABLE jobs DROP COLUMN queue_until",
+        ):
             await connection.execute(text(change))  # what this migration and later ones make
         await connection.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
     await database.migrate()

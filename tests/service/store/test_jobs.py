@@ -146,9 +146,11 @@ async def test_what_has_ended_otherwise_cannot_be_cancelled(jobs):
 
 async def test_unsettled_jobs_are_those_whose_end_mlflow_does_not_know(jobs):
     done, ended = [make_job(state=JobState.FAILED, mlflow_closed=closed) for closed in (True, False)]
-    waiting, limited = make_job(), make_job(queue_seconds=3.0)
+    long_ago = datetime.now(UTC) - timedelta(seconds=4)
+    waiting, limited = make_job(queue_seconds=60.0), make_job(queue_seconds=3.0, created_at=long_ago)
+    again = make_job(queue_seconds=3.0, created_at=long_ago, attempt=2)
     running = make_job(state=JobState.RUNNING)
-    for job in (done, ended, waiting, limited, running):
+    for job in (done, ended, waiting, limited, again, running):
         await jobs.add(job)
     assert await jobs.unsettled(range(SHARDS)) == [ended, limited, running]
     assert await jobs.unsettled([shard_of(running.id)]) == [

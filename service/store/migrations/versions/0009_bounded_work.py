@@ -1,4 +1,6 @@
-"""Bytes that jobs take in the database, and their sum by owner."""
+"""Bytes that jobs take in the database, their sum by owner, and when jobs have waited too long in the queue."""
+
+from datetime import timedelta
 
 import sqlalchemy as sa
 from alembic import op
@@ -13,6 +15,7 @@ def upgrade() -> None:
     """Add the columns; what is stored already counts."""
     with op.batch_alter_table("jobs") as batch:
         batch.add_column(sa.Column("stored_bytes", sa.Integer(), nullable=False, server_default="0"))
+        batch.add_column(sa.Column("queue_until", sa.DateTime(timezone=True)))
     with op.batch_alter_table("usage") as batch:
         batch.add_column(sa.Column("stored_bytes", sa.BigInteger(), nullable=False, server_default="0"))
     op.execute("UPDATE jobs SET stored_bytes = LENGTH(CAST(spec AS TEXT)) + LENGTH(CAST(variant AS TEXT)) + 1000")
@@ -24,3 +27,16 @@ def upgrade() -> None:
         "UPDATE usage SET stored_bytes = "
         "(SELECT COALESCE(SUM(jobs.stored_bytes), 0) FROM jobs WHERE jobs.owner = usage.owner)"
     )
+    jobs = sa.table(
+        "jobs",
+        sa.column("id", sa.String),
+        sa.column("state", sa.String),
+        sa.column("queue_seconds", sa.Float),
+        sa.column("created_at", sa.DateTime(timezone=True)),
+        sa.column("queue_until", sa.DateTime(timezone=True)),
+    )
+    connection = op.get_bind()
+    waiting = sa.select(jobs).where(jobs.c.queue_seconds.is_not(None), jobs.c.state == "queued")
+    for row in connection.execute(waiting).all():
+        until = row.created_at + timedelta(seconds=row.queue_seconds)
+        connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(queue_until=until))
