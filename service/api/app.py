@@ -20,6 +20,7 @@ from service.api.components import Components
 from service.api.compute import in_thread
 from service.api.deadlines import BODY_SECONDS, BodyDeadline
 from service.api.document import document, operation_id
+from service.api.head import HeadAsGet
 from service.api.headers import Headers
 from service.api.health import Health
 from service.api.mlflow_proxy import MAX_UPLOAD_BYTES, PREFIX, UPLOADS, proxy_mlflow
@@ -80,7 +81,7 @@ class Application(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
         limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES})
-        return Headers(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,)))
+        return Headers(HeadAsGet(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,))))
 
     def openapi(self) -> dict[str, Any]:
         """Describe the API."""

@@ -108,8 +108,7 @@ def _errors(path: str, method: str, operation: Operation) -> Iterator[HTTPStatus
     parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
     yield from (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
     yield from (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE)
-    if parameters or "requestBody" in operation:
-        yield HTTPStatus.UNPROCESSABLE_ENTITY
+    yield HTTPStatus.UNPROCESSABLE_ENTITY  # at least for a query parameter that there is none of
     if "{" in path:
         yield HTTPStatus.NOT_FOUND
     if method == "post":

@@ -6,7 +6,8 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fastapi import HTTPException, Request, Response
+from fastapi import HTTPException, Request, Response, params
+from fastapi.dependencies.utils import get_flat_params
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
@@ -29,14 +30,23 @@ PARAMETER = {
 
 
 class KnownCaller(APIRoute):
-    """A route whose caller is known before anything else is looked at."""
+    """A route whose caller is known before anything else is looked at, and that refuses query parameters it does not have."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap FastAPI's own handler."""
         handle = super().get_route_handler()
+        names = {
+            parameter.alias
+            for parameter in get_flat_params(self.dependant)
+            if isinstance(parameter.field_info, params.Query)
+        }
 
         async def handle_known(request: Request) -> Response:
             await authenticate(request)
+            for name, value in request.query_params.items():
+                if name not in names:
+                    known = f"must be one of {', '.join(sorted(names))}" if names else "this call has none"
+                    raise InvalidField(f"query parameter {name[:100]}", value, known)
             return await handle(request)
 
         return handle_known

@@ -1,7 +1,9 @@
 """The `syncbn` command: its own service, and the commands of each noun."""
 
+import io
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,9 @@ DataDir = Annotated[Path, typer.Option(help="folder of the stack's data", envvar
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit; an error that has an explanation is told without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may have an encoding without the characters of a name
+            stream.reconfigure(errors="replace")
     try:
         app(args=arguments)
     except ApiError as error:
@@ -40,6 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _show_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"syncbn {metadata.version('syncbn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    _: Annotated[
+        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Train with synchronised batch normalisation, and compare it with BN and no BN."""
 
 
 @app.command()

@@ -12,6 +12,7 @@ import yaml
 from service.domain.recipes import Recipe, read_recipe
 from trainer.spec import read_yaml
 
+DASH, STANDARD_INPUT = Path("-"), Path("/dev/stdin")
 RECIPES = Path(str(files("trainer"))) / "recipes"
 
 
@@ -21,7 +22,12 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 
 RecipeOrFile = Annotated[
-    str, typer.Argument(help="YAML file, or name of a recipe", autocompletion=complete_recipe, show_default=False)
+    str,
+    typer.Argument(
+        help="YAML file, `-` for standard input, or name of a recipe",
+        autocompletion=complete_recipe,
+        show_default=False,
+    ),
 ]
 Preset = Annotated[str, typer.Option(help="of a recipe: quick or paper")]
 Set = Annotated[
@@ -33,7 +39,7 @@ Set = Annotated[
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises BadParameter."""
     try:
-        content = read_yaml(path)
+        content = read_yaml(STANDARD_INPUT if path == DASH else path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="file") from None
     if not isinstance(content, dict):
@@ -42,13 +48,20 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def name_of(path: Path) -> str:
+    """The name of what a file describes, if nothing else names it."""
+    return "standard input" if path == DASH else path.stem
+
+
 def recipes() -> list[Recipe]:
     """All recipes, by name."""
     return [read_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))]
 
 
 def find_file(name: str) -> Path:
-    """The file of this name, else the recipe's. Raises BadParameter."""
+    """The file of this name, else the recipe's; `-` is standard input. Raises BadParameter."""
+    if name == str(DASH):
+        return DASH
     path, recipe = Path(name), RECIPES / f"{name}.yaml"
     found = path if path.is_file() else recipe if recipe.is_file() and "/" not in name else None
     if found is None:
@@ -61,9 +74,9 @@ def read_comparison(path: Path, preset: str) -> tuple[dict[str, Any], Recipe | N
     """Return the comparison in a file, and the recipe if it is one's. Raises BadParameter."""
     content = read_mapping(path)
     if "presets" not in content:
-        return {"name": path.stem} | content, None
+        return {"name": name_of(path)} | content, None
     try:
-        recipe = read_recipe(path)
+        recipe = Recipe.model_validate(content)
         return recipe.request(preset), recipe
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="file") from None

@@ -14,6 +14,7 @@ from service.cli.files import (
     RecipeOrFile,
     Set,
     find_file,
+    name_of,
     override,
     parse_overrides,
     read_comparison,
@@ -29,7 +30,8 @@ from trainer.spec import Norm
 app = typer.Typer()
 JobId = Annotated[str, typer.Argument(help="such as job-3f9c2b7a10de", show_default=False)]
 SpecFile = Annotated[
-    Path, typer.Argument(exists=True, dir_okay=False, help="YAML file with a spec", show_default=False)
+    Path,
+    typer.Argument(help="YAML file with a spec, or `-` for standard input", show_default=False),
 ]
 OtherName = Annotated[str | None, typer.Option("--name", help="default: that of the other job")]
 Wait = Annotated[bool, typer.Option("--wait", help="wait for its end, with a progress bar")]
@@ -56,7 +58,7 @@ def submit(
     content = read_mapping(spec)
     override(content, parse_overrides(overrides))
     terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
-    _submitted(client, client.submit_job(name or spec.stem, content, terms, key=key), wait=wait, as_json=as_json)
+    _submitted(client, client.submit_job(name or name_of(spec), content, terms, key=key), wait=wait, as_json=as_json)
 
 
 @app.command()
@@ -77,7 +79,7 @@ def validate(
         found = client.validate_comparison(body)
     else:
         override(content, changes)
-        found = client.validate_job(path.stem, content)
+        found = client.validate_job(name_of(path), content)
     if as_json:
         print_json(found)
     else:

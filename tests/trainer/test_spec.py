@@ -1,3 +1,4 @@
+import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,3 +106,36 @@ def test_what_fits_survives_being_written_and_read(changes):
     spec = JobSpec.model_validate({"steps": 1} | changes)
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
     assert spec.min_workers <= spec.max_workers
+
+
+def bomb(levels, width):
+    """YAML of a few hundred bytes that stands for width ** levels values."""
+    lines = ["a0: &a0 [" + ", ".join(["x"] * width) + "]"]
+    lines += [f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * width) + "]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (bomb(9, 9), "it has more than 20 aliases"),
+        ("a: &a {k: 1}\nb: {<<: [" + ", ".join(["*a"] * 30) + "]}", "it has more than 20 aliases"),
+        ("[" * 3_000 + "]" * 3_000, "nested too deeply"),
+        ("{a: " * 3_000 + "1" + "}" * 3_000, "nested too deeply"),
+        ("x: " + "y" * 1_000_001, "must have at most 1,000,000 bytes"),
+    ],
+)
+def test_a_file_that_would_take_too_much_is_refused(tmp_path, text, reason):
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=reason) as refused:
+        read_yaml(path)
+    assert str(path) in str(refused.value)
+    assert time.monotonic() - began < 5
+
+
+def test_some_aliases_are_taken(tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text("base: &base {steps: 1}\nother: {<<: *base, seed: 2}")
+    assert read_yaml(path)["other"] == {"steps": 1, "seed": 2}

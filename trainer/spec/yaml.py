@@ -4,20 +4,39 @@ import re
 from pathlib import Path
 from typing import Any
 
+MAX_YAML_BYTES = 1_000_000
+MAX_ALIASES = 20
+
 
 def read_yaml(path: Path) -> Any:
     """Read a spec or a recipe. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
 
-    Raises OSError if the file cannot be read, and ValueError naming it if it holds no YAML.
+    Raises OSError if the file cannot be read, and ValueError naming it if it holds no YAML, or too much of it: more than
+    MAX_YAML_BYTES, more than MAX_ALIASES, or lists within lists without end.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            """Count the aliases: each of them may repeat a document's worth of values."""
+            self.aliases += self.check_event(yaml.AliasEvent)
+            if self.aliases > MAX_ALIASES:
+                raise yaml.YAMLError(f"it has more than {MAX_ALIASES} aliases")
+            return super().compose_node(parent, index)
 
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        return yaml.load(path.read_text(), Loader)  # noqa: S506 - a SafeLoader
+        with path.open("rb") as file:
+            content = file.read(MAX_YAML_BYTES + 1)
+        if len(content) > MAX_YAML_BYTES:
+            raise ValueError(f"{path}: must have at most {MAX_YAML_BYTES:,} bytes")
+        return yaml.load(content.decode(), Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise ValueError(
+            f"{path} holds no YAML that can be read: its lists or mappings are nested too deeply"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} holds no YAML: {error}") from error

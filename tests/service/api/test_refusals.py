@@ -131,3 +131,63 @@ async def test_how_much_a_comparison_may_set(client):
     body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(10_000)}}
     answer = await refused(client, 422, "POST", "/v1/comparisons:validate", json=body)
     assert answer.json()["errors"][0]["field"] == "matrix"
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("/v1/jobs?stat=running", "must be one of comparison, norm, owner, page_size, page_token, state, tag"),
+        ("/v1/jobs?State=running&state=running", "must be one of comparison"),
+        ("/v1/me?x=1", "this call has none"),
+        ("/v1/cluster?%00=1", "this call has none"),
+    ],
+)
+async def test_a_query_parameter_that_there_is_none_of(client, path, known):
+    answer = await refused(client, 422, "GET", path)
+    (error,) = answer.json()["errors"]
+    assert error["field"].startswith("query parameter ")
+    assert error["takes"].startswith(known)
+
+
+async def test_of_many_wrong_fields_some_are_named_and_all_are_counted(client):
+    body = {"name": "x", "spec": {"steps": 1}} | {f"field{number}": 1 for number in range(1_000)}
+    answer = await refused(client, 422, "POST", "/v1/jobs", json=body)
+    assert len(answer.json()["errors"]) == 20
+    assert "; and 980 more" in answer.json()["detail"]
+
+
+async def test_a_refused_value_is_shown_shortened(client):
+    body = {"name": "x", "spec": {"steps": 1}, "matrix": {"model.hidden": [["x" * 3_000]]}}
+    answer = await refused(client, 422, "POST", "/v1/comparisons", json=body)
+    assert len(answer.text) < 2_000
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "rule"),
+    [
+        ({"arguments": {"a": "x" * 70_000}}, "spec", "must have at most 65,536 bytes as JSON with all defaults"),
+        ({"arguments": {"a": [1] * 20_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
+        ({"arguments": {"a": [[[[]]]] * 8_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
+    ],
+)
+async def test_a_spec_that_is_too_large(client, spec, field, rule):
+    body = {"name": "x", "spec": {"steps": 1, "model": {"name": "timm:resnet26"} | spec}}
+    for path in ("/v1/jobs", "/v1/jobs:validate"):
+        (error,) = (await refused(client, 422, "POST", path, json=body)).json()["errors"]
+        assert (error["field"].replace(".timm", ""), error["takes"]) == (field.replace(".timm", ""), rule)
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/openapi.json", "/docs", "/v1/jobs", "/sign-in"])
+async def test_head_answers_as_get_without_the_body(client, path):
+    got, head = await client.get(path), await client.head(path)
+    assert head.status_code == got.status_code
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert head.content == b""
+
+
+async def test_head_of_a_stream_ends(client):
+    job = (await client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 10}})).json()
+    head = await client.head(f"/v1/jobs/{job['id']}/events?follow=true")
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"].startswith("text/event-stream")
