@@ -1,6 +1,7 @@
 """MLflow over plain HTTP, for requests that are forwarded as they come."""
 
 from collections.abc import AsyncIterator
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpx
@@ -47,6 +48,7 @@ class MlflowHttp:
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
             follow_redirects=False,
             trust_env=False,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one caller's would be sent with the next one's
         )
 
     async def send(
