@@ -16,8 +16,9 @@ from typing import Self
 import httpx
 
 from service.cli import parts
-from service.cli.keeper import STOP_SIGNALS, Kept, Plan
+from service.cli.keeper import Kept, Plan
 from service.cli.machine import choose_ports, is_free, keep_secret, short_folder, tail, write_private
+from trainer.processes import STOP_SIGNALS
 
 START_ATTEMPTS = 3
 POLL_SECONDS = 0.1

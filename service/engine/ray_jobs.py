@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -14,10 +15,10 @@ import httpx
 from service.domain.errors import Refused, Unavailable
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity, Cluster
-from trainer.spec import JOB_VARIABLE, Task
+from trainer.spec import JOB_VARIABLE
 
 ENTRYPOINT = "python -m trainer"
-"""A shell line in Ray, hence the same for every job: what a user wrote travels in an environment variable."""
+"""A shell line in Ray, hence the same for every job: what a user wrote is in the task file."""
 SECONDS_TO_STOP = 10
 """What a driver gets between SIGINT and SIGKILL."""
 
@@ -25,8 +26,8 @@ SECONDS_TO_STOP = 10
 class RayJobs(Protocol):
     """Submissions as the dispatcher needs them. All calls raise Unavailable if Ray does not answer in time."""
 
-    async def submit(self, submission_id: str, task: Task) -> None:
-        """Hand a task to Ray; a submission that Ray already has is left as it is. Raises Refused."""
+    async def submit(self, submission_id: str, task_file: Path) -> None:
+        """Submit an attempt by its task file; a submission that Ray already has is left as it is. Raises Refused."""
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""
@@ -53,10 +54,10 @@ class RayJobsOverHttp:
         """Close the connections."""
         await self._http.aclose()
 
-    async def submit(self, submission_id: str, task: Task) -> None:
-        """Hand a task to Ray; a submission that Ray already has is left as it is."""
+    async def submit(self, submission_id: str, task_file: Path) -> None:
+        """Submit an attempt by its task file; a submission that Ray already has is left as it is."""
         variables = {
-            JOB_VARIABLE: task.model_dump_json(),
+            JOB_VARIABLE: str(task_file),
             # Ray Train stops its workers cleanly on SIGINT alone, and Ray's 3 seconds are too few for that.
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_STOP),

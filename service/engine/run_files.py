@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,8 +23,10 @@ from trainer.spec import (
     OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
+    TASK_FILE,
     Outcome,
     Progress,
+    Task,
     attempt_folder,
 )
 
@@ -94,6 +97,15 @@ class RunFiles:
             folder = self.attempt_folder(job, attempt)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CLOSED_FILE).touch()
+
+    def write_task(self, task: Task) -> Path:
+        """Write an attempt's task file, for its owner alone to read, and return its path."""
+        path = attempt_folder(self.job_folder(task.context.job_id), task.context.attempt) / TASK_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{TASK_FILE}.")
+        with os.fdopen(handle, "w") as file:
+            file.write(task.model_dump_json())
+        return Path(name).replace(path)
 
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""

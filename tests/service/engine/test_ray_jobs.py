@@ -11,6 +11,7 @@ from service.domain.jobs import new_id
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Capacity, Cluster
 from service.engine.ray_jobs import RayJobsOverHttp
+from service.engine.run_files import RunFiles
 from tests.fakes import FakeRay
 from trainer.spec import LOG_FILE, OUTCOME_FILE, DigitsSpec, JobSpec, MlpSpec, Outcome, RunContext, Task, attempt_folder
 
@@ -51,9 +52,10 @@ async def cluster(request):
         await real.ray.close()
 
 
-def make_task(folder: Path, **changes) -> Task:
+def make_task(folder: Path, **changes) -> Path:
     spec = JobSpec(**({"data": DigitsSpec(), "model": MlpSpec(hidden=[8]), "steps": 20} | changes))
-    return Task(spec=spec, context=RunContext(job_id=folder.name, attempt=1, name="test", folder=str(folder)))
+    context = RunContext(job_id=folder.name, attempt=1, name="test", folder=str(folder))
+    return RunFiles(folder.parent).write_task(Task(spec=spec, context=context))
 
 
 async def test_a_submission_runs_to_its_end_and_only_once(cluster, tmp_path):

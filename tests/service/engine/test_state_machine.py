@@ -85,13 +85,13 @@ class QuirkyRay(FakeRay):
         self.trouble: str | None = None
         self.ran: Counter[tuple[str, int]] = Counter()
 
-    async def submit(self, submission_id, task):
+    async def submit(self, submission_id, task_file):
         self._answer()
         if self.trouble == "refuses":
             raise Refused("500")
         if submission_id not in self.submissions:
-            await super().submit(submission_id, task)
-            self.drivers.setdefault(submission_id, Driver(task))
+            await super().submit(submission_id, task_file)
+            self.drivers.setdefault(submission_id, Driver(self.tasks[submission_id][-1]))
         self.world.call()
         if self.trouble == "answers are lost":
             raise Unavailable("it hangs")
