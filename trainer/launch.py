@@ -1,5 +1,6 @@
 """From a task to a finished Ray Train run: the driver's door to Ray."""
 
+import logging
 import os
 import secrets
 import shlex
@@ -62,7 +63,8 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     readers = 1 if isinstance(spec.data, RayDataSpec) else 0
     cpus = max(os.cpu_count() or 1, spec.max_workers + readers) if is_local else None
     # Workers of a service's job write to files of their own; by hand, their output is Ray's to show.
-    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=is_local)
+    level = logging.INFO if is_local else logging.WARNING
+    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=is_local, logging_level=level)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if is_local and spec.use_gpu and gpus < spec.min_workers:

@@ -79,6 +79,7 @@ class MlflowRunsOverHttp:
                 # MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+                os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # noise in the service's log
                 from mlflow import MlflowClient
 
                 # All modules are there now, and stay. Were they looked through for garbage, all requests would wait for a tenth of

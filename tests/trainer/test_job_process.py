@@ -136,7 +136,7 @@ def test_each_line_of_each_worker_is_in_the_log_once(busy):
 
 def test_the_log_is_free_of_rays_own_noise(busy):
     text = "\n".join(line.text for line in busy.lines)
-    for noise in ("PreemptionWatcher", "TrainController", "(raylet)", "RayTrainWorker"):
+    for noise in ("PreemptionWatcher", "TrainController", "(raylet)", "RayTrainWorker", "INFO", "\x1b"):
         assert noise not in text
     assert [line.text for line in busy.lines if line.level in ("warning", "error")] == []
 

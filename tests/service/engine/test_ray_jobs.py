@@ -13,7 +13,18 @@ from service.domain.scheduling import Capacity, Cluster
 from service.engine.ray_jobs import RayJobsOverHttp
 from service.engine.run_files import RunFiles
 from tests.fakes import FakeRay
-from trainer.spec import LOG_FILE, OUTCOME_FILE, DigitsSpec, JobSpec, MlpSpec, Outcome, RunContext, Task, attempt_folder
+from trainer.spec import (
+    LOG_FILE,
+    OUTCOME_FILE,
+    DigitsSpec,
+    JobSpec,
+    MlpSpec,
+    Outcome,
+    RunContext,
+    Task,
+    attempt_folder,
+    worker_log_file,
+)
 
 
 class Real:
@@ -71,7 +82,7 @@ async def test_a_submission_runs_to_its_end_and_only_once(cluster, tmp_path):
     if isinstance(cluster, Real):
         folder = attempt_folder(tmp_path, 1)
         assert Outcome.model_validate_json((folder / OUTCOME_FILE).read_text()).state == "succeeded"
-        assert (folder / LOG_FILE).read_text().count("step 20/20") == 1
+        assert (folder / worker_log_file(0)).read_text().count("step 20/20") == 1
         assert str(folder / LOG_FILE) in await cluster.ray.logs(name)
 
 
