@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
+from rich.text import Text
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Characters that steer a terminal, but for the line's end and the tab; also those that turn the direction of text around."""
@@ -26,6 +27,10 @@ def visible(text: str) -> str:
 
 class SafeConsole(Console):
     """A console that shows control characters in what it prints as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string, before its width counts in a layout."""
+        return super().render_str(visible(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """Render to segments of visible text."""
