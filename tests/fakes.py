@@ -51,7 +51,8 @@ class FakeRay:
 
     async def cluster(self) -> Cluster:
         self._answer()
-        return Cluster(self.total, self.free or self.total)
+        placed = {name for name, found in self.submissions.items() if found.status == RayStatus.RUNNING}
+        return Cluster(self.total, self.free or self.total, frozenset(placed))
 
     def set(self, submission_id: str, status: RayStatus, message: str = "") -> None:
         """Let a submission go on."""

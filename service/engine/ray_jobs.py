@@ -48,6 +48,8 @@ class RayJobsOverHttp:
     def __init__(self, address: str, token: str | None, timeout_seconds: float) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_seconds = timeout_seconds
+        self._submissions: dict[str, str | None] = {}
+        """By Ray's own id of a job, of those that have placement groups; None for what is no submission."""
         self._http = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout_seconds, trust_env=False)
 
     async def close(self) -> None:
@@ -89,13 +91,14 @@ class RayJobsOverHttp:
         return "" if answer.status_code == httpx.codes.NOT_FOUND else str(self._content(answer)["logs"])
 
     async def cluster(self) -> Cluster:
-        """Sum up the resources of all live nodes, and what of them is free.
+        """Sum up the resources of all live nodes, and what of them is free; and say which submissions have got theirs.
 
         What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is told to be in use.
         """
-        nodes, status = await asyncio.gather(
+        nodes, status, placed = await asyncio.gather(
             self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}),
             self._call("GET", "/api/cluster_status"),
+            self._placed(),
         )
         answer, usage = self._content(nodes), self._content(status)
         with _understood(answer):
@@ -113,7 +116,20 @@ class RayJobsOverHttp:
             {name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")}
             for node, by in total.items()
         ]
-        return Cluster(_sum(total.values()), _sum(free))
+        return Cluster(_sum(total.values()), _sum(free), placed)
+
+    async def _placed(self) -> frozenset[str]:
+        """Find the submissions whose workers' placement group Ray has made."""
+        created = {"filter_keys": "state", "filter_predicates": "=", "filter_values": "CREATED", "limit": "10000"}
+        answer = self._content(await self._call("GET", "/api/v0/placement_groups", params=created))
+        with _understood(answer):
+            creators = {group["creator_job_id"] for group in answer["data"]["result"]["result"]}
+        if creators - self._submissions.keys():
+            listed = self._content(await self._call("GET", "/api/jobs/"))
+            with _understood(listed):
+                self._submissions |= {job["job_id"]: job["submission_id"] for job in listed}
+        self._submissions = {job: name for job, name in self._submissions.items() if job in creators}
+        return frozenset(filter(None, self._submissions.values()))
 
     async def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:

@@ -11,7 +11,7 @@ from sqlalchemy import Column, Connection, Select, String, and_, bindparam, cast
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Changed, Conflict, NotFound
-from service.domain.jobs import Event, Job, JobState, Transition, is_legal
+from service.domain.jobs import Event, Job, JobState, Transition, is_legal, submission_id
 from service.domain.leases import Lease, shard_of
 from service.domain.retries import Blame, Failures, Retries
 from service.domain.scheduling import Candidate, Capacity
@@ -27,7 +27,7 @@ COLUMNS = [jobs.c[field.name] for field in fields(Job)]
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
-        "id", "owner", "priority", "queued_at", "not_before", "progress",
+        "id", "owner", "priority", "queued_at", "not_before", "attempt",
         "least_cpus", "least_gpus", "most_cpus", "most_gpus",
     )
 ]  # fmt: skip
@@ -344,7 +344,7 @@ def _candidate(row: Any) -> Candidate:
         not_before=row.not_before,
         least=Capacity(row.least_cpus, row.least_gpus),
         most=Capacity(row.most_cpus, row.most_gpus),
-        has_workers=row.progress is not None,
+        submission_id=submission_id(row.id, row.attempt),
     )
 
 

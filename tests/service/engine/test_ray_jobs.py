@@ -65,7 +65,8 @@ async def cluster(request):
 
 def make_task(folder: Path, **changes) -> Path:
     spec = JobSpec(**({"data": DigitsSpec(), "model": MlpSpec(hidden=[8]), "steps": 20} | changes))
-    context = RunContext(job_id=folder.name, attempt=1, name="test", folder=str(folder))
+    # The name makes the task longer than an environment variable can be.
+    context = RunContext(job_id=folder.name, attempt=1, name="test" * 50_000, folder=str(folder))
     return RunFiles(folder.parent).write_task(Task(spec=spec, context=context))
 
 
@@ -90,6 +91,9 @@ async def test_a_running_submission_can_be_stopped(cluster, tmp_path):
     name = new_id("job") + "-a1"
     await cluster.ray.submit(name, make_task(tmp_path, steps=10_000_000, num_workers=2))
     await cluster.reach(name, RayStatus.RUNNING)
+    async with asyncio.timeout(60):  # Ray gives the workers their resources long before their first step
+        while name not in (await cluster.ray.cluster()).placed:
+            await asyncio.sleep(0.2)
     await cluster.ray.stop(name)
     await cluster.reach(name, RayStatus.STOPPED)
     await cluster.ray.stop(name)

@@ -104,7 +104,8 @@ class QuirkyRay(FakeRay):
 
     async def cluster(self):
         self._answer()
-        return Cluster(self.total, Capacity(cpus=CPUS - sum(driver.workers for driver in self.alive())))
+        free = Capacity(cpus=CPUS - sum(driver.workers for driver in self.alive()))
+        return Cluster(self.total, free, frozenset(name for name, driver in self.drivers.items() if driver.is_alive))
 
     def set(self, submission_id, status, message=""):
         super().set(submission_id, status, message)
