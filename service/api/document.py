@@ -108,6 +108,8 @@ def _errors(path: str, method: str, operation: Operation) -> Iterator[HTTPStatus
     parameters = {parameter["name"] for parameter in operation.get("parameters", ())}
     yield from (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
     yield from (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE)
+    if method != "get":
+        yield HTTPStatus.INSUFFICIENT_STORAGE
     if parameters or "requestBody" in operation:
         yield HTTPStatus.UNPROCESSABLE_ENTITY
     if "{" in path:

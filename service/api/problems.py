@@ -20,6 +20,7 @@ from service.domain.errors import (
     NotFound,
     Refused,
     ServiceError,
+    StorageFull,
     Unavailable,
 )
 from trainer.spec import Refusal, field_path
@@ -33,6 +34,7 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     Changed: HTTPStatus.PRECONDITION_FAILED,
     Refused: HTTPStatus.BAD_GATEWAY,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 LONGEST_VALUE = 200

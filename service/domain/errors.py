@@ -1,4 +1,7 @@
-"""Errors of the control plane. ServiceError -> InvalidField, NotFound, Conflict, InFlight, Changed, Unavailable, Refused."""
+"""Errors of the control plane.
+
+ServiceError -> InvalidField, NotFound, Conflict, InFlight, Changed, Refused, Unavailable -> StorageFull.
+"""
 
 from typing import Any
 
@@ -33,6 +36,10 @@ class Changed(ServiceError):  # noqa: N818
 
 class Unavailable(ServiceError):  # noqa: N818
     """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
+
+
+class StorageFull(Unavailable):
+    """A disk that the service writes to is full."""
 
 
 class Refused(ServiceError):  # noqa: N818
