@@ -18,7 +18,7 @@ from trainer.errors import InvalidInput
 from trainer.failure_kinds import classify, message, printable
 from trainer.failures import Death, explain, find_exits, has_processes, note_process, read
 from trainer.logs import redirect_output
-from trainer.manifest import RunManifest, checkpoint_folder
+from trainer.manifest import MANIFEST_FILE, RunManifest, checkpoint_folder
 from trainer.progress import read_step
 from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder, worker_log_file
 from trainer.supervisor import EXITS_VARIABLE
@@ -82,7 +82,10 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
                 outcome = _run_until_it_stays(task, manifest, {"feeder": feeder, "logs": str(logs) if logs else None})
         except InvalidInput as error:
             outcome = Outcome(state="failed", reason=str(error), cause=error.cause)
-        manifest.end(outcome)
+        try:
+            manifest.end(outcome)
+        except Exception as error:  # of any storage; the outcome must not be lost by it
+            print(f"warning: {MANIFEST_FILE} could not be written: {message(error)}", flush=True)
         return outcome
     finally:
         ray.shutdown()
