@@ -1,6 +1,7 @@
 """Stand-ins for Ray and MLflow that keep everything in memory; the tests of the real ones run on them too."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from service.domain.comparisons import Comparison
 from service.domain.errors import Refused, Unavailable
@@ -24,12 +25,13 @@ class FakeRay:
     is_down: bool = False
     refuses: bool = False
 
-    async def submit(self, submission_id: str, task: Task) -> None:
+    async def submit(self, submission_id: str, task_file: Path) -> None:
         self._answer()
         if self.refuses:
             raise Refused("Ray refused the submission with 500")
         if submission_id not in self.submissions:
             self.submissions[submission_id] = Submission(RayStatus.PENDING, "")
+            task = Task.model_validate_json(task_file.read_text())  # noqa: ASYNC240 - a small local file
             self.tasks.setdefault(submission_id, []).append(task)
 
     async def find(self, submission_id: str) -> Submission | None:
@@ -49,7 +51,8 @@ class FakeRay:
 
     async def cluster(self) -> Cluster:
         self._answer()
-        return Cluster(self.total, self.free or self.total)
+        placed = {name for name, found in self.submissions.items() if found.status == RayStatus.RUNNING}
+        return Cluster(self.total, self.free or self.total, frozenset(placed))
 
     def set(self, submission_id: str, status: RayStatus, message: str = "") -> None:
         """Let a submission go on."""

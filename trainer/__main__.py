@@ -1,4 +1,4 @@
-"""The driver: `python -m trainer` inside a Ray job (task in SYNCBN_JOB), `python -m trainer SPEC.yaml` by hand."""
+"""The driver: `python -m trainer` inside a Ray job (its task file in SYNCBN_JOB), `python -m trainer SPEC.yaml` by hand."""
 
 import argparse
 import os
@@ -7,10 +7,14 @@ import time
 import traceback
 from pathlib import Path
 
+import psutil
 from pydantic import ValidationError
 
+from trainer.failure_kinds import classify, classify_exit, message, printable
 from trainer.files import write_whole
+from trainer.logs import indexed_logs, redirect_output
 from trainer.presence import Presence
+from trainer.processes import Descendants, describe_status, die_with_parent
 from trainer.spec import (
     JOB_VARIABLE,
     LOG_FILE,
@@ -24,6 +28,10 @@ from trainer.spec import (
     field_path,
     read_yaml,
 )
+from trainer.supervisor import supervise
+
+NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
+"""Exit codes of a driver that has no outcome to write."""
 
 
 def main() -> int:
@@ -43,24 +51,55 @@ def main() -> int:
             return _run(task, ray_address="local")
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
-        task = Task.model_validate_json(os.environ.pop(JOB_VARIABLE))
-        return _run_attempt(task)
+        task = Task.model_validate_json(Path(os.environ[JOB_VARIABLE]).read_bytes())
+        return _run_supervised(task)
     except (OSError, ValueError) as error:
         print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {error}", file=sys.stderr)
-        return 2
+        return NOT_UNDERSTOOD
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
+
+
+def _run_supervised(task: Task) -> int:
+    """Run the attempt in a child, end all that it leaves behind, and write its outcome if it was not able to."""
+    started_by = psutil.Process().parent()
+    if (driver := os.fork()) == 0:  # safe: there are no threads yet
+        die_with_parent()
+        return _run_attempt(task)
+    descendants = Descendants()
+    # Ray signals all processes of a job, so the driver gets its signals from Ray.
+    ended = supervise(descendants, driver, started_by, forward=False)
+    outcome = _folder(task) / OUTCOME_FILE
+    if ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED) and not outcome.exists():
+        reason = (
+            f"the driver {describe_status(ended.status)} at {time.strftime('%H:%M:%S', time.gmtime(ended.seconds))} UTC"
+        )
+        if ended.out_of_memory:
+            reason += ": the node was out of memory"
+        is_signal = ended.status < 0
+        cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory) if is_signal else "unknown"
+        # No user code runs in the driver.
+        outcome_of_driver = Outcome(state="failed", reason=reason, cause="unknown" if cause == "user_code" else cause)
+        with (_folder(task) / LOG_FILE).open("a") as log:
+            log.write(f"ERROR: {reason}\n")
+        write_whole(outcome, outcome_of_driver)
+    descendants.end()
+    return ended.status if ended.status >= 0 else 128 - ended.status
 
 
 def _run_attempt(task: Task) -> int:
+    folder = _folder(task)
     presence = Presence(Path(task.context.folder), task.context.attempt)
     if (reason := presence.claim()) is not None:
         print(reason, file=sys.stderr)
-        return 3
+        return NOT_STARTED
     try:
-        _redirect_output(task)
-        return _run(task, ray_address=None)
+        # Ray keeps its own logs only as long as the node lives.
+        print(f"output goes to {folder / LOG_FILE}", flush=True)
+        with indexed_logs(folder):
+            redirect_output(folder / LOG_FILE)
+            return _run(task, ray_address=None)
     finally:
         presence.end()
 
@@ -74,8 +113,9 @@ def _run(task: Task, ray_address: str | None) -> int:
     except Exception as error:
         # The trainer's own mistake, or the cluster's: the service decides whether to try again.
         traceback.print_exc()
-        reason, trace = f"driver: {type(error).__name__}: {error}", traceback.format_exc()
-        outcome = Outcome(state="failed", reason=reason, cause="worker_lost", traceback=trace)
+        reason, trace = f"driver: {type(error).__name__}: {message(error)}", printable(traceback.format_exc(), 20_000)
+        cause, _ = classify(error, default="unknown")
+        outcome = Outcome(state="failed", reason=reason, cause=cause, traceback=trace)
     write_whole(folder / OUTCOME_FILE, outcome)
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
@@ -106,18 +146,6 @@ def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
     permissions = Permissions(everything=True)
     context = RunContext(job_id=path.stem, attempt=attempt, name=path.stem, folder=str(folder), permissions=permissions)
     return Task(spec=spec, context=context)
-
-
-def _redirect_output(task: Task) -> None:
-    """Send this process's output, and the workers' that Ray passes on to it, to the project's storage: Ray keeps its own only
-    as long as the node lives.
-    """
-    log = _folder(task) / LOG_FILE
-    print(f"output goes to {log}", flush=True)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
 
 
 def _explain(error: ValidationError, content: object) -> str:

@@ -1,32 +1,33 @@
-"""Why a run failed: classified on the worker where it happened, and the first cause found among all workers' records."""
+"""Failure records of the workers, and the first cause among them."""
 
+import json
+import os
+import socket
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from pydantic import ValidationError
 
-from syncbn import DesyncError
 from trainer.errors import Diverged, RunError
+from trainer.failure_kinds import classify, classify_exit, message, printable
 from trainer.files import write_whole
+from trainer.processes import describe_status
 from trainer.spec import Cause, Frozen, Outcome
-from trainer.state import Position
+from trainer.supervisor import ProcessExit
 
-LONGEST_TRACEBACK = 20_000
-"""Characters; of a longer one the end is kept, which names the error."""
-CONNECTION_LOST = (
-    "closed by peer",
-    "reset by peer",
-    "broken pipe",
-    "remote process exited",
-    "communicator was aborted",
-)
-GROUP_GONE = "process group has not been initialized"
-"""Ray destroys the surviving workers' process group, from another thread, when a worker has died."""
-TIMED_OUT = ("timed out", "timeout")
+if TYPE_CHECKING:  # the driver does without torch
+    from trainer.state import Position
+
+MAX_TRACEBACK_CHARS = 20_000
+"""Of a longer one the end is kept, which names the error."""
+EXIT_SECONDS = 5.0
+"""Time for a dead worker's exit record to appear, which a node that was lost never writes."""
+POLL_SECONDS = 0.1
 
 
 class Failure(Frozen):
@@ -44,67 +45,64 @@ class Failure(Frozen):
     """When, in seconds since 1970."""
 
 
-def classify(error: BaseException) -> tuple[Cause, bool]:
-    """Tell an error's cause, and whether it can be the consequence of another worker's failure.
+@dataclass(frozen=True)
+class Death:
+    """A worker that ended without a failure record."""
 
-    What neither this project nor torch names is the user's code: an error of the model, or one that the spec led to.
+    detail: str
+    """What Ray says of it."""
+    out_of_memory: bool = False
+    """Whether Ray ended it for lack of memory."""
+    exit: ProcessExit | None = None
+    """None if its supervisor was lost, too."""
+
+
+def record(folder: Path, error: BaseException, rank: int, step: int) -> str:
+    """Write the failure record of this worker, unless there is one already: the first error is the cause. Return the reason.
+
+    Never raises: an error that cannot be shown or stored must not hide that there was one.
     """
-    text = str(error).lower()
-    if isinstance(error, RunError):
-        return error.cause, False
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
-        return "out_of_memory", False
-    if isinstance(error, DesyncError):
-        return "hang", True
-    if type(error).__module__.partition(".")[0] == "ray":
-        return ("out_of_memory" if type(error).__name__ == "OutOfMemoryError" else "worker_lost"), False
-    if "dataloader" in text and isinstance(error, RuntimeError):
-        # A loader's process that the kernel killed was most likely too large.
-        is_killed, is_late = "killed by signal: killed" in text, "timed out" in text
-        return ("out_of_memory" if is_killed else "hang" if is_late else "worker_lost"), False
-    if isinstance(error, TimeoutError):
-        return "hang", False
-    if isinstance(error, ValueError) and GROUP_GONE in text:
-        return "worker_lost", True
-    is_of_torch = isinstance(error, (RuntimeError, ConnectionError)) and any(
-        word in text for word in ("gloo", "nccl", "rendezvous", "store", "peer")
-    )
-    if is_of_torch and any(word in text for word in CONNECTION_LOST):
-        return "worker_lost", True
-    if is_of_torch and any(word in text for word in TIMED_OUT):
-        return "hang", True
-    return "user_code", False
-
-
-def record(folder: Path, error: BaseException, rank: int, step: int) -> None:
-    """Write down what this worker met, for the driver to compare."""
-    cause, is_consequence = classify(error)
+    try:
+        cause, is_consequence = classify(error)
+        text = message(error)
+    except Exception:  # of properties of the user's own class
+        cause, is_consequence, text = "user_code", False, "an error that cannot be shown"
     step = error.step if isinstance(error, Diverged) else step
-    reason = str(error) if isinstance(error, RunError) else f"worker {rank}: {type(error).__name__}: {error}"
-    trace = "".join(traceback.format_exception(error))[-LONGEST_TRACEBACK:]
+    reason = text if isinstance(error, RunError) else f"worker {rank}: {type(error).__name__}: {text}"
     failure = Failure(
         rank=rank,
         step=step,
         cause=cause,
         is_consequence=is_consequence,
-        reason=reason.strip(),
-        traceback=trace,
+        reason=printable(reason.strip()),
+        traceback=_traceback(error),
         seconds=time.time(),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / f"rank-{rank:05d}.json").exists():
-        return  # what came first is what is looked for
-    write_whole(folder / f"rank-{rank:05d}.json", failure)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / f"rank-{rank:05d}.json").exists():
+            write_whole(folder / f"rank-{rank:05d}.json", failure)
+    except OSError as full:
+        print(f"the failure record could not be written: {full}; {failure.reason}", flush=True)
+    return failure.reason
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception:
+        return "a traceback that cannot be shown"
+    return printable(text[-MAX_TRACEBACK_CHARS:], MAX_TRACEBACK_CHARS)
 
 
 @contextmanager
-def recorded(folder: Path, rank: int, position: Position) -> Iterator[None]:
+def recorded(folder: Path, rank: int, position: "Position") -> Iterator[None]:
     """Record what is raised inside, at once, and let it pass; to diverge is no failure."""
     try:
         yield
     except Diverged:
         raise
-    except Exception as error:
+    except BaseException as error:
         record(folder, error, rank, position.step)
         raise
 
@@ -120,25 +118,50 @@ def read(folder: Path) -> list[Failure]:
     return sorted(failures, key=lambda failure: failure.seconds)
 
 
-def explain(failures: list[Failure], deaths: Mapping[int, str], *, out_of_memory: bool, step: int) -> Outcome:
-    """Make an outcome of the first failure: what no other can have caused, or else a death, or else a hang.
+def note_process(folder: Path, rank: int) -> None:
+    """Write down which process is the worker of this rank, for its exit record to be found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"process-{rank:05d}").write_text(f"exit-{socket.gethostname()}-{os.getpid()}.json")
+
+
+def has_processes(folder: Path) -> bool:
+    """Whether any worker has started."""
+    return next(folder.glob("process-*"), None) is not None
+
+
+def find_exits(folder: Path, ranks: Sequence[int]) -> dict[int, ProcessExit]:
+    """Read the exit records of dead workers; wait for those that are not there yet, `EXIT_SECONDS` at most."""
+    deadline = time.monotonic() + EXIT_SECONDS
+    exits: dict[int, ProcessExit] = {}
+    while True:
+        for rank in ranks:
+            with suppress(OSError, ValueError, TypeError):
+                name = (folder / f"process-{rank:05d}").read_text()
+                exits[rank] = ProcessExit(**json.loads((folder / name).read_bytes()))
+        if len(exits) == len(ranks) or time.monotonic() > deadline:
+            return exits
+        time.sleep(POLL_SECONDS)
+
+
+def explain(failures: Sequence[Failure], deaths: Mapping[int, Death], *, step: int) -> Outcome:
+    """Return the outcome of the first failure: one that no other can have caused, or else a death, or else a hang.
 
     Args:
         failures: the workers' own records, in the order of time.
-        deaths: workers that ended without a word, and what Ray says of them.
-        out_of_memory: whether Ray ended one of those for want of memory.
-        step: steps known to be done, for a worker that cannot tell any more.
+        deaths: workers that ended without such a record, by rank.
+        step: steps known to be done, for a worker without a record.
     """
     first = next((failure for failure in failures if not failure.is_consequence), None)
     if first is None and deaths:
-        rank, words = min(deaths.items())
-        cause: Cause = "out_of_memory" if out_of_memory else "worker_lost"
-        return Outcome(state="failed", reason=f"worker {rank} was lost: {words}", cause=cause, rank=rank, step=step)
+        rank, death = min(
+            deaths.items(), key=lambda item: (item[1].exit.seconds if item[1].exit else float("inf"), item[0])
+        )
+        return _explain_death(rank, death, step)
     first = (
         first or next((failure for failure in failures if failure.cause == "hang"), None) or next(iter(failures), None)
     )
     if first is None:
-        return Outcome(state="failed", reason="the workers ended without a word", cause="worker_lost", step=step)
+        return Outcome(state="failed", reason="the workers ended without a failure record", cause="unknown", step=step)
     return Outcome(
         state="failed",
         reason=first.reason,
@@ -147,3 +170,22 @@ def explain(failures: list[Failure], deaths: Mapping[int, str], *, out_of_memory
         step=first.step,
         traceback=first.traceback,
     )
+
+
+def _explain_death(rank: int, death: Death, step: int) -> Outcome:
+    if death.exit is None:
+        cause: Cause = "out_of_memory" if death.out_of_memory else "worker_lost"
+        reason = f"worker {rank} was lost: {printable(death.detail)}"
+    else:
+        out_of_memory = death.out_of_memory or death.exit.out_of_memory
+        cause = classify_exit(
+            death.exit.status, out_of_memory=out_of_memory, orphaned=death.exit.orphaned, detail=death.detail
+        )
+        reason = f"worker {rank}: its process {describe_status(death.exit.status)}"
+        if out_of_memory:
+            reason += ": the node was out of memory"
+        elif death.exit.orphaned:
+            reason += " after its node's Ray had ended"
+        elif "SIGTERM" in death.detail:
+            reason += " upon signal 15 (Terminated)"
+    return Outcome(state="failed", reason=reason, cause=cause, rank=rank, step=step)

@@ -1,11 +1,27 @@
-"""A job's secrets: read on each worker, just before it trains, into its own environment and nowhere else."""
+"""A job's secrets: read on each worker, just before it trains, into its own environment and nowhere else.
+
+The credentials of the cluster and of the service leave that environment, which user code reads.
+"""
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.errors import ConfigurationError
+
+HIDDEN = re.compile(
+    r"RAY_AUTH_.*|SYNCBN_(?!TIMEOUT_SECONDS$).*|MLFLOW_TRACKING_(USERNAME|PASSWORD|TOKEN)|PG(PASSWORD|PASSFILE)"
+)
+"""Variables with, or pointing to, credentials that are not the job's. Ray has read its own by the time a worker trains."""
+
+
+def hide_credentials() -> None:
+    """Remove the credentials of the cluster and of the service from this process's environment."""
+    for variable in list(os.environ):
+        if HIDDEN.fullmatch(variable):
+            del os.environ[variable]
 
 
 def set_variables(secrets: Mapping[str, str]) -> None:

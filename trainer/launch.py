@@ -1,8 +1,11 @@
 """From a task to a finished Ray Train run: the driver's door to Ray."""
 
+import logging
 import os
 import secrets
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +15,15 @@ from typing import Any
 
 from trainer.adoption import adopt
 from trainer.errors import InvalidInput
-from trainer.manifest import RunManifest, checkpoint_folder
-from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
+from trainer.failure_kinds import classify, message, printable
+from trainer.failures import Death, explain, find_exits, has_processes, note_process, read
+from trainer.logs import redirect_output
+from trainer.manifest import MANIFEST_FILE, RunManifest, checkpoint_folder
+from trainer.progress import read_step
+from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder, worker_log_file
+from trainer.supervisor import EXITS_VARIABLE
 
 FAILURES_FOLDER = "failures"
-STARTED_FILE = "started"
 RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
 SECONDS_FOR_ROOM = 300.0
@@ -55,7 +62,9 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     # On this machine alone, workers may be more than cores: slow, but what was asked for.
     readers = 1 if isinstance(spec.data, RayDataSpec) else 0
     cpus = max(os.cpu_count() or 1, spec.max_workers + readers) if is_local else None
-    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=True)
+    # Workers of a service's job write to files of their own; by hand, their output is Ray's to show.
+    level = logging.INFO if is_local else logging.WARNING
+    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=is_local, logging_level=level)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if is_local and spec.use_gpu and gpus < spec.min_workers:
@@ -68,38 +77,42 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
             reason = f"checkpoint.address: {error} (got {spec.checkpoint.address!r})"
             return Outcome(state="failed", reason=reason, cause="configuration")
         try:
-            with _feeder(task.spec) as feeder:
-                outcome = _run_until_it_stays(task, manifest, feeder)
+            logs = None if is_local else attempt_folder(Path(task.context.folder), task.context.attempt)
+            with _feeder(task.spec, logs) as feeder:
+                outcome = _run_until_it_stays(task, manifest, {"feeder": feeder, "logs": str(logs) if logs else None})
         except InvalidInput as error:
             outcome = Outcome(state="failed", reason=str(error), cause=error.cause)
-        manifest.end(outcome)
+        try:
+            manifest.end(outcome)
+        except Exception as error:  # of any storage; the outcome must not be lost by it
+            print(f"warning: {MANIFEST_FILE} could not be written: {message(error)}", flush=True)
         return outcome
     finally:
         ray.shutdown()
 
 
 @contextmanager
-def _feeder(spec: JobSpec) -> Iterator[Any]:
+def _feeder(spec: JobSpec, logs: Path | None) -> Iterator[Any]:
     """Start what reads streamed data for all workers; None for other data."""
     if not isinstance(spec.data, RayDataSpec):
         yield None
         return
     from trainer.data.stream import start_feeder, stop_feeder
 
-    feeder = start_feeder(spec)
+    feeder = start_feeder(spec, logs)
     try:
         yield feeder
     finally:
         stop_feeder(feeder)
 
 
-def _run_until_it_stays(task: Task, manifest: RunManifest, feeder: Any) -> Outcome:
+def _run_until_it_stays(task: Task, manifest: RunManifest, given: dict[str, Any]) -> Outcome:
     furthest, restarts = -1, 0
     for number in range(1_000_000):
         if not _has_room(task.spec):
             reason = f"the cluster has no room for {task.spec.min_workers} workers"
             return Outcome(state="failed", reason=reason, cause="worker_lost", step=max(furthest, 0))
-        outcome = _fit(task, number, feeder)
+        outcome = _fit(task, number, given)
         if outcome.cause not in RESTARTED:
             return outcome
         step = outcome.step or 0
@@ -125,8 +138,8 @@ def _has_room(spec: JobSpec) -> bool:
     return True
 
 
-def _fit(task: Task, number: int, feeder: Any) -> Outcome:
-    """Run Ray Train once."""
+def _fit(task: Task, number: int, given: dict[str, Any]) -> Outcome:
+    """Run Ray Train once; `given` is what the driver hands on to each worker: the feeder, and the folder of logs."""
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -138,12 +151,16 @@ def _fit(task: Task, number: int, feeder: Any) -> Outcome:
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder), "feeder": feeder},
+        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder)} | given,
         torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
         run_config=RunConfig(
             name=f"ray-{number}",
             storage_path=str(folder),
+            worker_runtime_env={
+                "py_executable": f"{shlex.quote(sys.executable)} -m trainer.supervisor {shlex.quote(sys.executable)}",
+                "env_vars": {EXITS_VARIABLE: str(failures_folder)},
+            },
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
@@ -165,7 +182,7 @@ def _limited_start(failures_folder: Path) -> Iterator[threading.Event]:
     is_late, is_over = threading.Event(), threading.Event()
 
     def watch() -> None:
-        if not is_over.wait(SECONDS_FOR_ROOM) and not (failures_folder / STARTED_FILE).exists():
+        if not is_over.wait(SECONDS_FOR_ROOM) and not has_processes(failures_folder):
             is_late.set()
             os.kill(os.getpid(), signal.SIGINT)  # what Ray Train ends itself by
 
@@ -180,7 +197,12 @@ def _limited_start(failures_folder: Path) -> Iterator[threading.Event]:
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     """Work on one worker; the driver, which hands this on by name, does not load what it takes."""
-    Path(config["failures"], STARTED_FILE).touch()
+    from ray.train import get_context
+
+    rank = get_context().get_world_rank()
+    if config["logs"] is not None:
+        redirect_output(Path(config["logs"]) / worker_log_file(rank))
+    note_process(Path(config["failures"]), rank)
     from trainer.work import work
 
     return work(config)
@@ -190,27 +212,29 @@ def _explain(error: Any, failures_folder: Path, task: Task) -> Outcome:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import ControllerError, PreemptionError
 
-    from trainer import failures
-    from trainer.progress import read_step
-
     step = read_step(attempt_folder(Path(task.context.folder), task.context.attempt))
     if isinstance(error, PreemptionError):
-        return Outcome(state="failed", reason=str(error), cause="preempted", step=step)
+        return Outcome(state="failed", reason=printable(error), cause="preempted", step=step)
     if isinstance(error, ControllerError):
+        cause, _ = classify(error.controller_failure, default="unknown")
         reason = f"the workers could not be started: {_first_line(error.controller_failure)}"
-        return Outcome(state="failed", reason=reason, cause="worker_lost", step=step)
+        return Outcome(state="failed", reason=reason, cause=cause, step=step)
     causes = {
         rank: getattr(failure, "health_check_failure", None) or failure
         for rank, failure in getattr(error, "worker_failures", {}).items()
     }
-    deaths = {rank: cause for rank, cause in causes.items() if isinstance(cause, (RayActorError, OutOfMemoryError))}
-    return failures.explain(
-        failures.read(failures_folder),
-        {rank: _first_line(cause) for rank, cause in deaths.items()},
-        out_of_memory=any(isinstance(cause, OutOfMemoryError) for cause in deaths.values()),
-        step=step,
-    )
+    dead = {rank: cause for rank, cause in causes.items() if isinstance(cause, (RayActorError, OutOfMemoryError))}
+    exits = find_exits(failures_folder, list(dead))
+    deaths = {
+        rank: Death(
+            detail=_first_line(cause) if rank not in exits else printable(cause),
+            out_of_memory=isinstance(cause, OutOfMemoryError),
+            exit=exits.get(rank),
+        )
+        for rank, cause in dead.items()
+    }
+    return explain(read(failures_folder), deaths, step=step)
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (message(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,7 +15,7 @@ from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.errors import Diverged
 from trainer.export import export_model, export_weights
-from trainer.job_secrets import set_variables
+from trainer.job_secrets import hide_credentials, set_variables
 from trainer.journal import Journal, RankZeroJournal, open_journal
 from trainer.loop import train
 from trainer.manifest import checkpoint_folder
@@ -51,11 +51,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             "step": error.step,
             "metrics": position.metrics,
         }
-    except (Exception, SystemExit) as error:
-        failures.record(Path(config["failures"]), error, worker.rank, position.step)
-        if isinstance(error, SystemExit):  # which Ray would take for the end of its own worker
-            raise RuntimeError("the user's code asked the process to end") from error
-        raise
+    except BaseException as error:
+        reason = failures.record(Path(config["failures"]), error, worker.rank, position.step)
+        # Not the error itself: Ray could not pass on every one, and would take SystemExit for the end of its own worker.
+        raise RuntimeError(reason) from None
 
 
 def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures_folder: Path) -> dict[str, Any]:
@@ -67,6 +66,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         # Before the journal waits for MLflow: whoever is first to fail is so at the time it failed.
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))
         # After the journal has started its process, which has no need of them.
+        hide_credentials()
         set_variables(context.secrets)
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(dataset.close)

@@ -109,6 +109,8 @@ def _errors(path: str, method: str, operation: Operation) -> Iterator[HTTPStatus
     yield from (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
     yield from (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE)
     yield HTTPStatus.UNPROCESSABLE_ENTITY  # at least for a query parameter that there is none of
+    if method != "get":
+        yield HTTPStatus.INSUFFICIENT_STORAGE
     if "{" in path:
         yield HTTPStatus.NOT_FOUND
     if method == "post":

@@ -8,6 +8,7 @@ from collections.abc import Awaitable
 from service.api.background import Background
 from service.api.components import Components
 from service.api.schemas import Check, Readiness
+from service.domain.errors import StorageFull
 from service.engine.run_files import on_storage
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,9 @@ async def _check(name: str, call: Awaitable[object]) -> Check:
     try:
         async with asyncio.timeout(SECONDS_TO_CHECK):
             await call
+    except StorageFull as error:
+        logger.warning("%s is not ready: %s", name, error)
+        return Check(ok=False, detail="no space left on its disk")
     except Exception as error:  # whatever is wrong, it is the answer; addresses and the like are for the log alone
         logger.warning("%s is not ready: %s", name, error or type(error).__name__)
         return Check(ok=False, detail="does not answer; the service's log says more")

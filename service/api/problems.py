@@ -22,6 +22,7 @@ from service.domain.errors import (
     QuotaExceeded,
     Refused,
     ServiceError,
+    StorageFull,
     Unavailable,
 )
 from trainer.spec import Refusal, field_path
@@ -36,6 +37,7 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
     Changed: HTTPStatus.PRECONDITION_FAILED,
     Refused: HTTPStatus.BAD_GATEWAY,
     Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MAX_ERRORS = 20

@@ -20,7 +20,7 @@ from service.cli.files import (
     read_comparison,
     read_mapping,
 )
-from service.cli.printing import AsJson, ExitCode, errors, output, print_json
+from service.cli.printing import AsJson, ExitCode, errors, output, print_json, visible
 from service.cli.show import job_view, jobs_table, needs_view
 from service.cli.terms import Key, Name, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
 from service.cli.waiting import wait_for_job
@@ -184,6 +184,6 @@ def _submitted(client: Client, job: JobView, *, wait: bool, as_json: bool) -> No
     if as_json:
         print_json(job)
     elif wait:
-        typer.echo(f"{job.id}: {job.state}, {job.reason}")
+        typer.echo(visible(f"{job.id}: {job.state}, {job.reason}"))
     if job.state in (JobState.FAILED, JobState.CANCELLED):
         raise typer.Exit(ExitCode.ENDED_BADLY)

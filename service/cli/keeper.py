@@ -8,16 +8,12 @@ Each of the two adopts what its descendants leave behind (a Linux "child subreap
 its parent is still found, and either of them can be killed without anything surviving it.
 """
 
-import ctypes
 import json
 import os
-import select
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -26,11 +22,9 @@ from typing import Any
 
 import psutil
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_SECONDS = 1.0  # between SIGTERM and SIGKILL for what the parts left behind
-GIVE_UP_SECONDS = 5.0  # a process that outlives SIGKILL this long hangs inside the operating system
+from trainer.processes import GRACE_SECONDS, Descendants, describe_status
+
 VITAL_SECONDS = 1.0  # between two looks at the vital children
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +129,9 @@ def guard(plan: Plan, keeper: int, lifeline: int) -> None:
         told = descendants.wait(lifeline=sys.stdin.fileno())
     os.close(lifeline)
     if status := descendants.ended.get(keeper, 0):
-        report(dead="keeper", reason=f"the keeper of the processes {describe(status)}")
+        report(dead="keeper", reason=f"the keeper of the processes {describe_status(status)}")
     descendants.wait_for_end(keeper, sum(part.stop_seconds for part in plan.parts) + 2 * GRACE_SECONDS)
-    descendants.end()
+    end_all(descendants)
 
 
 def keep(plan: Plan, lifeline: int) -> None:
@@ -159,14 +153,14 @@ def keep(plan: Plan, lifeline: int) -> None:
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
         if dead and not told:
             part, status = dead[0]
-            report(dead=part.name, reason=f"{part.name} {describe(status)}")
+            report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
             told = True
         elif not told and (lost := lost_child(running, vital)):
             report(dead=lost[0].name, reason=f"{lost[0].name} lost its {lost[1]}")
             told = True
     for process, part in reversed(running):
         descendants.stop(process.pid, part.stop_seconds)
-    descendants.end()
+    end_all(descendants)
 
 
 def lost_child(
@@ -202,75 +196,10 @@ def start(part: Part, directory: str) -> subprocess.Popen[bytes]:
         )
 
 
-class Descendants:
-    """Everything below this process, orphans included; `ended` has the status of each direct child that has ended.
-
-    A status is counted as `subprocess` does: negative for a signal.
-    """
-
-    def __init__(self) -> None:
-        if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
-        self.ended: dict[int, int] = {}
-        self._signals, writable = os.pipe()
-        os.set_blocking(self._signals, False)
-        os.set_blocking(writable, False)
-        for number in (signal.SIGCHLD, *STOP_SIGNALS):
-            signal.signal(number, lambda _number, _frame: None)
-        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
-        self._reap()
-
-    def wait(self, *, lifeline: int | None = None, timeout_seconds: float | None = None) -> bool:
-        """Wait for a child's end; True if a stop signal came or the lifeline closed."""
-        watched = [self._signals] if lifeline is None else [self._signals, lifeline]
-        readable, _, _ = select.select(watched, [], [], timeout_seconds)
-        told = lifeline in readable  # nothing is ever written to it
-        if self._signals in readable:
-            told |= not set(STOP_SIGNALS).isdisjoint(os.read(self._signals, 4096))
-        self._reap()
-        return told
-
-    def stop(self, pid: int, seconds: float) -> None:
-        """Ask one child to end, and wait for it no longer than `seconds`."""
-        if pid not in self.ended:
-            os.kill(pid, signal.SIGTERM)
-            self.wait_for_end(pid, seconds)
-
-    def wait_for_end(self, pid: int, seconds: float) -> None:
-        """Wait for the end of one child, no longer than `seconds`."""
-        deadline = time.monotonic() + seconds
-        while pid not in self.ended and (left := deadline - time.monotonic()) > 0:
-            self.wait(timeout_seconds=left)
-
-    def end(self) -> None:
-        """End every descendant: SIGTERM once, then SIGKILL, looking again until none is left."""
-        begin = time.monotonic()
-        asked: set[psutil.Process] = set()
-        while left := psutil.Process().children(recursive=True):
-            elapsed = time.monotonic() - begin
-            if elapsed > GIVE_UP_SECONDS:
-                report(left=[process.pid for process in left])
-                return
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    if elapsed > GRACE_SECONDS:
-                        process.kill()
-                    elif process not in asked:
-                        process.terminate()
-            asked.update(left)
-            self.wait(timeout_seconds=0.1)
-
-    def _reap(self) -> None:
-        with suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                self.ended[ended[0]] = os.waitstatus_to_exitcode(ended[1])
-
-
-def describe(status: int) -> str:
-    """Say how a process with this status ended."""
-    return (
-        f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
-    )
+def end_all(descendants: Descendants) -> None:
+    """End every descendant, and report those that cannot be ended."""
+    if left := descendants.end():
+        report(left=left)
 
 
 def report(**event: Any) -> None:

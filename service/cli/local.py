@@ -16,10 +16,12 @@ from typing import Self
 import httpx
 
 from service.cli import parts
-from service.cli.keeper import STOP_SIGNALS, Kept, Plan
+from service.cli.keeper import Kept, Plan
 from service.cli.machine import choose_ports, is_free, keep_secret, short_folder, tail, write_private
+from trainer.processes import STOP_SIGNALS
 
 START_ATTEMPTS = 3
+MIN_FREE_BYTES = 100_000_000
 POLL_SECONDS = 0.1
 PORT_TAKEN_WORDS = ("already in use", "Failed to bind to")  # uvicorn's and Ray's; Ray may go on without its dashboard
 
@@ -148,6 +150,11 @@ class LocalStack:
     def _take_data_dir(self) -> None:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.data_dir.chmod(0o700)  # also one that was made by hand, or by an earlier version: it holds tokens and logs
+        if (free := shutil.disk_usage(self.data_dir).free) < MIN_FREE_BYTES:
+            raise StackError(
+                f"{self.data_dir}: its disk must have {MIN_FREE_BYTES // 10**6} MB free (got {free / 10**6:.1f} MB); "
+                "make room, or choose another folder by --data-dir"
+            )
         for name in ("logs", "storage", "mlflow-artifacts"):
             (self.data_dir / name).mkdir(exist_ok=True)
         lock = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)

@@ -1,5 +1,6 @@
 """The command that prints a job's log, and follows it."""
 
+import json
 from typing import Annotated
 
 import typer
@@ -8,7 +9,7 @@ from service.cli.calls import Level
 from service.cli.client import Client
 from service.cli.config import with_client
 from service.cli.jobs import JobId
-from service.cli.printing import AsJson, errors, interruptible, print_json
+from service.cli.printing import AsJson, errors, interruptible, print_json, visible
 from service.cli.streams import Ended
 
 app = typer.Typer()
@@ -27,21 +28,27 @@ def logs(
     attempt: Annotated[
         int | None, typer.Option(min=1, help="default: the last one; with -f all, or those from this one on")
     ] = None,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="print control characters, such as colours, as they are, instead of as escapes"),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print what a job's driver and workers printed; a worker's lines begin with its rank. With -f and --json, an object a line."""
+    shown = str if raw else visible
+    colour = True if raw else None  # else escape sequences are taken out where the output is no terminal
     if not follow:
         text = client.logs(job_id, attempt=attempt, rank=rank, level=level)
         if as_json:
             print_json({"lines": text.splitlines()})
         else:
-            typer.echo(text, nl=False)
+            typer.echo(shown(text), nl=False, color=colour)
         return
     with interruptible(f"{job_id} goes on; `syncbn cancel {job_id}` ends it."):
         for event in client.follow_logs(job_id, attempt=attempt, rank=rank, level=level):
             if as_json:
-                typer.echo(event.model_dump_json())
+                typer.echo(json.dumps(event.model_dump(mode="json")))
             elif isinstance(event, Ended):
                 errors.print(f"{job_id}: {event.state}", markup=False)
             else:
-                typer.echo(event.text if event.rank is None else f"[{event.rank}] {event.text}")
+                typer.echo(shown(event.text if event.rank is None else f"[{event.rank}] {event.text}"), color=colour)

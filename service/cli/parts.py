@@ -96,7 +96,9 @@ def ray_head(layout: Layout) -> Part:
     return Part(
         name="ray",
         command=[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *arguments],
-        environment=base_environment(layout) | environment,
+        # Jobs inherit it, and the service's settings are none of theirs.
+        environment={name: value for name, value in base_environment(layout).items() if not name.startswith("SYNCBN_")}
+        | environment,
         log=str(layout.log("ray")),
         vital_children=["gcs_server", "raylet"],
     )

@@ -2,21 +2,46 @@
 
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
+from rich.text import Text
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that steer a terminal, but for the line's end and the tab; also those that turn the direction of text around."""
+
+
+def visible(text: str) -> str:
+    """Write control characters as escapes: what jobs print and users write must not steer a terminal."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+class SafeConsole(Console):
+    """A console that shows control characters in what it prints as escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make text of a string, before its width counts in a layout."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render to segments of visible text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
 
 WIDTH_OF_FILES = 160
 # A file or another program is as wide as it needs to be.
-output = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
-errors = Console(stderr=True, highlight=False)
+output = SafeConsole(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
+errors = SafeConsole(stderr=True, highlight=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 

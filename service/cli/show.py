@@ -14,6 +14,7 @@ from rich.text import Text
 from service.api.schemas import Check, EventView, JobSummaryView, JobView, Needs, Readiness, Validation
 from service.api.schemas.access import AuditView, TokenView
 from service.api.schemas.cluster import ClusterView, Resources
+from service.cli.printing import visible
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe
 from trainer.spec import JobSpec
@@ -57,7 +58,7 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
     }
     facts = {
         "job": f"{job.id} {job.name!r} of {job.owner}",
-        "state": Text.from_markup(_state(job.state)) + Text(f": {job.reason}"),
+        "state": Text.from_markup(_state(job.state)) + Text(visible(f": {job.reason}")),
         "wish": "cancel requested" if job.cancel_requested and not job.state.is_terminal else None,
         "attempt": job.attempt,
         "failures": ", ".join(f"{count} {blame}" for blame, count in job.failures.items()),
@@ -143,7 +144,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         if value not in (None, ""):
-            table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(str(value)))
+            table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(visible(str(value))))
     return table
 
 

@@ -20,7 +20,7 @@ Retries = Annotated[
     typer.Option(
         "--retries",
         metavar="KIND=N",
-        help="more attempts after failures of a kind: infrastructure, preempted or hang; may be repeated",
+        help="more attempts after failures of a kind: infrastructure, preempted, hang or unknown; may be repeated",
         rich_help_panel=PANEL,
     ),
 ]

@@ -43,6 +43,10 @@ class Unavailable(ServiceError):  # noqa: N818
     """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
 
 
+class StorageFull(Unavailable):
+    """A disk that the service writes to is full."""
+
+
 class Refused(ServiceError):  # noqa: N818
     """Ray or MLflow answered that it does not take something; trying again helps only if the trouble was a passing one."""
 

@@ -129,7 +129,7 @@ class Job(JobRecord):
     @property
     def submission_id(self) -> str:
         """Ray's name for this attempt: known before Ray is asked, so that a crash in between can be repaired."""
-        return f"{self.id}-a{self.attempt}"
+        return submission_id(self.id, self.attempt)
 
     def seconds_run(self, now: datetime) -> float:
         """How long its attempts ran, all together."""
@@ -146,7 +146,7 @@ class Job(JobRecord):
             not_before=self.not_before,
             least=least_needs(self.spec),
             most=most_needs(self.spec),
-            has_workers=self.progress is not None,
+            submission_id=self.submission_id,
         )
 
 
@@ -180,6 +180,11 @@ ADMIN = "admin"
 """Owner of the first token, and of all that was there before tokens had owners."""
 LONGEST_NAME = 200
 """Characters of a job's name."""
+
+
+def submission_id(job_id: str, attempt: int) -> str:
+    """Name an attempt in Ray."""
+    return f"{job_id}-a{attempt}"
 
 
 def new_id(kind: str) -> str:

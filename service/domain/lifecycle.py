@@ -1,12 +1,18 @@
 """What a job's next state is, by what Ray and the run's own outcome say; pure."""
 
+import re
+import signal
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.retries import BLAME, Blame, pause
+from trainer.processes import describe_status
 from trainer.spec import Outcome
+
+EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d+)")
+OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class RayStatus(StrEnum):
@@ -58,8 +64,20 @@ def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, 
         return None
     if submission.status == RayStatus.STOPPED:
         return Transition(state=JobState.FAILED, reason="stopped in Ray, not through this service")
-    what = f"the driver ended without an outcome; Ray says: {submission.message.strip() or submission.status}"
-    return after_failure(job, Blame.INFRASTRUCTURE, what, now)
+    blame, what = explain_driver(submission)
+    return after_failure(job, blame, what, now)
+
+
+def explain_driver(submission: Submission) -> tuple[Blame, str]:
+    """Say in one sentence how a driver ended that left no outcome, and whose fault that was; Ray's message quotes its log."""
+    if (found := EXIT_CODE.search(submission.message)) is not None:
+        status = int(found[1])
+        status = 128 - status if status > 128 else status  # as a shell reports a signal
+        blame = Blame.INFRASTRUCTURE if -status in OUTSIDE_SIGNALS else Blame.UNKNOWN
+        return blame, f"the driver {describe_status(status)} and left no outcome"
+    if submission.status == RayStatus.FAILED and submission.message:  # of the job's supervisor, not of the driver
+        return Blame.INFRASTRUCTURE, "Ray lost the driver, which left no outcome"
+    return Blame.UNKNOWN, "the driver left no outcome"
 
 
 def is_overtime(job: Job, now: datetime) -> bool:

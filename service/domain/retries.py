@@ -19,6 +19,7 @@ class Blame(StrEnum):
     INFRASTRUCTURE = "infrastructure"
     PREEMPTED = "preempted"
     HANG = "hang"
+    UNKNOWN = "unknown"
 
 
 BLAME: dict[Cause, Blame] = {
@@ -29,6 +30,7 @@ BLAME: dict[Cause, Blame] = {
     "worker_lost": Blame.INFRASTRUCTURE,
     "preempted": Blame.PREEMPTED,
     "hang": Blame.HANG,
+    "unknown": Blame.UNKNOWN,
 }
 """Who is to blame for each cause; to diverge is a result, and nobody's fault."""
 
@@ -39,6 +41,7 @@ class Retries(Frozen):
     infrastructure: int = Field(5, ge=0, le=1_000, description="after a lost worker, driver, node or cluster")
     preempted: int = Field(100, ge=0, le=10_000, description="after a node was taken away with notice")
     hang: int = Field(2, ge=0, le=1_000, description="after workers waited for each other in vain")
+    unknown: int = Field(1, ge=0, le=1_000, description="after a failure whose cause is not known")
 
     def allowed(self, blame: Blame) -> int:
         """Attempts after the first that may be spent on ends of this kind."""
@@ -49,6 +52,8 @@ class Retries(Frozen):
                 return self.preempted
             case Blame.HANG:
                 return self.hang
+            case Blame.UNKNOWN:
+                return self.unknown
             case Blame.USER:
                 return 0
 

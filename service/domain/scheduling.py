@@ -43,6 +43,8 @@ class Cluster:
     total: Capacity
     free: Capacity
     """What nobody holds, in whole workers: a node with half a CPU free has room for none."""
+    placed: frozenset[str] = frozenset()
+    """Submissions whose workers have their resources, which are no longer free."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Candidate:
     """What the whole gang of its fewest workers takes."""
     most: Capacity
     """What it may come to hold while it runs: an elastic job takes what is free, up to its largest number of workers."""
+    submission_id: str = ""
+    """Ray's name for its current attempt."""
     has_workers: bool = False
     """Whether Ray already counts its workers as taken."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from service.domain.errors import Unavailable
@@ -44,9 +45,10 @@ class Admission:
         except Unavailable as error:
             await self._explain(dict.fromkeys(self._told, f"waits for Ray: {error}"), lease)
             raise
+        active = [replace(job, has_workers=job.submission_id in cluster.placed) for job in queue.active]
         # In a thread: with thousands in the queue it takes long enough to keep requests waiting.
         chosen = await asyncio.to_thread(
-            plan, queue.waiting.values(), queue.active, cluster, self._policy(), datetime.now(UTC)
+            plan, queue.waiting.values(), active, cluster, self._policy(), datetime.now(UTC)
         )
         await self._explain(chosen.reasons, lease)
         results = await asyncio.gather(

@@ -83,7 +83,8 @@ class Attempts:
                 secrets=self._secrets.paths(job.secrets),
                 resumed_from=await self._ancestors(job),
             )
-            await self._ray.submit(job.submission_id, Task(spec=job.spec, context=context))
+            task_file = await on_storage(self._files.write_task, Task(spec=job.spec, context=context))
+            await self._ray.submit(job.submission_id, task_file)
         except Refused as error:
             await self._fail_if_refused_often(job, lease, error)
         else:

@@ -1,24 +1,27 @@
-"""A job's log, line by line: what its driver and workers printed, over all attempts, and where each line ends.
+"""A job's log: one stream of the lines that its driver and workers printed, over all attempts.
 
-The log of an attempt is one file on the project's storage. Ray passes on the workers' lines to their driver, which writes them
-there with the worker's process in front; each worker tells its rank and process in its first line.
+Driver and workers write files of their own. The driver keeps an index of these files: which of them comes next, and up to which
+byte. So the order is fixed, and one number, the bytes before it, is a place in the stream. What the index does not hold, because
+the driver was killed or is about to add it, comes last, in the order of the files' names.
 """
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from service.domain.errors import InvalidField
+from trainer.spec import LOG_FILE, LOG_INDEX_FILE
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CHUNK_BYTES = 65_536
-LONGEST_LINE_BYTES = 65_536
+MAX_LINE_BYTES = 65_536
 """What is longer is cut into several."""
-OF_WORKER = re.compile(r"^\((?P<process>\w[^()]* pid=\d+(?:, ip=[^()]+)?)\) ?(?P<text>.*)$", re.DOTALL)
-ANNOUNCED = re.compile(r"^worker (?P<rank>\d+) of \d+ on \S+, process \d+$")
+WORKER_FILE = re.compile(r"^log-rank-(?P<rank>\d+)\.txt$")
+INDEX_LINE = re.compile(rb"^(?P<name>log[a-z0-9-]*\.txt) (?P<end>\d{1,15})\n$")
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 TROUBLE = re.compile(r"^(Traceback \(most recent call last\)|\w*(Error|Exception)\b)")
 PLACE = re.compile(r"^([0-9]{1,6}):([0-9]{1,15})$")
@@ -70,58 +73,83 @@ class Selection:
 
 
 class AttemptLog:
-    """Reads an attempt's file from a place on, as far as it has been written."""
+    """Reads the log files in an attempt's folder as one, from a place on, as far as they have been written."""
 
-    def __init__(self, path: Path, place: Place) -> None:
-        self._path, self.place = path, place
-        self._ranks: dict[str, int] = {}
-        self._knows_ranks = place.offset == 0
+    def __init__(self, folder: Path, place: Place) -> None:
+        self._folder, self._start = folder, place
+        self.place = Place(place.attempt)
+        self._ends: dict[str, int] = {}
+        """Bytes read of each file."""
+        self._index_offset = 0
 
     def read(self, *, is_over: bool = False) -> Iterator[Line]:
-        """Yield the whole lines that there are now; with `is_over`, what is left at the end is one too."""
+        """Yield the whole lines that there are now; with `is_over`, what is left at the end of a file is one too."""
+        for name, end in self._segments():
+            yield from self._read_file(name, end, is_whole=True)
+        if is_over or not (self._folder / LOG_INDEX_FILE).exists():
+            for path in self._files() if is_over else [self._folder / LOG_FILE]:
+                with suppress(FileNotFoundError):
+                    yield from self._read_file(path.name, path.stat().st_size, is_whole=is_over)
+        if self.place < self._start:  # a place beyond the end is the end
+            self._start = self.place
+
+    def _segments(self) -> Iterator[tuple[str, int]]:
+        """Yield the new entries of the index: a file, and up to where to read it."""
         try:
-            file = self._path.open("rb")
+            index = (self._folder / LOG_INDEX_FILE).open("rb")
+        except FileNotFoundError:
+            return
+        with index:
+            index.seek(self._index_offset)
+            for line in index:
+                if not line.endswith(b"\n"):  # still being written
+                    return
+                if (found := INDEX_LINE.match(line)) is not None:
+                    yield found["name"].decode(), int(found["end"])
+                self._index_offset += len(line)
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name))
+
+    def _read_file(self, name: str, end: int, *, is_whole: bool) -> Iterator[Line]:
+        """Yield the lines of a file up to `end`; with `is_whole`, a line ends there at the latest."""
+        self._skip(name, end)
+        if self._ends.get(name, 0) >= end:
+            return
+        try:
+            file = (self._folder / name).open("rb")
         except FileNotFoundError:
             return
         with file:
-            if not self._knows_ranks:
-                self._learn_ranks(file)
-            file.seek(self.place.offset)
-            rest = b""
-            while chunk := file.read(CHUNK_BYTES):
+            file.seek(self._ends.get(name, 0))
+            left, rest = end - file.tell(), b""
+            while chunk := file.read(min(CHUNK_BYTES, left)):
+                left -= len(chunk)
                 *lines, rest = (rest + chunk).split(b"\n")
                 for content in lines:
-                    yield self._line(content, len(content) + 1)
-                if len(rest) > LONGEST_LINE_BYTES:
-                    yield self._line(rest, len(rest))
+                    yield self._line(name, content, len(content) + 1)
+                if len(rest) > MAX_LINE_BYTES:
+                    yield self._line(name, rest, len(rest))
                     rest = b""
-            if is_over and rest:
-                yield self._line(rest, len(rest))
+            if is_whole and rest:
+                yield self._line(name, rest, len(rest))
 
-    def _learn_ranks(self, file: BinaryIO) -> None:
-        """Look through what lies before the place for the lines in which workers tell their ranks."""
-        left = self.place.offset
-        while content := file.readline(LONGEST_LINE_BYTES):
-            left -= len(content)
-            if left < 0:
-                break
-            if b", process " in content:
-                self._who(content.decode(errors="replace").rstrip("\n"))
-        self._knows_ranks = True
+    def _skip(self, name: str, end: int) -> None:
+        """Pass by what lies before the place to start from."""
+        size = min(self._start.offset - self.place.offset, end - self._ends.get(name, 0))
+        if size > 0:
+            self._move(name, size)
 
-    def _line(self, content: bytes, size: int) -> Line:
+    def _move(self, name: str, size: int) -> None:
         self.place = Place(self.place.attempt, self.place.offset + size)
-        rank, text = self._who(content.decode(errors="replace").rstrip("\r"))
-        return Line(self.place, rank, _level(text), text)
+        self._ends[name] = self._ends.get(name, 0) + size
 
-    def _who(self, text: str) -> tuple[int | None, str]:
-        """Take a worker's process off the front of a line."""
-        if (found := OF_WORKER.match(text)) is None:
-            return None, text
-        process, text = found["process"], found["text"]
-        if (announced := ANNOUNCED.match(text)) is not None:
-            self._ranks[process] = int(announced["rank"])
-        return self._ranks.get(process), text
+    def _line(self, name: str, content: bytes, size: int) -> Line:
+        self._move(name, size)
+        # A progress bar goes back to the start of its line again and again: what a terminal would show at last is the line.
+        text = content.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
+        worker = WORKER_FILE.match(name)
+        return Line(self.place, int(worker["rank"]) if worker else None, _level(text), text)
 
 
 def _level(text: str) -> Level:

@@ -81,6 +81,7 @@ class MlflowRunsOverHttp:
                 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
                 if self._secret is not None:  # MLflow's client reads it from here alone, at each request
                     os.environ["MLFLOW_TRACKING_TOKEN"] = self._secret
+                os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # noise in the service's log
                 from mlflow import MlflowClient
 
                 # All modules are there now, and stay. Were they looked through for garbage, all requests would wait for a tenth of

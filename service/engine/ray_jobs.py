@@ -7,6 +7,7 @@ import asyncio
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
@@ -14,10 +15,10 @@ import httpx
 from service.domain.errors import Refused, Unavailable
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity, Cluster
-from trainer.spec import JOB_VARIABLE, Task
+from trainer.spec import JOB_VARIABLE
 
 ENTRYPOINT = "python -m trainer"
-"""A shell line in Ray, hence the same for every job: what a user wrote travels in an environment variable."""
+"""A shell line in Ray, hence the same for every job: what a user wrote is in the task file."""
 SECONDS_TO_STOP = 10
 """What a driver gets between SIGINT and SIGKILL."""
 
@@ -25,8 +26,8 @@ SECONDS_TO_STOP = 10
 class RayJobs(Protocol):
     """Submissions as the dispatcher needs them. All calls raise Unavailable if Ray does not answer in time."""
 
-    async def submit(self, submission_id: str, task: Task) -> None:
-        """Hand a task to Ray; a submission that Ray already has is left as it is. Raises Refused."""
+    async def submit(self, submission_id: str, task_file: Path) -> None:
+        """Submit an attempt by its task file; a submission that Ray already has is left as it is. Raises Refused."""
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""
@@ -47,16 +48,18 @@ class RayJobsOverHttp:
     def __init__(self, address: str, token: str | None, timeout_seconds: float) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_seconds = timeout_seconds
+        self._submissions: dict[str, str | None] = {}
+        """By Ray's own id of a job, of those that have placement groups; None for what is no submission."""
         self._http = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout_seconds, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
-    async def submit(self, submission_id: str, task: Task) -> None:
-        """Hand a task to Ray; a submission that Ray already has is left as it is."""
+    async def submit(self, submission_id: str, task_file: Path) -> None:
+        """Submit an attempt by its task file; a submission that Ray already has is left as it is."""
         variables = {
-            JOB_VARIABLE: task.model_dump_json(),
+            JOB_VARIABLE: str(task_file),
             # Ray Train stops its workers cleanly on SIGINT alone, and Ray's 3 seconds are too few for that.
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
             "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_STOP),
@@ -88,13 +91,14 @@ class RayJobsOverHttp:
         return "" if answer.status_code == httpx.codes.NOT_FOUND else str(self._content(answer)["logs"])
 
     async def cluster(self) -> Cluster:
-        """Sum up the resources of all live nodes, and what of them is free.
+        """Sum up the resources of all live nodes, and what of them is free; and say which submissions have got theirs.
 
         What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is told to be in use.
         """
-        nodes, status = await asyncio.gather(
+        nodes, status, placed = await asyncio.gather(
             self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}),
             self._call("GET", "/api/cluster_status"),
+            self._placed(),
         )
         answer, usage = self._content(nodes), self._content(status)
         with _understood(answer):
@@ -112,7 +116,20 @@ class RayJobsOverHttp:
             {name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")}
             for node, by in total.items()
         ]
-        return Cluster(_sum(total.values()), _sum(free))
+        return Cluster(_sum(total.values()), _sum(free), placed)
+
+    async def _placed(self) -> frozenset[str]:
+        """Find the submissions whose workers' placement group Ray has made."""
+        created = {"filter_keys": "state", "filter_predicates": "=", "filter_values": "CREATED", "limit": "10000"}
+        answer = self._content(await self._call("GET", "/api/v0/placement_groups", params=created))
+        with _understood(answer):
+            creators = {group["creator_job_id"] for group in answer["data"]["result"]["result"]}
+        if creators - self._submissions.keys():
+            listed = self._content(await self._call("GET", "/api/jobs/"))
+            with _understood(listed):
+                self._submissions |= {job["job_id"]: job["submission_id"] for job in listed}
+        self._submissions = {job: name for job, name in self._submissions.items() if job in creators}
+        return frozenset(filter(None, self._submissions.values()))
 
     async def _call(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         try:

@@ -1,7 +1,11 @@
 """What the service reads of a run's files: progress, outcome and log."""
 
 import asyncio
+import errno
+import math
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
@@ -13,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.domain.errors import Unavailable
+from service.domain.errors import StorageFull, Unavailable
 from service.domain.jobs import Job
 from trainer.spec import (
     CLOSED_FILE,
@@ -22,8 +26,10 @@ from trainer.spec import (
     OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
+    TASK_FILE,
     Outcome,
     Progress,
+    Task,
     attempt_folder,
 )
 
@@ -35,6 +41,11 @@ STORAGE_SECONDS = 20.0
 STORAGE_THREADS = ThreadPoolExecutor(32, thread_name_prefix="storage")
 """Its own, so that storage keeps nothing but looks at it waiting, and is kept waiting by nothing else."""
 MOST_BYTES = 1_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""No space on the disk, in the quota, or by the process's own limit."""
+PROBE = b"\0" * 4_096
+SECONDS_BETWEEN_PROBES = 2.0
+PROBE_SECONDS = 5.0
 MARK_FILE = ".storage"
 """By which the storage is known again."""
 
@@ -61,6 +72,8 @@ async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
         async with asyncio.timeout(STORAGE_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(threads, work)
     except (TimeoutError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise StorageFull(f"the storage has no space left: {error.strerror}") from error
         raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
 
@@ -70,15 +83,42 @@ class RunFiles:
     def __init__(self, storage: Path) -> None:
         self._storage = storage.resolve()
         self._is_known = False
+        self._probed_at = -math.inf
+        self._full: StorageFull | None = None
 
     def check(self) -> None:
-        """Write to the storage. Raises OSError, also if what was there once is not: a mount that is gone leaves an empty folder."""
+        """Write a file and read it.
+
+        Raises OSError, also if what was there once is not: a mount that is gone leaves an empty folder.
+        """
         mark = self._storage / MARK_FILE
         if not self._is_known:
             self._storage.mkdir(parents=True, exist_ok=True)
             mark.touch()
             self._is_known = True
         os.utime(mark)
+        with tempfile.TemporaryFile(dir=self._storage) as file:
+            file.write(PROBE)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            if file.read() != PROBE:
+                raise OSError(errno.EIO, "the storage does not return what was written")
+
+    async def ensure_space(self) -> None:
+        """Raise StorageFull if the storage had no space some seconds ago. With other errors of the storage, jobs can wait."""
+        if time.monotonic() - self._probed_at > SECONDS_BETWEEN_PROBES:
+            self._probed_at = time.monotonic()
+            try:
+                async with asyncio.timeout(PROBE_SECONDS):
+                    await on_storage(self.check)
+                self._full = None
+            except StorageFull as error:
+                self._full = error
+            except (Unavailable, TimeoutError):
+                self._full = None
+        if self._full is not None:
+            raise StorageFull(str(self._full))
 
     def job_folder(self, job_id: str) -> Path:
         """Folder of all attempts of a job."""
@@ -94,6 +134,15 @@ class RunFiles:
             folder = self.attempt_folder(job, attempt)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CLOSED_FILE).touch()
+
+    def write_task(self, task: Task) -> Path:
+        """Write an attempt's task file, for its owner alone to read, and return its path."""
+        path = attempt_folder(self.job_folder(task.context.job_id), task.context.attempt) / TASK_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{TASK_FILE}.")
+        with os.fdopen(handle, "w") as file:
+            file.write(task.model_dump_json())
+        return Path(name).replace(path)
 
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""

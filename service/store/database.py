@@ -5,26 +5,31 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import randbelow
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Table, event, func, make_url, select, text
+from sqlalchemy import Connection, Table, event, func, make_url, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from service.domain.errors import Unavailable
+from service.domain.errors import StorageFull, Unavailable
+from service.domain.leases import SCHEDULER
 from service.store import sqlite
+from service.store.tables import leases
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 TROUBLED_CLASSES = ("08", "53", "57", "58")
 """Of PostgreSQL's SQLSTATEs: connection, resources, operator intervention (a restart), system."""
 CONFLICTS = ("40001", "40P01")
 """Serialization failure and deadlock: the same again may do."""
+DISK_FULL = "53100"
+"""SQLSTATE."""
 MIGRATION_LOCK = 5_021_503
 """Of bringing the tables up to date."""
 CONNECTIONS = 20
@@ -158,9 +163,14 @@ class Database:
             await connection.run_sync(upgrade)
 
     async def check(self) -> None:
-        """Ask for an answer. Raises Unavailable."""
+        """Write, commit and read. Raises Unavailable."""
+        async with self.write() as connection:
+            if connection.dialect.name == "sqlite":  # which does not write a row that does not change
+                await connection.exec_driver_sql(f"PRAGMA user_version={randbelow(2**31)}")
+            one = leases.c.name == SCHEDULER
+            await connection.execute(update(leases).where(one).values(token=leases.c.token))
         async with self.read() as connection:
-            await connection.execute(text("SELECT 1"))
+            await connection.execute(select(leases.c.token).where(one))
 
     async def close(self) -> None:
         """Close all connections."""
@@ -186,6 +196,8 @@ def _unavailable() -> Iterator[None]:
     except (DBAPIError, PoolTimeoutError, OSError) as error:
         if isinstance(error, DBAPIError) and not _is_of_the_server(error):
             raise
+        if "database or disk is full" in str(error) or _sqlstate(error) == DISK_FULL:
+            raise StorageFull("the database has no space left on its disk") from error
         raise Unavailable(
             f"the database did not answer: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
@@ -193,13 +205,17 @@ def _unavailable() -> Iterator[None]:
 
 def _is_of_the_server(error: DBAPIError) -> bool:
     """Whether the database itself is in trouble, by the error's kind or its SQLSTATE, or gave way in a conflict."""
-    state = str(getattr(error.orig, "sqlstate", None) or "")
+    state = _sqlstate(error)
     return (
         error.connection_invalidated
         or isinstance(error, OperationalError | InterfaceError)
         or state[:2] in TROUBLED_CLASSES
         or state in CONFLICTS
     )
+
+
+def _sqlstate(error: Exception) -> str:
+    return str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
 
 
 def _open(url: str, timeout_seconds: float) -> AsyncEngine:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.comparisons import size_of
 from service.domain.errors import Changed, Conflict, NotFound, QuotaExceeded
-from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, Transition, is_legal
+from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, Transition, is_legal, submission_id
 from service.domain.leases import Lease, shard_of
 from service.domain.retries import Blame, Failures, Retries
 from service.domain.scheduling import Candidate, Capacity
@@ -35,7 +35,7 @@ SUMMARY_COLUMNS = [
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
-        "id", "owner", "priority", "queued_at", "not_before", "progress",
+        "id", "owner", "priority", "queued_at", "not_before", "attempt",
         "least_cpus", "least_gpus", "most_cpus", "most_gpus",
     )
 ]  # fmt: skip
@@ -387,7 +387,7 @@ def _candidate(row: Any) -> Candidate:
         not_before=row.not_before,
         least=Capacity(row.least_cpus, row.least_gpus),
         most=Capacity(row.most_cpus, row.most_gpus),
-        has_workers=row.progress is not None,
+        submission_id=submission_id(row.id, row.attempt),
     )
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from service.engine.logs import AttemptLog, Place
+from service.engine.run_files import RunFiles
 from tests.trainer.training import train_here
 from trainer.spec import JOB_VARIABLE, OUTCOME_FILE, JobSpec, Outcome, Permissions, RunContext, Task
 
@@ -48,10 +50,14 @@ def cluster_of(monkeypatch):
         cluster.shutdown()
 
 
-def wait_for(log, pattern, seconds=120):
+def read_log(folder):
+    return "\n".join(line.text for line in AttemptLog(folder / "attempt-1", Place()).read(is_over=True))
+
+
+def wait_for(folder, pattern, seconds=120):
     deadline = time.monotonic() + seconds
-    while not (found := re.findall(pattern, log.read_text())):
-        assert time.monotonic() < deadline, log.read_text()
+    while not (found := re.findall(pattern, read_log(folder))):
+        assert time.monotonic() < deadline, read_log(folder)
         time.sleep(0.2)
     return found
 
@@ -65,20 +71,22 @@ def count_steps(folder):
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of Ray, which leaves sockets open
 def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatch):
-    log = tmp_path / "attempt-1" / "log.txt"
     with cluster_of(monkeypatch) as cluster:
         cluster.add_node(num_cpus=2)
         leaving = cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
         permissions = Permissions(imports=("tests.trainer.networks:*",))
-        context = RunContext(job_id="job-1", attempt=1, name="elastic", folder=str(tmp_path), permissions=permissions)
+        context = RunContext(
+            job_id=tmp_path.name, attempt=1, name="elastic", folder=str(tmp_path), permissions=permissions
+        )
         task = Task(spec=JobSpec.model_validate(SPEC), context=context)
-        environment = os.environ | {JOB_VARIABLE: task.model_dump_json(), "RAY_ADDRESS": cluster.address}
+        environment = os.environ | {
+            JOB_VARIABLE: str(RunFiles(tmp_path.parent).write_task(task)),
+            "RAY_ADDRESS": cluster.address,
+        }
         driver = subprocess.Popen([sys.executable, "-m", "trainer"], env=environment, cwd=tmp_path)
         try:
-            log.parent.mkdir(exist_ok=True)
-            log.touch()
-            wait_for(log, r"worker 3 of 4 on")
+            wait_for(tmp_path, r"worker 3 of 4 on")
             while count_steps(tmp_path) < 5:
                 time.sleep(0.1)
             drain = [
@@ -92,14 +100,14 @@ def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatc
             ray = Path(sys.executable).with_name("ray")
             command = [ray, "drain-node", "--address", cluster.address, *drain, "--deadline-remaining-seconds", "60"]
             subprocess.run(command, check=True, timeout=60)
-            [saved] = wait_for(log, r"preempted: a node is about to go; saved after (\d+) steps")
-            [(resumed, workers)] = wait_for(log, r"goes on from step-0*(\d+)-\S+, saved by (\d) workers")
+            [saved] = wait_for(tmp_path, r"preempted: a node is about to go; saved after (\d+) steps")
+            [(resumed, workers)] = wait_for(tmp_path, r"goes on from step-0*(\d+)-\S+, saved by (\d) workers")
             assert (resumed, workers) == (saved, "4")
-            wait_for(log, r"worker 1 of 2 on")
+            wait_for(tmp_path, r"worker 1 of 2 on")
             cluster.remove_node(leaving)
             cluster.add_node(num_cpus=2)
-            assert len(wait_for(log, r"(?s)worker 1 of 2 on.*worker 3 of 4 on", 180)) == 1
-            assert driver.wait(300) == 0, log.read_text()
+            assert len(wait_for(tmp_path, r"(?s)worker 1 of 2 on.*worker 3 of 4 on", 180)) == 1
+            assert driver.wait(300) == 0, read_log(tmp_path)
         finally:
             driver.kill()
             driver.wait(10)

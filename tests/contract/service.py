@@ -20,7 +20,7 @@ from service.engine.outgoing import Outgoing
 from service.settings import Settings
 from service.store.tokens import TokenStore
 from tests.fakes import FakeMlflow, FakeRay
-from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, Task, attempt_folder
+from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
 
 TOKEN = "0123456789abcdef-contract"
 
@@ -29,8 +29,9 @@ TOKEN = "0123456789abcdef-contract"
 class QuickRay(FakeRay):
     """A cluster on which there is room for every job, and which has run it by the time that it is asked a second time."""
 
-    async def submit(self, submission_id: str, task: Task) -> None:
-        await super().submit(submission_id, task)
+    async def submit(self, submission_id: str, task_file: Path) -> None:
+        await super().submit(submission_id, task_file)
+        task = self.tasks[submission_id][-1]
         folder = attempt_folder(Path(task.context.folder), task.context.attempt)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG_FILE).write_text("step 1\nWARNING: the loss grows\n")

@@ -1,13 +1,10 @@
 import os
-import subprocess
-import sys
 import traceback
 
 import pytest
 
 from trainer.errors import ConfigurationError
-from trainer.job_secrets import set_variables
-from trainer.spec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, Permissions, RunContext, Task
+from trainer.job_secrets import hide_credentials, set_variables
 
 VALUE = "a-value-that-nobody-may-see"
 
@@ -57,49 +54,14 @@ def test_a_link_out_of_the_folder_is_refused(secret, tmp_path):
         set_variables({"A_SECRET": str(secret)})
 
 
-MODEL = """
-import os
-import torch
-
-def keyed(classes):
-    assert os.environ["A_SECRET"] == open(os.environ["EXPECTED"]).read().strip()
-    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
-"""
-
-
-@pytest.mark.ray
-def test_each_worker_has_it_and_no_file_of_the_run_does(secret, tmp_path):
-    (tmp_path / "models.py").write_text(MODEL)
-    spec = {
-        "model": {"name": "import:models:keyed", "arguments": {"classes": 10}},
-        "data": {"name": "digits"},
-        "num_workers": 2,
-        "steps": 4,
-        "eval_every": 2,
-    }
-    context = RunContext(
-        job_id="job-1",
-        attempt=1,
-        name="secret",
-        folder=str(tmp_path / "job-1"),
-        permissions=Permissions(everything=True),
-        secrets={"A_SECRET": str(secret)},
-    )
-    task = Task(spec=JobSpec.model_validate(spec), context=context)
-    environment = os.environ | {JOB_VARIABLE: task.model_dump_json(), "EXPECTED": str(secret)}
-    result = subprocess.run(
-        [sys.executable, "-m", "trainer"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    folder = tmp_path / "job-1" / "attempt-1"
-    told = result.stdout + result.stderr + (folder / LOG_FILE).read_text()
-    assert Outcome.model_validate_json((folder / OUTCOME_FILE).read_text()).state == "succeeded", told
-    written = [path for path in (tmp_path / "job-1").rglob("*") if path.is_file()]
-    assert len(written) > 3
-    assert not any(VALUE.encode() in path.read_bytes() for path in written)
-    assert VALUE not in told
+def test_credentials_of_the_service_leave_the_environment(monkeypatch):
+    gone = {
+        "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "SYNCBN_TOKEN", "SYNCBN_DATABASE_URL", "SYNCBN_SECRETS_FOLDER",
+        "SYNCBN_JOB", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD",
+    }  # fmt: skip
+    kept = {"SYNCBN_TIMEOUT_SECONDS", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_PROFILE"}
+    for variable in gone | kept:
+        monkeypatch.setenv(variable, "value")
+    hide_credentials()
+    assert not gone & os.environ.keys()
+    assert kept <= os.environ.keys()

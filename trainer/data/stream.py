@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import chain, count, islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,8 @@ from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.rows import Preparation
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError, CorruptImage, DataError, RunError
-from trainer.spec import JobSpec, RayDataSpec
+from trainer.logs import redirect_output
+from trainer.spec import FEEDER_LOG_FILE, JobSpec, RayDataSpec
 
 PREFETCH = 2
 """Batches that a worker asks for ahead."""
@@ -50,14 +52,16 @@ class Description(NamedTuple):
     digest: str
 
 
-def start_feeder(spec: JobSpec) -> Any:
+def start_feeder(spec: JobSpec, logs: Path | None = None) -> Any:
     """Start the feeder of a run, in the Ray that this process is connected to, and return its handle for `open_dataset`.
 
     It ends with `stop_feeder`, or with the Ray job. If its process dies, Ray starts it anew: it holds nothing that it cannot find
-    again. Raises ConfigurationError or DataError as `open_dataset` does.
+    again. Its output goes to a file in the folder `logs`. Raises ConfigurationError or DataError as `open_dataset` does.
     """
     feeder = (
-        ray.remote(_Feeder).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote(spec.model_dump_json())
+        ray.remote(_Feeder)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .remote(spec.model_dump_json(), logs and logs / FEEDER_LOG_FILE)
     )
     try:
         _get(feeder.describe.remote(), spec)
@@ -128,7 +132,9 @@ class StreamedDataset:
 class _Feeder:
     """The actor. Each call answers for itself, so that calls may be repeated, and come from any number of workers."""
 
-    def __init__(self, spec: str) -> None:
+    def __init__(self, spec: str, log: Path | None) -> None:
+        if log is not None:
+            redirect_output(log)
         self._spec = JobSpec.model_validate_json(spec)
         self._cursors: OrderedDict[int, Cursor] = OrderedDict()
         self._skipped = SkippedImages()

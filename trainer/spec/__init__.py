@@ -32,29 +32,36 @@ from trainer.spec.probes import ProbesSpec
 from trainer.spec.run import (
     CLOSED_FILE,
     DRIVER_FILE,
+    FEEDER_LOG_FILE,
     JOB_VARIABLE,
     LOG_FILE,
+    LOG_INDEX_FILE,
     OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
+    TASK_FILE,
     Cause,
     Outcome,
     Progress,
     RunContext,
     Task,
     attempt_folder,
+    worker_log_file,
 )
 from trainer.spec.yaml import read_yaml
 
 __all__ = [
     "CLOSED_FILE",
     "DRIVER_FILE",
+    "FEEDER_LOG_FILE",
     "JOB_VARIABLE",
     "LOG_FILE",
+    "LOG_INDEX_FILE",
     "OUTBOX_FILE",
     "OUTCOME_FILE",
     "PROGRESS_FILE",
     "SHAPING_FIELDS",
+    "TASK_FILE",
     "AdamWSpec",
     "Cause",
     "CheckpointSpec",
@@ -97,4 +104,5 @@ __all__ = [
     "field_path",
     "read_yaml",
     "train_samples",
+    "worker_log_file",
 ]

@@ -48,6 +48,7 @@ Cause = Literal[
     "preempted",
     "hang",
     "diverged",
+    "unknown",
 ]
 """Why an attempt ended before its time, as classified where it happened."""
 
@@ -68,7 +69,9 @@ class Outcome(Frozen):
 
 
 JOB_VARIABLE = "SYNCBN_JOB"
-"""Environment variable that carries a `Task` as JSON to the driver."""
+"""Environment variable with the path of the attempt's task file, for the driver."""
+TASK_FILE = "task.json"
+"""In the attempt's folder: its `Task`. A file, since one environment variable holds 128 KiB at most."""
 
 
 class Task(Frozen):
@@ -83,7 +86,16 @@ def attempt_folder(job_folder: Path, attempt: int) -> Path:
     return job_folder / f"attempt-{attempt}"
 
 
+def worker_log_file(rank: int) -> str:
+    """File name of what the worker of this rank prints, in the attempt's folder."""
+    return f"log-rank-{rank:05d}.txt"
+
+
 LOG_FILE, PROGRESS_FILE, OUTCOME_FILE = "log.txt", "progress.json", "outcome.json"
+"""The log is the driver's; workers have files of their own, see `worker_log_file`."""
+FEEDER_LOG_FILE = "log-feeder.txt"
+LOG_INDEX_FILE = "log.index"
+"""Order of the attempt's log files: lines of a file's name and the byte up to which it comes before the next line's file."""
 OUTBOX_FILE = "metrics.jsonl"
 """In the job's folder: what MLflow is to hold, a JSON object in each line; those with `step` and `metrics` are measurements."""
 DRIVER_FILE = "driver"

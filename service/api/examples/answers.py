@@ -263,5 +263,6 @@ PROBLEMS: dict[HTTPStatus, Problem] = {
         HTTPStatus.INTERNAL_SERVER_ERROR: ("an error of the service; its log says more", []),
         HTTPStatus.BAD_GATEWAY: ("MLflow refused: INVALID_PARAMETER_VALUE", []),
         HTTPStatus.SERVICE_UNAVAILABLE: ("Ray did not answer", []),
+        HTTPStatus.INSUFFICIENT_STORAGE: ("the storage has no space left: No space left on device", []),
     }.items()
 }

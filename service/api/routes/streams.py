@@ -72,7 +72,7 @@ SIGN_OF_LIFE = format_sse_event(comment="still here")
 
 async def read_log(components: Components, job: Job, place: Place, wanted: Selection) -> AsyncIterator[list[Line]]:
     """Yield the lines that an attempt's log has now, some at a time."""
-    log = AttemptLog(components.files.log_path(job, place.attempt), place)
+    log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
     async for lines in _in_parts(log.read(is_over=True)):
         yield [line for line in lines if wanted.takes(line)]
 
@@ -83,7 +83,7 @@ async def follow_log(
     """Stream a job's log from a place on until the job, or the caller's token, has ended."""
     with components.watch.watching(job.id):
         pulse = Pulse(job.version, job.state, job.attempt, job.progress)
-        log = AttemptLog(components.files.log_path(job, place.attempt), place)
+        log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
         spoke_at = time.monotonic()
         while not components.watch.is_over(caller.token_id):
             # What is over before the file is read grows no more after it.
@@ -97,7 +97,7 @@ async def follow_log(
                     spoke_at = time.monotonic()
             if is_over and log.place.attempt < pulse.attempt:
                 start = Place(log.place.attempt + 1)
-                log = AttemptLog(components.files.log_path(job, start.attempt), start)
+                log = AttemptLog(components.files.attempt_folder(job, start.attempt), start)
                 continue
             if is_over:
                 yield event({"state": pulse.state}, kind="end", place=log.place)

@@ -1,10 +1,13 @@
 import asyncio
+import resource
 import threading
+from contextlib import contextmanager
 
 import httpx
 import pytest
 
 from tests.service.api.conftest import TOKEN
+from tests.service.api.test_jobs import SPEC
 
 
 @pytest.fixture
@@ -73,6 +76,35 @@ async def test_a_storage_that_is_gone_is_told(anyone, tmp_path, nothing_is_kept)
     (tmp_path / "storage").rmdir()
     (tmp_path / "unmounted").rename(tmp_path / "storage")
     assert (await anyone.get("/readyz")).json()["storage"]["ok"]
+
+
+@contextmanager
+def full_disk():
+    """No file of this process can grow, as on a full disk; mounting a small one takes rights that not every machine gives."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+async def test_on_a_full_disk_nothing_is_accepted(anyone, client, nothing_is_kept, monkeypatch):
+    monkeypatch.setattr("service.engine.run_files.SECONDS_BETWEEN_PROBES", 0.0)
+    body = {"name": "mine", "spec": SPEC}
+    with full_disk():
+        answer = await anyone.get("/readyz")
+        refused = [
+            await client.post("/v1/jobs", json=body),
+            await client.post("/v1/comparisons", json=body | {"matrix": {"norm": ["none", "sync"]}}),
+        ]
+    assert (answer.status_code, answer.json()["storage"]) == (503, {"ok": False, "detail": "no space left on its disk"})
+    assert not answer.json()["database"]["ok"]
+    for problem in refused:
+        assert (problem.status_code, problem.json()["title"]) == (507, "Insufficient Storage")
+        assert problem.json()["detail"].startswith("the storage has no space left")
+    assert (await anyone.get("/readyz")).json()["ready"]
+    assert (await client.post("/v1/jobs", json=body)).status_code == 202
 
 
 async def test_a_storage_that_hangs_is_told_in_time(app, anyone, monkeypatch, nothing_is_kept):

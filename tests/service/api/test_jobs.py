@@ -44,7 +44,7 @@ async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):
     await until(client, job, "running")
     files = app.state.components.files
     folder = attempt_folder(files._storage / job["id"], 1)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / OUTCOME_FILE).write_text(Outcome(state="failed", reason="worker 0: ValueError: no").model_dump_json())
     (folder / LOG_FILE).write_text("step 1\n")
     ray.set(f"{job['id']}-a1", RayStatus.FAILED)
@@ -219,7 +219,7 @@ async def test_a_body_without_end_is_refused(client):
 async def test_a_log_that_grows_while_it_is_read_comes_whole(client, app):
     job = await submit(client)
     folder = attempt_folder(app.state.components.files._storage / job["id"], 1)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOG_FILE).open("w") as log:
         log.write("line\n" * 200_000)
         log.flush()

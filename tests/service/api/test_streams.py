@@ -14,7 +14,7 @@ from service.domain.jobs import JobState, Transition
 from service.settings import Settings
 from tests.service.api.conftest import TOKEN
 from tests.service.api.test_jobs import SPEC
-from trainer.spec import LOG_FILE, Progress
+from trainer.spec import LOG_FILE, Progress, worker_log_file
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -65,10 +65,10 @@ class Running:
             job = await store.get(job.id)
         return moved
 
-    def write(self, job, text):
+    def write(self, job, text, name=LOG_FILE):
         folder = self.app.state.components.files.attempt_folder(job)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG_FILE).open("a") as file:
+        with (folder / name).open("a") as file:
             file.write(text)
 
 
@@ -183,10 +183,9 @@ async def test_what_is_no_place_is_refused(running):
 
 async def test_lines_are_selected_in_plain_text_too(running):
     job = await running.advance(await running.job(), "submitted")
-    running.write(
-        job,
-        "(W pid=7) worker 1 of 2 on a, process 7\n(W pid=7) ERROR: no\n(W pid=8) worker 0 of 2 on a, process 8\ndriver\n",
-    )
+    running.write(job, "driver\n")
+    running.write(job, "worker 0 of 2 on a, process 8\n", worker_log_file(0))
+    running.write(job, "worker 1 of 2 on a, process 7\nERROR: no\n", worker_log_file(1))
     async with running.client() as client:
 
         async def text(**query):
@@ -194,7 +193,7 @@ async def test_lines_are_selected_in_plain_text_too(running):
 
         assert (
             await text()
-            == "[1] worker 1 of 2 on a, process 7\n[1] ERROR: no\n[0] worker 0 of 2 on a, process 8\ndriver\n"
+            == "driver\n[0] worker 0 of 2 on a, process 8\n[1] worker 1 of 2 on a, process 7\n[1] ERROR: no\n"
         )
         assert await text(rank=1, level="warning") == "[1] ERROR: no\n"
         refused = await client.get(f"/v1/jobs/{job.id}/logs", params={"level": "loud"})

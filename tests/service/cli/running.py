@@ -11,7 +11,7 @@ from service.cli.machine import choose_ports
 from service.domain.jobs import JobState, Transition
 from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
-from trainer.spec import LOG_FILE, Progress
+from trainer.spec import LOG_FILE, LOG_INDEX_FILE, Progress
 
 TOKEN = "0123456789abcdef-test"
 SPEC = {"model": {"name": "mlp", "hidden": [8]}, "data": {"name": "digits"}, "steps": 10, "num_workers": 1}
@@ -68,13 +68,15 @@ class RunningApi:
 
         self._run(note())
 
-    def write(self, job_id, text):
+    def write(self, job_id, text, name=LOG_FILE):
         """Append to the log of a job's newest attempt."""
         job = self._run(self.app.state.components.jobs.get(job_id))
         folder = self.app.state.components.files.attempt_folder(job)
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOG_FILE).open("a") as file:
+        with (folder / name).open("a") as file:
             file.write(text)
+        with (folder / LOG_INDEX_FILE).open("a") as index:
+            index.write(f"{name} {(folder / name).stat().st_size}\n")
 
     async def _move(self, job_id, state, reason):
         jobs = self.app.state.components.jobs

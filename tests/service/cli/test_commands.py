@@ -15,7 +15,7 @@ from service.cli.config import default_config_path
 from service.domain.scheduling import Capacity
 from tests.service.cli.bad_network import DROP, Answer
 from tests.service.cli.running import SPEC, TOKEN
-from trainer.spec import JobSpec
+from trainer.spec import JobSpec, worker_log_file
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_a_job_is_submitted_on_all_its_terms(syncbn, spec):
         )
     )  # fmt: skip
     assert (job["name"], job["priority"], job["tags"], job["retries"]) == (
-        "my-job", 7, ["a", "b"], {"infrastructure": 5, "preempted": 3, "hang": 0},
+        "my-job", 7, ["a", "b"], {"infrastructure": 5, "preempted": 3, "hang": 0, "unknown": 1},
     )  # fmt: skip
     assert (job["queue_seconds"], job["run_seconds"], job["spec"]["norm"]) == (60, 120.5, "batch")
     assert (job["spec"]["optimizer"]["lr"], job["spec"]["num_workers"]) == (0.001, [1, 2])
@@ -280,10 +280,28 @@ def test_jobs_are_cancelled_resumed_and_cloned(syncbn, api, spec, comparison):
     assert [line.partition(":")[0] for line in printed.splitlines()] == [job["id"] for job in made["jobs"]]
 
 
+def test_control_characters_are_escaped_but_in_raw_logs(syncbn, api):
+    """What a job prints, and the reason of its end, must not steer a terminal."""
+    job_id = api.submit()
+    api.move(job_id, "submitted")
+    api.write(job_id, "a\tb\x1b[31mred\x07\u202e\x9b1m é\n")
+    api.move(job_id, "failed", reason="worker 0: SystemExit: weird\x1b[31m\x9b")
+    escaped = "a\tb\\x1b[31mred\\x07\\u202e\\x9b1m é\n"
+    assert syncbn("logs", job_id)[1] == syncbn("logs", "-f", job_id)[1] == escaped
+    raw = "a\tb\x1b[31mred\x07\u202e\x9b1m é\n"
+    assert syncbn("logs", job_id, "--raw")[1] == syncbn("logs", "-f", job_id, "--raw")[1] == raw
+    for command in (("show", job_id), ("jobs",), ("show", job_id, "--json"), ("logs", "-f", job_id, "--json")):
+        code, printed, told = syncbn(*command)
+        assert code == 0
+        assert not {"\x1b", "\x9b", "\x07"} & set(printed + told)
+    assert "weird\\x1b[31m\\x9b" in syncbn("show", job_id)[1]
+
+
 def test_logs_are_printed_and_followed(syncbn, api, later):
     job_id = api.submit()
     api.move(job_id, "submitted")
-    api.write(job_id, "(W pid=7) worker 1 of 2 on a, process 7\n(W pid=7) ERROR: no\ndriver [bold]\n")
+    api.write(job_id, "worker 1 of 2 on a, process 7\nERROR: no\n", worker_log_file(1))
+    api.write(job_id, "driver [bold]\n")
     assert syncbn("logs", job_id)[1] == "[1] worker 1 of 2 on a, process 7\n[1] ERROR: no\ndriver [bold]\n"
     assert syncbn("logs", job_id, "--rank", 1, "--level", "warning")[1] == "[1] ERROR: no\n"
     assert read(syncbn("logs", job_id, "--level", "error", "--json")) == {"lines": ["[1] ERROR: no"]}

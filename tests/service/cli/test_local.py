@@ -130,6 +130,13 @@ def test_failed_start_names_the_part_and_shows_its_log(tmp_path, fake_parts):
     assert is_unlocked(tmp_path)
 
 
+def test_a_disk_without_space_is_refused_in_words(tmp_path, fake_parts, monkeypatch):
+    monkeypatch.setattr(local, "MIN_FREE_BYTES", 10**18)
+    with pytest.raises(StackError, match=r"its disk must have 1000000000000 MB free \(got [\d.]+ MB\)"):
+        LocalStack(tmp_path / "data").start()
+    assert not (tmp_path / "data" / "logs").exists()
+
+
 def test_start_has_a_time_limit(tmp_path, fake_parts):
     fake_parts(ray="echo thinking; exec sleep 300")
     with pytest.raises(StackError, match=r"(?s)not ready after 1 s: ray; the end of .*ray.log:\nthinking"):

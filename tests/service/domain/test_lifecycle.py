@@ -62,10 +62,15 @@ def failed(cause):
 
 @pytest.mark.parametrize(
     ("cause", "blame"),
-    [("worker_lost", Blame.INFRASTRUCTURE), ("preempted", Blame.PREEMPTED), ("hang", Blame.HANG)],
+    [
+        ("worker_lost", Blame.INFRASTRUCTURE),
+        ("preempted", Blame.PREEMPTED),
+        ("hang", Blame.HANG),
+        ("unknown", Blame.UNKNOWN),
+    ],
 )
 def test_what_is_not_the_users_fault_is_tried_again_as_often_as_it_may(cause, blame):
-    retries = Retries(infrastructure=2, preempted=2, hang=2)
+    retries = Retries(infrastructure=2, preempted=2, hang=2, unknown=2)
     others = {other: 50 for other in Blame if other != blame}
     for before in (0, 1):
         failures = Failures(others | {blame: before})
@@ -81,6 +86,58 @@ def test_what_is_not_the_users_fault_is_tried_again_as_often_as_it_may(cause, bl
 @pytest.mark.parametrize("cause", ["user_code", "configuration", "data", "out_of_memory"])
 def test_the_users_own_mistakes_are_not_tried_again(cause):
     assert step(JobState.RUNNING, "FAILED", failed(cause)).state == JobState.FAILED
+
+
+def test_what_is_not_known_is_tried_again_once():
+    again = step(JobState.RUNNING, "FAILED", failed("unknown"))
+    assert (again.state, again.failures.counts) == (JobState.QUEUED, {Blame.UNKNOWN: 1})
+    assert step(JobState.RUNNING, "FAILED", failed("unknown"), failures=again.failures).state == JobState.FAILED
+
+
+TAIL = ", last available logs (truncated to 20,000 chars):\nTraceback (most recent call last):\n" + "x" * 1_000
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "blame", "what"),
+    [
+        (
+            "FAILED",
+            f"Job entrypoint command failed with exit code -9{TAIL}",
+            Blame.INFRASTRUCTURE,
+            "the driver was killed by signal 9 (Killed) and left no outcome",
+        ),
+        (
+            "FAILED",
+            f"Job entrypoint command failed with exit code 137{TAIL}",
+            Blame.INFRASTRUCTURE,
+            "the driver was killed by signal 9 (Killed) and left no outcome",
+        ),
+        (
+            "FAILED",
+            f"Job entrypoint command failed with exit code -11{TAIL}",
+            Blame.UNKNOWN,
+            "the driver was killed by signal 11 (Segmentation fault) and left no outcome",
+        ),
+        (
+            "FAILED",
+            "Job entrypoint command failed with exit code 1. No logs available.",
+            Blame.UNKNOWN,
+            "the driver ended with status 1 and left no outcome",
+        ),
+        (
+            "FAILED",
+            "Job supervisor actor died: its node has failed",
+            Blame.INFRASTRUCTURE,
+            "Ray lost the driver, which left no outcome",
+        ),
+        ("FAILED", "", Blame.UNKNOWN, "the driver left no outcome"),
+        ("SUCCEEDED", "", Blame.UNKNOWN, "the driver left no outcome"),
+    ],
+)
+def test_a_driver_without_an_outcome_is_explained_in_a_sentence(status, message, blame, what):
+    again = next_step(make_job(state=JobState.RUNNING), Submission(RayStatus(status), message), None, NOW)
+    assert again.failures.counts == {blame: 1}
+    assert again.reason.startswith(f"attempt 1: {what}; retry 1 of")
 
 
 def test_pauses_grow_up_to_a_limit():

@@ -324,3 +324,16 @@ async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_job_without_a_first_step_is_not_counted_twice(house):
+    """Its worker has its CPU, which Ray no longer calls free."""
+    first = await house.add(spec=JobSpec(steps=1, num_workers=1))
+    await house.round()
+    second = await house.add(spec=JobSpec(steps=1, num_workers=2))
+    house.ray.set(first.submission_id, RayStatus.RUNNING)
+    house.ray.free = Capacity(cpus=1)
+    third = await house.add(spec=JobSpec(steps=1, num_workers=1))
+    await house.round()
+    assert (await house.jobs.get(first.id)).progress is None
+    assert [await house.state(job) for job in (first, second, third)] == ["running", "queued", "submitted"]

@@ -47,7 +47,7 @@ async def test_a_torn_outcome_is_not_taken_for_one(house):
     await house.round()
     house.ray.set(job.submission_id, RayStatus.SUCCEEDED)
     folder = house.files.attempt_folder(job)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / OUTCOME_FILE).write_text(json.dumps({"state": "succeeded"}))
     await house.round()
     assert (await house.jobs.get(job.id)).attempt == 2

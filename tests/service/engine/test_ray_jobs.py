@@ -11,8 +11,20 @@ from service.domain.jobs import new_id
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Capacity, Cluster
 from service.engine.ray_jobs import RayJobsOverHttp
+from service.engine.run_files import RunFiles
 from tests.fakes import FakeRay
-from trainer.spec import LOG_FILE, OUTCOME_FILE, DigitsSpec, JobSpec, MlpSpec, Outcome, RunContext, Task, attempt_folder
+from trainer.spec import (
+    LOG_FILE,
+    OUTCOME_FILE,
+    DigitsSpec,
+    JobSpec,
+    MlpSpec,
+    Outcome,
+    RunContext,
+    Task,
+    attempt_folder,
+    worker_log_file,
+)
 
 
 class Real:
@@ -51,9 +63,11 @@ async def cluster(request):
         await real.ray.close()
 
 
-def make_task(folder: Path, **changes) -> Task:
+def make_task(folder: Path, **changes) -> Path:
     spec = JobSpec(**({"data": DigitsSpec(), "model": MlpSpec(hidden=[8]), "steps": 20} | changes))
-    return Task(spec=spec, context=RunContext(job_id=folder.name, attempt=1, name="test", folder=str(folder)))
+    # The name makes the task longer than an environment variable can be.
+    context = RunContext(job_id=folder.name, attempt=1, name="test" * 50_000, folder=str(folder))
+    return RunFiles(folder.parent).write_task(Task(spec=spec, context=context))
 
 
 async def test_a_submission_runs_to_its_end_and_only_once(cluster, tmp_path):
@@ -69,7 +83,7 @@ async def test_a_submission_runs_to_its_end_and_only_once(cluster, tmp_path):
     if isinstance(cluster, Real):
         folder = attempt_folder(tmp_path, 1)
         assert Outcome.model_validate_json((folder / OUTCOME_FILE).read_text()).state == "succeeded"
-        assert (folder / LOG_FILE).read_text().count("step 20/20") == 1
+        assert (folder / worker_log_file(0)).read_text().count("step 20/20") == 1
         assert str(folder / LOG_FILE) in await cluster.ray.logs(name)
 
 
@@ -77,6 +91,9 @@ async def test_a_running_submission_can_be_stopped(cluster, tmp_path):
     name = new_id("job") + "-a1"
     await cluster.ray.submit(name, make_task(tmp_path, steps=10_000_000, num_workers=2))
     await cluster.reach(name, RayStatus.RUNNING)
+    async with asyncio.timeout(60):  # Ray gives the workers their resources long before their first step
+        while name not in (await cluster.ray.cluster()).placed:
+            await asyncio.sleep(0.2)
     await cluster.ray.stop(name)
     await cluster.reach(name, RayStatus.STOPPED)
     await cluster.ray.stop(name)

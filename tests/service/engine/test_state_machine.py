@@ -85,13 +85,13 @@ class QuirkyRay(FakeRay):
         self.trouble: str | None = None
         self.ran: Counter[tuple[str, int]] = Counter()
 
-    async def submit(self, submission_id, task):
+    async def submit(self, submission_id, task_file):
         self._answer()
         if self.trouble == "refuses":
             raise Refused("500")
         if submission_id not in self.submissions:
-            await super().submit(submission_id, task)
-            self.drivers.setdefault(submission_id, Driver(task))
+            await super().submit(submission_id, task_file)
+            self.drivers.setdefault(submission_id, Driver(self.tasks[submission_id][-1]))
         self.world.call()
         if self.trouble == "answers are lost":
             raise Unavailable("it hangs")
@@ -104,7 +104,8 @@ class QuirkyRay(FakeRay):
 
     async def cluster(self):
         self._answer()
-        return Cluster(self.total, Capacity(cpus=CPUS - sum(driver.workers for driver in self.alive())))
+        free = Capacity(cpus=CPUS - sum(driver.workers for driver in self.alive()))
+        return Cluster(self.total, free, frozenset(name for name, driver in self.drivers.items() if driver.is_alive))
 
     def set(self, submission_id, status, message=""):
         super().set(submission_id, status, message)

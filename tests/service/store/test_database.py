@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
-from service.domain.errors import Unavailable
+from service.domain.errors import StorageFull, Unavailable
 from service.store.database import MIGRATIONS, Database
 from service.store.jobs import JobStore
 from service.store.tables import audit, metadata
@@ -90,6 +90,21 @@ async def test_what_the_server_says_of_itself_is_unavailable_and_our_mistakes_ar
     with pytest.raises(Unavailable if is_troubled else DBAPIError):
         async with database.write():
             raise DBAPIError("SELECT 1", {}, ServerError())
+    await database.close()
+
+
+async def test_a_database_without_space_says_so(tmp_path):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
+    await database.migrate()
+
+    async def fill():
+        async with database.write() as connection:
+            await connection.exec_driver_sql("PRAGMA max_page_count=1")  # as few as there are
+            await connection.exec_driver_sql("CREATE TABLE large AS SELECT randomblob(1000000) AS content")
+
+    with pytest.raises(StorageFull, match="no space left"):
+        await fill()
+    await database.check()
     await database.close()
 
 

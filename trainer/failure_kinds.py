@@ -1,0 +1,138 @@
+"""Failure kinds of errors and exit statuses: tables, and the functions that look up in them; pure.
+
+Errors are matched by the names of their classes and by their messages, so that neither torch nor Ray is imported. What no rule
+matches has the kind that the caller gives as `default`: `user_code` inside the training loop, `unknown` elsewhere.
+"""
+
+import signal
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.spec import Cause
+
+MAX_MESSAGE_CHARS = 2_000
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A failure kind, and the errors that have it. Every condition that is given must hold."""
+
+    kind: Cause
+    classes: tuple[str, ...] = ()
+    """Beginnings of qualified class names; one of the error's classes has one of them."""
+    words: tuple[str, ...] = ()
+    """Lower case; the message contains one of them."""
+    about: tuple[str, ...] = ()
+    """Lower case; the message contains one of these, too."""
+    is_consequence: bool = False
+    """Whether another worker's failure can lead to this error: that one's is then the first."""
+
+
+TORCH_ERRORS = ("builtins.RuntimeError", "builtins.ConnectionError")
+NATIVE_ERRORS = ("builtins.RuntimeError", "builtins.OSError")
+COMMUNICATION = ("gloo", "nccl", "rendezvous", "store", "peer")
+CONNECTION_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "broken pipe",
+    "remote process exited",
+    "communicator was aborted",
+)
+LOADER = ("dataloader",)
+RULES = (
+    Rule("out_of_memory", ("builtins.MemoryError", "torch.OutOfMemoryError", "ray.exceptions.OutOfMemoryError")),
+    Rule(
+        "out_of_memory",
+        NATIVE_ERRORS,
+        ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc"),
+    ),
+    Rule("out_of_memory", NATIVE_ERRORS, ("cublas_status_alloc_failed", "insufficient shared memory")),
+    Rule("hang", ("syncbn.errors.DesyncError",), is_consequence=True),
+    Rule("unknown", ("ray.exceptions.RayTaskError",)),
+    Rule("worker_lost", ("ray.",)),
+    # The process of a data loader that the kernel killed was most likely too large.
+    Rule("out_of_memory", ("builtins.RuntimeError",), ("killed by signal: killed", "killed by signal: bus"), LOADER),
+    Rule("user_code", ("builtins.RuntimeError",), ("killed by signal",), LOADER),
+    Rule("hang", ("builtins.RuntimeError",), ("timed out",), LOADER),
+    Rule("unknown", ("builtins.RuntimeError",), ("exited unexpectedly",), LOADER),
+    # Ray destroys the survivors' process group, from another thread, when a worker has died.
+    Rule("worker_lost", ("builtins.ValueError",), ("process group has not been initialized",), is_consequence=True),
+    Rule("worker_lost", TORCH_ERRORS, CONNECTION_LOST, COMMUNICATION, is_consequence=True),
+    Rule("hang", TORCH_ERRORS, ("timed out", "timeout"), COMMUNICATION, is_consequence=True),
+    Rule("hang", ("builtins.TimeoutError",)),
+    # The node's or the storage's: no space (28), quota (122), input or output (5), stale handle (116), read-only (30).
+    Rule("worker_lost", ("builtins.OSError",), tuple(f"[errno {number}]" for number in (28, 122, 5, 116, 30))),
+    Rule("worker_lost", NATIVE_ERRORS, ("uncorrectable ecc error", "fallen off the bus", "no cuda-capable device")),
+)
+"""In the order in which they are tried."""
+
+SIGNALS: dict[int, Cause] = {
+    # From outside: a node that shuts down, an operator, or Ray.
+    signal.SIGKILL: "worker_lost",
+    signal.SIGTERM: "worker_lost",
+    signal.SIGINT: "worker_lost",
+    signal.SIGHUP: "worker_lost",
+    signal.SIGPWR: "worker_lost",
+    # From the process itself.
+    signal.SIGSEGV: "user_code",
+    signal.SIGBUS: "user_code",
+    signal.SIGFPE: "user_code",
+    signal.SIGILL: "user_code",
+    signal.SIGSYS: "user_code",
+    signal.SIGTRAP: "user_code",
+    # Not SIGABRT: it is an assertion in native code, or NCCL's watchdog that found a hang.
+}
+"""Failure kinds of processes that a signal ended; other signals are `unknown`."""
+
+
+def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause, bool]:
+    """Return an error's failure kind, and whether it can be the consequence of another worker's failure."""
+    if (kind := getattr(error, "cause", None)) is not None and "trainer.errors.RunError" in _classes(error):
+        return kind, False
+    classes, text = _classes(error), message(error).lower()
+    for rule in RULES:
+        if (
+            (not rule.classes or any(name.startswith(rule.classes) for name in classes))
+            and (not rule.words or any(word in text for word in rule.words))
+            and (not rule.about or any(word in text for word in rule.about))
+        ):
+            return rule.kind, rule.is_consequence
+    return default, False
+
+
+def classify_exit(status: int, *, out_of_memory: bool = False, orphaned: bool = False, detail: str = "") -> Cause:
+    """Return the failure kind of a worker's process that ended by itself or by a signal.
+
+    Args:
+        status: exit code, or the negative of a signal.
+        out_of_memory: whether the kernel or Ray says that it ran out of memory.
+        orphaned: whether Ray's raylet ended first, upon which its workers end, too.
+        detail: what Ray says of the end.
+    """
+    if out_of_memory:
+        return "out_of_memory"
+    if orphaned or "SIGTERM" in detail:  # at which Ray's workers exit with a code
+        return "worker_lost"
+    return "user_code" if status >= 0 else SIGNALS.get(-status, "unknown")
+
+
+def message(error: BaseException) -> str:
+    """Return an error's message as text that can be stored, whatever the error is."""
+    if isinstance(error, SystemExit):
+        return f"exit code {printable(error.code)}"
+    return printable(error)
+
+
+def printable(value: Any, limit: int = MAX_MESSAGE_CHARS) -> str:
+    """Return a value as text of limited length, with replacement characters for what UTF-8 or a database cannot hold."""
+    try:
+        text = str(value)
+    except BaseException as error:
+        text = f"<{type(value).__name__} that cannot be shown: its __str__ raised {type(error).__name__}>"
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+
+
+def _classes(error: BaseException) -> list[str]:
+    return [f"{kind.__module__}.{kind.__qualname__}" for kind in type(error).__mro__]

@@ -1,0 +1,79 @@
+"""Log files of an attempt: one for the driver and each worker, and the index of their order."""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.spec import LOG_FILE, LOG_INDEX_FILE
+
+INDEX_SECONDS = 0.25
+"""Between two looks at the files: what several of them got in between is in the order of their names."""
+MAX_LINE_BYTES = 65_536
+"""A longer line is indexed before its end."""
+
+
+def redirect_output(path: Path) -> None:
+    """Send everything that this process and its children print from now on to a file, native code included."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+
+
+@contextmanager
+def indexed_logs(folder: Path) -> Iterator[None]:
+    """Keep the index of a folder's log files, in a thread."""
+    is_over = threading.Event()
+    index = LogIndex(folder)
+
+    def work() -> None:
+        while not is_over.wait(INDEX_SECONDS):
+            index.update()
+        index.update()
+
+    thread = threading.Thread(target=work, name="log index", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(10)
+
+
+class LogIndex:
+    """Index of a folder's log files. Whatever it does not hold comes after it, in the order of the files' names."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ends: dict[str, int] = {}
+        (folder / LOG_INDEX_FILE).touch()
+
+    def update(self) -> None:
+        """Append the whole lines that files have got since the last time."""
+        lines = []
+        with suppress(OSError):  # of a storage that may be back in a moment
+            for path in sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name)):
+                before = self._ends.get(path.name, 0)
+                if (end := _end_of_lines(path, before)) > before:
+                    lines.append(f"{path.name} {end}\n")
+                    self._ends[path.name] = end
+        if lines:
+            with suppress(OSError), (self._folder / LOG_INDEX_FILE).open("a") as index:
+                index.write("".join(lines))
+
+
+def _end_of_lines(path: Path, start: int) -> int:
+    """Return where the last whole line of a file ends; `start` if there is none after it."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(start, size - MAX_LINE_BYTES)
+        file.seek(begin)
+        newline = file.read(size - begin).rfind(b"\n")
+    if newline >= 0:
+        return begin + newline + 1
+    return size if size - start > MAX_LINE_BYTES else start

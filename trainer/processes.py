@@ -1,0 +1,97 @@
+"""Process trees: a subreaper that ends all of its descendants, and exit statuses in words. Shared with the service."""
+
+import ctypes
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 1.0
+"""Between SIGTERM and SIGKILL for the processes that a child leaves behind."""
+GIVE_UP_SECONDS = 5.0
+"""A process that outlives SIGKILL this long hangs inside the operating system."""
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+class Descendants:
+    """All processes below this one, orphans included; `ended` has the status of each direct child that has ended.
+
+    A status is counted as `subprocess` does: negative for a signal.
+    """
+
+    def __init__(self) -> None:
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)
+        self.ended: dict[int, int] = {}
+        self._signals, writable = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(writable, False)
+        for number in (signal.SIGCHLD, *STOP_SIGNALS):
+            signal.signal(number, lambda _number, _frame: None)
+        signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+        self._reap()
+
+    def wait(self, *, lifeline: int | None = None, timeout_seconds: float | None = None) -> bool:
+        """Wait for a child's end; True if a stop signal came or the lifeline closed."""
+        watched = [self._signals] if lifeline is None else [self._signals, lifeline]
+        readable, _, _ = select.select(watched, [], [], timeout_seconds)
+        told = lifeline in readable  # nothing is ever written to it
+        if self._signals in readable:
+            told |= not set(STOP_SIGNALS).isdisjoint(os.read(self._signals, 4096))
+        self._reap()
+        return told
+
+    def stop(self, pid: int, seconds: float) -> None:
+        """Ask one child to end, and wait for it no longer than `seconds`."""
+        if pid not in self.ended:
+            os.kill(pid, signal.SIGTERM)
+            self.wait_for_end(pid, seconds)
+
+    def wait_for_end(self, pid: int, seconds: float) -> None:
+        """Wait for the end of one child, no longer than `seconds`."""
+        deadline = time.monotonic() + seconds
+        while pid not in self.ended and (left := deadline - time.monotonic()) > 0:
+            self.wait(timeout_seconds=left)
+
+    def end(self) -> list[int]:
+        """End every descendant: SIGTERM once, then SIGKILL, until none is left. Return those that outlive even that."""
+        begin = time.monotonic()
+        asked: set[psutil.Process] = set()
+        while left := psutil.Process().children(recursive=True):
+            elapsed = time.monotonic() - begin
+            if elapsed > GIVE_UP_SECONDS:
+                return [process.pid for process in left]
+            for process in left:
+                with suppress(psutil.NoSuchProcess):
+                    if elapsed > GRACE_SECONDS:
+                        process.kill()
+                    elif process not in asked:
+                        process.terminate()
+            asked.update(left)
+            self.wait(timeout_seconds=0.1)
+        return []
+
+    def _reap(self) -> None:
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                self.ended[ended[0]] = os.waitstatus_to_exitcode(ended[1])
+
+
+def die_with_parent() -> None:
+    """Have the kernel send SIGKILL to this process when its parent ends."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def describe_status(status: int) -> str:
+    """Say how a process with this status ended."""
+    return (
+        f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
+    )
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
