@@ -24,7 +24,7 @@ from trainer.spec import CheckpointSpec
 from trainer.state import State
 from trainer.worker import Worker
 
-FORMAT = 2
+FORMAT = 3
 """Changes when older checkpoints cannot be read any more."""
 SHARED = "shared.pt"
 CHUNK_BYTES = 1 << 22

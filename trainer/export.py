@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from syncbn import revert_sync_batchnorm
 from trainer.models import build_model
 from trainer.spec import ImportedModelSpec, JobSpec
+from trainer.state_dict import gather_model_state
 from trainer.worker import Worker
 
 
 def export_weights(model: nn.Module, path: Path, worker: Worker) -> dict[str, Any]:
     """Write the whole model's state_dict by rank 0, and return it; where it is sharded, all workers bring their parts."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = gather_model_state(model, keep=worker.rank == 0)
     if worker.rank == 0:
         part = path.with_name(f".{path.name}.part")
         torch.save(weights, part)

@@ -67,6 +67,19 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     assert "holds files already" in again.stderr
 
 
+@pytest.mark.ray
+def test_an_optimizer_without_state_is_resumed_by_hand(tmp_path):
+    spec = "{norm: none, data: {name: digits}, steps: 20, checkpoint: {every: 10}, optimizer: {name: sgd, lr: 0.1}}"
+    (tmp_path / "spec.yaml").write_text(spec)
+    assert run("spec.yaml", "--output", "out", cwd=tmp_path).returncode == 0
+    (tmp_path / "spec.yaml").write_text(spec.replace("steps: 20", "steps: 40"))
+    result = run("spec.yaml", "--output", "out", "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "goes on from step-000000000020" in result.stdout
+    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-2" / OUTCOME_FILE).read_text())
+    assert (outcome.state, outcome.step) == ("succeeded", 40)
+
+
 MODELS = """
 import torch
 from torch import nn

@@ -1,36 +1,14 @@
 """A run that was interrupted goes on as if nothing had happened, to the last bit; with other numbers of workers, to rounding."""
 
-import os
-import signal
-
 import pytest
 import torch.distributed as dist
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import Notes, make_spec, run_here, train_here
+from tests.trainer.training import InterruptedRunError, Interrupting, Notes, make_spec, run_here, train_here
 from trainer.errors import Preempted
 from trainer.spec import EarlyStopSpec, MlpSpec
 from trainer.state import Position
 from trainer.stopping import is_enough, take_note
-
-
-class InterruptedRunError(Exception):
-    """What stands in for a fault."""
-
-
-class Interrupting(Notes):
-    """A journal that ends its process, or raises, after some step."""
-
-    def __init__(self, step, *, kill=False):
-        super().__init__()
-        self.at, self.kill = step, kill
-
-    def update(self, step):
-        super().update(step)
-        if step == self.at and self.kill:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if step == self.at:
-            raise InterruptedRunError
 
 
 def state_of(result):

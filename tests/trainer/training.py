@@ -1,5 +1,8 @@
 """Training by a spec in a test's own process, or on the ranks that it spawned."""
 
+import os
+import signal
+
 import torch
 import torch.distributed as dist
 
@@ -30,6 +33,25 @@ class Notes:
 
     def update(self, step):
         self.steps.append(step)
+
+
+class InterruptedRunError(Exception):
+    """What stands in for a fault."""
+
+
+class Interrupting(Notes):
+    """A journal that ends its process, or raises, after some step."""
+
+    def __init__(self, step, *, kill=False):
+        super().__init__()
+        self.at, self.kill = step, kill
+
+    def update(self, step):
+        super().update(step)
+        if step == self.at and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.at:
+            raise InterruptedRunError
 
 
 def make_spec(**changes):
