@@ -244,7 +244,7 @@ class Checkpoints:
             except ForeignError:
                 continue
         kept = {manifest.name for manifest in whole[: self._spec.keep_last]} | {newest}
-        metric, sign = self._spec.keep_best, 1 if self._spec.best_mode == "max" else -1
+        metric, sign = self._spec.keep_best, 1 if self._spec.best_direction == "max" else -1
         scored = [manifest for manifest in whole if metric in manifest.metrics]
         if metric is not None and scored:
             kept.add(max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step)).name)

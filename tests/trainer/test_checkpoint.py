@@ -89,7 +89,7 @@ def test_nothing_is_taken_from_an_empty_or_a_strange_folder(tmp_path):
 
 
 def test_the_policy_keeps_the_last_and_the_best(tmp_path):
-    changes = {"steps": 30, "checkpoint": {"every": 2, "keep_last": 2, "keep_best": "test_loss", "best_mode": "min"}}
+    changes = {"steps": 30, "checkpoint": {"every": 2, "keep_last": 2, "keep_best": "test_loss"}}
     write_checkpoints(tmp_path, **changes)
     manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(tmp_path.glob("step-*"))]
     steps = [manifest["step"] for manifest in manifests]
@@ -98,6 +98,15 @@ def test_the_policy_keeps_the_last_and_the_best(tmp_path):
     _, notes = run_here(make_spec(**SPEC | changes))
     losses = {step: values["test_loss"] for step, values in notes.metrics.items() if step > 0}
     assert min(losses, key=losses.get) in steps
+
+
+def test_the_best_by_a_direction_that_is_given_is_kept(tmp_path):
+    checkpoint = {"every": 2, "keep_last": 1, "keep_best": "test_loss", "best_mode": "max"}
+    write_checkpoints(tmp_path, steps=30, checkpoint=checkpoint)
+    _, notes = run_here(make_spec(**SPEC | {"steps": 30}))
+    losses = {step: values["test_loss"] for step, values in notes.metrics.items() if step > 0}
+    steps = {json.loads(path.read_text())["step"] for path in tmp_path.glob("step-*/manifest.json")}
+    assert steps == {max(losses, key=losses.get), 30}
 
 
 def test_the_best_is_kept_by_its_own_steps_evaluation_wherever_checkpoints_fall(tmp_path):

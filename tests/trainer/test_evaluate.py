@@ -7,9 +7,9 @@ from tests.dist import run_on_ranks
 from tests.trainer.training import here, make_spec, run_here
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError
-from trainer.evaluate import Evaluator
+from trainer.evaluate import Evaluator, build_metric
 from trainer.models import build_model
-from trainer.spec import EvaluationSpec, MlpSpec, Norm
+from trainer.spec import DIRECTIONS, EvaluationSpec, MlpSpec, Norm, metric_direction
 
 ALL = ["accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"]
 
@@ -139,3 +139,13 @@ def test_a_model_without_batch_normalisation_has_no_statistics():
         for statistics in ("moving", "precise", "batch")
     ]
     assert values[0] == values[1] == values[2]
+
+
+def test_directions_of_metrics_are_those_of_torchmetrics():
+    for name in set(ALL) - {"accuracy"}:
+        assert (metric_direction(name) == "max") == build_metric(name, 10).higher_is_better, name
+
+
+def test_every_logged_metric_but_the_learning_rate_has_a_direction():
+    _, notes = run_here(make_spec(evaluation={"metrics": ALL}))
+    assert notes.metrics[20].keys() == DIRECTIONS.keys() | {"learning_rate"}

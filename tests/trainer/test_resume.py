@@ -173,6 +173,34 @@ def test_an_early_stop_by_another_metric_does_not_count_on_the_old_ones_best(tmp
     assert second.step >= 140
 
 
+@pytest.mark.parametrize(
+    ("metric", "mode", "ends"),
+    [
+        ("test_loss", None, [False, False, False, True]),
+        ("calibration_error", None, [False, False, False, True]),
+        ("accuracy", None, [False, True, True, True]),
+        ("test_loss", "max", [False, True, True, True]),
+        ("accuracy", "min", [False, False, False, True]),
+    ],
+)
+def test_patience_ends_the_run_by_the_direction_of_the_metric(metric, mode, ends):
+    spec, position, found = EarlyStopSpec(metric=metric, mode=mode, patience=1), Position(), []
+    for value in (0.9, 0.5, 0.4, 0.45):
+        position.metrics = {metric: value}
+        take_note(spec, position)
+        found.append(is_enough(spec, position))
+    assert found == ends
+
+
+def test_a_loss_as_target_is_reached_from_above():
+    spec, position, ends = EarlyStopSpec(metric="test_loss", target=0.5), Position(), []
+    for value in (0.9, 0.6, 0.5):
+        position.metrics = {"test_loss": value}
+        take_note(spec, position)
+        ends.append(is_enough(spec, position))
+    assert ends == [False, False, True]
+
+
 def test_a_target_ends_the_run_though_it_is_reached_by_less_than_counts_as_improvement():
     spec, position = EarlyStopSpec(target=0.8, min_delta=0.01), Position()
     ends = []

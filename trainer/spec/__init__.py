@@ -12,8 +12,18 @@ from trainer.spec.data import (
     TorchvisionDataSpec,
     train_samples,
 )
-from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured, Metric
+from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
 from trainer.spec.job import SHAPING_FIELDS, JobSpec, Norm
+from trainer.spec.metrics import (
+    DIRECTIONS,
+    Direction,
+    Measured,
+    Metric,
+    best_value,
+    improvement,
+    is_reached,
+    metric_direction,
+)
 from trainer.spec.models import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec
 from trainer.spec.optimizers import (
     AdamWSpec,
@@ -48,6 +58,7 @@ from trainer.spec.yaml import read_yaml
 
 __all__ = [
     "CLOSED_FILE",
+    "DIRECTIONS",
     "DRIVER_FILE",
     "JOB_VARIABLE",
     "LOG_FILE",
@@ -63,6 +74,7 @@ __all__ = [
     "CosineSchedule",
     "DataSpec",
     "DigitsSpec",
+    "Direction",
     "EarlyStopSpec",
     "EvaluationSpec",
     "ExponentialSchedule",
@@ -94,7 +106,11 @@ __all__ = [
     "TorchOptimizerSpec",
     "TorchvisionDataSpec",
     "attempt_folder",
+    "best_value",
     "field_path",
+    "improvement",
+    "is_reached",
+    "metric_direction",
     "read_yaml",
     "train_samples",
 ]

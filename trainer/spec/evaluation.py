@@ -5,12 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from trainer.spec.base import Frozen
-
-Metric = Literal[
-    "accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"
-]
-Measured = Metric | Literal["test_loss"]
-"""What every evaluation yields, if it is among the metrics asked for."""
+from trainer.spec.metrics import Direction, Measured, Metric, metric_direction
 
 
 class EvaluationSpec(Frozen):
@@ -41,10 +36,15 @@ class EarlyStopSpec(Frozen):
     """When to stop before the last step."""
 
     metric: Measured = "accuracy"
-    mode: Literal["max", "min"] = "max"
+    mode: Direction | None = Field(None, description="which values are better; null: the metric's own direction")
     patience: int = Field(5, ge=1, le=100_000, description="evaluations without improvement before the run ends")
     min_delta: float = Field(0.0, ge=0, description="what counts as an improvement")
     target: float | None = Field(None, description="value at which the run ends at once")
+
+    @property
+    def direction(self) -> Direction:
+        """Which values of the metric are better."""
+        return self.mode or metric_direction(self.metric)
 
 
 class CheckpointSpec(Frozen):
@@ -55,7 +55,12 @@ class CheckpointSpec(Frozen):
     )
     keep_last: int = Field(2, ge=1, le=1_000, description="newest checkpoints that are kept")
     keep_best: Measured | None = Field(None, description="metric whose best checkpoint is kept too")
-    best_mode: Literal["max", "min"] = "max"
+    best_mode: Direction | None = Field(None, description="which values are better; null: the metric's own direction")
     address: str | None = Field(
         None, max_length=4_096, description="folder or fsspec address under an allowed root; null: the job's own folder"
     )
+
+    @property
+    def best_direction(self) -> Direction:
+        """Which values of `keep_best` are better."""
+        return self.best_mode or metric_direction(self.keep_best or "")
