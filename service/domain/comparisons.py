@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from service.domain.errors import InvalidField
-from trainer.spec import Frozen, JobSpec, Metric, field_path
+from trainer.spec import Frozen, JobSpec, Measured, field_path
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
@@ -48,7 +48,11 @@ class ComparisonSpec(Frozen):
         None,
         description="variant that the others are measured against, a named one by `variant`; default: the first value of each path",
     )
-    metric: Metric = Field("accuracy", description="metric to compare, one of the spec's `evaluation.metrics`")
+    metric: Measured = Field(
+        "accuracy",
+        description="metric to compare, one of the spec's `evaluation.metrics` or `test_loss`; the smallest losses and calibration "
+        "errors are best, and the largest values of the others",
+    )
     target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
 
     @field_validator("matrix")
@@ -60,10 +64,11 @@ class ComparisonSpec(Frozen):
 
     @field_validator("metric")
     @classmethod
-    def _is_measured(cls, metric: Metric, info: ValidationInfo) -> Metric:
+    def _is_measured(cls, metric: Measured, info: ValidationInfo) -> Measured:
         spec = info.data.get("spec")
-        if spec is not None and metric not in spec.evaluation.metrics:
-            raise ValueError(f"takes one of the spec's evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
+        if spec is not None and metric not in (*spec.evaluation.metrics, "test_loss"):
+            measured = ", ".join(spec.evaluation.metrics)
+            raise ValueError(f"must be test_loss or one of the spec's evaluation.metrics: {measured} (got {metric!r})")
         return metric
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 from service.domain.comparisons import Comparison, Variant, describe, without_seed
 from service.domain.jobs import Job, JobState
 from service.domain.statistics import Curve, VariantResult, compare, default_target
+from trainer.spec import Direction, metric_direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class ComparisonReport:
     comparison: Comparison
     finished: bool
     """Whether all jobs have ended."""
+    direction: Direction
+    """Which values of the comparison's metric are better."""
     target: float | None
     variants: Sequence[VariantReport]
 
@@ -49,7 +52,8 @@ def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str
     by_seed = {label: {seed: curves[job.id] for seed, job in runs.items()} for label, (_, runs) in groups.items()}
     baseline_label = describe(comparison.baseline)
     baseline = by_seed.get(baseline_label, {})
-    target = comparison.target if comparison.target is not None else default_target(baseline)
+    direction = metric_direction(comparison.metric)
+    target = comparison.target if comparison.target is not None else default_target(baseline, direction)
     variants = [
         VariantReport(
             variant=variant,
@@ -59,6 +63,7 @@ def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str
                 baseline,
                 target,
                 is_baseline=label == baseline_label,
+                direction=direction,
                 failed=sum(job.state in (JobState.FAILED, JobState.CANCELLED) for job in runs.values()),
                 unfinished=sum(not job.state.is_terminal for job in runs.values()),
             ),
@@ -69,5 +74,9 @@ def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str
         for label, (variant, runs) in groups.items()
     ]
     return ComparisonReport(
-        comparison=comparison, finished=all(job.state.is_terminal for job in jobs), target=target, variants=variants
+        comparison=comparison,
+        finished=all(job.state.is_terminal for job in jobs),
+        direction=direction,
+        target=target,
+        variants=variants,
     )

@@ -115,6 +115,7 @@ REPORT = Report(
     name=COMPARISON.name,
     finished=True,
     metric="accuracy",
+    direction="max",
     target=0.8,
     target_is_given=True,
     variants=[

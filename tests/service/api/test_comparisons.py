@@ -1,5 +1,7 @@
 import asyncio
 
+import pytest
+
 SPEC = {"steps": 2000, "num_workers": 2, "eval_every": 100}
 BODY = {"name": "does BN help", "spec": SPEC, "matrix": {"norm": ["none", "sync"], "seed": [0, 1]}, "target": 0.8}
 
@@ -41,6 +43,13 @@ async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
     assert not report["finished"]
     assert report["target_is_given"]
     assert (await client.get(f"/v1/comparisons/{comparison['id']}/report")).json()["variants"][0]["curves"] is None
+
+
+@pytest.mark.parametrize(("metric", "taken"), [("test_loss", True), ("accuracy", True), ("auroc", False)])
+async def test_a_comparison_takes_what_its_runs_measure(client, metric, taken):
+    answer = await client.post("/v1/comparisons:validate", json=BODY | {"metric": metric, "target": None})
+    assert answer.status_code == (200 if taken else 422)
+    assert taken or "must be test_loss or one of the spec's evaluation.metrics" in answer.text
 
 
 async def test_any_metric_of_all_runs_can_be_read(client, app, mlflow):
