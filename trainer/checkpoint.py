@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -129,6 +129,17 @@ class Checkpoints:
         state.restore(shared, own)
         return cast("Manifest", manifest)
 
+    def load_best(self) -> tuple[Manifest, dict[str, Any]] | None:
+        """Read the shared state of the best whole checkpoint by `keep_best`; None if there is none. Collectives: none.
+
+        Raises StorageError if the storage cannot be read.
+        """
+        try:
+            best = best_of(list(self.manifests()), self._spec)
+            return None if best is None else (best, self._read(best, SHARED))
+        except Exception as error:
+            raise StorageError(f"the best checkpoint in {self._root} could not be read: {_describe(error)}") from error
+
     def manifests(self) -> Iterator[Manifest]:
         """Yield whole checkpoints of this job, newest first; notes in `refused` why others are not taken."""
         for name in sorted(self._names(), reverse=True):
@@ -244,10 +255,8 @@ class Checkpoints:
             except ForeignError:
                 continue
         kept = {manifest.name for manifest in whole[: self._spec.keep_last]} | {newest}
-        metric, sign = self._spec.keep_best, 1 if self._spec.best_direction == "max" else -1
-        scored = [manifest for manifest in whole if metric in manifest.metrics]
-        if metric is not None and scored:
-            kept.add(max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step)).name)
+        if (best := best_of(whole, self._spec)) is not None:
+            kept.add(best.name)
         removed += [manifest.name for manifest in whole if manifest.name not in kept]
         for name in removed:
             path = f"{self._root}/{name}"
@@ -268,6 +277,15 @@ class Checkpoints:
         values: list[Any] = [None] * self._worker.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def best_of(manifests: Sequence[Manifest], spec: CheckpointSpec) -> Manifest | None:
+    """Return the best checkpoint by `spec.keep_best`, the newest of equal ones; None without one that has the metric."""
+    metric, sign = spec.keep_best, 1 if spec.best_direction == "max" else -1
+    scored = [manifest for manifest in manifests if metric in manifest.metrics]
+    if metric is None or not scored:
+        return None
+    return max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step))
 
 
 class _HashingWriter:

@@ -53,6 +53,8 @@ class Evaluator:
         others = [name for name in spec.metrics if name != "accuracy"]
         self._metrics = {name: build_metric(name, dataset.classes).to(worker.device) for name in others}
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.statistics: dict[str, Tensor] = {}
+        """Running statistics of the newest evaluation, by buffer name, where they are not the model's own (`precise`)."""
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Iterator[tuple[str, float]]:
@@ -113,6 +115,7 @@ class Evaluator:
         try:
             if self._spec.statistics == "precise" and self._norms:
                 self._take_population_statistics(step)
+                self.statistics = self._running_statistics()
             elif self._spec.statistics == "moving":
                 share_buffers(self._norms, self._worker)
             self._model.eval()
@@ -122,6 +125,15 @@ class Evaluator:
                 buffer.copy_(value)
             for module, mode in modes:
                 module.training = mode
+
+    def _running_statistics(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{name}": buffer.to("cpu", copy=True)
+            for path, module in self._model.named_modules()
+            if isinstance(module, _BatchNorm)
+            for name, buffer in module.named_buffers()
+            if name in ("running_mean", "running_var")
+        }
 
     def _take_population_statistics(self, step: int) -> None:
         """Take means over training batches (Ioffe & Szegedy 2015, Algorithm 2), and over workers where each has its own."""

@@ -95,7 +95,7 @@ def train(
             metrics["learning_rate"] = float(schedule.get_last_lr()[0])
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise Diverged(step, f"the evaluation is not finite ({metrics})")
-            position.metrics, position.evaluated = metrics, step
+            position.metrics, position.statistics, position.evaluated = metrics, evaluator.statistics, step
             position.loss_sum, position.samples = 0.0, 0
             take_note(spec.early_stop, position)
             save_now |= is_new_best(spec.checkpoint, position)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainer.probes import Probes
@@ -34,6 +34,8 @@ class Position:
     """What the next evaluation's training loss is the quotient of."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest evaluation."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Of the newest evaluation, where it did not use the model's own: what an exported model holds in their place."""
     best: dict[str, float] = field(default_factory=dict)
     """Best value by the early stop's criterion, under its name: after another has taken its place, it counts no more."""
     best_kept: dict[str, float] = field(default_factory=dict)

@@ -28,7 +28,7 @@ def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
 
 def is_new_best(spec: CheckpointSpec, position: Position) -> bool:
     """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
-    if spec.keep_best is None:
+    if spec.keep_best is None or position.step == 0:  # an untrained model is not saved
         return False
     criterion, value = f"{spec.best_direction} {spec.keep_best}", position.metrics[spec.keep_best]
     best = position.best_kept.get(criterion)

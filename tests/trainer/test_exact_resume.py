@@ -36,11 +36,16 @@ SCHEDULES = [
 STEPS = 14
 
 
+def can_be_sharded(optimizer):
+    is_fused_sgd = optimizer["name"] == "torch:SGD" and "fused" in optimizer.get("arguments", {})
+    return optimizer["name"] != "torch:Adafactor" and not is_fused_sgd
+
+
 def draw_case(seed, optimizer=None, world_size=1, parallel="ddp"):
     """Draw a spec, and the steps after which its run is interrupted."""
     choose = random.Random(seed)
     if optimizer is None:
-        optimizer = choose.choice([one for one in OPTIMIZERS if parallel == "ddp" or one["name"] != "torch:Adafactor"])
+        optimizer = choose.choice([one for one in OPTIMIZERS if parallel == "ddp" or can_be_sharded(one)])
     norm = choose.choice(["none", "batch", "sync", "group", "layer"])
     changes = {
         "optimizer": {"lr": 0.02, "weight_decay": choose.choice([0.0, 0.01])} | optimizer,

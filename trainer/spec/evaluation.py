@@ -56,6 +56,9 @@ class CheckpointSpec(Frozen):
     keep_last: int = Field(2, ge=1, le=1_000, description="newest checkpoints that are kept")
     keep_best: Measured | None = Field(None, description="metric whose best checkpoint is kept too")
     best_mode: Direction | None = Field(None, description="which values are better; null: the metric's own direction")
+    export: Literal["best", "last"] = Field(
+        "best", description="which model is exported as `model`, if `keep_best` is set; the other one is exported too"
+    )
     address: str | None = Field(
         None, max_length=4_096, description="folder or fsspec address under an allowed root; null: the job's own folder"
     )
