@@ -90,19 +90,30 @@ class Evaluator:
         yield "test_loss", loss_sum / samples
 
     def _forward(self, inputs: Tensor) -> Tensor | None:
-        takes_own_batch = self._spec.statistics == "batch" and any(True for _ in self._norms)
-        is_shared = takes_own_batch and self._shares_statistics()
-        if not len(inputs) and not is_shared:
-            return None
-        # One sample has no variance: where there is but one to take statistics of, the moving ones are taken.
-        count = len(inputs)
-        if is_shared:
-            count = int(sum_over_workers(torch.tensor(count, device=self._worker.device), self._worker.world_size))
-        if takes_own_batch:
+        """Return the logits of this worker's part of a batch; None where it has none and no other worker needs it."""
+        is_needed = len(inputs) > 0
+        if self._spec.statistics == "batch":
+            counts = self._samples_by_group(len(inputs))
+            is_needed |= any(count > 1 for count in counts.values())
             for norm in self._norms:
-                norm.train((count if isinstance(norm, SyncBatchNorm) else len(inputs)) > 1)
+                # One sample has no variance: where there is but one to take statistics of, the moving ones are taken.
+                shared = counts[norm.process_group] if isinstance(norm, SyncBatchNorm) else len(inputs)
+                norm.train(shared > 1)
+        if not is_needed:
+            return None
         logits: Tensor = self._model(inputs)
         return logits.double() if logits.dtype == torch.float64 else logits.float()
+
+    def _samples_by_group(self, count: int) -> dict[Any, int]:
+        """Count the samples of a batch in each group of workers that share statistics. Collective in each of them."""
+        groups = dict.fromkeys(norm.process_group for norm in self._norms if isinstance(norm, SyncBatchNorm))
+        counts = {}
+        for group in groups:
+            total = torch.tensor(count, device=self._worker.device)
+            if self._worker.world_size > 1:
+                dist.all_reduce(total, group=group)
+            counts[group] = int(total)
+        return counts
 
     def _shares_statistics(self) -> bool:
         return any(isinstance(norm, SyncBatchNorm) for norm in self._norms)

@@ -127,6 +127,21 @@ def test_a_last_test_batch_of_one_sample_takes_the_moving_statistics(norm):
     assert 0 <= metrics["accuracy"] <= 1
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("batch_size", [7, 17, 51, 119])
+def test_groups_of_workers_take_statistics_of_their_own_part_of_a_test_batch(batch_size):
+    """Where the last batch leaves a group one sample, or none, it takes the moving statistics, or does nothing."""
+    evaluation = EvaluationSpec(metrics=["accuracy", "f1"], statistics="batch", batch_size=batch_size)
+    spec = make_spec(num_workers=4, sync_group_size=2, evaluation=evaluation)
+    results = run_on_ranks(train_and_measure, 4, spec)
+    assert all(result == results[0] for result in results)
+    assert 0 <= results[0]["accuracy"] <= 1
+
+
+def train_and_measure(spec):
+    return run_here(spec)[0].metrics
+
+
 def test_top_5_of_few_classes_says_nothing_and_is_refused():
     data = {"name": "synthetic", "shape": [4], "classes": 5, "train_samples": 100, "test_samples": 20}
     with pytest.raises(ConfigurationError, match="top5_accuracy takes more than 5 classes; there are 5"):
