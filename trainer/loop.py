@@ -66,7 +66,7 @@ def train(
     group = new_sync_groups(spec.sync_group_size) if spec.sync_group_size else None
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed, group)
     model.to(worker.device, torch.float64 if spec.precision == "fp64" else torch.float32)
-    parallel = parallelise(model, spec, worker)
+    parallel = parallelise(model, spec, worker, dataset.shape)
     optimizer = build_optimizer(spec.optimizer, model)
     schedule = build_schedule(spec.schedule, optimizer, spec.steps)
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
