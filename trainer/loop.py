@@ -17,7 +17,7 @@ from trainer.errors import Diverged, Preempted
 from trainer.evaluate import Evaluator
 from trainer.journal import Journal
 from trainer.models import build_model
-from trainer.optim import build_optimizer, build_schedule
+from trainer.optim import build_optimizer, build_schedule, extend_schedule
 from trainer.parallel import clip, gradients_stay_local, parallelise, warm_up, without_checkpointing
 from trainer.probes import Probes
 from trainer.spec import JobSpec
@@ -68,7 +68,8 @@ def train(
     model.to(worker.device, torch.float64 if spec.precision == "fp64" else torch.float32)
     parallel = parallelise(model, spec, worker, dataset.shape)
     optimizer = build_optimizer(spec.optimizer, model)
-    schedule = build_schedule(spec.schedule, optimizer, spec.steps)
+    position.schedule_end = spec.steps
+    schedule = build_schedule(spec.schedule, optimizer, position)
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
     probes = Probes(spec, model, worker, autocast, scaler)
@@ -79,6 +80,8 @@ def train(
     warm_up(parallel, spec, dataset.shape, worker)
     if checkpoints is not None:
         journal.resume(checkpoints.load(state), checkpoints.refused)
+        if (note := extend_schedule(spec, schedule, position)) is not None and worker.rank == 0:
+            print(note, flush=True)
     batches = dataset.train(position.step)
     began = time.monotonic() - position.seconds
     saved, saved_at, looked_at = position.step, time.monotonic(), time.monotonic()

@@ -42,6 +42,9 @@ class Position:
     """Best value by the criterion by which checkpoints are kept, likewise."""
     stale: int = 0
     """Evaluations since `best`."""
+    schedule_start: int = 0
+    """First step of the learning rate's schedule, and the step that it ends at."""
+    schedule_end: int = 0
 
 
 @dataclass

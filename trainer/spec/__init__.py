@@ -35,6 +35,7 @@ from trainer.spec.optimizers import (
     SgdSpec,
     StepSchedule,
     TorchOptimizerSpec,
+    depends_on_steps,
 )
 from trainer.spec.paths import field_path
 from trainer.spec.permissions import Permissions, Refusal
@@ -107,6 +108,7 @@ __all__ = [
     "TorchvisionDataSpec",
     "attempt_folder",
     "best_value",
+    "depends_on_steps",
     "field_path",
     "improvement",
     "is_reached",

@@ -71,6 +71,12 @@ class JobSpec(Frozen):
     evaluation: EvaluationSpec = EvaluationSpec()
     optimizer: OptimizerSpec = SgdSpec()
     schedule: ScheduleSpec = ConstantSchedule()
+    on_extend: Literal["continue", "restart", "rescale"] | None = Field(
+        None,
+        description="what a cosine schedule does when a run is resumed with another number of `steps`: keep its end, and its last "
+        "rate after it; begin again at the step of the checkpoint, warm-up included; or run over all of the new steps, so that the "
+        "rate jumps. null: such a run is refused",
+    )
     clip_norm: float | None = Field(None, gt=0, le=1e9, description="largest norm of the whole gradient")
     early_stop: EarlyStopSpec | None = None
     deadline_seconds: float | None = Field(

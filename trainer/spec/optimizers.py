@@ -151,3 +151,8 @@ class CosineSchedule(_Schedule):
 ScheduleSpec = Annotated[
     ConstantSchedule | StepSchedule | ExponentialSchedule | CosineSchedule, Field(discriminator="name")
 ]
+
+
+def depends_on_steps(spec: ScheduleSpec) -> bool:
+    """Whether the rates of a schedule depend on the run's number of steps."""
+    return isinstance(spec, CosineSchedule)
