@@ -21,7 +21,8 @@ def report_table(report: Report) -> Table:
     target = "–" if report.target is None else f"{SIGNS[report.direction]} {report.target:.3g}"
     origin = "" if report.target_is_given else " (the baseline's best)"
     table = Table(
-        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds"
+        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds",
+        caption=escape("\n".join(f"Warning: {warning}" for warning in report.warnings)) or None,
     )
     for heading in (
         "variant",

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from service.domain.errors import InvalidField
-from trainer.spec import Frozen, JobSpec, Measured, field_path
+from trainer.spec import SHARES_BATCH, Frozen, JobSpec, Measured, field_path, spec_warnings
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
@@ -92,6 +92,16 @@ class Comparison:
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
+
+
+def warnings_of(specs: Sequence[JobSpec]) -> list[str]:
+    """List what to know before submitting these specs, or reading what their runs show, each once."""
+    found = dict.fromkeys(warning for spec in specs for warning in spec_warnings(spec))
+    parts = sorted({spec.accumulate for spec in specs if spec.norm in SHARES_BATCH})
+    if len(parts) > 1:
+        found["accumulate: the variants take statistics of parts of different sizes, "
+              f"so they differ in more than memory (got {', '.join(map(str, parts))})"] = None  # fmt: skip
+    return list(found)
 
 
 def expand(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.domain.comparisons import Comparison, Variant, describe, without_seed
+from service.domain.comparisons import Comparison, Variant, describe, warnings_of, without_seed
 from service.domain.jobs import Job, JobState
 from service.domain.statistics import Curve, VariantResult, compare, default_target
 from trainer.spec import Direction, metric_direction
@@ -40,6 +40,7 @@ class ComparisonReport:
     direction: Direction
     """Which values of the comparison's metric are better."""
     target: float | None
+    warnings: Sequence[str]
     variants: Sequence[VariantReport]
 
 
@@ -78,5 +79,6 @@ def make_report(comparison: Comparison, jobs: Sequence[Job], curves: Mapping[str
         finished=all(job.state.is_terminal for job in jobs),
         direction=direction,
         target=target,
+        warnings=warnings_of([job.spec for job in jobs]),
         variants=variants,
     )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -143,9 +145,9 @@ def train_and_measure(spec):
 
 
 def test_top_5_of_few_classes_says_nothing_and_is_refused():
-    data = {"name": "synthetic", "shape": [4], "classes": 5, "train_samples": 100, "test_samples": 20}
+    evaluation = EvaluationSpec(metrics=["top5_accuracy"])
     with pytest.raises(ConfigurationError, match="top5_accuracy takes more than 5 classes; there are 5"):
-        run_here(make_spec(data=data, evaluation={"metrics": ["top5_accuracy"]}))
+        Evaluator(evaluation, torch.nn.Linear(1, 5), SimpleNamespace(classes=5), here())
 
 
 def test_a_model_without_batch_normalisation_has_no_statistics():

@@ -81,6 +81,7 @@ def diverge(spec):
     return error.value.step
 
 
+BACKWARDS = {"name": "import:tests.trainer.networks:backwards"}
 CNN = {"name": "cnn", "channels": [4, 8]}
 RESNET = {"model": {"name": "torchvision:resnet18"}, "global_batch_size": 8,
           "data": {"name": "digits", "transform": {"resize": 16, "channels": 3}}}  # fmt: skip
@@ -118,7 +119,7 @@ def test_activations_that_are_computed_anew_change_nothing(norm):
 
 def test_a_model_without_blocks_has_no_activations_to_forget():
     with pytest.raises(ConfigurationError, match="activation_checkpointing: takes a model with blocks"):
-        train_here(make_spec(activation_checkpointing=True))
+        train_here(make_spec(model=BACKWARDS, activation_checkpointing=True))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")

@@ -1,5 +1,6 @@
 """JobSpec and the files of a run: the contract between the service and the trainer. Imports neither torch, ray nor mlflow."""
 
+from trainer.spec.advice import SHARES_BATCH, spec_warnings
 from trainer.spec.base import Frozen
 from trainer.spec.data import (
     DataSpec,
@@ -67,6 +68,7 @@ __all__ = [
     "OUTCOME_FILE",
     "PROGRESS_FILE",
     "SHAPING_FIELDS",
+    "SHARES_BATCH",
     "AdamWSpec",
     "Cause",
     "CheckpointSpec",
@@ -114,5 +116,6 @@ __all__ = [
     "is_reached",
     "metric_direction",
     "read_yaml",
+    "spec_warnings",
     "train_samples",
 ]

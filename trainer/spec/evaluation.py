@@ -1,8 +1,9 @@
 """When and how to measure, to stop early, and to save."""
 
+import math
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from trainer.spec.base import Frozen
 from trainer.spec.metrics import Direction, Measured, Metric, metric_direction
@@ -40,6 +41,15 @@ class EarlyStopSpec(Frozen):
     patience: int = Field(5, ge=1, le=100_000, description="evaluations without improvement before the run ends")
     min_delta: float = Field(0.0, ge=0, description="what counts as an improvement")
     target: float | None = Field(None, description="value at which the run ends at once")
+
+    @field_validator("target")
+    @classmethod
+    def _can_be_reached(cls, target: float | None, info: ValidationInfo) -> float | None:
+        """Refuse a target that every evaluation reaches, or none."""
+        is_loss = info.data.get("metric") == "test_loss"
+        if target is not None and not 0 < target <= (math.inf if is_loss else 1):
+            raise ValueError(f"must be {'above 0' if is_loss else 'a share above 0 and at most 1'} (got {target:g})")
+        return target
 
     @property
     def direction(self) -> Direction:

@@ -100,7 +100,12 @@ COMPARISON = ComparisonView(
     jobs=[OF_COMPARISON],
 )
 VALIDATION = Validation(
-    jobs=1, spec=JobSpec.model_validate(SPEC), least=Needs(cpus=2, gpus=0), most=Needs(cpus=2, gpus=0), fits=True
+    jobs=1,
+    spec=JobSpec.model_validate(SPEC),
+    least=Needs(cpus=2, gpus=0),
+    most=Needs(cpus=2, gpus=0),
+    fits=True,
+    warnings=[],
 )
 EVENTS = [
     EventView(sequence=sequence, at=AT + timedelta(seconds=seconds), state=state, reason=reason, actor=actor, attempt=1)
@@ -118,6 +123,7 @@ REPORT = Report(
     direction="max",
     target=0.8,
     target_is_given=True,
+    warnings=[],
     variants=[
         VariantReport(
             variant={"norm": "sync"},

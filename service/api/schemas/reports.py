@@ -75,6 +75,7 @@ class Report(BaseModel):
     direction: Direction = Field(description="which values of the metric are better: the largest or the smallest")
     target: float | None
     target_is_given: bool = Field(description="false: the target is the baseline's best, median over seeds")
+    warnings: list[str] = Field(description="what to know before drawing conclusions")
     variants: list[VariantReport]
 
     @classmethod
@@ -89,5 +90,6 @@ class Report(BaseModel):
             direction=report.direction,
             target=report.target,
             target_is_given=comparison.target is not None,
+            warnings=list(report.warnings),
             variants=[VariantReport.of(variant, with_curves=with_curves) for variant in report.variants],
         )

@@ -153,3 +153,8 @@ async def test_a_cosine_schedule_is_extended_only_by_choice(app, client, busy):
     assert f"over {steps} steps" in bad.json()["errors"][0]["takes"]
     more = await client.post(address, json={"overrides": {"steps": 2 * steps, "on_extend": "rescale"}})
     assert more.status_code == 202
+
+
+async def test_a_check_warns_of_what_has_no_effect(client):
+    answer = await client.post("/v1/jobs:validate", json=JOB | {"spec": SPEC | {"num_workers": 1, "parallel": "fsdp"}})
+    assert answer.json()["warnings"] == ["parallel: has no effect on one worker (got 'fsdp')"]

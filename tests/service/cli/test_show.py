@@ -96,6 +96,15 @@ def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_warnings_are_shown_below_a_report():
+    jobs = [
+        make_job(spec=job.spec.model_copy(update={"accumulate": 2}), variant=job.variant, state=job.state)
+        for job in ended_jobs()
+    ]
+    report = Report.of(make_report(make_comparison(), jobs, {job.id: [(0, 0.9)] for job in jobs}), with_curves=False)
+    assert "Warning: accumulate: under norm 'sync' the statistics are of each part" in render(report_table(report))
+
+
 def test_failed_runs_are_counted_in_the_report():
     comparison = make_comparison()
     jobs = [
