@@ -13,7 +13,7 @@ from typing import Any
 from trainer.adoption import adopt
 from trainer.errors import InvalidInput
 from trainer.manifest import RunManifest, checkpoint_folder
-from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
+from trainer.spec import SAVING_FILE, JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder
 
 FAILURES_FOLDER = "failures"
 STARTED_FILE = "started"
@@ -21,6 +21,8 @@ RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
 SECONDS_FOR_ROOM = 300.0
 """What the cluster has to come to enough nodes for the fewest workers; Ray itself would wait for an elastic job's for ever."""
+SECONDS_TO_SAVE = 5.0
+"""What a checkpoint has to be written in when the job is cancelled; the service has Ray kill the driver 10 s after that."""
 MOST_RESTARTS = 3
 """Restarts in a row that come no further than the one before."""
 
@@ -145,6 +147,7 @@ def _fit(task: Task, number: int, feeder: Any) -> Outcome:
             name=f"ray-{number}",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            callbacks=[_wait_before_abort(folder / SAVING_FILE)],
         ),
     )
     try:
@@ -157,6 +160,31 @@ def _fit(task: Task, number: int, feeder: Any) -> Outcome:
             raise
         reason = f"no {spec.min_workers} workers were free within {SECONDS_FOR_ROOM:.0f} s"
         return Outcome(state="failed", reason=reason, cause="worker_lost")
+
+
+def _wait_before_abort(marker: Path) -> Any:
+    """Make a callback of Ray Train's controller that lets a checkpoint be finished before the workers are killed."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class WaitForCheckpoint(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_abort(self, worker_group_context: Any) -> None:
+            wait_while_saving(marker, SECONDS_TO_SAVE)
+
+    return WaitForCheckpoint()
+
+
+def wait_while_saving(marker: Path, timeout_seconds: float) -> None:
+    """Wait as long as the checkpoint that is being written now is not finished, up to a limit."""
+    before, deadline = _read(marker), time.monotonic() + timeout_seconds
+    while before is not None and _read(marker) == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _read(marker: Path) -> str | None:
+    try:
+        return marker.read_text()
+    except OSError:
+        return None
 
 
 @contextmanager

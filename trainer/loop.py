@@ -56,7 +56,7 @@ def train(
 
     Each step's loss is the mean over the global batch. Gradients are averaged over W workers, so a worker's share is the sum over
     its own samples times W/n: exact also where the batch cannot be divided evenly. With `checkpoints`, it goes on from the newest
-    one; `position` is where the caller can see how far it is.
+    one, and returns once the last one exists; `position` is where the caller can see how far it is.
 
     Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
     saved, if `notices` tell that a node is about to go.
@@ -86,7 +86,7 @@ def train(
     began = time.monotonic() - position.seconds
     saved, saved_at, looked_at = position.step, time.monotonic(), time.monotonic()
     is_late = spec.deadline_seconds is not None and position.seconds >= spec.deadline_seconds
-    save_now = node_goes = False
+    save_now = node_goes = failed_to_save = False
 
     while True:
         step = position.step
@@ -111,6 +111,8 @@ def train(
             position.seconds = time.monotonic() - began
             checkpoints.save(state)
             saved, saved_at = step, time.monotonic()
+        if checkpoints is not None and (is_done or node_goes or failed_to_save):
+            checkpoints.wait()
         if is_done:
             break
         if node_goes:
@@ -133,6 +135,7 @@ def train(
                         save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
                         stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
                         look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
+                        report=checkpoints is not None and checkpoints.has_failed,
                     )
                     control.begin(loss_sum, wishes if worker.rank == 0 else Wishes())
                 share = loss * (worker.world_size / spec.global_batch_size)
@@ -151,7 +154,7 @@ def train(
         position.step = step + 1
         position.loss_sum += agreed.loss_sum
         position.samples += spec.global_batch_size
-        save_now, is_late = agreed.wishes.save, agreed.wishes.stop
+        save_now, is_late, failed_to_save = agreed.wishes.save, agreed.wishes.stop, agreed.wishes.report
         if agreed.wishes.look:
             looked_at, node_goes = time.monotonic(), notices.node_is_about_to_go()
 

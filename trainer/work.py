@@ -21,7 +21,7 @@ from trainer.loop import train
 from trainer.manifest import checkpoint_folder
 from trainer.outbox import Outbox
 from trainer.plots import write_figures
-from trainer.spec import SHAPING_FIELDS, JobSpec, Norm, Task, attempt_folder
+from trainer.spec import SAVING_FILE, SHAPING_FIELDS, JobSpec, Norm, Task, attempt_folder
 from trainer.state import Position
 from trainer.worker import Worker
 
@@ -74,7 +74,16 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
             _describe(journal.outbox, spec, worker, dataset.digest)
-        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker)
+        checkpoints = Checkpoints(
+            checkpoint_folder(task),
+            spec.checkpoint,
+            is_what,
+            worker,
+            folder / SAVING_FILE,
+            spec.collective_timeout_seconds,
+        )
+        stack.callback(checkpoints.close)
+        stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:
             result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
         except Diverged:  # a result, too

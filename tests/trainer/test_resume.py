@@ -84,7 +84,9 @@ def test_a_worker_that_is_killed_costs_no_bit(tmp_path, rank):
     with pytest.raises((EOFError, RuntimeError)):
         run_on_ranks(be_killed, 3, spec, tmp_path / "cut", rank, 7, timeout_seconds=20)
     again = run_on_ranks(finish, 3, spec, tmp_path / "cut")
-    assert [(state, resumed) for state, _, _, resumed in again] == [(state, 6) for state, *_ in whole]
+    assert [state for state, *_ in again] == [state for state, *_ in whole]
+    # That of step 6 may not have been finished when the worker was killed, after which step 7 began.
+    assert {resumed for *_, resumed in again} <= {4, 6}
 
 
 @pytest.mark.dist

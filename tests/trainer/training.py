@@ -79,12 +79,12 @@ def run_here(spec, folder=None, *, journal=None, notices=None):
     worker, notes = here(), journal or Notes()
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
     dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype)
+    checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
     try:
-        checkpoints = (
-            Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
-        )
         return train(spec, worker, notes, dataset, checkpoints, notices), notes
     finally:
+        if folder:
+            checkpoints.close()
         dataset.close()
 
 
