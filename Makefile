@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test test-cluster test-contract openapi compatibility lint bench
+.PHONY: setup demo up test test-cluster test-contract test-slow openapi compatibility lint bench
 
 setup: $(VENV)/.ready
 
@@ -25,7 +25,7 @@ up: setup
 
 # The tests that need neither a GPU nor minutes each.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not cluster" $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" $(TEST_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -39,6 +39,10 @@ bench: setup
 # What takes minutes: several nodes of Ray, several services, and jobs that lose all of it and recover.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
+
+# Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(TEST_OPTIONS)
 
 # The API against its own document: all phases of schemathesis, and for longer than `make test` has.
 test-contract: setup

@@ -27,6 +27,7 @@ from trainer.spec import (
     attempt_folder,
     field_path,
     read_yaml,
+    spec_warnings,
 )
 from trainer.supervisor import supervise
 
@@ -106,6 +107,8 @@ def _run_attempt(task: Task) -> int:
 
 def _run(task: Task, ray_address: str | None) -> int:
     folder = _folder(task)
+    for warning in spec_warnings(task.spec):
+        print(f"warning: {warning}", flush=True)
     try:
         from trainer.launch import run
 

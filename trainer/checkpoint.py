@@ -1,4 +1,4 @@
-"""Checkpoints: the complete state of a run in one folder, on any storage that fsspec reaches.
+"""Checkpoints: the complete state of a run in one folder, on any storage that fsspec reaches, written in the background.
 
 A checkpoint is a folder `step-<steps>-<token>` with `shared.pt`, one `rank-<number>.pt` for each worker, and `manifest.json`, which
 names all files with their sizes and hashes, and is written last. A folder without a manifest is one that was never finished.
@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import fsspec
 import torch
@@ -19,15 +21,21 @@ import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.adoption import MANIFEST, NAME
+from trainer.background import BackgroundTask
 from trainer.errors import StorageError
+from trainer.files import HashingWriter, to_disk
 from trainer.spec import CheckpointSpec
 from trainer.state import State
 from trainer.worker import Worker
 
-FORMAT = 2
+FORMAT = 3
 """Changes when older checkpoints cannot be read any more."""
 SHARED = "shared.pt"
 CHUNK_BYTES = 1 << 22
+WRITE_SECONDS = 1800.0
+"""Limit for writing one checkpoint."""
+CLOSE_SECONDS = 10.0
+"""What a checkpoint has to be written in once its run has ended by an error."""
 
 
 class CheckpointError(Exception):
@@ -59,39 +67,96 @@ class Manifest:
 class Checkpoints:
     """The checkpoints of one job; every worker has one, and all workers call the same methods."""
 
-    def __init__(self, folder: str, spec: CheckpointSpec, identity: dict[str, str], worker: Worker) -> None:
+    def __init__(
+        self,
+        folder: str,
+        spec: CheckpointSpec,
+        identity: dict[str, str],
+        worker: Worker,
+        marker: Path | None = None,
+        timeout_seconds: float = 300.0,
+    ) -> None:
+        """`marker` is a file that is there as long as a checkpoint is being written; `timeout_seconds` as of other collectives."""
         self._files, self._root = fsspec.core.url_to_fs(folder)
-        self._spec, self._identity, self._worker = spec, identity, worker
+        self._spec, self._identity, self._worker, self._marker = spec, identity, worker, marker
+        self._writing = BackgroundTask()
+        # A thread's collectives must not come between those of training.
+        timeout = timedelta(seconds=timeout_seconds)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if worker.world_size > 1 else None
         self._torn: set[str] = set()
         self.refused: list[str] = []
         """Why newer checkpoints than the one loaded were not taken; on rank 0."""
 
     def save(self, state: State) -> None:
-        """Write a checkpoint. It exists once all workers' files are there: a kill at any moment leaves the one before it.
+        """Copy the state to host memory, and write it in the background; every worker calls it at the same step.
 
-        No worker returns before it exists. Raises StorageError, on every worker, if any of them could not write.
+        Waits for the checkpoint before, if that is still being written, and raises what `wait` does. A checkpoint exists once all
+        workers' files are there: a kill at any moment leaves the one before it.
         """
-        step, rank = state.position.step, self._worker.rank
+        self.wait()
+        step = state.position.step
         name: str = self._from_rank_zero(f"step-{step:012d}-{secrets.token_hex(4)}")
-        shared = state.shared()
+        contents = {rank_file(self._worker.rank): state.own()}
+        if (shared := state.shared()) is not None:
+            contents[SHARED] = shared
+        # A step that was not evaluated has no value to be the best by.
+        metrics = dict(state.position.metrics) if state.position.evaluated == step else {}
+        self._mark(name)
+        self._writing.start(partial(self._write_checkpoint, name, step, metrics, contents))
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the newest checkpoint could not be written, as far as this worker knows now."""
+        return self._writing.has_failed
+
+    def wait(self) -> None:
+        """Wait until the newest checkpoint exists. Raises StorageError, on every worker, if any of them could not write."""
+        try:
+            self._writing.wait(WRITE_SECONDS)
+        except TimeoutError:
+            raise StorageError(f"a checkpoint in {self._root} was not written within {WRITE_SECONDS:.0f} s") from None
+        finally:
+            self._mark(None)
+
+    def close(self) -> None:
+        """Give a checkpoint that is being written a moment to come to its end, whatever that is."""
+        try:
+            self._writing.wait(CLOSE_SECONDS)
+        except Exception as error:  # the run has ended with an error of its own
+            print(f"the last checkpoint in {self._root} is missing: {_describe(error)}", flush=True)
+        finally:
+            self._mark(None)
+
+    def _mark(self, name: str | None) -> None:
+        """Show the driver, which may be asked to stop, that a checkpoint is being written."""
+        if self._marker is None or self._worker.rank > 0:
+            return
+        if name is None:
+            self._marker.unlink(missing_ok=True)
+        else:
+            self._marker.write_text(name)
+
+    def _write_checkpoint(
+        self, name: str, step: int, metrics: dict[str, float], contents: dict[str, dict[str, Any]]
+    ) -> None:
+        """Write this worker's files, and on rank 0 the manifest once all workers have written theirs."""
+        rank = self._worker.rank
+        mine: Any = {}
         try:
             self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
-            mine: Any = {rank_file(rank): self._write(name, rank_file(rank), state.own())}
-            if shared is not None:
-                mine[SHARED] = self._write(name, SHARED, shared)
+            for file, content in contents.items():
+                mine[file] = self._write(name, file, content)
         except Exception as error:  # a storage's errors are of any kind, and the others wait for word of them
             mine = f"worker {rank}: {_describe(error)}"
-        written = self._from_all(mine)
+        written = self._from_all(mine, self._group)
         failure = "; ".join(entry for entry in written if isinstance(entry, str))
         if rank == 0 and not failure:
             try:
                 files = {file: place for entry in written for file, place in entry.items()}
-                # A step that was not evaluated has no value to be the best by.
-                metrics = dict(state.position.metrics) if state.position.evaluated == step else {}
                 self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, metrics, files))
             except Exception as error:
                 failure = f"worker 0: {_describe(error)}"
-        failure = self._from_rank_zero(failure)
+        failure = self._from_rank_zero(failure, self._group)
         if failure:
             raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
         if rank == 0:
@@ -99,6 +164,7 @@ class Checkpoints:
                 self._prune(name)
             except Exception as error:
                 print(f"old checkpoints in {self._root} could not be removed: {_describe(error)}", flush=True)
+            self._mark(None)
 
     def load(self, state: State) -> Manifest | None:
         """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
@@ -128,6 +194,17 @@ class Checkpoints:
             raise StorageError(f"{manifest.name} in {self._root} could not be read: {failure}")
         state.restore(shared, own)
         return cast("Manifest", manifest)
+
+    def load_best(self) -> tuple[Manifest, dict[str, Any]] | None:
+        """Read the shared state of the best whole checkpoint by `keep_best`; None if there is none. Collectives: none.
+
+        Raises StorageError if the storage cannot be read.
+        """
+        try:
+            best = best_of(list(self.manifests()), self._spec)
+            return None if best is None else (best, self._read(best, SHARED))
+        except Exception as error:
+            raise StorageError(f"the best checkpoint in {self._root} could not be read: {_describe(error)}") from error
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield whole checkpoints of this job, newest first; notes in `refused` why others are not taken."""
@@ -191,13 +268,13 @@ class Checkpoints:
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
         with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
-            hashing = _HashingWriter(stream)
+            hashing = HashingWriter(stream)
             try:
                 torch.save(content, cast("IO[bytes]", hashing))
             except RuntimeError as error:
                 # torch tells of its own writer's state, and not of what the storage said.
                 raise hashing.error or error from error
-            _to_disk(stream)
+            to_disk(stream)
         return hashing.size, hashing.digest.hexdigest()
 
     def _read(self, manifest: Manifest, file: str) -> dict[str, Any]:
@@ -220,7 +297,7 @@ class Checkpoints:
             return
         with open(f"{path}.new", "wb") as stream:
             stream.write(text)
-            _to_disk(stream)
+            to_disk(stream)
         Path(f"{path}.new").replace(path)
         for folder in (self._root, f"{self._root}/{manifest.name}"):
             handle = os.open(folder, os.O_RDONLY)
@@ -244,10 +321,8 @@ class Checkpoints:
             except ForeignError:
                 continue
         kept = {manifest.name for manifest in whole[: self._spec.keep_last]} | {newest}
-        metric, sign = self._spec.keep_best, 1 if self._spec.best_mode == "max" else -1
-        scored = [manifest for manifest in whole if metric in manifest.metrics]
-        if metric is not None and scored:
-            kept.add(max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step)).name)
+        if (best := best_of(whole, self._spec)) is not None:
+            kept.add(best.name)
         removed += [manifest.name for manifest in whole if manifest.name not in kept]
         for name in removed:
             path = f"{self._root}/{name}"
@@ -255,40 +330,28 @@ class Checkpoints:
                 self._files.rm_file(f"{path}/{MANIFEST}")  # first, so that no half of it is ever taken for whole
             self._files.rm(path, recursive=True)
 
-    def _from_rank_zero(self, value: Any) -> Any:
+    def _from_rank_zero(self, value: Any, group: Any = None) -> Any:
         if self._worker.world_size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
-    def _from_all(self, value: Any) -> list[Any]:
+    def _from_all(self, value: Any, group: Any = None) -> list[Any]:
         if self._worker.world_size == 1:
             return [value]
         values: list[Any] = [None] * self._worker.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
 
-class _HashingWriter:
-    """Passes on what is written, and hashes it on the way."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest, self.size = hashlib.sha256(), 0
-        self.error: Exception | None = None
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        self.size += len(data)
-        try:
-            return self._stream.write(data)
-        except Exception as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        self._stream.flush()
+def best_of(manifests: Sequence[Manifest], spec: CheckpointSpec) -> Manifest | None:
+    """Return the best checkpoint by `spec.keep_best`, the newest of equal ones; None without one that has the metric."""
+    metric, sign = spec.keep_best, 1 if spec.best_direction == "max" else -1
+    scored = [manifest for manifest in manifests if metric in manifest.metrics]
+    if metric is None or not scored:
+        return None
+    return max(scored, key=lambda manifest: (sign * manifest.metrics[metric], manifest.step))
 
 
 def rank_file(rank: int) -> str:
@@ -298,13 +361,3 @@ def rank_file(rank: int) -> str:
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _to_disk(stream: Any) -> None:
-    """Have a local file survive a loss of power; other storages promise that once they have answered."""
-    try:
-        handle = stream.fileno()
-    except (AttributeError, OSError):
-        return
-    stream.flush()
-    os.fsync(handle)

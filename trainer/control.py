@@ -23,6 +23,8 @@ class Wishes:
     stop: bool = False
     look: bool = False
     """Ask Ray whether a node is about to go: a collective of its own, and slow."""
+    report: bool = False
+    """Raise the error of a checkpoint that could not be written."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,14 @@ class Control:
         self._world_size = worker.world_size
         if worker.world_size > 1 and worker.device.type == "cuda":
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._vector = torch.zeros(5, dtype=torch.float64)
+        self._vector = torch.zeros(6, dtype=torch.float64)
         self._pending: dist.Work | None = None
 
     def begin(self, loss_sum: Tensor, wishes: Wishes) -> None:
         """Send this worker's part; waits for `loss_sum` to be computed, not for anything after it."""
         loss = float(loss_sum)
         finite = float("-inf") < loss < float("inf")
-        flags = (not finite, wishes.save, wishes.stop, wishes.look)
+        flags = (not finite, wishes.save, wishes.stop, wishes.look, wishes.report)
         self._vector = torch.tensor([loss if finite else 0.0, *map(float, flags)], dtype=torch.float64)
         if self._world_size > 1:
             self._pending = dist.all_reduce(self._vector, group=self._group, async_op=True)

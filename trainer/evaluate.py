@@ -53,6 +53,8 @@ class Evaluator:
         others = [name for name in spec.metrics if name != "accuracy"]
         self._metrics = {name: build_metric(name, dataset.classes).to(worker.device) for name in others}
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.statistics: dict[str, Tensor] = {}
+        """Running statistics of the newest evaluation, by buffer name, where they are not the model's own (`precise`)."""
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Iterator[tuple[str, float]]:
@@ -88,19 +90,30 @@ class Evaluator:
         yield "test_loss", loss_sum / samples
 
     def _forward(self, inputs: Tensor) -> Tensor | None:
-        takes_own_batch = self._spec.statistics == "batch" and any(True for _ in self._norms)
-        is_shared = takes_own_batch and self._shares_statistics()
-        if not len(inputs) and not is_shared:
-            return None
-        # One sample has no variance: where there is but one to take statistics of, the moving ones are taken.
-        count = len(inputs)
-        if is_shared:
-            count = int(sum_over_workers(torch.tensor(count, device=self._worker.device), self._worker.world_size))
-        if takes_own_batch:
+        """Return the logits of this worker's part of a batch; None where it has none and no other worker needs it."""
+        is_needed = len(inputs) > 0
+        if self._spec.statistics == "batch":
+            counts = self._samples_by_group(len(inputs))
+            is_needed |= any(count > 1 for count in counts.values())
             for norm in self._norms:
-                norm.train((count if isinstance(norm, SyncBatchNorm) else len(inputs)) > 1)
+                # One sample has no variance: where there is but one to take statistics of, the moving ones are taken.
+                shared = counts[norm.process_group] if isinstance(norm, SyncBatchNorm) else len(inputs)
+                norm.train(shared > 1)
+        if not is_needed:
+            return None
         logits: Tensor = self._model(inputs)
         return logits.double() if logits.dtype == torch.float64 else logits.float()
+
+    def _samples_by_group(self, count: int) -> dict[Any, int]:
+        """Count the samples of a batch in each group of workers that share statistics. Collective in each of them."""
+        groups = dict.fromkeys(norm.process_group for norm in self._norms if isinstance(norm, SyncBatchNorm))
+        counts = {}
+        for group in groups:
+            total = torch.tensor(count, device=self._worker.device)
+            if self._worker.world_size > 1:
+                dist.all_reduce(total, group=group)
+            counts[group] = int(total)
+        return counts
 
     def _shares_statistics(self) -> bool:
         return any(isinstance(norm, SyncBatchNorm) for norm in self._norms)
@@ -113,6 +126,7 @@ class Evaluator:
         try:
             if self._spec.statistics == "precise" and self._norms:
                 self._take_population_statistics(step)
+                self.statistics = self._running_statistics()
             elif self._spec.statistics == "moving":
                 share_buffers(self._norms, self._worker)
             self._model.eval()
@@ -122,6 +136,15 @@ class Evaluator:
                 buffer.copy_(value)
             for module, mode in modes:
                 module.training = mode
+
+    def _running_statistics(self) -> dict[str, Tensor]:
+        return {
+            f"{path}.{name}": buffer.to("cpu", copy=True)
+            for path, module in self._model.named_modules()
+            if isinstance(module, _BatchNorm)
+            for name, buffer in module.named_buffers()
+            if name in ("running_mean", "running_var")
+        }
 
     def _take_population_statistics(self, step: int) -> None:
         """Take means over training batches (Ioffe & Szegedy 2015, Algorithm 2), and over workers where each has its own."""

@@ -1,27 +1,65 @@
 """The trained model, as files that others can read: a state_dict, and a model that MLflow loads."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from syncbn import revert_sync_batchnorm
+from trainer.checkpoint import Checkpoints
+from trainer.errors import StorageError
 from trainer.models import build_model
 from trainer.spec import ImportedModelSpec, JobSpec
+from trainer.state import Position
+from trainer.state_dict import gather_model_state
 from trainer.worker import Worker
 
 
-def export_weights(model: nn.Module, path: Path, worker: Worker) -> dict[str, Any]:
-    """Write the whole model's state_dict by rank 0, and return it; where it is sharded, all workers bring their parts."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+@dataclass(frozen=True)
+class ExportedModel:
+    """Weights of one step of a run, as they were evaluated."""
 
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if worker.rank == 0:
-        part = path.with_name(f".{path.name}.part")
-        torch.save(weights, part)
-        part.replace(path)
-    return weights
+    name: str
+    """`model` for the one that the spec asks for; `model-best` or `model-last` for the other."""
+    which: Literal["best", "last"]
+    step: int
+    weights: dict[str, Any]
+
+
+def collect_models(
+    spec: JobSpec, model: nn.Module, position: Position, checkpoints: Checkpoints, worker: Worker
+) -> list[ExportedModel]:
+    """Collect the weights to export on rank 0, the chosen ones first; none on others. Collective if the model is sharded.
+
+    Statistics of batch normalisation are those that the evaluation of the same step used.
+    """
+    weights = gather_model_state(model, keep=worker.rank == 0)
+    if worker.rank > 0:
+        return []
+    last = ExportedModel("model", "last", position.step, weights | position.statistics)
+    try:
+        found = checkpoints.load_best()
+    except StorageError as error:  # a run that is done must not fail by it
+        print(f"the last model is exported, not the best: {error}", flush=True)
+        return [last]
+    if found is None:
+        return [last]
+    manifest, shared = found
+    if manifest.step == position.step:
+        return [replace(last, which="best")]
+    best = ExportedModel("model", "best", manifest.step, shared["model"] | shared["position"]["statistics"])
+    if spec.checkpoint.export == "best":
+        return [best, replace(last, name="model-last")]
+    return [last, replace(best, name="model-best")]
+
+
+def write_weights(weights: dict[str, Any], path: Path) -> None:
+    """Write a state_dict, in place of the file that was there."""
+    part = path.with_name(f".{path.name}.part")
+    torch.save(weights, part)
+    part.replace(path)
 
 
 def export_model(

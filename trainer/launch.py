@@ -20,7 +20,7 @@ from trainer.failures import Death, explain, find_exits, has_processes, note_pro
 from trainer.logs import redirect_output
 from trainer.manifest import MANIFEST_FILE, RunManifest, checkpoint_folder
 from trainer.progress import read_step
-from trainer.spec import JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder, worker_log_file
+from trainer.spec import SAVING_FILE, JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder, worker_log_file
 from trainer.supervisor import EXITS_VARIABLE
 
 FAILURES_FOLDER = "failures"
@@ -28,6 +28,8 @@ RESTARTED = ("worker_lost", "preempted", "hang")
 """Causes that another try on other processes, from the last checkpoint, can mend."""
 SECONDS_FOR_ROOM = 300.0
 """What the cluster has to come to enough nodes for the fewest workers; Ray itself would wait for an elastic job's for ever."""
+SECONDS_TO_SAVE = 5.0
+"""What a checkpoint has to be written in when the job is cancelled; the service has Ray kill the driver 10 s after that."""
 MOST_RESTARTS = 3
 """Restarts in a row that come no further than the one before."""
 
@@ -162,6 +164,7 @@ def _fit(task: Task, number: int, given: dict[str, Any]) -> Outcome:
                 "env_vars": {EXITS_VARIABLE: str(failures_folder)},
             },
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+            callbacks=[_wait_before_abort(folder / SAVING_FILE)],
         ),
     )
     try:
@@ -174,6 +177,31 @@ def _fit(task: Task, number: int, given: dict[str, Any]) -> Outcome:
             raise
         reason = f"no {spec.min_workers} workers were free within {SECONDS_FOR_ROOM:.0f} s"
         return Outcome(state="failed", reason=reason, cause="worker_lost")
+
+
+def _wait_before_abort(marker: Path) -> Any:
+    """Make a callback of Ray Train's controller that lets a checkpoint be finished before the workers are killed."""
+    from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+    class WaitForCheckpoint(WorkerGroupCallback):  # type: ignore[misc]
+        def before_worker_group_abort(self, worker_group_context: Any) -> None:
+            wait_while_saving(marker, SECONDS_TO_SAVE)
+
+    return WaitForCheckpoint()
+
+
+def wait_while_saving(marker: Path, timeout_seconds: float) -> None:
+    """Wait as long as the checkpoint that is being written now is not finished, up to a limit."""
+    before, deadline = _read(marker), time.monotonic() + timeout_seconds
+    while before is not None and _read(marker) == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _read(marker: Path) -> str | None:
+    try:
+        return marker.read_text()
+    except OSError:
+        return None
 
 
 @contextmanager

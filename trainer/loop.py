@@ -17,7 +17,7 @@ from trainer.errors import Diverged, Preempted
 from trainer.evaluate import Evaluator
 from trainer.journal import Journal
 from trainer.models import build_model
-from trainer.optim import build_optimizer, build_schedule
+from trainer.optim import build_optimizer, build_schedule, extend_schedule
 from trainer.parallel import clip, gradients_stay_local, parallelise, warm_up, without_checkpointing
 from trainer.probes import Probes
 from trainer.spec import JobSpec
@@ -56,7 +56,7 @@ def train(
 
     Each step's loss is the mean over the global batch. Gradients are averaged over W workers, so a worker's share is the sum over
     its own samples times W/n: exact also where the batch cannot be divided evenly. With `checkpoints`, it goes on from the newest
-    one; `position` is where the caller can see how far it is.
+    one, and returns once the last one exists; `position` is where the caller can see how far it is.
 
     Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
     saved, if `notices` tell that a node is about to go.
@@ -66,9 +66,10 @@ def train(
     group = new_sync_groups(spec.sync_group_size) if spec.sync_group_size else None
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed, group)
     model.to(worker.device, torch.float64 if spec.precision == "fp64" else torch.float32)
-    parallel = parallelise(model, spec, worker)
+    parallel = parallelise(model, spec, worker, dataset.shape)
     optimizer = build_optimizer(spec.optimizer, model)
-    schedule = build_schedule(spec.schedule, optimizer, spec.steps)
+    position.schedule_end = spec.steps
+    schedule = build_schedule(spec.schedule, optimizer, position)
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
     probes = Probes(spec, model, worker, autocast, scaler)
@@ -79,11 +80,13 @@ def train(
     warm_up(parallel, spec, dataset.shape, worker)
     if checkpoints is not None:
         journal.resume(checkpoints.load(state), checkpoints.refused)
+        if (note := extend_schedule(spec, schedule, position)) is not None and worker.rank == 0:
+            print(note, flush=True)
     batches = dataset.train(position.step)
     began = time.monotonic() - position.seconds
     saved, saved_at, looked_at = position.step, time.monotonic(), time.monotonic()
     is_late = spec.deadline_seconds is not None and position.seconds >= spec.deadline_seconds
-    save_now = node_goes = False
+    save_now = node_goes = failed_to_save = False
 
     while True:
         step = position.step
@@ -95,7 +98,7 @@ def train(
             metrics["learning_rate"] = float(schedule.get_last_lr()[0])
             if not all(math.isfinite(value) for value in metrics.values()):
                 raise Diverged(step, f"the evaluation is not finite ({metrics})")
-            position.metrics, position.evaluated = metrics, step
+            position.metrics, position.statistics, position.evaluated = metrics, evaluator.statistics, step
             position.loss_sum, position.samples = 0.0, 0
             take_note(spec.early_stop, position)
             save_now |= is_new_best(spec.checkpoint, position)
@@ -108,6 +111,8 @@ def train(
             position.seconds = time.monotonic() - began
             checkpoints.save(state)
             saved, saved_at = step, time.monotonic()
+        if checkpoints is not None and (is_done or node_goes or failed_to_save):
+            checkpoints.wait()
         if is_done:
             break
         if node_goes:
@@ -130,6 +135,7 @@ def train(
                         save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
                         stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
                         look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
+                        report=checkpoints is not None and checkpoints.has_failed,
                     )
                     control.begin(loss_sum, wishes if worker.rank == 0 else Wishes())
                 share = loss * (worker.world_size / spec.global_batch_size)
@@ -148,7 +154,7 @@ def train(
         position.step = step + 1
         position.loss_sum += agreed.loss_sum
         position.samples += spec.global_batch_size
-        save_now, is_late = agreed.wishes.save, agreed.wishes.stop
+        save_now, is_late, failed_to_save = agreed.wishes.save, agreed.wishes.stop, agreed.wishes.report
         if agreed.wishes.look:
             looked_at, node_goes = time.monotonic(), notices.node_is_about_to_go()
 

@@ -1,6 +1,7 @@
 """Optimisers, and the course of the learning rate over the steps."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,12 +14,15 @@ from trainer.spec import (
     ConstantSchedule,
     CosineSchedule,
     ExponentialSchedule,
+    JobSpec,
     OptimizerSpec,
     ScheduleSpec,
     SgdSpec,
     StepSchedule,
     TorchOptimizerSpec,
+    depends_on_steps,
 )
+from trainer.state import Position
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -61,9 +65,49 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
             return optimizer
 
 
-def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Build the schedule of the learning rate; its `step` is called after each of the `steps` optimiser steps."""
-    return LambdaLR(optimizer, lambda step: rate_factor(spec, step, steps))
+class ScheduleRange(Protocol):
+    """The steps of a run that its schedule runs over."""
+
+    schedule_start: int
+    schedule_end: int
+
+
+def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, over: ScheduleRange) -> LambdaLR:
+    """Build the schedule of the learning rate; its `step` is called after each optimiser step. `over` may change in between."""
+    return LambdaLR(
+        optimizer, lambda step: rate_factor(spec, step - over.schedule_start, over.schedule_end - over.schedule_start)
+    )
+
+
+def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: Position) -> str | None:
+    """Adapt a restored schedule to the number of steps of the spec, by `spec.on_extend`; return what to log about it.
+
+    Raises ConfigurationError if the schedule depends on the number of steps, which has changed, and the spec makes no choice.
+    """
+    before = position.schedule_end
+    if not depends_on_steps(spec.schedule) or spec.steps == before or spec.steps <= position.step:
+        return None
+    match spec.on_extend:
+        case None:
+            takes = (
+                f"must be continue, restart or rescale: the run was saved with a {spec.schedule.name} schedule "
+                f"over {before} steps, and is resumed with {spec.steps}"
+            )
+            raise ConfigurationError("on_extend", None, takes)
+        case "continue":
+            return f"on_extend: the {spec.schedule.name} schedule still ends at step {before}; its last rate stays"
+        case "restart":
+            position.schedule_start = position.step
+        case "rescale":
+            pass
+    position.schedule_end = spec.steps
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+    began = "" if spec.on_extend == "rescale" else f"begins again at step {position.schedule_start} and "
+    return f"on_extend: the {spec.schedule.name} schedule {began}runs until step {spec.steps} instead of {before}"
 
 
 def rate_factor(spec: ScheduleSpec, step: int, steps: int) -> float:

@@ -1,5 +1,6 @@
 """A model made ready for one worker's part of the training: memory format, checkpointing, compilation, and parallel wrapping."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -13,15 +14,17 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
 from trainer.errors import ConfigurationError
-from trainer.spec import JobSpec
+from trainer.spec import ImportedModelSpec, JobSpec
 from trainer.worker import Worker
 
 
-def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
+def parallelise(model: nn.Module, spec: JobSpec, worker: Worker, shape: tuple[int, ...]) -> nn.Module:
     """Prepare `model`, in place, and return what to call in training: it, or its wrapping by DistributedDataParallel.
 
-    Raises ConfigurationError if activations are to be checkpointed, and the model has no blocks to do so by.
+    `shape` is a sample's, channels first. Raises ConfigurationError if activations are to be checkpointed and the model has no
+    blocks.
     """
+    find_unused = worker.world_size > 1 and spec.parallel == "ddp" and may_leave_unused(model, spec, shape)
     if spec.channels_last:
         model.to(memory_format=torch.channels_last)
     blocks = find_blocks(model)
@@ -47,7 +50,29 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: Worker) -> nn.Module:
         fully_shard(model, mesh=mesh)
         return model
     # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
-    return DistributedDataParallel(model, forward_sync_buffers=False)
+    return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=find_unused)
+
+
+def may_leave_unused(model: nn.Module, spec: JobSpec, shape: tuple[int, ...]) -> bool:
+    """Whether some step may leave parameters without a gradient, for which DistributedDataParallel would wait.
+
+    The code of an imported model may use other parameters in each step; of other models, one pass over noise shows it.
+    """
+    if isinstance(spec.model, ImportedModelSpec):
+        # torch advises against looking for them where the first step uses all.
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
+        return True
+    parameter = next(model.parameters())
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        noise = torch.randn(2, *shape, device=parameter.device, dtype=parameter.dtype)
+        model.eval()  # without collectives, and without a trace in buffers
+        model(noise).sum().backward()
+    for module, mode in modes:
+        module.training = mode
+    is_unused = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return is_unused
 
 
 def _recompute_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -124,6 +149,8 @@ def warm_up(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: 
     gradient's place in the bucket, so a run that is resumed must not have its first pass in other buckets than one that goes on.
     """
     if not isinstance(parallel, DistributedDataParallel) or worker.world_size < 3:
+        return
+    if parallel.find_unused_parameters:  # its buckets stay as they are
         return
     buffers = [(buffer, buffer.clone()) for buffer in parallel.module.buffers()]
     samples = max(2, spec.global_batch_size // spec.accumulate // worker.world_size)

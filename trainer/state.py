@@ -6,10 +6,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainer.probes import Probes
+from trainer.state_dict import (
+    gather_model_state,
+    gather_optimizer_state,
+    load_model_state,
+    load_optimizer_state,
+)
 from trainer.worker import Worker
 
 
@@ -28,12 +34,17 @@ class Position:
     """What the next evaluation's training loss is the quotient of."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the newest evaluation."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Of the newest evaluation, where it did not use the model's own: what an exported model holds in their place."""
     best: dict[str, float] = field(default_factory=dict)
     """Best value by the early stop's criterion, under its name: after another has taken its place, it counts no more."""
     best_kept: dict[str, float] = field(default_factory=dict)
     """Best value by the criterion by which checkpoints are kept, likewise."""
     stale: int = 0
     """Evaluations since `best`."""
+    schedule_start: int = 0
+    """First step of the learning rate's schedule, and the step that it ends at."""
+    schedule_end: int = 0
 
 
 @dataclass
@@ -51,30 +62,23 @@ class State:
 
     def shared(self) -> dict[str, Any] | None:
         """Collect what all workers have in common; the dictionary on rank 0, None on others. With shards, a collective."""
-        # Here, as it takes more than a second, which the first step need not wait for.
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_model_state_dict,
-            get_optimizer_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        keep = self.worker.rank == 0
         content: dict[str, Any] = {
-            "model": get_model_state_dict(self.model, options=options),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=options),
+            "model": gather_model_state(self.model, keep=keep),
+            "optimizer": gather_optimizer_state(self.optimizer, keep=keep),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "probes": self.probes.state_dict(),
             "position": asdict(self.position),
         }
-        return content if self.worker.rank == 0 else None
+        return content if keep else None
 
     def own(self) -> dict[str, Any]:
         """Collect what is this worker's alone: buffers, which differ where statistics are its own, and random numbers."""
         numpy_state: Any = np.random.get_state(legacy=True)
         name, keys, *place = numpy_state
         return {
-            "buffers": {name: buffer.cpu() for name, buffer in self.model.named_buffers()},
+            "buffers": {name: buffer.to("cpu", copy=True) for name, buffer in self.model.named_buffers()},
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.worker.device) if self.worker.device.type == "cuda" else None,
             "numpy": [name, keys.tolist(), *place],
@@ -83,15 +87,8 @@ class State:
 
     def restore(self, shared: dict[str, Any], own: dict[str, Any] | None) -> None:
         """Take over a checkpoint. Without `own`, that of another number of workers, random numbers start anew."""
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
-
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, shared["model"], options=options)
-        set_optimizer_state_dict(self.model, self.optimizer, shared["optimizer"], options=options)
+        load_model_state(self.model, shared["model"])
+        load_optimizer_state(self.optimizer, shared["optimizer"])
         self.schedule.load_state_dict(shared["schedule"])
         self.scaler.load_state_dict(shared["scaler"])
         self.probes.load_state_dict(shared["probes"])

@@ -199,7 +199,7 @@ def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
         case "identity":  # for the outbox itself
             pass
         case "model":
-            _send_model(client, run_id, Path(line["path"]), line["step"])
+            _send_model(client, run_id, Path(line["path"]), line["step"], line.get("name", MODEL_NAME))
         case _:
             metrics = [
                 Metric(name, value, line["timestamp"], line["step"])
@@ -209,14 +209,14 @@ def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
             client.log_batch(run_id, metrics=metrics)
 
 
-def _send_model(client: Any, run_id: str, path: Path, step: int) -> None:
+def _send_model(client: Any, run_id: str, path: Path, step: int, name: str) -> None:
     """Upload a saved model as the run's own; one that an earlier try has begun is gone on with."""
     from mlflow.entities import LoggedModelOutput
 
     experiment_id = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
-    models = [model for model in found if model.name == MODEL_NAME]
-    model = models[0] if models else client.create_logged_model(experiment_id, MODEL_NAME, source_run_id=run_id)
+    models = [model for model in found if model.name == name]
+    model = models[0] if models else client.create_logged_model(experiment_id, name, source_run_id=run_id)
     client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])

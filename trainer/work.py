@@ -14,14 +14,14 @@ from trainer import failures
 from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.errors import Diverged
-from trainer.export import export_model, export_weights
+from trainer.export import ExportedModel, collect_models, export_model, write_weights
 from trainer.job_secrets import hide_credentials, set_variables
 from trainer.journal import Journal, RankZeroJournal, open_journal
 from trainer.loop import train
 from trainer.manifest import checkpoint_folder
 from trainer.outbox import Outbox
 from trainer.plots import write_figures
-from trainer.spec import SHAPING_FIELDS, JobSpec, Task, attempt_folder
+from trainer.spec import SAVING_FILE, SHAPING_FIELDS, JobSpec, Norm, Task, attempt_folder
 from trainer.state import Position
 from trainer.worker import Worker
 
@@ -74,20 +74,26 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
             _describe(journal.outbox, spec, worker, dataset.digest)
-        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker)
+        checkpoints = Checkpoints(
+            checkpoint_folder(task),
+            spec.checkpoint,
+            is_what,
+            worker,
+            folder / SAVING_FILE,
+            spec.collective_timeout_seconds,
+        )
+        stack.callback(checkpoints.close)
+        stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:
             result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
         except Diverged:  # a result, too
             _conclude(spec, worker, journal, dataset, folder)
             raise
         _conclude(spec, worker, journal, dataset, folder)
-        weights = export_weights(result.model, folder / "model.pt", worker)
-        if isinstance(journal, RankZeroJournal) and context.mlflow_run_id and spec.log_model:
-            example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None)
-            if example is not None and export_model(
-                spec, weights, dataset.shape, dataset.classes, example, folder / "model"
-            ):
-                journal.outbox.put("model", path=str(folder / "model"), step=result.step)
+        models = collect_models(spec, result.model, position, checkpoints, worker)
+        if isinstance(journal, RankZeroJournal):
+            log_to_mlflow = context.mlflow_run_id is not None and spec.log_model
+            _export(spec, models, dataset, journal.outbox if log_to_mlflow else None, folder)
     return {
         "state": "succeeded",
         "reason": f"finished {spec.steps} steps"
@@ -96,6 +102,23 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         "step": result.step,
         "metrics": result.metrics,
     }
+
+
+def _export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox: Outbox | None, folder: Path) -> None:
+    """Write the weights of each model, and hand the models to MLflow if there is an outbox for it."""
+    if spec.norm in (Norm.BATCH, Norm.SYNC) and spec.evaluation.statistics == "batch":
+        print("the exported model has moving averages; it was evaluated with statistics of each test batch", flush=True)
+    for model in models:
+        print(f"{model.name}.pt is the {model.which} model, of step {model.step}", flush=True)
+        write_weights(model.weights, folder / f"{model.name}.pt")
+    example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None) if outbox else None
+    if outbox is None or example is None:
+        return
+    outbox.put("tags", tags={"exported_model": f"{models[0].which}, step {models[0].step}"})
+    for model in models:
+        path = folder / model.name
+        if export_model(spec, model.weights, dataset.shape, dataset.classes, example, path):
+            outbox.put("model", path=str(path), step=model.step, name=model.name)
 
 
 def _conclude(spec: JobSpec, worker: Worker, journal: Journal, dataset: Dataset, folder: Path) -> None:

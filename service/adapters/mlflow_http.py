@@ -48,7 +48,9 @@ class MlflowHttp:
             limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
             follow_redirects=False,
             trust_env=False,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one caller's would be sent with the next one's
+            cookies=CookieJar(
+                DefaultCookiePolicy(allowed_domains=[])
+            ),  # one caller's would be sent with the next one's
         )
 
     async def send(

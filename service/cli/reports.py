@@ -12,13 +12,17 @@ from service.domain.recipes import Recipe, Rule
 from service.domain.statistics import spread
 from service.domain.verdicts import Finding, Interval, RecipeVerdict
 
+SIGNS = {"max": "≥", "min": "≤"}
+"""How a metric relates to its target once that is reached."""
+
 
 def report_table(report: Report) -> Table:
     """A row per variant."""
-    target = "–" if report.target is None else f"{report.target:.3g}"
+    target = "–" if report.target is None else f"{SIGNS[report.direction]} {report.target:.3g}"
     origin = "" if report.target_is_given else " (the baseline's best)"
     table = Table(
-        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds"
+        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds",
+        caption=escape("\n".join(f"Warning: {warning}" for warning in report.warnings)) or None,
     )
     for heading in (
         "variant",
@@ -106,6 +110,6 @@ def save_plot(report: Report, path: Path) -> None:
         axes.axhline(report.target, color="grey", linestyle=":", label=f"target {report.target:.3g}")
     axes.set(xlabel="step", ylabel=report.metric, title=report.name)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right" if report.direction == "max" else "upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

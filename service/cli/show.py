@@ -89,6 +89,7 @@ def needs_view(found: Validation) -> RenderableType:
             "valid": f"{found.jobs} job{'s' if found.jobs > 1 else ''}",
             "each takes": _resources(found.least) + most,
             "cluster is large enough": fits,
+            "warnings": "\n".join(found.warnings),
         }
     )
 

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from service.domain.errors import InvalidField
-from trainer.spec import Frozen, JobSpec, Metric, field_path
+from trainer.spec import SHARES_BATCH, Frozen, JobSpec, Measured, field_path, spec_warnings
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
@@ -55,7 +55,11 @@ class ComparisonSpec(Frozen):
         None,
         description="variant that the others are measured against, a named one by `variant`; default: the first value of each path",
     )
-    metric: Metric = Field("accuracy", description="metric to compare, one of the spec's `evaluation.metrics`")
+    metric: Measured = Field(
+        "accuracy",
+        description="metric to compare, one of the spec's `evaluation.metrics` or `test_loss`; the smallest losses and calibration "
+        "errors are best, and the largest values of the others",
+    )
     target: float | None = Field(None, description="value to reach; default: the baseline's best, median over seeds")
 
     @field_validator("matrix")
@@ -67,10 +71,11 @@ class ComparisonSpec(Frozen):
 
     @field_validator("metric")
     @classmethod
-    def _is_measured(cls, metric: Metric, info: ValidationInfo) -> Metric:
+    def _is_measured(cls, metric: Measured, info: ValidationInfo) -> Measured:
         spec = info.data.get("spec")
-        if spec is not None and metric not in spec.evaluation.metrics:
-            raise ValueError(f"takes one of the spec's evaluation.metrics: {', '.join(spec.evaluation.metrics)}")
+        if spec is not None and metric not in (*spec.evaluation.metrics, "test_loss"):
+            measured = ", ".join(spec.evaluation.metrics)
+            raise ValueError(f"must be test_loss or one of the spec's evaluation.metrics: {measured} (got {metric!r})")
         return metric
 
     @property
@@ -94,6 +99,16 @@ class Comparison:
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
+
+
+def warnings_of(specs: Sequence[JobSpec]) -> list[str]:
+    """List what to know before submitting these specs, or reading what their runs show, each once."""
+    found = dict.fromkeys(warning for spec in specs for warning in spec_warnings(spec))
+    parts = sorted({spec.accumulate for spec in specs if spec.norm in SHARES_BATCH})
+    if len(parts) > 1:
+        found["accumulate: the variants take statistics of parts of different sizes, "
+              f"so they differ in more than memory (got {', '.join(map(str, parts))})"] = None  # fmt: skip
+    return list(found)
 
 
 def expand(

@@ -3,7 +3,7 @@
 A rule's vocabulary, in full; `service/domain/verdicts.py` judges by it, seed by seed:
 
     take    what a run's curve of `metric` (or of `metric` - `minus`) comes to:
-              steps_to    first step at which it is `level` or more: a number, or the best value of another variant
+              steps_to    first step at which it is `level` or better: a number, or the best value of another variant
               final       last value
               most, least, mean, range (most - least) over its steps, from step `from_step` on
     window  of a path's values, those whose runs take `at_least` or more: their `lowest`, `highest`, `count`, or `width`

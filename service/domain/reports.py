@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.domain.comparisons import Comparison, Variant, describe, without_seed
+from service.domain.comparisons import Comparison, Variant, describe, warnings_of, without_seed
 from service.domain.jobs import JobState, JobSummary
 from service.domain.statistics import Curve, VariantResult, compare, default_target
+from trainer.spec import Direction, JobSpec, metric_direction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,17 @@ class ComparisonReport:
     comparison: Comparison
     finished: bool
     """Whether all jobs have ended."""
+    direction: Direction
+    """Which values of the comparison's metric are better."""
     target: float | None
+    warnings: Sequence[str]
     variants: Sequence[VariantReport]
 
 
-def make_report(comparison: Comparison, jobs: Sequence[JobSummary], curves: Mapping[str, Curve]) -> ComparisonReport:
-    """Measure each variant of `jobs` by their `curves` (by job id), in the order of the matrix."""
+def make_report(
+    comparison: Comparison, jobs: Sequence[JobSummary], specs: Sequence[JobSpec], curves: Mapping[str, Curve]
+) -> ComparisonReport:
+    """Measure each variant of `jobs`, which have `specs`, by their `curves` (by job id), in the order of the matrix."""
     groups: dict[str, tuple[Variant, dict[int, JobSummary]]] = {}
     for job in jobs:
         variant = without_seed(job.variant)
@@ -49,7 +55,8 @@ def make_report(comparison: Comparison, jobs: Sequence[JobSummary], curves: Mapp
     by_seed = {label: {seed: curves[job.id] for seed, job in runs.items()} for label, (_, runs) in groups.items()}
     baseline_label = describe(comparison.baseline)
     baseline = by_seed.get(baseline_label, {})
-    target = comparison.target if comparison.target is not None else default_target(baseline)
+    direction = metric_direction(comparison.metric)
+    target = comparison.target if comparison.target is not None else default_target(baseline, direction)
     variants = [
         VariantReport(
             variant=variant,
@@ -59,6 +66,7 @@ def make_report(comparison: Comparison, jobs: Sequence[JobSummary], curves: Mapp
                 baseline,
                 target,
                 is_baseline=label == baseline_label,
+                direction=direction,
                 failed=sum(job.state in (JobState.FAILED, JobState.CANCELLED) for job in runs.values()),
                 unfinished=sum(not job.state.is_terminal for job in runs.values()),
             ),
@@ -69,5 +77,10 @@ def make_report(comparison: Comparison, jobs: Sequence[JobSummary], curves: Mapp
         for label, (variant, runs) in groups.items()
     ]
     return ComparisonReport(
-        comparison=comparison, finished=all(job.state.is_terminal for job in jobs), target=target, variants=variants
+        comparison=comparison,
+        finished=all(job.state.is_terminal for job in jobs),
+        direction=direction,
+        target=target,
+        warnings=warnings_of(specs),
+        variants=variants,
     )

@@ -1,9 +1,11 @@
 """From curves to a verdict: steps to a target, their spread over seeds, and ratios against the baseline; pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
+
+from trainer.spec import Direction, best_value, is_reached
 
 Curve = Sequence[tuple[int, float]]
 """A metric by step, in the order of steps."""
@@ -52,9 +54,9 @@ class VariantResult:
     verdict: Verdict
 
 
-def steps_to_target(curve: Curve, target: float) -> int | None:
-    """First step at which the metric is at least `target`; None if it never is."""
-    return next((step for step, value in curve if value >= target), None)
+def steps_to_target(curve: Curve, target: float, direction: Direction = "max") -> int | None:
+    """First step at which the metric is `target` or better; None if it never is."""
+    return next((step for step, value in curve if is_reached(value, target, direction)), None)
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -62,9 +64,14 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(median=median(values), low=min(values), high=max(values)) if values else None
 
 
-def default_target(baseline: Mapping[int, Curve]) -> float | None:
+def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
+    """Median and range of the best values of the curves that have values."""
+    return spread([best_value((value for _, value in curve), direction) for curve in curves if curve])
+
+
+def default_target(baseline: Mapping[int, Curve], direction: Direction = "max") -> float | None:
     """The baseline's best value, median over its seeds: the target in Figure 3 of Ioffe & Szegedy 2015."""
-    best = spread([max(value for _, value in curve) for curve in baseline.values() if curve])
+    best = best_of(baseline.values(), direction)
     return best.median if best else None
 
 
@@ -74,6 +81,7 @@ def compare(
     target: float | None,
     *,
     is_baseline: bool,
+    direction: Direction = "max",
     failed: int = 0,
     unfinished: int = 0,
 ) -> VariantResult:
@@ -83,16 +91,18 @@ def compare(
     seeds agree. `failed` and `unfinished` count the runs in those states.
     """
     curves = {seed: curve for seed, curve in runs.items() if curve}
-    steps = {seed: steps_to_target(curve, target) for seed, curve in curves.items()} if target is not None else {}
+    steps: dict[int, int | None] = {}
+    if target is not None:
+        steps = {seed: steps_to_target(curve, target, direction) for seed, curve in curves.items()}
     reached = {seed: step for seed, step in steps.items() if step is not None}
-    ratios, is_at_least = _ratios(reached, baseline, target) if target is not None else ([], False)
+    ratios, is_at_least = _ratios(reached, baseline, target, direction) if target is not None else ([], False)
     ratio = spread(ratios)
     return VariantResult(
         n=len(curves),
         reached=len(reached),
         failed=failed,
         steps_to_target=spread(list(reached.values())),
-        best=spread([max(value for _, value in curve) for curve in curves.values()]),
+        best=best_of(curves.values(), direction),
         final=spread([curve[-1][1] for curve in curves.values()]),
         ratio=None if is_baseline else ratio,
         ratio_is_at_least=is_at_least and not is_baseline,
@@ -102,14 +112,16 @@ def compare(
     )
 
 
-def _ratios(reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float) -> tuple[list[float], bool]:
+def _ratios(
+    reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float, direction: Direction
+) -> tuple[list[float], bool]:
     """Baseline's steps over the variant's for each seed that both have. Step 0 counts as 1: a ratio needs a divisor."""
     ratios, is_at_least = [], False
     for seed, steps in reached.items():
         curve = baseline.get(seed)
         if not curve:
             continue
-        baseline_steps = steps_to_target(curve, target)
+        baseline_steps = steps_to_target(curve, target, direction)
         if baseline_steps is None:
             baseline_steps, is_at_least = curve[-1][0], True
         ratios.append(max(baseline_steps, 1) / max(steps, 1))

@@ -11,7 +11,7 @@ from service.domain.comparisons import override
 from service.domain.errors import Conflict, InvalidField
 from service.domain.jobs import Job, JobState, new_id
 from service.domain.retries import Retries
-from trainer.spec import SHAPING_FIELDS, Frozen, JobSpec
+from trainer.spec import SHAPING_FIELDS, Frozen, JobSpec, depends_on_steps
 
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
 
@@ -105,7 +105,8 @@ def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any
 def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
     """Make a new job that goes on from the checkpoints of one that has ended.
 
-    Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between.
+    Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between, and for another
+    number of steps under a schedule that depends on it, without a choice.
     """
     if not job.state.is_terminal:
         raise Conflict(f"job {job.id} is {job.state.value}; only jobs that have ended can be resumed")
@@ -118,4 +119,9 @@ def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, An
             f"job {job.id} has done all its steps; overrides, such as more `steps`, would give it something to do"
         )
     spec = override(job.spec, overrides)
+    if depends_on_steps(spec.schedule) and spec.steps != job.spec.steps and spec.on_extend is None:
+        takes = (
+            f"must be continue, restart or rescale: the {spec.schedule.name} schedule ran over {job.spec.steps} steps"
+        )
+        raise InvalidField("overrides.on_extend", None, takes)
     return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, resumed_from=job.id)

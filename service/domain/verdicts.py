@@ -12,6 +12,7 @@ from typing import Any, Literal
 from service.domain.comparisons import Variant
 from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
 from service.domain.statistics import Curve, steps_to_target
+from trainer.spec import best_value, metric_direction
 
 Judgement = Literal["holds", "fails", "not enough data"]
 
@@ -215,13 +216,14 @@ def _curve(measure: Measure, run: Run) -> Curve:
 
 
 def _steps_to(measure: Measure, curve: Curve, runs: Sequence[Run]) -> Interval | None:
+    direction = metric_direction(measure.metric)
     level: Any = measure.level
     if isinstance(level, dict):
         model = _single(level, runs)
         reached = [value for _, value in _curve(measure, model)] if model else []
         if not reached:
             return None
-        level = max(reached)
-    steps = steps_to_target(curve, level)
+        level = best_value(reached, direction)
+    steps = steps_to_target(curve, level, direction)
     # Step 0 counts as 1: a ratio needs a divisor.
     return Interval(max(curve[-1][0], 1), math.inf) if steps is None else Interval(max(steps, 1), max(steps, 1))

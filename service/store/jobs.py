@@ -1,5 +1,6 @@
 """Jobs and their events in the database."""
 
+import asyncio
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -151,6 +152,14 @@ class JobStore:
         query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
             return [_summary(row) for row in (await connection.execute(query)).all()]
+
+    async def specs_of(self, comparison_id: str) -> list[JobSpec]:
+        """Read the specs of a comparison's jobs, in the order of its matrix."""
+        query = select(jobs.c.spec).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        async with self._database.read() as connection:
+            found = (await connection.execute(query)).scalars().all()
+        # In a thread: all together they may be large.
+        return await asyncio.to_thread(lambda: [_spec(content) for content in found])
 
     async def unsettled(self, shards: Collection[int]) -> list[Job]:
         """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
@@ -356,7 +365,11 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(row: Any) -> Job:
-    return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
+    return Job(**_record(row), spec=_spec(row.spec))
+
+
+def _spec(content: Any) -> JobSpec:
+    return JobSpec.model_validate_json(json.dumps(content))
 
 
 def _summary(row: Any) -> JobSummary:

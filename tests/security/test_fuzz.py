@@ -134,7 +134,9 @@ def test_no_spelling_of_a_path_gets_past_the_proxy(port, upstream, method, piece
 @given(st.binary(max_size=60).filter(lambda value: b"\r" not in value and b"\n" not in value))
 def test_no_other_token_opens_anything(port, value):
     for scheme in (b"Bearer ", b"bearer  ", b"Basic ", b""):
-        request = b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + scheme + value + b"\r\n\r\n"
+        request = (
+            b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + scheme + value + b"\r\n\r\n"
+        )
         assert send(port, request) in (None, 400, 401, 429)
 
 
@@ -146,11 +148,13 @@ HEADERS = ["Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID", "Con
 @given(
     name=st.sampled_from(HEADERS),
     value=st.one_of(
-        st.binary(max_size=300), st.sampled_from([b"0", b"-1", b"999999999999999999999", b"chunked", b"websocket, *", b"1:999999999999999"])
+        st.binary(max_size=300), st.sampled_from([b"0", b"-1", b"9" * 21, b"chunked", b"websocket, *", b"1:" + b"9" * 15])
     ).filter(lambda value: b"\r" not in value and b"\n" not in value),
 )  # fmt: skip
 def test_no_header_is_an_error_of_the_service(port, client, name, value):
-    jobs = client.get("/v1/jobs").json()["jobs"] or [client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 1}}).json()]
+    jobs = client.get("/v1/jobs").json()["jobs"] or [
+        client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 1}}).json()
+    ]
     for method, path in (("POST", "/v1/jobs"), ("GET", f"/v1/jobs/{jobs[0]['id']}"), ("GET", f"/v1/jobs/{jobs[0]['id']}/logs"),
                          ("GET", "/mlflow/version")):  # fmt: skip
         request = f"{method} {path} HTTP/1.1\r\n{KEY}".encode() + name.encode() + b": " + value + b"\r\n\r\n{}"

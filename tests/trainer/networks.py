@@ -2,6 +2,7 @@
 
 import time
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -71,3 +72,25 @@ class BreaksOnOne(nn.Sequential):
 
 def breaks_on_one(rank, step):
     return BreaksOnOne(rank, step)
+
+
+class Unused(nn.Module):
+    """Never uses one of its layers, and another one in every other training step alone."""
+
+    def __init__(self, sometimes):
+        super().__init__()
+        self.first, self.norm, self.output = nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
+        self.never, self.sometimes = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        self.every = 2 if sometimes else 1
+
+    def forward(self, x):
+        x = self.norm(self.first(x.flatten(1))).relu()
+        if int(self.passes) % self.every == 0:
+            x = x + self.sometimes(x)
+        self.passes += self.training
+        return self.output(x)
+
+
+def unused(sometimes):
+    return Unused(sometimes)

@@ -56,3 +56,16 @@ def test_checkpoints_at_another_address_are_found(old, tmp_path):
     new = task(tmp_path / "job-2", "job-1", checkpoint={"address": str(address)})
     name = adopt(new)
     assert (address / "job-2" / name / MANIFEST).exists()
+
+
+def test_the_best_checkpoint_is_copied_too(tmp_path):
+    checkpoint = {"every": 10, "keep_last": 1, "keep_best": "test_loss", "best_mode": "max"}
+    run_here(make_spec(steps=30, eval_every=10, checkpoint=checkpoint), tmp_path / "job-1" / "checkpoints")
+    names = sorted(path.parent.name for path in (tmp_path / "job-1").glob("checkpoints/*/manifest.json"))
+    assert [name[:17] for name in names] == ["step-000000000010", "step-000000000030"]
+    new = task(tmp_path / "job-2", "job-1", checkpoint=checkpoint)
+    assert adopt(new) == names[-1]
+    assert sorted(path.parent.name for path in (tmp_path / "job-2").glob("checkpoints/*/manifest.json")) == names
+    (tmp_path / "job-2" / "checkpoints" / names[-1] / MANIFEST).unlink()  # a copy that broke off
+    assert adopt(new) == names[-1]
+    assert adopt(new) is None

@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from functools import partial
 
 import fsspec
 import pytest
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import Notes, make_spec, run_here
+from tests.trainer.training import InterruptedRunError, Interrupting, Notes, make_spec, run_here
 from trainer.checkpoint import Checkpoints
 from trainer.errors import StorageError
 
@@ -46,7 +48,7 @@ def flip_a_bit(path):
         ("shared.pt", cut_short, "torn: shared.pt has"),
         ("shared.pt", flip_a_bit, "torn: shared.pt has"),
         ("rank-00000.pt", lambda path: path.unlink(), "torn: rank-00000.pt is missing"),
-        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 2"),
+        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 3"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, file, damage, told):
@@ -89,7 +91,7 @@ def test_nothing_is_taken_from_an_empty_or_a_strange_folder(tmp_path):
 
 
 def test_the_policy_keeps_the_last_and_the_best(tmp_path):
-    changes = {"steps": 30, "checkpoint": {"every": 2, "keep_last": 2, "keep_best": "test_loss", "best_mode": "min"}}
+    changes = {"steps": 30, "checkpoint": {"every": 2, "keep_last": 2, "keep_best": "test_loss"}}
     write_checkpoints(tmp_path, **changes)
     manifests = [json.loads((path / "manifest.json").read_text()) for path in sorted(tmp_path.glob("step-*"))]
     steps = [manifest["step"] for manifest in manifests]
@@ -98,6 +100,15 @@ def test_the_policy_keeps_the_last_and_the_best(tmp_path):
     _, notes = run_here(make_spec(**SPEC | changes))
     losses = {step: values["test_loss"] for step, values in notes.metrics.items() if step > 0}
     assert min(losses, key=losses.get) in steps
+
+
+def test_the_best_by_a_direction_that_is_given_is_kept(tmp_path):
+    checkpoint = {"every": 2, "keep_last": 1, "keep_best": "test_loss", "best_mode": "max"}
+    write_checkpoints(tmp_path, steps=30, checkpoint=checkpoint)
+    _, notes = run_here(make_spec(**SPEC | {"steps": 30}))
+    losses = {step: values["test_loss"] for step, values in notes.metrics.items() if step > 0}
+    steps = {json.loads(path.read_text())["step"] for path in tmp_path.glob("step-*/manifest.json")}
+    assert steps == {max(losses, key=losses.get), 30}
 
 
 def test_the_best_is_kept_by_its_own_steps_evaluation_wherever_checkpoints_fall(tmp_path):
@@ -132,35 +143,90 @@ def test_a_full_disk_is_told_as_that(tmp_path, monkeypatch):
         run_here(make_spec(**SPEC), tmp_path)
 
 
-def save_slowly(spec, folder):
-    """Have rank 0 take its time for the manifest; return whether it is there when this rank is done saving."""
-    import torch.distributed as dist
+class Counting(Notes):
+    """A journal that counts the checkpoints in a folder at each step."""
 
-    write = Checkpoints._write_manifest
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.counts = folder, {}
+
+    def update(self, step):
+        self.counts[step] = len(list(self.folder.glob("step-*/manifest.json")))
+
+
+def save_late(spec, folder):
+    """Have the checkpoint of step 5 wait for step 8; return the numbers of checkpoints at each step, and at the end."""
+    write, journal = Checkpoints._write_manifest, Counting(folder)
 
     def write_late(self, manifest):
-        time.sleep(1)
+        deadline = time.monotonic() + 10
+        while manifest.step == 5 and 8 not in journal.counts and time.monotonic() < deadline:
+            time.sleep(0.001)
         write(self, manifest)
 
     Checkpoints._write_manifest = write_late
-    seen = []
-
-    class Looking(Notes):
-        def update(self, step):
-            seen.append(len(list(folder.glob("step-*/manifest.json"))))
-
     try:
-        run_here(spec, folder, journal=Looking())
+        run_here(spec, folder, journal=journal)
+        return journal.counts, len(list(folder.glob("step-*/manifest.json")))
     finally:
         Checkpoints._write_manifest = write
-    return dist.get_rank(), seen
 
 
 @pytest.mark.dist
-def test_no_worker_goes_on_before_the_checkpoint_exists(tmp_path):
-    spec = make_spec(num_workers=2, steps=2, eval_every=2, checkpoint={"every": 1})
-    for _, seen in run_on_ranks(save_slowly, 2, spec, tmp_path):
-        assert seen == [0, 0, 1]
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_steps_do_not_wait_for_a_checkpoint_and_the_end_does(tmp_path, world_size):
+    spec = make_spec(num_workers=world_size, steps=10, checkpoint={"every": 5})
+    arguments = (spec, tmp_path)
+    results = run_on_ranks(save_late, 2, *arguments) if world_size > 1 else [save_late(*arguments)]
+    assert results[0][0][8] == 0
+    assert [at_the_end for _, at_the_end in results] == [2] * world_size
+
+
+@pytest.mark.parametrize(("every", "failing", "reported"), [(2, 4, 5), (8, 8, 8)])
+def test_a_failure_in_the_background_ends_the_run_at_the_next_step_or_at_the_end(
+    tmp_path, monkeypatch, every, failing, reported
+):
+    """Once it is known: the journal waits for it, as a step is shorter than a write."""
+    write, steps = Checkpoints._write, []
+    failed = threading.Event()
+
+    def fail(self, name, file, content):
+        if f"step-{failing:012d}" in name and file == "shared.pt":
+            failed.set()
+            raise OSError(28, "No space left on device")
+        return write(self, name, file, content)
+
+    class Waiting(Notes):
+        def update(self, step):
+            steps.append(step)
+            if step == failing + 1:
+                assert failed.wait(10)
+                time.sleep(0.2)  # from the error to its being known
+
+    monkeypatch.setattr(Checkpoints, "_write", fail)
+    with pytest.raises(StorageError, match=rf"step {failing} in .*No space left"):
+        run_here(make_spec(**SPEC | {"checkpoint": {"every": every}}), tmp_path, journal=Waiting())
+    assert steps[-1] in (reported, reported + 1)
+
+
+def test_a_run_that_fails_lets_its_checkpoint_be_finished(tmp_path):
+    with pytest.raises(InterruptedRunError):
+        run_here(make_spec(**SPEC), tmp_path, journal=Interrupting(3))
+    assert len(list(tmp_path.glob("step-000000000002-*/manifest.json"))) == 1
+
+
+def test_a_marker_shows_that_a_checkpoint_is_being_written(tmp_path, monkeypatch):
+    write, marker, seen = Checkpoints._write, tmp_path / "saving", []
+
+    def look(self, name, file, content):
+        seen.append(marker.read_text() == name)
+        return write(self, name, file, content)
+
+    monkeypatch.setattr(Checkpoints, "_write", look)
+    monkeypatch.setattr("tests.trainer.training.Checkpoints", partial(Checkpoints, marker=marker))
+    run_here(make_spec(**SPEC), tmp_path)
+    assert seen == [True] * 8  # two files for each of four checkpoints
+    assert not marker.exists()
 
 
 def test_a_checkpoint_holds_no_code(tmp_path):

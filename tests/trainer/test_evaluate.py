@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from tests.dist import run_on_ranks
 from tests.trainer.training import here, make_spec, run_here
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError
-from trainer.evaluate import Evaluator
+from trainer.evaluate import Evaluator, build_metric
 from trainer.models import build_model
-from trainer.spec import EvaluationSpec, MlpSpec, Norm
+from trainer.spec import DIRECTIONS, EvaluationSpec, MlpSpec, Norm, metric_direction
 
 ALL = ["accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"]
 
@@ -127,10 +129,25 @@ def test_a_last_test_batch_of_one_sample_takes_the_moving_statistics(norm):
     assert 0 <= metrics["accuracy"] <= 1
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("batch_size", [7, 17, 51, 119])
+def test_groups_of_workers_take_statistics_of_their_own_part_of_a_test_batch(batch_size):
+    """Where the last batch leaves a group one sample, or none, it takes the moving statistics, or does nothing."""
+    evaluation = EvaluationSpec(metrics=["accuracy", "f1"], statistics="batch", batch_size=batch_size)
+    spec = make_spec(num_workers=4, sync_group_size=2, evaluation=evaluation)
+    results = run_on_ranks(train_and_measure, 4, spec)
+    assert all(result == results[0] for result in results)
+    assert 0 <= results[0]["accuracy"] <= 1
+
+
+def train_and_measure(spec):
+    return run_here(spec)[0].metrics
+
+
 def test_top_5_of_few_classes_says_nothing_and_is_refused():
-    data = {"name": "synthetic", "shape": [4], "classes": 5, "train_samples": 100, "test_samples": 20}
+    evaluation = EvaluationSpec(metrics=["top5_accuracy"])
     with pytest.raises(ConfigurationError, match="top5_accuracy takes more than 5 classes; there are 5"):
-        run_here(make_spec(data=data, evaluation={"metrics": ["top5_accuracy"]}))
+        Evaluator(evaluation, torch.nn.Linear(1, 5), SimpleNamespace(classes=5), here())
 
 
 def test_a_model_without_batch_normalisation_has_no_statistics():
@@ -139,3 +156,13 @@ def test_a_model_without_batch_normalisation_has_no_statistics():
         for statistics in ("moving", "precise", "batch")
     ]
     assert values[0] == values[1] == values[2]
+
+
+def test_directions_of_metrics_are_those_of_torchmetrics():
+    for name in set(ALL) - {"accuracy"}:
+        assert (metric_direction(name) == "max") == build_metric(name, 10).higher_is_better, name
+
+
+def test_every_logged_metric_but_the_learning_rate_has_a_direction():
+    _, notes = run_here(make_spec(evaluation={"metrics": ALL}))
+    assert notes.metrics[20].keys() == DIRECTIONS.keys() | {"learning_rate"}

@@ -7,6 +7,8 @@ import torch
 from tests.dist import run_on_ranks
 from tests.trainer.training import make_spec, run_here, train_here
 from trainer.errors import ConfigurationError, Diverged
+from trainer.models import build_model
+from trainer.parallel import may_leave_unused
 from trainer.spec import MlpSpec, SgdSpec
 
 
@@ -79,6 +81,7 @@ def diverge(spec):
     return error.value.step
 
 
+BACKWARDS = {"name": "import:tests.trainer.networks:backwards"}
 CNN = {"name": "cnn", "channels": [4, 8]}
 RESNET = {"model": {"name": "torchvision:resnet18"}, "global_batch_size": 8,
           "data": {"name": "digits", "transform": {"resize": 16, "channels": 3}}}  # fmt: skip
@@ -116,7 +119,7 @@ def test_activations_that_are_computed_anew_change_nothing(norm):
 
 def test_a_model_without_blocks_has_no_activations_to_forget():
     with pytest.raises(ConfigurationError, match="activation_checkpointing: takes a model with blocks"):
-        train_here(make_spec(activation_checkpointing=True))
+        train_here(make_spec(model=BACKWARDS, activation_checkpointing=True))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
@@ -172,3 +175,41 @@ def test_gradients_that_overflow_under_every_loss_scale_are_a_divergence(monkeyp
     )
     with pytest.raises(Diverged, match=r"overflow under every loss scale|training loss is not finite"):
         train_here(spec.model_copy(update={"optimizer": SgdSpec(lr=1e4)}))
+
+
+UNUSED = {"name": "import:tests.trainer.networks:unused"}
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("sometimes", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 2}, {"num_workers": [1, 2]}, {"optimizer": {"name": "adamw", "lr": 0.01}}],
+    ids=["plain", "parts", "elastic", "adamw"],
+)
+def test_parameters_without_gradients_train_on_two_workers_as_on_one(sometimes, changes):
+    spec = make_spec(model=UNUSED | {"arguments": {"sometimes": sometimes}}, **{"num_workers": 2} | changes)
+    alone, metrics, _ = train_here(spec.model_copy(update={"num_workers": 1}))
+    for state, metrics_there, _ in run_on_ranks(train_here, 2, spec):
+        assert metrics_there == pytest.approx(metrics, abs=1e-9)
+        for name, value in alone.items():
+            assert (state[name].double() - value.double()).abs().max() <= 1e-9, name
+
+
+@pytest.mark.dist
+def test_an_unused_parameter_trains_in_shards():
+    model = UNUSED | {"arguments": {"sometimes": False}}
+    _, metrics, _ = train_here(make_spec(model=model))
+    for result in run_on_ranks(train_whole, 2, make_spec(model=model, num_workers=2, parallel="fsdp")):
+        assert result[1] == pytest.approx(metrics, abs=1e-9)
+
+
+def test_unused_parameters_of_library_models_are_found():
+    spec = make_spec(model=CNN)
+    model = build_model(spec.model, spec.norm, (1, 8, 8), 10, 0)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    assert not may_leave_unused(model, spec, (1, 8, 8))
+    model.register_parameter("never", torch.nn.Parameter(torch.zeros(3)))
+    assert may_leave_unused(model, spec, (1, 8, 8))
+    assert model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())

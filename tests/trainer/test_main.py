@@ -11,7 +11,10 @@ model: {name: mlp, hidden: [16]}
 data: {name: digits}
 num_workers: 2
 steps: 30
+eval_every: 10
 optimizer: {lr: 0.5}
+evaluation: {statistics: precise}
+checkpoint: {keep_best: test_loss, best_mode: max}
 """
 
 
@@ -58,13 +61,28 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     assert outcome.state == "succeeded"
     assert 0 <= outcome.metrics["accuracy"] <= 1
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 30]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 10, 20, 30]
     assert (tmp_path / "out/attempt-1/figures/accuracy.png").exists()
     assert (tmp_path / "out/attempt-1/model.pt").stat().st_size > 0
+    assert (tmp_path / "out/attempt-1/model-last.pt").stat().st_size > 0
+    assert "model.pt is the best model, of step 10" in result.stdout
     assert not (tmp_path / "out/attempt-1" / LOG_FILE).exists()
     again = run("spec.yaml", "--output", "out", cwd=tmp_path)
     assert again.returncode == 2
     assert "holds files already" in again.stderr
+
+
+@pytest.mark.ray
+def test_an_optimizer_without_state_is_resumed_by_hand(tmp_path):
+    spec = "{norm: none, data: {name: digits}, steps: 20, checkpoint: {every: 10}, optimizer: {name: sgd, lr: 0.1}}"
+    (tmp_path / "spec.yaml").write_text(spec)
+    assert run("spec.yaml", "--output", "out", cwd=tmp_path).returncode == 0
+    (tmp_path / "spec.yaml").write_text(spec.replace("steps: 20", "steps: 40"))
+    result = run("spec.yaml", "--output", "out", "--resume", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "goes on from step-000000000020" in result.stdout
+    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-2" / OUTCOME_FILE).read_text())
+    assert (outcome.state, outcome.step) == ("succeeded", 40)
 
 
 MODELS = """

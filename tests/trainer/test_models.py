@@ -384,3 +384,18 @@ def test_ranks_have_the_same_weights_and_their_groups_own_statistics():
     (first, mean), (second, other_mean) = run_on_ranks(groups_and_weights, 2)
     assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
     assert not torch.equal(mean, other_mean)
+
+
+@pytest.mark.parametrize("norm", list(Norm))
+@pytest.mark.parametrize(
+    "spec",
+    [
+        MlpSpec(hidden=[4, 5]),
+        MlpSpec(hidden=[4], dropout=0.1),
+        CnnSpec(channels=[4]),
+        CnnSpec(channels=[4, 5, 6], dropout=0.1, local_response_norm=True),
+    ],
+)
+def test_a_spec_knows_the_paths_of_its_own_networks(spec, norm):
+    model = build_model(spec, norm, (1, 8, 8), 3, seed=0)
+    assert [path for path, _ in model.named_modules() if path] == spec.module_paths

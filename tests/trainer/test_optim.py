@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from tests.trainer.training import make_spec, run_here
+from tests.trainer.training import InterruptedRunError, Interrupting, make_spec, run_here
 from trainer.errors import ConfigurationError
 from trainer.models import build_model
-from trainer.optim import build_optimizer, build_schedule, rate_factor
+from trainer.optim import build_optimizer, build_schedule, extend_schedule, rate_factor
 from trainer.spec import CnnSpec, CosineSchedule, JobSpec, MlpSpec, Norm, OptimizerSpec, ScheduleSpec, SgdSpec
 from trainer.spec.optimizers import TORCH_OPTIMIZERS
+from trainer.state import Position
 
 INTERNAL = {"self", "params", "lr", "weight_decay", "capturable", "differentiable"}
 
@@ -119,7 +120,7 @@ def test_a_schedule_that_is_resumed_gives_the_same_rates(content, at):
     def rates_from(start):
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        built = build_schedule(schedule(**content), optimizer, STEPS)
+        built = build_schedule(schedule(**content), optimizer, Position(schedule_end=STEPS))
         if start:
             built.load_state_dict(saved)
         seen = []
@@ -163,6 +164,57 @@ def test_steps_of_a_schedule_ascend():
 def test_the_rate_is_among_the_metrics():
     _, notes = run_here(make_spec(schedule=CosineSchedule(name="cosine"), steps=20, eval_every=10))
     assert [values["learning_rate"] for values in notes.metrics.values()] == pytest.approx([0.5, 0.25, 0])
+
+
+COSINE = {"name": "cosine", "warmup_steps": 2}
+EXTENSIONS = [("continue", 0, 20), ("restart", 20, 40), ("rescale", 0, 40)]
+
+
+def extended_rate(step, start, end):
+    return 0.5 * rate_factor(schedule(**COSINE), step - start, end - start)
+
+
+@pytest.mark.parametrize(("on_extend", "start", "end"), EXTENSIONS)
+def test_a_cosine_schedule_is_extended_as_the_spec_chooses(tmp_path, capsys, on_extend, start, end):
+    def resume(steps):
+        spec = make_spec(schedule=COSINE, eval_every=1, checkpoint={"every": 5}, steps=steps, on_extend=on_extend)
+        return run_here(spec, tmp_path)[1]
+
+    resume(20)
+    notes = resume(40)
+    assert notes.resumed_from == 20
+    rates = {step: values["learning_rate"] for step, values in notes.metrics.items()}
+    assert rates == pytest.approx({step: extended_rate(step, start, end) for step in range(21, 41)})
+    assert "on_extend: the cosine schedule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("on_extend", "start", "end"), EXTENSIONS)
+def test_the_first_step_after_an_extension_has_its_rate(on_extend, start, end):
+    position = Position(schedule_end=20)
+    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.5)
+    built = build_schedule(schedule(**COSINE), optimizer, position)
+    for position.step in range(1, 21):
+        optimizer.step()
+        built.step()
+    extend_schedule(make_spec(schedule=COSINE, steps=40, on_extend=on_extend), built, position)
+    assert built.get_last_lr() == [optimizer.param_groups[0]["lr"]] == [pytest.approx(extended_rate(20, start, end))]
+
+
+def test_another_number_of_steps_under_a_cosine_schedule_is_refused_without_a_choice(tmp_path):
+    run_here(make_spec(schedule=COSINE), tmp_path)
+    with pytest.raises(ConfigurationError, match=r"on_extend: must be continue, .* over 20 steps"):
+        run_here(make_spec(schedule=COSINE, steps=40), tmp_path)
+    assert run_here(make_spec(schedule=COSINE, steps=10), tmp_path)[0].step == 20  # has nothing left to do
+
+
+def test_an_extended_run_resumes_with_its_rates(tmp_path):
+    changes = {"schedule": COSINE, "eval_every": 1, "checkpoint": {"every": 5}, "on_extend": "restart"}
+    run_here(make_spec(**changes), tmp_path)
+    with pytest.raises(InterruptedRunError):
+        run_here(make_spec(steps=40, **changes), tmp_path, journal=Interrupting(32))
+    _, notes = run_here(make_spec(steps=40, **changes), tmp_path)
+    assert notes.resumed_from == 30
+    assert notes.metrics[31]["learning_rate"] == pytest.approx(extended_rate(31, 20, 40))
 
 
 def test_gradients_are_clipped():

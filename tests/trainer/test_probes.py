@@ -324,13 +324,13 @@ def test_tokens_have_their_channels_last_and_a_module_used_twice_is_two_places()
 @pytest.mark.parametrize(
     ("probes", "takes"),
     [
-        ({"measure": ["drift"], "layers": ["linear1", "linear9"]}, r"such as linear.*'linear9'"),
-        ({"measure": ["shift"], "layers": ["activation1"]}, "shift takes modules with trained weights"),
+        ({"measure": ["drift"], "layers": ["layers.1", "layers.9"]}, r"such as layers.*'layers.9'"),
+        ({"measure": ["shift"], "layers": ["norms"]}, "shift takes modules with trained weights"),
     ],
 )
 def test_layers_that_are_not_there_are_refused_by_name(probes, takes):
     with pytest.raises(ConfigurationError, match=takes) as error:
-        run_here(make_spec(probes=probes))
+        run_here(make_spec(model={"name": "import:tests.trainer.networks:backwards"}, norm="none", probes=probes))
     assert error.value.field == "probes.layers"
 
 

@@ -1,3 +1,4 @@
+import re
 import time
 
 import pytest
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from trainer.spec import JobSpec, field_path, read_yaml
+from trainer.spec import JobSpec, field_path, read_yaml, spec_warnings
 
 
 def test_a_spec_survives_being_written_and_read():
@@ -48,6 +49,23 @@ def test_a_learning_rate_is_a_positive_finite_number(value):
         JobSpec.model_validate({"steps": 1, "optimizer": {"lr": value}})
 
 
+TOP5 = {"metrics": ["top5_accuracy"]}
+FOLDER = {"name": "imagefolder", "root": "/x"}
+STREAM = {"name": "ray", "format": "images", "train": "/x", "test": "/y", "classes": 10, "shape": [3, 8, 8]}
+
+
+def sgd(**arguments):
+    return {"optimizer": {"name": "torch:SGD", "arguments": arguments}}
+
+
+def cnn(levels):
+    return {"name": "cnn", "channels": [4] * levels}
+
+
+def synthetic(**changes):
+    return {"name": "synthetic", "shape": [3, 8, 8], "classes": 10} | changes
+
+
 @pytest.mark.parametrize(
     ("changes", "field", "takes"),
     [
@@ -79,6 +97,34 @@ def test_a_learning_rate_is_a_positive_finite_number(value):
         ({"data": {"name": "imagefolder", "root": "/x", "train_folder": ".."}}, "data.train_folder", "pattern"),
         ({"data": {"name": "imagefolder", "root": "/x", "test_folder": "."}}, "data.test_folder", "pattern"),
         ({"deadline_seconds": 0}, "deadline_seconds", "greater than 0"),
+        (sgd(nesterov=True), "optimizer.arguments", "nesterov must have a momentum above 0"),
+        (sgd(nesterov=True, momentum=0.9, dampening=0.1), "optimizer.arguments", "no dampening"),
+        (sgd(fused=True, foreach=True), "optimizer.arguments", "fused must be false together with foreach"),
+        ({"data": {"name": "digits", "transform": {"mean": [0.1] * 3}}}, "data.transform", "each of 1 channels"),
+        (
+            {"data": {"name": "mnist5k", "transform": {"channels": 3, "std": [1.0, 1.0]}}},
+            "data.transform",
+            "of 3 channels",
+        ),
+        ({"data": FOLDER | {"transform": {"std": [1.0, 2.0]}}}, "data.transform", "each of 3 channels"),
+        ({"data": STREAM | {"shape": [1, 8, 8], "transform": {"mean": [0.1] * 3}}}, "data.transform", "of 1 channels"),
+        ({"data": STREAM | {"classes": 5}, "evaluation": TOP5}, "evaluation", "more than 5 classes .got 5"),
+        ({"data": synthetic(classes=3), "evaluation": TOP5}, "evaluation", "more than 5 classes .got 3"),
+        ({"model": cnn(5), "data": {"name": "digits"}}, "data", "8x8 must have at most 4 levels .* .got 5"),
+        ({"model": cnn(2), "data": synthetic(shape=[12])}, "data", "must be images for model 'cnn'"),
+        ({"activation_checkpointing": True}, "activation_checkpointing", "must be false for model 'mlp'"),
+        (
+            {"model": cnn(1), "activation_checkpointing": True},
+            "activation_checkpointing",
+            "must be false for model 'cnn'",
+        ),
+        ({"probes": {"layers": ["norm4"]}}, "probes", "layers must be among flatten, linear1.* .got norm4"),
+        ({"model": cnn(2), "probes": {"layers": ["pool2"]}}, "probes", "layers must be among conv1.* .got pool2"),
+        ({"optimizer": {"name": "torch:Adafactor"}, "parallel": "fsdp"}, "parallel", "must be 'ddp' for optimizer"),
+        (sgd(fused=True) | {"parallel": "fsdp"}, "parallel", "'torch:SGD' with fused"),
+        ({"early_stop": {"target": 95}}, "early_stop.target", "a share above 0 and at most 1 .got 95"),
+        ({"early_stop": {"target": 0}}, "early_stop.target", "a share above 0 and at most 1 .got 0"),
+        ({"early_stop": {"metric": "test_loss", "target": 0}}, "early_stop.target", "above 0 .got 0"),
     ],
 )
 def test_what_does_not_fit_together_is_named(changes, field, takes):
@@ -140,3 +186,44 @@ def test_some_aliases_are_taken(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("base: &base {steps: 1}\nother: {<<: *base, seed: 2}")
     assert read_yaml(path)["other"] == {"steps": 1, "seed": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "warnings"),
+    [
+        ({}, []),
+        ({"schedule": {"name": "constant", "warmup_steps": 99}}, []),
+        (
+            {"schedule": {"name": "constant", "warmup_steps": 100}},
+            [r"schedule.warmup_steps: .* within 100 steps \(got 100\)"],
+        ),
+        ({"schedule": {"name": "step", "steps": [50, 99]}}, []),
+        ({"schedule": {"name": "step", "steps": [50, 99], "warmup_steps": 1}}, [r"schedule.steps: 99 come after"]),
+        (
+            {"schedule": {"name": "step", "steps": [50, 100, 200]}},
+            [r"schedule.steps: 100, 200 come after .* 100 steps"],
+        ),
+        ({"num_workers": 1, "parallel": "fsdp"}, ["parallel: has no effect on one worker"]),
+        ({"num_workers": [1, 2], "parallel": "fsdp"}, []),
+        (
+            {"accumulate": 2},
+            [r"accumulate: under norm 'sync' the statistics are of each part of 30 samples.*\(got 2\)"],
+        ),
+        ({"accumulate": 2, "norm": "batch"}, ["accumulate: under norm 'batch'"]),
+        ({"accumulate": 2, "norm": "group"}, []),
+        ({"evaluation": {"statistics": "batch"}}, ["evaluation.statistics: the exported model holds moving averages"]),
+        (
+            {"early_stop": {"metric": "test_loss", "mode": "max"}},
+            ["early_stop.mode: the smallest test_loss is the best"],
+        ),
+        ({"early_stop": {"metric": "test_loss", "mode": "min"}}, []),
+        ({"checkpoint": {"keep_best": "accuracy", "best_mode": "min"}}, ["checkpoint.best_mode: the largest accuracy"]),
+        ({"on_extend": "restart"}, ["on_extend: has no effect on a constant schedule"]),
+        ({"on_extend": "restart", "schedule": {"name": "cosine"}}, []),
+    ],
+)
+def test_what_has_no_effect_is_warned_of(changes, warnings):
+    found = spec_warnings(JobSpec.model_validate({"steps": 100} | changes))
+    assert len(found) == len(warnings)
+    for text, pattern in zip(found, warnings, strict=True):
+        assert re.match(pattern, text), text

@@ -267,9 +267,11 @@ def test_the_model_is_logged_once_and_loads_without_this_project(stack, tmp_path
     for _ in range(2):
         outbox = Outbox(tmp_path)
         outbox.put("model", path=str(tmp_path / "model"), step=1)
+        outbox.put("model", path=str(tmp_path / "model"), step=1, name="model-last")
         outbox.close()
         assert drain(outbox, stack.mlflow[0], run.run_id) == 0
-    assert len(client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")) == 1
+    models = client.search_logged_models([run.experiment_id], filter_string=f"source_run_id = '{run.run_id}'")
+    assert sorted(model.name for model in models) == ["model", "model-last"]
     torch.save(example, tmp_path / "example.pt")
     command = [sys.executable, "-c", FRESH, stack.mlflow[0], run.run_id, "example.pt", "outputs.pt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -1,5 +1,8 @@
 """Training by a spec in a test's own process, or on the ranks that it spawned."""
 
+import os
+import signal
+
 import torch
 import torch.distributed as dist
 
@@ -32,6 +35,25 @@ class Notes:
         self.steps.append(step)
 
 
+class InterruptedRunError(Exception):
+    """What stands in for a fault."""
+
+
+class Interrupting(Notes):
+    """A journal that ends its process, or raises, after some step."""
+
+    def __init__(self, step, *, kill=False):
+        super().__init__()
+        self.at, self.kill = step, kill
+
+    def update(self, step):
+        super().update(step)
+        if step == self.at and self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.at:
+            raise InterruptedRunError
+
+
 def make_spec(**changes):
     values = {
         "model": MlpSpec(hidden=[16, 16], init_std=0.3),
@@ -57,12 +79,12 @@ def run_here(spec, folder=None, *, journal=None, notices=None):
     worker, notes = here(), journal or Notes()
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
     dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype)
+    checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
     try:
-        checkpoints = (
-            Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
-        )
         return train(spec, worker, notes, dataset, checkpoints, notices), notes
     finally:
+        if folder:
+            checkpoints.close()
         dataset.close()
 
 

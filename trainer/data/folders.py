@@ -60,6 +60,10 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
         takes = f"takes the classes of {spec.train_folder!r}; not among them: {', '.join(unknown[:NAMED])}"
         raise DataError("data.test_folder", spec.test_folder, takes)
     numbers = {name: number for number, name in enumerate(sorted(train_files))}
+    if len(numbers) < 2:
+        raise DataError(
+            "data.root", spec.root, f"must hold two classes or more below {spec.train_folder!r}; there is one"
+        )
     training, testing = (_number(part, root, numbers) for part in (train_files, test_files))
     sizes = [(path, (root / path).stat().st_size) for part in (training, testing) for path in part.paths]
     return Parts(training, testing, len(numbers), digest("imagefolder", sizes))

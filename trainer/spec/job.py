@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from trainer.spec.base import Frozen
-from trainer.spec.data import DataSpec, Mnist5kSpec, RayDataSpec, train_samples
+from trainer.spec.data import DataSpec, Mnist5kSpec, RayDataSpec, known_classes, known_shape, train_samples
 from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
-from trainer.spec.models import MlpSpec, ModelSpec
-from trainer.spec.optimizers import ConstantSchedule, OptimizerSpec, ScheduleSpec, SgdSpec
+from trainer.spec.models import CnnSpec, MlpSpec, ModelSpec
+from trainer.spec.optimizers import ConstantSchedule, OptimizerSpec, ScheduleSpec, SgdSpec, TorchOptimizerSpec
 from trainer.spec.probes import ProbesSpec
 
 
@@ -62,7 +62,8 @@ class JobSpec(Frozen):
         ge=1,
         le=10_000,
         validate_default=True,
-        description="parts that a batch is worked through in, one after the other",
+        description="parts that a batch is worked through in, one after the other; under `batch` and `sync` the statistics are "
+        "those of each part, not of the whole batch",
     )
     steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
     eval_every: int = Field(
@@ -71,6 +72,12 @@ class JobSpec(Frozen):
     evaluation: EvaluationSpec = EvaluationSpec()
     optimizer: OptimizerSpec = SgdSpec()
     schedule: ScheduleSpec = ConstantSchedule()
+    on_extend: Literal["continue", "restart", "rescale"] | None = Field(
+        None,
+        description="what a cosine schedule does when a run is resumed with another number of `steps`: keep its end, and its last "
+        "rate after it; begin again at the step of the checkpoint, warm-up included; or run over all of the new steps, so that the "
+        "rate jumps. null: such a run is refused",
+    )
     clip_norm: float | None = Field(None, gt=0, le=1e9, description="largest norm of the whole gradient")
     early_stop: EarlyStopSpec | None = None
     deadline_seconds: float | None = Field(
@@ -106,6 +113,55 @@ class JobSpec(Frozen):
         if evaluation is not None and metric is not None and metric not in (*evaluation.metrics, "test_loss"):
             raise ValueError(f"{metric!r} is not among evaluation.metrics, which are {', '.join(evaluation.metrics)}")
         return part
+
+    @field_validator("data")
+    @classmethod
+    def _is_large_enough(cls, data: Any, info: ValidationInfo) -> Any:
+        """Refuse images that the levels of a `cnn` cannot halve."""
+        model, shape = info.data.get("model"), known_shape(data)
+        if isinstance(model, CnnSpec) and shape is not None:
+            if len(shape) != 3:
+                raise ValueError(f"must be images for model 'cnn' (got samples of shape {list(shape)})")
+            levels = min(shape[1:]).bit_length()
+            if len(model.channels) > levels:
+                size, given = f"{shape[1]}x{shape[2]}", len(model.channels)
+                raise ValueError(f"images of {size} must have at most {levels} levels in model.channels (got {given})")
+        return data
+
+    @field_validator("evaluation")
+    @classmethod
+    def _has_more_classes(cls, evaluation: EvaluationSpec, info: ValidationInfo) -> EvaluationSpec:
+        classes = known_classes(info.data.get("data"))
+        if "top5_accuracy" in evaluation.metrics and classes is not None and classes <= 5:
+            raise ValueError(f"top5_accuracy must have more than 5 classes (got {classes})")
+        return evaluation
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _has_blocks(cls, is_wanted: bool, info: ValidationInfo) -> bool:
+        model = info.data.get("model")
+        if is_wanted and isinstance(model, (MlpSpec, CnnSpec)):
+            raise ValueError(f"must be false for model {model.name!r}, which has no blocks (got true)")
+        return is_wanted
+
+    @field_validator("parallel")
+    @classmethod
+    def _can_be_sharded_out(cls, parallel: str, info: ValidationInfo) -> str:
+        optimizer = info.data.get("optimizer")
+        if parallel == "fsdp" and isinstance(optimizer, TorchOptimizerSpec) and not optimizer.can_be_sharded:
+            fused = " with fused" if optimizer.arguments.get("fused") else ""
+            raise ValueError(f"must be 'ddp' for optimizer {optimizer.name!r}{fused} (got 'fsdp')")
+        return parallel
+
+    @field_validator("probes")
+    @classmethod
+    def _are_modules(cls, probes: ProbesSpec, info: ValidationInfo) -> ProbesSpec:
+        model = info.data.get("model")
+        if isinstance(model, (MlpSpec, CnnSpec)):
+            missing = sorted(set(probes.layers) - set(model.module_paths))
+            if missing:
+                raise ValueError(f"layers must be among {', '.join(model.module_paths)} (got {', '.join(missing)})")
+        return probes
 
     @property
     def min_workers(self) -> int:

@@ -42,6 +42,13 @@ class MlpSpec(Frozen):
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a hidden value is dropped in training")
 
+    @property
+    def module_paths(self) -> list[str]:
+        """Paths of the network's modules, in the order of the forward pass."""
+        kinds = ["linear", "norm", "activation", *(["dropout"] if self.dropout else [])]
+        levels = range(1, len(self.hidden) + 1)
+        return ["flatten", *(f"{kind}{level}" for level in levels for kind in kinds), "output"]
+
 
 class CnnSpec(Frozen):
     """Small convolutional network: at each level 3x3 convolution, norm, activation, 2x2 pooling; then mean and linear layer."""
@@ -58,6 +65,15 @@ class CnnSpec(Frozen):
     local_response_norm: bool = Field(
         False, description="local response normalisation after each activation but the last (size 5)"
     )
+
+    @property
+    def module_paths(self) -> list[str]:
+        """Paths of the network's modules, in the order of the forward pass."""
+        kinds, last = ["conv", "norm", "activation"], len(self.channels)
+        between = [*(["local_response_norm"] if self.local_response_norm else []), "pool"]
+        paths = [f"{kind}{level}" for level in range(1, last) for kind in (*kinds, *between)]
+        dropout = ["dropout"] if self.dropout else []
+        return [*paths, *(f"{kind}{last}" for kind in kinds), "mean", "flatten", *dropout, "output"]
 
 
 class LibraryModelSpec(Frozen):

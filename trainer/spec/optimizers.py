@@ -86,7 +86,19 @@ class TorchOptimizerSpec(Frozen):
             raise ValueError(
                 f"{', '.join(sorted(arguments.keys() - known))}: {info.data['name']} takes {', '.join(sorted(known))}"
             )
+        if arguments.get("fused") and arguments.get("foreach"):
+            raise ValueError("fused must be false together with foreach (got true)")
+        momentum, dampening = arguments.get("momentum") or 0, arguments.get("dampening") or 0
+        if arguments.get("nesterov") and (not momentum or dampening):
+            given = f"momentum {momentum}, dampening {dampening}"
+            raise ValueError(f"nesterov must have a momentum above 0 and no dampening (got {given})")
         return arguments
+
+    @property
+    def can_be_sharded(self) -> bool:
+        """Whether torch can run the optimiser on sharded parameters; a test compares this with torch."""
+        name, is_fused = self.name.removeprefix("torch:"), bool(self.arguments.get("fused"))
+        return name != "Adafactor" and not (is_fused and name in ("Adagrad", "SGD"))
 
 
 def _kind(value: Any) -> str | None:
@@ -151,3 +163,8 @@ class CosineSchedule(_Schedule):
 ScheduleSpec = Annotated[
     ConstantSchedule | StepSchedule | ExponentialSchedule | CosineSchedule, Field(discriminator="name")
 ]
+
+
+def depends_on_steps(spec: ScheduleSpec) -> bool:
+    """Whether the rates of a schedule depend on the run's number of steps."""
+    return isinstance(spec, CosineSchedule)

@@ -110,7 +110,9 @@ COMPARISON = ComparisonView(
     created_at=AT,
     jobs=[_summary(OF_COMPARISON)],
 )
-VALIDATION = Validation(jobs=1, spec=_SPEC, least=Needs(cpus=2, gpus=0), most=Needs(cpus=2, gpus=0), fits=True)
+VALIDATION = Validation(
+    jobs=1, spec=_SPEC, least=Needs(cpus=2, gpus=0), most=Needs(cpus=2, gpus=0), fits=True, warnings=[]
+)
 EVENTS = [
     EventView(sequence=sequence, at=AT + timedelta(seconds=seconds), state=state, reason=reason, actor=actor, attempt=1)
     for sequence, seconds, state, reason, actor in (
@@ -124,8 +126,10 @@ REPORT = Report(
     name=COMPARISON.name,
     finished=True,
     metric="accuracy",
+    direction="max",
     target=0.8,
     target_is_given=True,
+    warnings=[],
     variants=[
         VariantReport(
             variant={"norm": "sync"},

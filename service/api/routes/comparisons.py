@@ -73,7 +73,8 @@ async def report_comparison(
     """Compare the variants by what MLflow holds of their runs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
-    return Report.of(await report(comparison, jobs, components.mlflow), with_curves=curves)
+    specs = await components.jobs.specs_of(comparison_id)
+    return Report.of(await report(comparison, jobs, specs, components.mlflow), with_curves=curves)
 
 
 @router.get("/{comparison_id:identifier}/curves")

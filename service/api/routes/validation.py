@@ -9,7 +9,7 @@ from service.api.components import Components, GivenComponents
 from service.api.compute import in_thread
 from service.api.idempotency import KnownCaller
 from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
-from service.domain.comparisons import check_size, choose_baseline, expand
+from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
 from service.domain.errors import Unavailable
 from service.domain.scheduling import Capacity, least_needs, most_needs
 from service.domain.terms import Terms
@@ -49,5 +49,10 @@ async def _validate(
     except Unavailable:
         fits = None
     return Validation(
-        jobs=len(specs), spec=base, least=Needs.model_validate(least), most=Needs.model_validate(most), fits=fits
+        jobs=len(specs),
+        spec=base,
+        least=Needs.model_validate(least),
+        most=Needs.model_validate(most),
+        fits=fits,
+        warnings=warnings_of(specs),
     )

@@ -46,6 +46,7 @@ class Validation(BaseModel):
     least: Needs = Field(description="of one job, to start")
     most: Needs = Field(description="of one job, while it runs")
     fits: bool | None = Field(description="whether the cluster as it is now is large enough; null: Ray does not answer")
+    warnings: list[str] = Field(description="fields that have no effect, or another one than their names suggest")
 
 
 class JobSummaryView(BaseModel):

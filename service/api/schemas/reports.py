@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.domain import reports
 from service.domain.jobs import JobState
 from service.domain.statistics import Verdict
+from trainer.spec import Direction
 
 
 class SpreadView(BaseModel):
@@ -71,8 +72,10 @@ class Report(BaseModel):
     name: str
     finished: bool = Field(description="whether all jobs have ended; until then figures may still change")
     metric: str
+    direction: Direction = Field(description="which values of the metric are better: the largest or the smallest")
     target: float | None
     target_is_given: bool = Field(description="false: the target is the baseline's best, median over seeds")
+    warnings: list[str] = Field(description="what to know before drawing conclusions")
     variants: list[VariantReport]
 
     @classmethod
@@ -84,7 +87,9 @@ class Report(BaseModel):
             name=comparison.name,
             finished=report.finished,
             metric=comparison.metric,
+            direction=report.direction,
             target=report.target,
             target_is_given=comparison.target is not None,
+            warnings=list(report.warnings),
             variants=[VariantReport.of(variant, with_curves=with_curves) for variant in report.variants],
         )

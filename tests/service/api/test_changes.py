@@ -142,3 +142,19 @@ async def test_what_is_done_is_resumed_only_for_more(app, client, busy):
     assert (await client.post(f"/v1/jobs/{job['id']}:resume", json={})).status_code == 409
     more = await client.post(f"/v1/jobs/{job['id']}:resume", json={"overrides": {"steps": 99}})
     assert more.status_code == 202
+
+
+async def test_a_cosine_schedule_is_extended_only_by_choice(app, client, busy):
+    job = await submit(client, spec=SPEC | {"schedule": {"name": "cosine"}})
+    await end(app, job["id"], "succeeded")
+    address, steps = f"/v1/jobs/{job['id']}:resume", job["spec"]["steps"]
+    bad = await client.post(address, json={"overrides": {"steps": 2 * steps}})
+    assert (bad.status_code, bad.json()["errors"][0]["field"]) == (422, "overrides.on_extend")
+    assert f"over {steps} steps" in bad.json()["errors"][0]["takes"]
+    more = await client.post(address, json={"overrides": {"steps": 2 * steps, "on_extend": "rescale"}})
+    assert more.status_code == 202
+
+
+async def test_a_check_warns_of_what_has_no_effect(client):
+    answer = await client.post("/v1/jobs:validate", json=JOB | {"spec": SPEC | {"num_workers": 1, "parallel": "fsdp"}})
+    assert answer.json()["warnings"] == ["parallel: has no effect on one worker (got 'fsdp')"]

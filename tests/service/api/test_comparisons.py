@@ -1,5 +1,7 @@
 import asyncio
 
+import pytest
+
 SPEC = {"steps": 2000, "num_workers": 2, "eval_every": 100}
 BODY = {"name": "does BN help", "spec": SPEC, "matrix": {"norm": ["none", "sync"], "seed": [0, 1]}, "target": 0.8}
 
@@ -41,6 +43,13 @@ async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
     assert not report["finished"]
     assert report["target_is_given"]
     assert (await client.get(f"/v1/comparisons/{comparison['id']}/report")).json()["variants"][0]["curves"] is None
+
+
+@pytest.mark.parametrize(("metric", "taken"), [("test_loss", True), ("accuracy", True), ("auroc", False)])
+async def test_a_comparison_takes_what_its_runs_measure(client, metric, taken):
+    answer = await client.post("/v1/comparisons:validate", json=BODY | {"metric": metric, "target": None})
+    assert answer.status_code == (200 if taken else 422)
+    assert taken or "must be test_loss or one of the spec's evaluation.metrics" in answer.text
 
 
 async def test_any_metric_of_all_runs_can_be_read(client, app, mlflow):
@@ -94,3 +103,20 @@ async def test_a_bad_matrix_is_named_and_nothing_is_stored(client):
         assert answer.status_code == 422
         assert answer.json()["errors"][0]["field"] == field
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
+
+
+async def test_a_comparison_over_accumulate_is_warned_of(client):
+    matrix = {"accumulate": [1, 2, 8], "seed": [0, 1]}
+    found = (await client.post("/v1/comparisons:validate", json=BODY | {"matrix": matrix})).json()["warnings"]
+    assert len(found) == len(set(found)) == 3
+    assert "accumulate: the variants take statistics of parts of different sizes" in found[-1]
+    assert found[-1].endswith("(got 1, 2, 8)")
+    fixed = BODY | {"spec": SPEC | {"norm": "group"}, "matrix": matrix}
+    assert (await client.post("/v1/comparisons:validate", json=fixed)).json()["warnings"] == []
+
+
+async def test_a_report_repeats_the_warnings(client):
+    body = BODY | {"matrix": {"accumulate": [1, 2]}}
+    comparison = (await client.post("/v1/comparisons", json=body)).json()
+    report = (await client.get(f"/v1/comparisons/{comparison['id']}/report")).json()
+    assert any("parts of different sizes" in warning for warning in report["warnings"])

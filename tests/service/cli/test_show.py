@@ -1,5 +1,6 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from service.api.schemas import JobView, Report
@@ -45,9 +46,8 @@ def test_bars_say_why_a_job_waits_or_failed():
     assert GLOO in text
 
 
-def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
-    comparison = make_comparison()
-    jobs = [
+def ended_jobs():
+    return [
         make_job(
             spec=make_job().spec.model_copy(update={"seed": seed}),
             variant={"norm": norm, "seed": seed},
@@ -56,11 +56,34 @@ def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
         for norm in ("none", "sync")
         for seed in (0, 1)
     ]
-    curves = {job.id: [(0, 0.1), (100 if job.variant["norm"] == "sync" else 1000, 0.85)] for job in jobs}
-    report = Report.of(make_report(comparison, jobs, curves), with_curves=True)
+
+
+def cells(text, label):
+    row = next(line for line in text.splitlines() if label in line)
+    return [cell.strip() for cell in row.strip("│").split("│")]
+
+
+@pytest.mark.parametrize("metric", ["test_loss", "calibration_error"])
+def test_a_report_on_a_metric_that_is_to_fall(tmp_path, metric):
+    jobs = ended_jobs()
+    curves = {job.id: [(0, 2.3), (100 if job.variant["norm"] == "sync" else 1000, 0.25)] for job in jobs}
+    comparison = make_comparison(metric=metric, target=None)
+    report = Report.of(make_report(comparison, jobs, [job.spec for job in jobs], curves), with_curves=True)
+    assert (report.direction, report.target) == ("min", 0.25)
     text = render(report_table(report))
-    row = next(line for line in text.splitlines() if "norm=sync" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")] == [
+    assert f"steps to {metric} ≤ 0.25 (the baseline's best)" in text
+    assert cells(text, "norm=sync") == ["norm=sync", "2 of 2", "100", "0.250", "0.250", "10.0×", "faster"]
+    save_plot(report, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
+    comparison, jobs = make_comparison(), ended_jobs()
+    curves = {job.id: [(0, 0.1), (100 if job.variant["norm"] == "sync" else 1000, 0.85)] for job in jobs}
+    report = Report.of(make_report(comparison, jobs, [job.spec for job in jobs], curves), with_curves=True)
+    text = render(report_table(report))
+    assert "steps to accuracy ≥ 0.8" in text
+    assert cells(text, "norm=sync") == [
         "norm=sync",
         "2 of 2",
         "100",
@@ -73,13 +96,28 @@ def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
     assert (tmp_path / "new" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_warnings_are_shown_below_a_report():
+    jobs = [
+        make_job(spec=job.spec.model_copy(update={"accumulate": 2}), variant=job.variant, state=job.state)
+        for job in ended_jobs()
+    ]
+    report = Report.of(
+        make_report(make_comparison(), jobs, [job.spec for job in jobs], {job.id: [(0, 0.9)] for job in jobs}),
+        with_curves=False,
+    )
+    assert "Warning: accumulate: under norm 'sync' the statistics are of each part" in render(report_table(report))
+
+
 def test_failed_runs_are_counted_in_the_report():
     comparison = make_comparison()
     jobs = [
         make_job(variant={"norm": "none", "seed": 0}, state=JobState.SUCCEEDED),
         make_job(variant={"norm": "sync", "seed": 0}, state=JobState.FAILED),
     ]
-    report = Report.of(make_report(comparison, jobs, {job.id: [(0, 0.9)] for job in jobs}), with_curves=False)
+    report = Report.of(
+        make_report(comparison, jobs, [job.spec for job in jobs], {job.id: [(0, 0.9)] for job in jobs}),
+        with_curves=False,
+    )
     assert report.variants[1].failed == 1
     assert report.variants[1].verdict == "runs failed"
     assert "1 of 1, 1 failed" in render(report_table(report))

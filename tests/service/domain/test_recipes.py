@@ -109,6 +109,12 @@ def test_a_level_can_be_the_best_of_a_variant():
     assert number(judge(make_recipe(rule), runs)) == Interval(5.0, 5.0)
 
 
+def test_a_loss_reaches_its_level_from_above():
+    rule = FASTER | {"measure": {"metric": "test_loss", "take": "steps_to", "level": {"norm": "none"}}}
+    runs = [run("none", [2.3, 2, 1.5, 1, 0.6, 0.5], metric="test_loss"), run("sync", [2.3, 0.5], metric="test_loss")]
+    assert number(judge(make_recipe(rule), runs)) == Interval(5.0, 5.0)
+
+
 @pytest.mark.parametrize(
     ("measure", "value"),
     [

@@ -63,3 +63,15 @@ def test_the_default_target_is_the_baselines_best():
     assert default_target(SLOW) == pytest.approx(0.875)
     assert default_target({0: []}) is None
     assert compare(SLOW, SLOW, default_target(SLOW), is_baseline=True).verdict == "baseline"
+
+
+def test_of_a_loss_the_smallest_value_is_the_best():
+    slow = {0: [(0, 2.3), (1000, 0.7), (2000, 0.4)], 1: [(0, 2.3), (1000, 0.6), (2000, 0.5)]}
+    fast = {0: [(0, 2.3), (100, 0.4), (2000, 0.6)], 1: [(0, 2.3), (100, 0.5), (200, 0.3)]}
+    assert steps_to_target(slow[0], 0.5, "min") == 2000
+    assert default_target(slow, "min") == pytest.approx(0.45)
+    result = compare(fast, slow, 0.5, is_baseline=False, direction="min")
+    assert (result.best.low, result.best.high) == (0.3, 0.4)
+    assert (result.ratio.low, result.ratio.high) == (20, 20)
+    assert result.verdict == "faster"
+    assert compare(slow, fast, 0.5, is_baseline=False, direction="min").verdict == "slower"

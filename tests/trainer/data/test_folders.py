@@ -46,6 +46,13 @@ def test_images_come_with_the_class_of_their_folder(root):
     assert torch.cat([labels for _, labels in take_test([dataset])]).tolist() == [0, 0, 0, 1, 1, 1]
 
 
+def test_a_folder_of_one_class_is_refused(root):
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "dog")
+    with pytest.raises(DataError, match=r"data.root: must hold two classes or more below 'train'; there is one"):
+        open_here(make_spec(folder(root)))
+
+
 def test_neither_workers_processes_nor_a_resumption_change_a_sample(root):
     """In loader processes as in this one, which keep off the random numbers of this one, and end with the dataset."""
     spec = make_spec(folder(root, transform=AUGMENTED), accumulate=2, global_batch_size=7)

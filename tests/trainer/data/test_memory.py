@@ -3,6 +3,7 @@ import torch
 
 from tests.trainer.data.making import CPU, assert_same, make_spec, open_all, take, take_test
 from trainer.data import open_dataset
+from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError
 from trainer.spec import DigitsSpec, ImageTransformSpec, Mnist5kSpec, SyntheticSpec, train_samples
 
@@ -104,9 +105,9 @@ def test_transforms_prepare_digits_for_networks_of_photographs():
 
 
 def test_a_mean_for_other_channels_is_refused():
-    data = DigitsSpec(transform=ImageTransformSpec(mean=[0.1, 0.2, 0.3]))
+    transform = ImageTransformSpec(mean=[0.1, 0.2, 0.3])
     with pytest.raises(ConfigurationError, match=r"data.transform.mean: takes 1 number or one for each of 1 channels"):
-        open_all(make_spec(data), 1)
+        normalize(transform, torch.zeros(2, 1, 4, 4), torch.float32)
 
 
 @pytest.mark.parametrize("data", [DigitsSpec(), SyntheticSpec(shape=[2], classes=4, train_samples=40, test_samples=4)])

@@ -1,0 +1,111 @@
+"""What is exported is what was evaluated: weights and statistics, of the best step or of the last."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from syncbn import revert_sync_batchnorm
+from tests.dist import run_on_ranks
+from tests.trainer.training import Notes, here, make_spec
+from trainer.checkpoint import Checkpoints
+from trainer.data import open_dataset
+from trainer.export import collect_models
+from trainer.loop import train
+from trainer.models import build_model
+from trainer.state import Position
+from trainer.work import identity
+
+
+@dataclass
+class Run:
+    """A finished run, and what it exports."""
+
+    models: list
+    metrics: dict
+
+
+def run_and_export(spec, folder):
+    worker, position, notes = here(), Position(), Notes()
+    dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, torch.float64)
+    checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker)
+    result = train(spec, worker, notes, dataset, checkpoints, position=position)
+    models = collect_models(spec, result.model, position, checkpoints, worker)
+    assert not dist.is_initialized() or dist.get_rank() == 0 or not models
+    return Run(models, notes.metrics)
+
+
+def measure(spec, weights):
+    """Evaluate an exported model as somebody who loads it does."""
+    dataset = open_dataset(make_spec(), 0, 1, torch.device("cpu"), torch.float64)
+    model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).double()
+    model.load_state_dict(weights)
+    [batch] = dataset.test()
+    with torch.no_grad():
+        logits = revert_sync_batchnorm(model).eval()(batch.inputs)
+    return {
+        "test_loss": float(F.cross_entropy(logits, batch.labels)),
+        "accuracy": float((logits.argmax(1) == batch.labels).double().mean()),
+    }
+
+
+def assert_measures(spec, model, metrics):
+    for name, value in measure(spec, model.weights).items():
+        assert value == pytest.approx(metrics[model.step][name], abs=1e-9), (model.which, name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("norm", ["batch", "sync"])
+@pytest.mark.parametrize("statistics", ["moving", "precise"])
+def test_the_exported_model_measures_as_the_run_did(tmp_path, statistics, norm, world_size):
+    evaluation = {"statistics": statistics, "precise_batches": 4}
+    spec = make_spec(norm=norm, global_batch_size=8, evaluation=evaluation, num_workers=world_size)
+    arguments = (spec, tmp_path)
+    run = run_on_ranks(run_and_export, 2, *arguments)[0] if world_size > 1 else run_and_export(*arguments)
+    [model] = run.models
+    assert (model.name, model.which, model.step) == ("model", "last", 20)
+    assert_measures(spec, model, run.metrics)
+
+
+CHECKPOINT = {"keep_best": "test_loss", "best_mode": "max"}  # of a loss that falls: an early step
+
+
+@pytest.mark.parametrize(
+    ("export", "names"),
+    [("best", {"model": "best", "model-last": "last"}), ("last", {"model": "last", "model-best": "best"})],
+)
+def test_the_best_and_the_last_model_are_exported(tmp_path, export, names):
+    spec = make_spec(checkpoint=CHECKPOINT | {"export": export}, evaluation={"statistics": "precise"}, eval_every=5)
+    run = run_and_export(spec, tmp_path)
+    assert {model.name: model.which for model in run.models} == names
+    losses = {step: values["test_loss"] for step, values in run.metrics.items() if step > 0}
+    assert {model.which: model.step for model in run.models} == {"best": max(losses, key=losses.get), "last": 20}
+    assert run.models[0].name == "model"
+    for model in run.models:
+        assert_measures(spec, model, run.metrics)
+
+
+def test_a_last_model_that_is_the_best_is_exported_once(tmp_path):
+    spec = make_spec(checkpoint={"keep_best": "test_loss"})
+    run = run_and_export(spec, tmp_path)
+    assert [(model.name, model.which, model.step) for model in run.models] == [("model", "best", 20)]
+
+
+def test_statistics_of_the_evaluation_survive_a_resumption(tmp_path):
+    spec = make_spec(evaluation={"statistics": "precise"})
+    first, again = run_and_export(spec, tmp_path), run_and_export(spec, tmp_path)
+    assert again.metrics == {}
+    assert_measures(spec, again.models[0], first.metrics)
+
+
+def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Checkpoints, "manifests", lambda _: iter([][0]))
+    spec = make_spec(checkpoint=CHECKPOINT)
+    worker, position = here(), Position()
+    checkpoints = Checkpoints(str(tmp_path), spec.checkpoint, {}, worker)
+    [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
+    assert model.which == "last"
+    assert "the last model is exported, not the best" in capsys.readouterr().out
