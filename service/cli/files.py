@@ -40,6 +40,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises BadParameter."""
     try:
         content = read_yaml(STANDARD_INPUT if path == DASH else path)
+    except FileNotFoundError:
+        raise typer.BadParameter(f"{path} does not exist", param_hint="file") from None
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="file") from None
     if not isinstance(content, dict):

@@ -153,7 +153,7 @@ def test_a_field_of_the_real_document_is_missed(document):
     new["components"]["schemas"]["JobView"]["required"].remove("reason")
     new["components"]["schemas"]["JobSpec"]["properties"]["steps"]["maximum"] = 10
     changes = breaking_changes(document, new)
-    assert "GET /v1/jobs: may answer another body.jobs[].reason: it may be missing" in changes
+    assert "GET /v1/jobs/{job_id}: may answer another body.reason: it may be missing" in changes
     assert "POST /v1/jobs: no longer takes body.spec.steps: maximum 100000000.0 is not within 10" in changes
 
 
