@@ -99,6 +99,13 @@ class Settings(BaseSettings):
     )
     rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
     rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
+    check_seconds: float = Field(
+        15,
+        ge=0,
+        le=60,
+        description="how long a submission may wait until its library models, functions and datasets are checked by a process with "
+        "torch; 0: they are not checked",
+    )
     streams_per_token: int = Field(
         50, ge=1, description="logs and timelines that a token may follow at one time, on each replica"
     )

@@ -22,6 +22,7 @@ class FakeRay:
     """None: all of it; what this project's own jobs hold is counted by whoever asks."""
     submissions: dict[str, Submission] = field(default_factory=dict)
     tasks: dict[str, list[Task]] = field(default_factory=dict)
+    largest_node_bytes: int | None = None
     is_down: bool = False
     refuses: bool = False
 
@@ -52,7 +53,7 @@ class FakeRay:
     async def cluster(self) -> Cluster:
         self._answer()
         placed = {name for name, found in self.submissions.items() if found.status == RayStatus.RUNNING}
-        return Cluster(self.total, self.free or self.total, frozenset(placed))
+        return Cluster(self.total, self.free or self.total, frozenset(placed), self.largest_node_bytes)
 
     def set(self, submission_id: str, status: RayStatus, message: str = "") -> None:
         """Let a submission go on."""

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from service.adapters.mlflow_http import MlflowHttp
+from service.adapters.spec_checker import SpecChecker
 from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
@@ -20,6 +21,7 @@ from service.api.components import Components
 from service.api.compute import in_thread
 from service.api.deadlines import BODY_SECONDS, BodyDeadline
 from service.api.document import document, operation_id
+from service.api.feasibility import Feasibility
 from service.api.head import HeadAsGet
 from service.api.headers import Headers
 from service.api.health import Health
@@ -192,6 +194,8 @@ async def _open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds, secret)
         mlflow_http = MlflowHttp(settings.mlflow_url, secret, PROXY_SECONDS)
         stack.push_async_callback(mlflow_http.close)
+        checker = SpecChecker(settings.check_seconds)
+        stack.push_async_callback(checker.close)
         permissions = settings.permissions()
         jobs = JobStore(database, settings.quota_stored_bytes)
         comparisons = ComparisonStore(database, settings.quota_stored_bytes)
@@ -261,6 +265,7 @@ async def _open_components(
             watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,
+            feasibility=Feasibility(ray, checker),
             secrets=secrets,
             rates=RateLimit(settings.rate_per_second, settings.rate_burst),
             failures=RateLimit(FAILURES_PER_SECOND, MOST_FAILURES),

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.adapters.mlflow_http import MlflowHttp
+from service.api.feasibility import Feasibility
 from service.domain.rates import RateLimit
 from service.engine.dispatcher import Dispatcher
 from service.engine.job_secrets import JobSecrets
@@ -54,6 +55,7 @@ class Components:
     metrics: Metrics
     permissions: Permissions
     """What the operator allows specs to reach."""
+    feasibility: Feasibility
     secrets: JobSecrets
     rates: RateLimit
     """Of requests, by token."""

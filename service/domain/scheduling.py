@@ -45,6 +45,8 @@ class Cluster:
     """What nobody holds, in whole workers: a node with half a CPU free has room for none."""
     placed: frozenset[str] = frozenset()
     """Submissions whose workers have their resources, which are no longer free."""
+    largest_node_bytes: int | None = None
+    """Memory of the node that has most of it; None: not known."""
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,8 @@ class RayJobsOverHttp:
             {name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")}
             for node, by in total.items()
         ]
-        return Cluster(_sum(total.values()), _sum(free), placed)
+        memory = max((int(by.get("memory", 0)) for by in total.values()), default=0)
+        return Cluster(_sum(total.values()), _sum(free), placed, memory or None)
 
     async def _placed(self) -> frozenset[str]:
         """Find the submissions whose workers' placement group Ray has made."""

@@ -79,6 +79,7 @@ def running_service(folder: Path) -> Iterator[str]:
         poll_seconds=0.05,
         grace_seconds=0,
         max_active_jobs=10_000,
+        check_seconds=0,
         rate_per_second=1e6,
         rate_burst=1_000_000,
     )

@@ -28,6 +28,7 @@ def settings(tmp_path, stack):
         mlflow_secret=stack.mlflow[1],
         poll_seconds=0.05,
         call_timeout_seconds=60,
+        check_seconds=0,
         rate_per_second=100_000,
         rate_burst=100_000,
     )

@@ -74,6 +74,7 @@ def port(tmp_path_factory, upstream):
         storage=folder / "storage",
         mlflow_url=f"http://127.0.0.1:{upstream_port}",
         mlflow_secret="the-secret-of-mlflow",
+        check_seconds=0,
         rate_per_second=100_000,
         rate_burst=100_000,
     )

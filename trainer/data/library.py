@@ -71,6 +71,18 @@ class LibraryImages:
         return int(label)
 
 
+def find_dataset(full_name: str) -> type[VisionDataset]:
+    """Find a dataset's class by its name in a spec. Raises ConfigurationError."""
+    name = full_name.removeprefix("torchvision:")
+    kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
+    if not (inspect.isclass(kind) and issubclass(kind, VisionDataset)):
+        close = difflib.get_close_matches(name, torchvision.datasets.__all__) or ["CIFAR10"]
+        raise ConfigurationError(
+            "data.name", full_name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
+        )
+    return kind
+
+
 def open_library(spec: TorchvisionDataSpec) -> Parts:
     """Open both parts of a dataset.
 
@@ -78,13 +90,7 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     test on; DataError if its files are missing or broken, or if a link below the root leads out of it. Since torchvision follows
     links, all folders below the root are listed before anything is read: once in each process that opens the dataset.
     """
-    name = spec.name.removeprefix("torchvision:")
-    kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
-    if not (inspect.isclass(kind) and issubclass(kind, VisionDataset)):
-        close = difflib.get_close_matches(name, torchvision.datasets.__all__) or ["CIFAR10"]
-        raise ConfigurationError(
-            "data.name", spec.name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
-        )
+    name, kind = spec.name.removeprefix("torchvision:"), find_dataset(spec.name)
     if spec.root is not None:
         check_links(Path(spec.root))
     skip = spec.corrupt_images == "skip"

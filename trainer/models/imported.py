@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -9,12 +11,12 @@ from trainer.errors import ConfigurationError
 from trainer.spec import ImportedModelSpec
 
 
-def build_imported(spec: ImportedModelSpec) -> nn.Module:
-    """Call the function; whether its module may be imported has been checked before (`Permissions.check`).
+def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:
+    """Import the function, and check that it takes the arguments; `Permissions.check` has checked that it may be imported.
 
     Raises:
-        ConfigurationError: there is no such module or function, it does not take the arguments, or returns no module.
-        Exception: what the module or the function itself raises.
+        ConfigurationError: there is no such module or function, or it does not take the arguments.
+        Exception: what the module itself raises.
     """
     try:
         module = importlib.import_module(spec.module)
@@ -34,7 +36,18 @@ def build_imported(spec: ImportedModelSpec) -> nn.Module:
         inspect.signature(function).bind(**spec.arguments)
     except TypeError as error:
         raise ConfigurationError("model.arguments", spec.arguments, f"takes what {spec.name} takes: {error}") from None
-    model = function(**spec.arguments)
+    found: Callable[..., Any] = function
+    return found
+
+
+def build_imported(spec: ImportedModelSpec) -> nn.Module:
+    """Call the function.
+
+    Raises:
+        ConfigurationError: as `find_function`, or it returns no module.
+        Exception: what the module or the function itself raises.
+    """
+    model = find_function(spec)(**spec.arguments)
     if not isinstance(model, nn.Module):
         takes = f"takes a function that returns a torch.nn.Module, not {type(model).__name__}"
         raise ConfigurationError("model.name", spec.name, takes)

@@ -11,10 +11,13 @@ from trainer.spec.data import (
     RayDataSpec,
     SyntheticSpec,
     TorchvisionDataSpec,
+    known_classes,
+    known_shape,
     train_samples,
 )
 from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
 from trainer.spec.job import SHAPING_FIELDS, JobSpec, Norm
+from trainer.spec.memory import min_worker_bytes
 from trainer.spec.metrics import (
     DIRECTIONS,
     Direction,
@@ -123,7 +126,10 @@ __all__ = [
     "field_path",
     "improvement",
     "is_reached",
+    "known_classes",
+    "known_shape",
     "metric_direction",
+    "min_worker_bytes",
     "read_yaml",
     "spec_warnings",
     "train_samples",

@@ -26,6 +26,7 @@ async def submit_comparison(
     points = await in_thread(expand, body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
+    await components.feasibility.check([spec for _, spec in points])
     await components.files.ensure_space()
     secrets = await components.secrets.resolve(caller.owner, body.secrets)
     comparison = Comparison(

@@ -34,6 +34,7 @@ async def submit_job(body: SubmitJob, caller: Submitter, components: GivenCompon
     """Store a job and answer with its address; the dispatcher takes it from there."""
     check_size(body.spec)
     components.permissions.check(body.spec)
+    await components.feasibility.check([body.spec])
     await components.files.ensure_space()
     secrets = await components.secrets.resolve(caller.owner, body.secrets)
     job = body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets)
@@ -47,6 +48,7 @@ async def _after(job_id: str, make: Callable[..., Job], body: ChangeJob, caller:
     secrets = await components.secrets.resolve(caller.owner, old.secrets)
     job = make(old, owner=caller.owner, name=body.name, overrides=body.overrides, secrets=secrets)
     components.permissions.check(job.spec)
+    await components.feasibility.check([job.spec])
     return job
 
 

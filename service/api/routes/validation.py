@@ -39,6 +39,7 @@ async def _validate(
     """Check what a submission reaches for; tell what the jobs of these specs would take, and whether the cluster has it."""
     for spec in specs:
         components.permissions.check(spec)
+    await components.feasibility.check(specs)
     await components.secrets.resolve(owner, terms.secrets)
     least, most = (
         Capacity(max(need.cpus for need in needs), max(need.gpus for need in needs))

@@ -44,6 +44,7 @@ async def app(tmp_path, ray, mlflow, database_url):
         storage=tmp_path / "storage",
         secrets_folder=tmp_path / "secrets",
         poll_seconds=0.02,
+        check_seconds=0,
     )
     app = make_app(settings, ray, mlflow)
     async with app.router.lifespan_context(app):

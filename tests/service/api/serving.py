@@ -67,6 +67,7 @@ def main(folder, port):
         port=port,
         database_url=f"sqlite+aiosqlite:///{folder}/test.db",
         storage=f"{folder}/storage",
+        check_seconds=0,
         rate_per_second=100_000,
         rate_burst=100_000,
     )

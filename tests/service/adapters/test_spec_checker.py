@@ -1,0 +1,80 @@
+"""The checks of specs in their own process, as the service asks for them."""
+
+import asyncio
+import time
+
+import psutil
+import pytest
+
+from service.adapters.spec_checker import SpecChecker
+from service.domain.errors import InvalidField
+from trainer.spec import JobSpec
+
+
+def spec(model=None, **changes):
+    return JobSpec.model_validate({"steps": 1} | ({"model": model} if model else {}) | changes)
+
+
+@pytest.fixture
+async def checker():
+    checker = SpecChecker(60)
+    yield checker
+    await checker.close()
+
+
+async def test_names_and_arguments_are_checked_against_the_libraries(checker, monkeypatch):
+    monkeypatch.setenv("SYNCBN_TOKEN", "a secret of the service")
+    for model, field, message in [
+        ({"name": "timm:resnet266"}, "spec.model.name", r"takes a model of timm; of a close name are: resnet26"),
+        ({"name": "torchvision:resnet19"}, "spec.model.name", r"resnet18"),
+        ({"name": "timm:resnet26", "arguments": {"junk": 1}}, "spec.model.arguments", "unexpected keyword argument 'junk'"),
+        ({"name": "torchvision:resnet18", "arguments": {"x": 1}}, "spec.model.arguments", "unexpected keyword argument 'x'"),
+        ({"name": "import:nowhere:build"}, "spec.model.name", "there is no module nowhere"),
+        ({"name": "import:tests.trainer.networks:nothing"}, "spec.model.name", "has no function nothing"),
+        ({"name": "import:tests.trainer.networks:slow", "arguments": {"x": 1}}, "spec.model.arguments", "'x'"),
+    ]:  # fmt: skip
+        with pytest.raises(InvalidField, match=message) as refused:
+            await checker.check(spec(model))
+        assert refused.value.field == field
+    with pytest.raises(InvalidField, match="CIFAR10"):
+        await checker.check(spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"}))
+    for model in ("timm:resnet26", "timm:vit_tiny_patch16_224", "torchvision:googlenet", "timm:convnext_tiny"):
+        await checker.check(spec({"name": model}))
+    began = time.monotonic()
+    await checker.check(spec({"name": "timm:resnet26"}))  # known by now
+    assert time.monotonic() - began < 0.01
+    (process,) = psutil.Process().children()
+    assert "trainer.check" in process.cmdline()
+    assert "SYNCBN_TOKEN" not in process.environ()
+    await checker.close()
+    assert not process.is_running()
+
+
+async def test_what_the_spec_alone_tells_starts_no_process(checker):
+    await checker.check(spec())
+    await checker.check(spec({"name": "cnn"}, data={"name": "synthetic", "shape": [3, 8, 8], "classes": 2}))
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("kind", ["slow", "dead"])
+async def test_what_cannot_be_checked_in_time_is_let_pass(tmp_path, monkeypatch, caplog, kind):
+    package = tmp_path / "trainer"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "check.py").write_text("import time; time.sleep(60)" if kind == "slow" else "raise SystemExit(3)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    checker = SpecChecker(3)
+    began = time.monotonic()
+    await checker.check(spec({"name": "timm:resnet266"}))
+    assert time.monotonic() - began < 4
+    assert "a spec was not checked" in caplog.text
+    await checker.close()
+    await asyncio.sleep(0.1)
+    assert psutil.Process().children() == []
+
+
+async def test_no_check_is_wanted(monkeypatch):
+    checker = SpecChecker(0)
+    await checker.check(spec({"name": "timm:resnet266"}))
+    assert psutil.Process().children() == []

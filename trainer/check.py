@@ -1,0 +1,80 @@
+"""Checks of specs that need torch and its libraries: `python -m trainer.check`, which the service keeps running.
+
+Each line of standard input is a JobSpec as JSON; each is answered by one line of JSON: null, or the `field`, `value` and `message`
+of the first thing that would fail on a worker. Models of a library are made on the meta device, without memory for weights.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from typing import Any
+
+from trainer.errors import ConfigurationError
+from trainer.spec import (
+    ImportedModelSpec,
+    JobSpec,
+    LibraryModelSpec,
+    TorchvisionDataSpec,
+    known_classes,
+    known_shape,
+)
+
+DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
+"""Of data that has to be looked at for them."""
+
+
+def check(spec: JobSpec) -> ConfigurationError | None:
+    """Find out whether the library models, functions and datasets that a spec names exist and take its arguments."""
+    try:
+        if isinstance(spec.data, TorchvisionDataSpec):
+            from trainer.data.library import find_dataset
+
+            find_dataset(spec.data.name)
+        if isinstance(spec.model, LibraryModelSpec):
+            _check_library_model(spec.model, spec)
+        elif isinstance(spec.model, ImportedModelSpec):
+            from trainer.models.imported import find_function
+
+            find_function(spec.model)
+    except ConfigurationError as error:
+        return error
+    return None
+
+
+def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> None:
+    import torch
+
+    from trainer.models.library import build_library_model
+
+    shape, classes = known_shape(spec.data) or DEFAULT_SHAPE, known_classes(spec.data) or DEFAULT_CLASSES
+    try:
+        with torch.device("meta"):
+            build_library_model(model, shape, classes)
+    except ConfigurationError as error:
+        # Some builders compute with weights, which the meta device has not; a worker will tell whether they work.
+        if error.field == "model.arguments" and not isinstance(error.__cause__, TypeError):
+            return
+        raise
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    os.nice(10)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    for line in sys.stdin:
+        found: dict[str, Any] | None = None
+        try:
+            error = check(JobSpec.model_validate_json(line))
+        except Exception as unexpected:  # a module that fails at its import, for one; the job's own log will say more
+            print(f"a spec could not be checked: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
+        else:
+            if error is not None:
+                found = {"field": error.field, "value": error.value, "message": error.takes}
+        with contextlib.suppress(BrokenPipeError):
+            print(json.dumps(found, default=str), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
