@@ -4,7 +4,9 @@ from trainer.spec import JobSpec, min_worker_bytes
 
 
 def need(**changes):
-    return min_worker_bytes(JobSpec.model_validate({"steps": 1, "num_workers": 1, "data": {"name": "digits"}} | changes))
+    return min_worker_bytes(
+        JobSpec.model_validate({"steps": 1, "num_workers": 1, "data": {"name": "digits"}} | changes)
+    )
 
 
 MLP = {"name": "mlp", "hidden": [100]}

@@ -198,7 +198,10 @@ async def test_head_of_a_stream_ends(client):
     [
         {"model": {"name": "mlp", "hidden": [65_536] * 64}},
         {"model": {"name": "timm:x"}, "data": {"name": "synthetic", "shape": [65_536] * 4, "classes": 2}},
-        {"data": {"name": "synthetic", "shape": [784], "classes": 2, "train_samples": 10**9}, "global_batch_size": 10**9},
+        {
+            "data": {"name": "synthetic", "shape": [784], "classes": 2, "train_samples": 10**9},
+            "global_batch_size": 10**9,
+        },
     ],
 )
 async def test_what_no_node_has_the_memory_for_is_refused(client, ray, spec):
@@ -211,7 +214,9 @@ async def test_what_no_node_has_the_memory_for_is_refused(client, ray, spec):
         for call in (path, f"{path}:validate"):
             (error,) = (await refused(client, 422, "POST", call, json=body)).json()["errors"]
             assert error["field"] == "spec"
-            assert error["takes"].startswith("must fit into the memory of a node, 16.0 GB at most; weights, gradients, ")
+            assert error["takes"].startswith(
+                "must fit into the memory of a node, 16.0 GB at most; weights, gradients, "
+            )
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
     ray.is_down = True  # so that what is true of the memory is not known
     assert (await client.post("/v1/jobs", json=bodies["/v1/jobs"])).status_code == 202
