@@ -17,7 +17,6 @@ Exits with 1 unless
 import argparse
 import os
 import random
-import re
 import signal
 import statistics
 import sys
@@ -28,7 +27,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +34,7 @@ import httpx
 from house import MOST_SECONDS, House
 from mlflow import MlflowClient
 
-from trainer.spec import DRIVER_FILE, LOG_FILE
+from trainer.spec import DRIVER_FILE, worker_log_file
 
 MOST_SECONDS_TO_TRUTH = 10.0
 REPEATED = 0.2
@@ -54,7 +52,8 @@ SPEC: dict[str, Any] = {
 }
 WORKER_BEGINS = "worker 0 of 1 on "
 """What the trainer tells in the log when it starts an attempt's worker."""
-CLOCK = re.compile(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d\d\d")
+STARTED_FILE = "failures/0/process-00000"
+"""Made by the worker when it starts."""
 
 
 @dataclass
@@ -198,7 +197,7 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
     if len(found.acknowledged) != keys:
         wrong.append(f"{keys} keys, and {len(found.acknowledged)} answers")
     executed = 0
-    for log in house.storage.glob(f"*/attempt-*/{LOG_FILE}"):
+    for log in house.storage.glob(f"*/attempt-*/{worker_log_file(0)}"):
         text = log.read_text(errors="replace")
         begun = text.count(WORKER_BEGINS)
         executed += begun
@@ -206,10 +205,8 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
             wrong.append(f"{log.parent}: executed {begun} times")
         number = int(log.parent.name.removeprefix("attempt-"))
         before = log.parent.with_name(f"attempt-{number - 1}") / DRIVER_FILE
-        if (clock := CLOCK.search(text)) and before.exists():
-            began = datetime.strptime(clock.group(), "%Y-%m-%d %H:%M:%S,%f").astimezone().timestamp()
-            if began < before.stat().st_mtime:
-                wrong.append(f"{log.parent}: began before the attempt before it had ended")
+        if before.exists() and (log.parent / STARTED_FILE).stat().st_mtime < before.stat().st_mtime:
+            wrong.append(f"{log.parent}: began before the attempt before it had ended")
     states = Counter(job["state"] for job in jobs)
     os.environ["MLFLOW_TRACKING_TOKEN"] = house.layout.mlflow_secret
     mlflow = MlflowClient(house.layout.mlflow_url)

@@ -29,7 +29,7 @@ from trainer.spec import (
     read_yaml,
     spec_warnings,
 )
-from trainer.supervisor import supervise
+from trainer.supervisor import ProcessExit, supervise
 
 NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
 """Exit codes of a driver that has no outcome to write."""
@@ -71,22 +71,26 @@ def _run_supervised(task: Task) -> int:
     descendants = Descendants()
     # Ray signals all processes of a job, so the driver gets its signals from Ray.
     ended = supervise(descendants, driver, started_by, forward=False)
-    outcome = _folder(task) / OUTCOME_FILE
-    if ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED) and not outcome.exists():
-        reason = (
-            f"the driver {describe_status(ended.status)} at {time.strftime('%H:%M:%S', time.gmtime(ended.seconds))} UTC"
-        )
-        if ended.out_of_memory:
-            reason += ": the node was out of memory"
-        is_signal = ended.status < 0
-        cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory) if is_signal else "unknown"
-        # No user code runs in the driver.
-        outcome_of_driver = Outcome(state="failed", reason=reason, cause="unknown" if cause == "user_code" else cause)
+    file = _folder(task) / OUTCOME_FILE
+    if ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED) and not file.exists():
+        outcome = _outcome_of_driver(ended)
         with (_folder(task) / LOG_FILE).open("a") as log:
-            log.write(f"ERROR: {reason}\n")
-        write_whole(outcome, outcome_of_driver)
+            log.write(f"ERROR: {outcome.reason}\n")
+        write_whole(file, outcome)
     descendants.end()
     return ended.status if ended.status >= 0 else 128 - ended.status
+
+
+def _outcome_of_driver(ended: ProcessExit) -> Outcome:
+    """Say how a driver ended that left no outcome; no user code runs in it."""
+    at = time.strftime("%H:%M:%S", time.gmtime(ended.seconds))
+    memory = ": the node was out of memory" if ended.out_of_memory else ""
+    cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory)
+    return Outcome(
+        state="failed",
+        reason=f"the driver {describe_status(ended.status)} at {at} UTC{memory}",
+        cause="unknown" if cause == "user_code" else cause,
+    )
 
 
 def _run_attempt(task: Task) -> int:

@@ -8,6 +8,7 @@ import signal
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.errors import RunError
 from trainer.spec import Cause
 
 MAX_MESSAGE_CHARS = 2_000
@@ -87,8 +88,8 @@ SIGNALS: dict[int, Cause] = {
 
 def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause, bool]:
     """Return an error's failure kind, and whether it can be the consequence of another worker's failure."""
-    if (kind := getattr(error, "cause", None)) is not None and "trainer.errors.RunError" in _classes(error):
-        return kind, False
+    if isinstance(error, RunError):
+        return error.cause, False
     classes, text = _classes(error), message(error).lower()
     for rule in RULES:
         if (

@@ -64,11 +64,12 @@ def record(folder: Path, error: BaseException, rank: int, step: int) -> str:
     """
     try:
         cause, is_consequence = classify(error)
-        text = message(error)
-    except Exception:  # of properties of the user's own class
-        cause, is_consequence, text = "user_code", False, "an error that cannot be shown"
+        reason = message(error)
+        if not isinstance(error, RunError):
+            reason = f"worker {rank}: {type(error).__name__}: {reason}"
+    except Exception:  # of a class whose own attributes raise
+        cause, is_consequence, reason = "user_code", False, f"worker {rank}: an error that cannot be shown"
     step = error.step if isinstance(error, Diverged) else step
-    reason = text if isinstance(error, RunError) else f"worker {rank}: {type(error).__name__}: {text}"
     failure = Failure(
         rank=rank,
         step=step,

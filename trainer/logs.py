@@ -51,6 +51,7 @@ class LogIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ends: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         (folder / LOG_INDEX_FILE).touch()
 
     def update(self) -> None:
@@ -58,8 +59,11 @@ class LogIndex:
         lines = []
         with suppress(OSError):  # of a storage that may be back in a moment
             for path in sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name)):
-                before = self._ends.get(path.name, 0)
-                if (end := _end_of_lines(path, before)) > before:
+                size, before = path.stat().st_size, self._ends.get(path.name, 0)
+                if size == self._sizes.get(path.name, 0):
+                    continue
+                self._sizes[path.name] = size
+                if (end := _end_of_lines(path, before, size)) > before:
                     lines.append(f"{path.name} {end}\n")
                     self._ends[path.name] = end
         if lines:
@@ -67,10 +71,9 @@ class LogIndex:
                 index.write("".join(lines))
 
 
-def _end_of_lines(path: Path, start: int) -> int:
-    """Return where the last whole line of a file ends; `start` if there is none after it."""
+def _end_of_lines(path: Path, start: int, size: int) -> int:
+    """Return where the last whole line of a file's first `size` bytes ends; `start` if there is none after it."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
         begin = max(start, size - MAX_LINE_BYTES)
         file.seek(begin)
         newline = file.read(size - begin).rfind(b"\n")

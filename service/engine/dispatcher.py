@@ -239,6 +239,8 @@ class Dispatcher:
                     await on_storage(self._files.close_attempts, job)
                 self._last_seen.pop(job.submission_id, None)
                 logger.info("%s: %s -> %s: %s", job.id, job.state, step.state, step.reason, extra={"job_id": job.id})
+                if outcome is None and submission is not None and submission.message:
+                    logger.info("%s: Ray's message: %s", job.id, submission.message, extra={"job_id": job.id})
                 self.wake()
         elif submission is None:
             await self._attempts.hand_over(job, lease)

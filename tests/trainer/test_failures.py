@@ -241,7 +241,13 @@ class UnprintableError(Exception):
         raise KeyError("no text")
 
 
-class Strange(BaseException):
+class Nameless(type):
+    @property
+    def __module__(cls):
+        raise KeyError("no module")
+
+
+class Strange(BaseException, metaclass=Nameless):
     @property
     def cause(self):
         raise KeyError("no cause")
@@ -258,7 +264,7 @@ class Strange(BaseException):
             UnprintableError(),
             "worker 0: UnprintableError: <UnprintableError that cannot be shown: its __str__ raised KeyError>",
         ),
-        (Strange(), "worker 0: Strange: an error that cannot be shown"),
+        (Strange(), "worker 0: an error that cannot be shown"),
         (ValueError(ValueError("\ud800")), "worker 0: ValueError: \ufffd"),
     ],
 )

@@ -171,6 +171,14 @@ async def test_a_timeline_is_followed_with_progress(running):
     assert [data["state"] for kind, data, _ in again if kind == "transition"] == ["running", "succeeded"]
 
 
+async def test_a_place_beyond_the_end_of_a_log_is_its_end(running):
+    job = await running.advance(await running.job(), "submitted")
+    running.write(job, "one\ntwo\n")
+    await running.advance(job, "failed")
+    seen = await follow(running, f"/v1/jobs/{job.id}/logs", last="1:999999999999999")
+    assert seen == [("end", {"state": "failed"}, "1:8")]
+
+
 async def test_what_is_no_place_is_refused(running):
     job = await running.job()
     async with running.client() as client:
