@@ -65,7 +65,7 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    """Tell whether torch has kernels for the passes of a synchronised layer."""
+    """Return whether torch has kernels for the passes of a synchronised layer."""
     return x.is_cuda
 
 

@@ -86,7 +86,7 @@ class Watch:
             while self._pending:
                 try:
                     is_over = self._look(self._pending[0])
-                except Exception:  # whatever it is, those after it must be checked too
+                except Exception:  # the collectives after it must still be checked
                     _log.exception("%s cannot be checked", self._pending[0].call)
                     is_over = True
                 if not is_over:
@@ -109,9 +109,9 @@ class Watch:
         try:
             return bool(pending.arrived.query())  # type: ignore[no-untyped-call]
         except Exception:
-            # It may be the device's or the driver's, and pass; if not, the time limit ends it.
+            # An error of the device or the driver may pass; if it does not, the time limit applies.
             if self._unanswered is not pending:
-                _log.exception("%s: the device does not tell whether it is complete", pending.call)
+                _log.exception("%s: its completion could not be queried", pending.call)
             self._unanswered = pending
             return False
 

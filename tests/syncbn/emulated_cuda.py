@@ -144,7 +144,7 @@ def _threads(rows):
 
 
 def _lanes(values, threads):
-    """Cut (M, C) into steps of one row per thread, and tell which rows are there."""
+    """Cut (M, C) into steps of one row per thread; return also which rows are not padding."""
     rows, channels = values.shape
     steps = math.ceil(rows / threads)
     padded = torch.cat([values, values.new_zeros(steps * threads - rows, channels)])

@@ -49,9 +49,7 @@ def test_an_event_that_cannot_be_queried_is_logged_once_and_asked_again(caplog, 
     with pytest.raises(DesyncError, match="norm2, forward, call 1: paired with another call"):
         wait_for_failure(watch)
     errors = [record for record in caplog.records if record.exc_info]
-    assert [record.getMessage() for record in errors] == [
-        "norm1, forward, call 1: the device does not tell whether it is complete"
-    ]
+    assert [record.getMessage() for record in errors] == ["norm1, forward, call 1: its completion could not be queried"]
     assert errors[0].levelno == logging.ERROR
 
 
