@@ -80,6 +80,8 @@ class CallSite:
         self.group: ProcessGroup | PickledGroup | None = process_group
         self.timeout_seconds = float(os.environ.get(TIMEOUT_VARIABLE, "300"))
         self.share_wanted = False
+        self.ranks = 1
+        """Of the newest forward pass, for backward passes that have no other memory of it (compiled ones)."""
         self._begin()
 
     def _begin(self) -> None:
@@ -153,9 +155,14 @@ class CallSite:
     def __getstate__(self) -> dict[str, Any]:
         group = self.group
         if group is not None and not isinstance(group, PickledGroup):
-            group = PickledGroup(tuple(dist.get_process_group_ranks(group)))
-        settings = ("name", "timeout_seconds", "share_wanted")
-        return {"group": group, **{name: getattr(self, name) for name in settings}}
+            try:
+                group = PickledGroup(tuple(dist.get_process_group_ranks(group)))
+            except (KeyError, ValueError) as error:
+                raise GroupError(f"layer {self.name!r}: its process group was destroyed; set another one") from error
+        return {"group": group, **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("name", "timeout_seconds", "share_wanted", "ranks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -164,7 +171,7 @@ class CallSite:
     def __deepcopy__(self, memo: dict[int, Any]) -> CallSite:
         # A process group is a handle on this process's connections: the copy shares it, and counts its own calls.
         copied = self.__class__.__new__(self.__class__)
-        copied.__setstate__({**self.__getstate__(), "group": self.group})
+        copied.__setstate__({"group": self.group, **self._settings()})
         return copied
 
 

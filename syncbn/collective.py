@@ -49,7 +49,8 @@ def group_size(process_group: ProcessGroup | None) -> int:
         The group's size; 1 if no process group was initialised, as a rank alone has nobody to synchronise with.
 
     Raises:
-        GroupError: this rank is not in the group, or a group was given while torch.distributed is not initialised.
+        GroupError: this rank is not in the group, the group was destroyed, or a group was given while torch.distributed is not
+            initialised.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if process_group is not None:
@@ -57,7 +58,11 @@ def group_size(process_group: ProcessGroup | None) -> int:
         return 1
     if process_group is None:
         return int(dist.distributed_c10d._get_default_group().size())
-    if dist.get_rank(process_group) < 0:
+    try:
+        rank = dist.get_rank(process_group)
+    except ValueError as error:  # torch does not know the group any more
+        raise GroupError(f"the process group was destroyed; set another one ({error})") from error
+    if rank < 0:
         raise GroupError(
             f"rank {dist.get_rank()} is not in the process group it was given; "
             "give each rank a group that it belongs to, or None for all ranks"
@@ -66,7 +71,7 @@ def group_size(process_group: ProcessGroup | None) -> int:
 
 
 def sum_over_ranks(
-    numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str
+    numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str, ranks: int | None = None
 ) -> tuple[Sequence[Tensor | float], Tensor]:
     """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
 
@@ -79,6 +84,7 @@ def sum_over_ranks(
             more for the stamp.
         site: where the call is issued from, on all ranks of its group.
         phase: which of its calls.
+        ranks: number of ranks that the call must be over, where that is known from an earlier one.
 
     Returns:
         The sums of the numbers: as numbers, or as tensors if they are on a device that the host would have to wait for;
@@ -86,8 +92,15 @@ def sum_over_ranks(
 
     Raises:
         DesyncError: other ranks are in another call, or not in any within the time limit.
+        GroupError: the group has another number of ranks than `ranks`, as after destroy_process_group.
     """
-    if group_size(site.process_group) == 1:
+    size = group_size(site.process_group)
+    if ranks is not None and size != ranks:
+        raise GroupError(
+            f"layer {site.name!r}: forward was over {ranks} ranks, but {phase} is over {size}; "
+            "keep the process group until backward is done"
+        )
+    if size == 1:
         return list(numbers), torch.cat([part.to(torch.float64) for part in parts])
     call = site.next_call(phase)
     group = _group(call)

@@ -85,12 +85,19 @@ def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
 
     Returns:
         The module given.
+
+    Raises:
+        ConversionError: the module contains subclasses of `SyncBatchNorm`, whose own behaviour would be lost. It names all of
+            them, and nothing has been reverted.
     """
-    for layer in module.modules():
-        if isinstance(layer, SyncBatchNorm):
-            original = vars(layer).pop(ORIGINAL, nn.SyncBatchNorm)
-            layer.forget_ranks()
-            cast(nn.Module, layer).__class__ = BatchNorm if original is nn.SyncBatchNorm else original
+    layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)}
+    refusals = [_refusal(path, layer) for path, layer in layers.items() if type(layer) is not SyncBatchNorm]
+    if refusals:
+        raise ConversionError("cannot revert " + "; ".join(refusals))
+    for layer in layers.values():
+        original = vars(layer).pop(ORIGINAL, nn.SyncBatchNorm)
+        layer.forget_ranks()
+        cast(nn.Module, layer).__class__ = BatchNorm if original is nn.SyncBatchNorm else original
     return module
 
 

@@ -20,9 +20,9 @@ def _accumulator(x: Tensor) -> torch.dtype:
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and M2 of each channel, in float64, from Welford's one pass."""
-    mean, deviation_inverse = torch.batch_norm_stats(x, 0.0)
-    # With eps 0 a constant channel has an infinite inverse, and the square of its inverse is 0 again.
-    return mean.to(torch.float64), deviation_inverse.to(torch.float64).pow_(-2).mul_(x.numel() // x.shape[1])
+    # Not batch_norm_stats, whose inverse deviation is 0 for a constant channel, like that of an infinite variance.
+    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return mean.to(torch.float64), variance.to(torch.float64).mul_(x.numel() // x.shape[1])
 
 
 def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:

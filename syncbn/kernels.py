@@ -64,9 +64,14 @@ def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
     return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1) if columns else values
 
 
+def _is_native(x: Tensor) -> bool:
+    """Return whether torch has kernels for the passes of a synchronised layer."""
+    return x.is_cuda
+
+
 def _is_plain(x: Tensor, statistics: Statistics | None = None) -> bool:
     """Tell whether the formula in float64 is the way to go, as where many channels are far, which are copied otherwise."""
-    if x.is_cuda:
+    if _is_native(x):
         return x.numel() == 0
     if x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu:
         return True
@@ -104,7 +109,7 @@ def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     if _is_plain(x):
         mean, m2 = measure(x)
-    elif x.is_cuda:
+    elif _is_native(x):
         mean, m2 = cuda.measure(x)
     else:
         columns = is_columns(x)
@@ -215,7 +220,7 @@ def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Te
     """
     if _is_plain(x, statistics):
         return _normalise_plainly(x, statistics, weight, bias)
-    if x.is_cuda:
+    if _is_native(x):
         return cuda.normalise(x, statistics, weight, bias)
     columns = is_columns(x)
     mean, variance = statistics.rounded
@@ -263,7 +268,7 @@ def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tens
     """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
     if _is_plain(x, statistics):
         return _reduce_plainly(dy, x, statistics)
-    if x.is_cuda:
+    if _is_native(x):
         return cuda.reduce_gradient(dy, x, statistics)
     columns = is_columns(x)
     reduce = _reduce_columns if columns else _reduce_rows
@@ -300,7 +305,7 @@ def combine_gradient(
     """
     if _is_plain(x, statistics):
         return _combine_plainly(dy, x, statistics, weight, gradient_means)
-    if x.is_cuda:
+    if _is_native(x):
         return cuda.combine_gradient(dy, x, statistics, weight, gradient_means)
     columns = is_columns(x)
     mean, variance = statistics.rounded

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from syncbn import kernels
 from syncbn.callsite import CallSite
-from syncbn.collective import gather_from_ranks, sum_over_ranks
+from syncbn.collective import gather_from_ranks, group_size, sum_over_ranks
 from syncbn.errors import InputError
 from syncbn.moments import Moments
 from syncbn.statistics import Statistics, at_least_one
@@ -158,7 +158,9 @@ def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) 
     sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
     if (recalled := site.recall(x, sums)) is not None:
         return replace(recalled, news=0.0)
-    statistics = (_exchange_parts if in_float64 else _exchange_sums)(count, *sums, eps, site)
+    exchange = _exchange_parts if in_float64 else _exchange_sums
+    statistics = replace(exchange(count, *sums, eps, site), ranks=group_size(site.process_group))
+    site.ranks = statistics.ranks
     # A total of 1 means that no rank has more than 1. So every rank then looks at the total, and all raise together;
     # and in any other case a rank with more than 1 does not make the host wait for its device.
     if count <= 1 and statistics.count == 1:
@@ -215,7 +217,7 @@ def backward(
     # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
     # The zero makes the vector as long as forward's, so that they share a lane, and backends that have none do not break
     # down when a rank that skipped a layer brings its backward's: it is found out by its stamp.
-    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], site, "backward")
+    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], site, "backward", statistics.ranks)
     gradient_means = sums.view(2, x.shape[1]).div_(at_least_one(statistics.count))
     dx = kernels.combine_gradient(dy, x, statistics, weight, gradient_means)
     return dx, weight_gradient, bias_gradient
@@ -228,13 +230,13 @@ class _SumOverRanks(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, site: CallSite, known: Tensor | None) -> Tensor:
-        ctx.site = site
-        return sum_over_ranks([], [vector], site, "backward")[1] if known is None else known.clone()
+    def forward(ctx: Any, vector: Tensor, site: CallSite, ranks: int, known: Tensor | None) -> Tensor:
+        ctx.site, ctx.ranks = site, ranks
+        return sum_over_ranks([], [vector], site, "backward", ranks)[1] if known is None else known.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumOverRanks.apply(gradient, ctx.site, None), None, None
+        return _SumOverRanks.apply(gradient, ctx.site, ctx.ranks, None), None, None, None
 
 
 def _differentiable_gradients(
@@ -264,7 +266,7 @@ def _differentiable_gradients(
         local = torch.cat([centred.sum(dimensions), centred.square().sum(dimensions)])
         known = torch.cat([torch.zeros_like(ones), moments.m2])
         count = moments.count.clamp(min=1)
-        mean, square = (_SumOverRanks.apply(local, site, known) / count).chunk(2)
+        mean, square = (_SumOverRanks.apply(local, site, statistics.ranks, known) / count).chunk(2)
         normalised = (centred - kernels.along_channels(mean, x)) * kernels.along_channels(
             (square - mean.square() + statistics.eps).rsqrt(), x
         )
@@ -286,8 +288,9 @@ def _forward_operator(
 def _backward_operator(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = Statistics.unpack(totals, x.shape[1], eps, read=not x.is_cuda)
-    dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, CallSite.of(key))
+    site = CallSite.of(key)
+    statistics = Statistics.unpack(totals, x.shape[1], eps, read=not x.is_cuda, ranks=site.ranks)
+    dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, site)
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient
 

@@ -30,6 +30,8 @@ class Statistics:
     """Σᵢ M2ᵢ over the ranks, shape (C,), float64, where the share of the variance between ranks is wanted."""
     eps: float
     """Added to the variance."""
+    ranks: int = 1
+    """Ranks that the values are from, over which backward must be too."""
 
     @property
     def mean(self) -> Tensor:
@@ -63,11 +65,11 @@ class Statistics:
         return torch.cat(parts if self.within is None else [*parts, self.within])
 
     @classmethod
-    def unpack(cls, vector: Tensor, channels: int, eps: float, read: bool) -> Statistics:
-        """Return the statistics that `pack` made a vector of, with the numbers read from it or as tensors."""
+    def unpack(cls, vector: Tensor, channels: int, eps: float, read: bool, ranks: int = 1) -> Statistics:
+        """Return the statistics that `pack` made a vector of, with the numbers read from it or as tensors; `ranks` is not in it."""
         count, news = vector[:2].tolist() if read else vector[:2].unbind()
         moments, within = vector[2 : 2 * channels + 2].view(2, channels), vector[2 * channels + 2 :]
-        return cls(count, news, moments, within if within.numel() else None, eps)
+        return cls(count, news, moments, within if within.numel() else None, eps, ranks)
 
 
 def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:

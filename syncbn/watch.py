@@ -47,6 +47,8 @@ class Watch:
         self._pending: deque[Pending] = deque()
         self._failure: DesyncError | None = None
         self._thread: threading.Thread | None = None
+        self._unanswered: Pending | None = None
+        """The collective whose event could not be queried, which is logged once."""
 
     def raise_failure(self) -> None:
         """Raise what was found since the last call, if anything."""
@@ -69,7 +71,11 @@ class Watch:
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record(torch.cuda.current_stream(stamps.device))
         deadline = time.monotonic() + call.site.timeout_seconds
-        self._pending.append(Pending(call, arrived, copy, expected, deadline, desync, abort))
+        self.follow(Pending(call, arrived, copy, expected, deadline, desync, abort))
+
+    def follow(self, pending: Pending) -> None:
+        """Have the thread look after a collective."""
+        self._pending.append(pending)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="syncbn watch", daemon=True)
             self._thread.start()
@@ -77,12 +83,19 @@ class Watch:
     def _run(self) -> None:
         while True:
             time.sleep(INTERVAL_SECONDS)
-            while self._pending and self._look(self._pending[0]):
+            while self._pending:
+                try:
+                    is_over = self._look(self._pending[0])
+                except Exception:  # the collectives after it must still be checked
+                    _log.exception("%s cannot be checked", self._pending[0].call)
+                    is_over = True
+                if not is_over:
+                    break
                 self._pending.popleft()
 
     def _look(self, pending: Pending) -> bool:
         """Return whether there is nothing more to be learned about a collective."""
-        if pending.arrived.query():  # type: ignore[no-untyped-call]
+        if self._has_arrived(pending):
             if pending.stamps.tolist() != pending.expected:
                 self._fail(pending.desync(pending.call, "paired with another call"))
             return True
@@ -91,6 +104,16 @@ class Watch:
         self._fail(pending.desync(pending.call, f"not complete after {pending.call.site.timeout_seconds:.1f} s"))
         pending.abort()
         return True
+
+    def _has_arrived(self, pending: Pending) -> bool:
+        try:
+            return bool(pending.arrived.query())  # type: ignore[no-untyped-call]
+        except Exception:
+            # An error of the device or the driver may pass; if it does not, the time limit applies.
+            if self._unanswered is not pending:
+                _log.exception("%s: its completion could not be queried", pending.call)
+            self._unanswered = pending
+            return False
 
     def _fail(self, failure: DesyncError) -> None:
         _log.error("%s", failure)

@@ -35,7 +35,7 @@ CHUNK_BYTES = 1 << 22
 WRITE_SECONDS = 1800.0
 """Limit for writing one checkpoint."""
 CLOSE_SECONDS = 10.0
-"""What a checkpoint has to be written in once its run has ended by an error."""
+"""Limit for a checkpoint that is still being written when its run fails."""
 
 
 class CheckpointError(Exception):
@@ -119,10 +119,10 @@ class Checkpoints:
             self._mark(None)
 
     def close(self) -> None:
-        """Give a checkpoint that is being written a moment to come to its end, whatever that is."""
+        """Wait a few seconds for a checkpoint that is being written; its error is only logged."""
         try:
             self._writing.wait(CLOSE_SECONDS)
-        except Exception as error:  # the run has ended with an error of its own
+        except Exception as error:  # the run has already ended with another error
             print(f"the last checkpoint in {self._root} is missing: {_describe(error)}", flush=True)
         finally:
             self._mark(None)

@@ -68,7 +68,7 @@ def export_model(
     """Write a folder that `mlflow.pytorch.load_model` reads, with signature and input example; return whether that could be done.
 
     Synchronised layers become plain nn.BatchNorm, so that a library's model, or one of ours, loads without this project's code.
-    A model that cannot be pickled is told of and left out: its weights are there all the same.
+    A model that cannot be pickled or has subclasses of synchronised layers, is left out and the log says why; its weights are kept.
 
     Args:
         spec: of the run.
@@ -83,11 +83,11 @@ def export_model(
 
     model = build_model(spec.model, spec.norm, shape, classes, spec.seed).to(example.dtype)
     model.load_state_dict(weights)
-    model = revert_sync_batchnorm(model).eval()
     inputs = example.cpu()
-    with torch.no_grad():
-        outputs = model(inputs)
     try:
+        model = revert_sync_batchnorm(model).eval()
+        with torch.no_grad():
+            outputs = model(inputs)
         mlflow.pytorch.save_model(
             model,
             str(folder),
@@ -97,7 +97,7 @@ def export_model(
             # Named rather than found out, which MLflow does by loading the model in another process.
             pip_requirements=_requirements(spec),
         )
-    except Exception as error:  # pickling runs the user's code; a run that is done must not fail by it
+    except Exception as error:  # of the user's code, or of its layers; a run that is done must not fail by it
         print(f"the model is not logged to MLflow: {type(error).__name__}: {error}", flush=True)
         return False
     return True

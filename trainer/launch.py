@@ -29,7 +29,7 @@ RESTARTED = ("worker_lost", "preempted", "hang")
 SECONDS_FOR_ROOM = 300.0
 """What the cluster has to come to enough nodes for the fewest workers; Ray itself would wait for an elastic job's for ever."""
 SECONDS_TO_SAVE = 5.0
-"""What a checkpoint has to be written in when the job is cancelled; the service has Ray kill the driver 10 s after that."""
+"""Limit for a checkpoint that is being written when the job is cancelled; Ray kills the driver 10 s after the signal."""
 MOST_RESTARTS = 3
 """Restarts in a row that come no further than the one before."""
 

@@ -1,7 +1,6 @@
 """Optimisers, and the course of the learning rate over the steps."""
 
 import math
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -65,18 +64,16 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
             return optimizer
 
 
-class ScheduleRange(Protocol):
-    """The steps of a run that its schedule runs over."""
+def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, position: Position) -> LambdaLR:
+    """Build the schedule of the learning rate; its `step` is called after each optimiser step.
 
-    schedule_start: int
-    schedule_end: int
+    It runs from `position.schedule_start` to `position.schedule_end`, which may change in between.
+    """
 
+    def factor(step: int) -> float:
+        return rate_factor(spec, step - position.schedule_start, position.schedule_end - position.schedule_start)
 
-def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, over: ScheduleRange) -> LambdaLR:
-    """Build the schedule of the learning rate; its `step` is called after each optimiser step. `over` may change in between."""
-    return LambdaLR(
-        optimizer, lambda step: rate_factor(spec, step - over.schedule_start, over.schedule_end - over.schedule_start)
-    )
+    return LambdaLR(optimizer, factor)
 
 
 def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: Position) -> str | None:

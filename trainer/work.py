@@ -93,7 +93,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         models = collect_models(spec, result.model, position, checkpoints, worker)
         if isinstance(journal, RankZeroJournal):
             log_to_mlflow = context.mlflow_run_id is not None and spec.log_model
-            _export(spec, models, dataset, journal.outbox if log_to_mlflow else None, folder)
+            export(spec, models, dataset, journal.outbox if log_to_mlflow else None, folder)
     return {
         "state": "succeeded",
         "reason": f"finished {spec.steps} steps"
@@ -104,7 +104,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
     }
 
 
-def _export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox: Outbox | None, folder: Path) -> None:
+def export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox: Outbox | None, folder: Path) -> None:
     """Write the weights of each model, and hand the models to MLflow if there is an outbox for it."""
     if spec.norm in (Norm.BATCH, Norm.SYNC) and spec.evaluation.statistics == "batch":
         print("the exported model has moving averages; it was evaluated with statistics of each test batch", flush=True)

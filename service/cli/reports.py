@@ -12,16 +12,14 @@ from service.domain.recipes import Recipe, Rule
 from service.domain.statistics import spread
 from service.domain.verdicts import Finding, Interval, RecipeVerdict
 
-SIGNS = {"max": "≥", "min": "≤"}
-"""How a metric relates to its target once that is reached."""
-
 
 def report_table(report: Report) -> Table:
     """A row per variant."""
-    target = "–" if report.target is None else f"{SIGNS[report.direction]} {report.target:.3g}"
+    target = "–" if report.target is None else f"{report.target:.3g}"
+    sign = {"max": "≥", "min": "≤"}[report.direction]  # of the metric, once the target is reached
     origin = "" if report.target_is_given else " (the baseline's best)"
     table = Table(
-        title=f"{escape(report.name)}: steps to {report.metric} {target}{origin}; median and range over seeds",
+        title=f"{escape(report.name)}: steps to {report.metric} {sign} {target}{origin}; median and range over seeds",
         caption=escape("\n".join(f"Warning: {warning}" for warning in report.warnings)) or None,
     )
     for heading in (

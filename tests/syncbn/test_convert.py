@@ -134,6 +134,22 @@ def test_what_would_lose_its_behaviour_is_refused_by_name_and_nothing_is_convert
     assert type(model[0]) is nn.BatchNorm2d
 
 
+class ActivatedSync(SyncBatchNorm):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_subclass_of_ours_is_not_reverted_and_nothing_else_is():
+    parametrized = SyncBatchNorm(3)
+    parametrize.register_parametrization(parametrized, "weight", nn.Identity())
+    model = nn.Sequential(SyncBatchNorm(3), ActivatedSync(3), parametrized)
+    message = r"cannot revert 1 \(tests\.syncbn\.test_convert\.ActivatedSync\): a subclass .*; 2 \(.*Parametrized.*\): a subclass"
+    with pytest.raises(ConversionError, match=message):
+        revert_sync_batchnorm(model)
+    assert type(model[0]) is SyncBatchNorm
+    assert (model[1](torch.randn(4, 3)) >= 0).all()
+
+
 def test_all_refused_layers_are_named():
     with pytest.raises(ConversionError, match=r"0 \(.*Activated\).*; 1 \(.*LazyBatchNorm1d\)"):
         convert_sync_batchnorm(nn.Sequential(Activated(3), nn.LazyBatchNorm1d()))

@@ -4,8 +4,10 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from syncbn import GroupError, SyncBatchNorm, new_sync_groups
+from syncbn.operators import _NormaliseCompiled
 from tests.dist import run_on_ranks
 
 
@@ -46,3 +48,53 @@ def test_without_torch_distributed_there_is_one_rank():
     assert new_sync_groups(1) is None
     with pytest.raises(GroupError):
         new_sync_groups(2)
+
+
+def backward_alone(kind):
+    """Destroy the process group between forward and backward; return what backward raises."""
+    layer = SyncBatchNorm(3)
+    x = torch.randn(4, 3, requires_grad=True)
+    if kind == "recomputed":
+        y = checkpoint(layer, x, use_reentrant=False)
+    elif kind == "compiled":
+        y, _ = _NormaliseCompiled.apply(x, None, layer.weight, layer.bias, layer.eps, layer._site.key, False)
+    else:
+        y = layer(x)
+    if kind == "second derivative":
+        [y] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    dist.destroy_process_group()
+    if kind == "used alone since":
+        layer(torch.randn(4, 3))
+    total = y.sum()
+    with pytest.raises(GroupError, match="forward was over 2 ranks, but backward is over 1") as caught:
+        total.backward()
+    assert x.grad is None
+    alone = SyncBatchNorm(3)
+    alone(x).sum().backward()  # which is what a rank without a group does
+    return str(caught.value)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", ["plain", "recomputed", "compiled", "second derivative", "used alone since"])
+def test_a_backward_pass_without_the_group_of_its_forward_pass_is_refused(kind):
+    first, second = run_on_ranks(backward_alone, 2, kind)
+    assert first == second
+
+
+def use_destroyed_group():
+    group = dist.new_group([0, 1])
+    layer = SyncBatchNorm(3, process_group=group)
+    y = layer(torch.randn(4, 3, requires_grad=True))
+    dist.destroy_process_group(group)
+    for use in (lambda: layer(torch.randn(4, 3)), y.sum().backward, lambda: pickle.dumps(layer)):
+        with pytest.raises(GroupError, match="process group was destroyed; set another one"):
+            use()
+    layer.eval()(torch.randn(4, 3))
+    copied = copy.deepcopy(layer).train()
+    copied.process_group = None
+    return copied(torch.randn(4, 3)).shape
+
+
+@pytest.mark.dist
+def test_a_destroyed_group_is_named():
+    assert run_on_ranks(use_destroyed_group, 2) == [(4, 3)] * 2

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import mlflow.pytorch
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,8 +16,9 @@ from trainer.data import open_dataset
 from trainer.export import collect_models
 from trainer.loop import train
 from trainer.models import build_model
+from trainer.outbox import Outbox, read_lines
 from trainer.state import Position
-from trainer.work import identity
+from trainer.work import export, identity
 
 
 @dataclass
@@ -109,3 +111,21 @@ def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path,
     [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
     assert model.which == "last"
     assert "the last model is exported, not the best" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")
+def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
+    spec = make_spec(norm="batch", checkpoint=CHECKPOINT, eval_every=5, evaluation={"statistics": "batch"})
+    models = run_and_export(spec, tmp_path / "checkpoints").models
+    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float64)
+    outbox = Outbox(tmp_path)
+    export(spec, models, dataset, outbox, tmp_path)
+    outbox.close()
+    lines = list(read_lines((tmp_path / "metrics.jsonl").read_bytes()))
+    assert lines[0]["tags"] == {"exported_model": "best, step 5"}
+    assert [(line["name"], line["step"]) for line in lines[1:]] == [("model", 5), ("model-last", 20)]
+    for model in models:
+        loaded = mlflow.pytorch.load_model(str(tmp_path / model.name))
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, model.weights[name]), (model.name, name)
+    assert "the exported model has moving averages" in capsys.readouterr().out
