@@ -1,11 +1,15 @@
 import io
+import unicodedata
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
-from service.api.schemas import JobView, Report
+from service.api.schemas import JobSummaryView, JobView, Report
+from service.cli.printing import SafeConsole
 from service.cli.reports import report_table, save_plot, verdict_table
-from service.cli.show import jobs_table
+from service.cli.show import job_view, jobs_table
 from service.cli.waiting import JobBars
 from service.domain.jobs import JobState
 from service.domain.recipes import Recipe
@@ -155,3 +159,13 @@ def test_a_verdict_is_a_row_per_rule():
         "steps, none / sync", "≥ 1,000", "100", "≥ 10", "at least 5", "holds",
     ]  # fmt: skip
     assert "–" in render(verdict_table(recipe, judge(recipe, runs[:1])))
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_text_of_a_user_steers_the_terminal(name, reason):
+    job = make_job(name=name, reason=reason, state=JobState.FAILED)
+    for content in (job_view(JobView.of(job, "http://x"), []), jobs_table([JobSummaryView.of(job, "http://x")])):
+        file = io.StringIO()
+        SafeConsole(file=file, width=200, highlight=False).print(content)
+        assert not [letter for letter in file.getvalue() if unicodedata.category(letter) == "Cc" and letter != "\n"]
