@@ -8,7 +8,8 @@ import httpx
 
 from service.domain.errors import Unavailable
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 32
+"""Of those who read, and as many of attempts: slow downloads must not keep metrics waiting."""
 FORWARDED_HEADERS = (
     "accept",
     "accept-encoding",
@@ -40,17 +41,17 @@ class MlflowHttp:
     """
 
     def __init__(self, url: str, secret: str | None, timeout_seconds: float) -> None:
-        self._url = url
-        self._client = httpx.AsyncClient(
-            base_url=url,
-            headers={"Authorization": f"Bearer {secret}"} if secret else {},
-            timeout=timeout_seconds,
-            limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
-            follow_redirects=False,
-            trust_env=False,
-            cookies=CookieJar(
-                DefaultCookiePolicy(allowed_domains=[])
-            ),  # one caller's would be sent with the next one's
+        self._readers, self._attempts = (
+            httpx.AsyncClient(
+                base_url=url,
+                headers={"Authorization": f"Bearer {secret}"} if secret else {},
+                timeout=timeout_seconds,
+                limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
+                follow_redirects=False,
+                trust_env=False,
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one caller's would go with another's
+            )
+            for _ in range(2)
         )
 
     async def send(
@@ -62,21 +63,21 @@ class MlflowHttp:
         headers: dict[str, str] | None = None,
         content: bytes | AsyncIterator[bytes] | None = None,
         json: Any = None,
+        of_attempt: bool = False,
     ) -> httpx.Response:
         """Send a request and return the answer with its body unread. Raises Unavailable."""
+        client = self._attempts if of_attempt else self._readers
         params = httpx.QueryParams(query)
         sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
-        request = self._client.build_request(
-            method, path, params=params or None, headers=sent, content=content, json=json
-        )
+        request = client.build_request(method, path, params=params or None, headers=sent, content=content, json=json)
         try:
-            return await self._client.send(request, stream=True)
+            return await client.send(request, stream=True)
         except httpx.HTTPError as error:
             raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
 
     async def get_json(self, path: str) -> Any:
         """Read a JSON answer; None unless it is a success. Raises Unavailable."""
-        answer = await self.send("GET", path)
+        answer = await self.send("GET", path, of_attempt=True)
         try:
             await answer.aread()
             return answer.json() if answer.is_success else None
@@ -87,4 +88,5 @@ class MlflowHttp:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._readers.aclose()
+        await self._attempts.aclose()

@@ -52,12 +52,17 @@ async def caller_of_session(request: Request) -> Caller | None:
 
 
 async def _admit(components: Components, token: Token) -> Caller:
-    _limit(components.rates.take(token.id, time.monotonic()))
+    limit_rate(components, token.id)
     try:
         await components.tokens.note_use(token)
     except Unavailable as error:  # no reason to turn anybody away
         logger.warning("the use of token %s could not be noted: %s", token.id, error)
     return Caller(token.owner, token.scopes, token.id)
+
+
+def limit_rate(components: Components, name: str) -> None:
+    """Count a request of a token or attempt. Raises HTTPException with 429 if it has sent too many."""
+    _limit(components.rates.take(name, time.monotonic()))
 
 
 def limit_failure(request: Request) -> None:

@@ -14,8 +14,9 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from starlette.background import BackgroundTask
 
 from service.adapters.mlflow_http import RETURNED_HEADERS, MlflowHttp
-from service.api.auth import authenticate, bearer, caller_of_session
+from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
 from service.api.components import components_of
+from service.api.compute import in_thread
 from service.api.sign_in import sign_in_page
 from service.domain.errors import InvalidField, NotFound
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt
@@ -45,6 +46,7 @@ async def proxy_mlflow(request: Request) -> Response:
     components = components_of(request)
     grant = await components.credentials.find_grant(credentials.credentials) if credentials else None
     if grant is not None:
+        limit_rate(components, f"attempt of {grant.job_id}")
         return await _forward_attempt(request, components.mlflow_http, grant, path)
     if credentials is not None:
         await authenticate(request)
@@ -68,7 +70,7 @@ async def proxy_mlflow(request: Request) -> Response:
 async def _forward_attempt(request: Request, mlflow: MlflowHttp, grant: Grant, path: str) -> Response:
     is_upload = request.method == "PUT"
     body = b"" if is_upload else await _read(request)
-    forwarded = of_attempt(grant, request.method, path, dict(request.query_params), body)
+    forwarded = await in_thread(of_attempt, grant, request.method, path, dict(request.query_params), body)
     if forwarded is None:
         raise HTTPException(403, f"{request.method} {path} is not open to the attempt of a job")
     if forwarded.model_id is not None and not await _owns_model(mlflow, grant, forwarded.model_id):
@@ -81,6 +83,7 @@ async def _forward_attempt(request: Request, mlflow: MlflowHttp, grant: Grant, p
         headers=headers,
         content=request.stream() if is_upload else None,
         json=forwarded.body,
+        of_attempt=True,
     )
     return _answer(answer, path)
 

@@ -7,6 +7,8 @@ import time
 import httpx
 import pytest
 
+from service.adapters.mlflow_http import MAX_CONNECTIONS
+
 pytestmark = pytest.mark.ray
 
 API = "/api/2.0/mlflow"
@@ -135,6 +137,31 @@ async def test_the_credential_of_an_attempt_ends_with_it(start_job, connect, adm
             await asyncio.sleep(0.05)
         late = {"metrics": [FORGED]}
         assert (await attempt.post(f"/mlflow{API}/runs/log-batch", json=late)).status_code == 401
+
+
+async def test_an_attempt_is_limited_in_rate(start_job, connect, app):
+    context = await start_job()
+    app.state.components.rates.__init__(1, 5)
+    async with connect(context.mlflow_token) as attempt:
+        path, query = f"/mlflow{API}/runs/get", {"run_id": context.mlflow_run_id}
+        statuses = [(await attempt.get(path, params=query)).status_code for _ in range(10)]
+    assert statuses.count(429) >= 3
+
+
+async def test_slow_downloads_keep_no_metric_waiting(start_job, connect, reader, app):
+    context = await start_job()
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+    place = f"/mlflow/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/a.bin"
+    async with connect(context.mlflow_token) as attempt:
+        await attempt.put(place, content=os.urandom(1_000))
+        http = app.state.components.mlflow_http
+        held = [await http.send("GET", place.removeprefix("/mlflow")) for _ in range(MAX_CONNECTIONS)]
+        began = time.monotonic()
+        written = await attempt.post(f"/mlflow{API}/runs/log-batch", json={"metrics": [FORGED]})
+        assert written.status_code == 200
+        assert time.monotonic() - began < 5
+        for answer in held:
+            await answer.aclose()
 
 
 async def test_a_lost_mlflow_is_an_answer(settings, ray, connect, app):
