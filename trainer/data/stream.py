@@ -132,7 +132,7 @@ class StreamedDataset:
 class _Feeder:
     """The actor. Each call answers for itself, so that calls may be repeated, and come from any number of workers."""
 
-    def __init__(self, spec: str, log: Path | None) -> None:
+    def __init__(self, spec: str, log: Path | None = None) -> None:
         if log is not None:
             redirect_output(log)
         self._spec = JobSpec.model_validate_json(spec)
