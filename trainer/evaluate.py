@@ -1,6 +1,7 @@
 """Evaluation over all workers: each test sample counts once."""
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import Any
@@ -19,29 +20,6 @@ from trainer.spec import EvaluationSpec
 from trainer.worker import Worker
 
 
-def build_metric(name: str, classes: int) -> Any:
-    """Build a metric of torchmetrics. AUROC is taken over 200 thresholds, so that its state does not grow with the data."""
-    # Here, as it takes seconds, which a run that measures accuracy alone need not wait for.
-    from torchmetrics import classification
-
-    match name:
-        case "top5_accuracy":
-            return classification.MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
-        case "balanced_accuracy":
-            return classification.MulticlassAccuracy(classes, average="macro", validate_args=False)
-        case "f1":
-            return classification.MulticlassF1Score(classes, average="macro", validate_args=False)
-        case "precision":
-            return classification.MulticlassPrecision(classes, average="macro", validate_args=False)
-        case "recall":
-            return classification.MulticlassRecall(classes, average="macro", validate_args=False)
-        case "auroc":
-            return classification.MulticlassAUROC(classes, thresholds=200, validate_args=False)
-        case "calibration_error":
-            return classification.MulticlassCalibrationError(classes, n_bins=15, validate_args=False)
-    raise AssertionError(f"no metric {name!r}")
-
-
 class Evaluator:
     """Measures a model on a dataset's test samples."""
 
@@ -51,10 +29,17 @@ class Evaluator:
             raise ConfigurationError("evaluation.metrics", spec.metrics, takes)
         self._spec, self._model, self._dataset, self._worker = spec, model, dataset, worker
         others = [name for name in spec.metrics if name != "accuracy"]
-        self._metrics = {name: build_metric(name, dataset.classes).to(worker.device) for name in others}
+        self._metrics: dict[str, Any] = {}
+        if others:
+            # Here, as it takes seconds, which a run that measures accuracy alone need not wait for.
+            from trainer.metrics import build_metric
+
+            self._metrics = {name: build_metric(name, dataset.classes).to(worker.device) for name in others}
         self._norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         self.statistics: dict[str, Tensor] = {}
         """Running statistics of the newest evaluation, by buffer name, where they are not the model's own (`precise`)."""
+        self.absent_classes: list[int] | None = None
+        """Classes without test samples; None before the first evaluation."""
 
     @torch.no_grad()
     def evaluate(self, step: int) -> Iterator[tuple[str, float]]:
@@ -66,7 +51,7 @@ class Evaluator:
         Collectives: those of the metrics' states and of the loss; a broadcast of rank 0's buffers where workers have statistics of
         their own (as DistributedDataParallel does); and the model's where it takes statistics of the batches it is given.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self._worker.device)
+        sums = torch.zeros(2 + self._dataset.classes, dtype=torch.float64, device=self._worker.device)
         for metric in self._metrics.values():
             metric.reset()
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), self._statistics(step):
@@ -76,18 +61,40 @@ class Evaluator:
                 if logits is not None and count:
                     loss = F.cross_entropy(logits, batch.labels, reduction="sum")
                     correct = (logits.argmax(1) == batch.labels).sum()
-                    sums += torch.stack([loss, correct, sums.new_tensor(count)])
+                    sums[:2] += torch.stack([loss, correct])
+                    sums[2:] += batch.labels.bincount(minlength=self._dataset.classes)
                     for metric in self._metrics.values():
                         metric.update(logits, batch.labels)
-        for name, metric in self._metrics.items():
-            # It is float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
-            yield name, round(float(metric.compute()), 6)
-        loss_sum, right, samples = sum_over_workers(sums, self._worker.world_size).tolist()
+        loss_sum, right, *by_class = sum_over_workers(sums, self._worker.world_size).tolist()
+        samples = sum(by_class)
         if not samples:
             raise DataError("data.corrupt_images", "skip", "takes a test image that can be read; there is none")
+        self._check_classes(by_class)
+        for name, metric in self._metrics.items():
+            with warnings.catch_warnings():
+                # A worker may have no test sample.
+                warnings.filterwarnings("ignore", "The ``compute`` method of metric")
+                value = float(metric.compute())
+            # It is float32, in which 0.7 is a little less than 0.7: what a target is reached by is the number as written.
+            yield name, round(value, 6)
         if "accuracy" in self._spec.metrics:
             yield "accuracy", right / samples
         yield "test_loss", loss_sum / samples
+
+    def _check_classes(self, by_class: list[float]) -> None:
+        """Report classes without test samples, once. Raises DataError if a metric is not defined without them."""
+        absent = [number for number, count in enumerate(by_class) if not count]
+        if "auroc" in self._spec.metrics and len(by_class) - len(absent) < 2:
+            rule = "must not contain auroc if all test samples are of one class"
+            raise DataError("evaluation.metrics", list(self._spec.metrics), rule)
+        if absent and self.absent_classes is None and self._worker.rank == 0:
+            shown = ", ".join(map(str, absent[:20])) + (", ..." if len(absent) > 20 else "")
+            print(
+                f"evaluation: {len(absent)} of {len(by_class)} classes have no test samples ({shown}); "
+                "balanced_accuracy and auroc are means over the other classes",
+                flush=True,
+            )
+        self.absent_classes = absent
 
     def _forward(self, inputs: Tensor) -> Tensor | None:
         """Return the logits of this worker's part of a batch; None where it has none and no other worker needs it."""
