@@ -58,7 +58,7 @@ def _ratio(variant: VariantReport) -> str:
 
 def verdict_table(recipe: Recipe, verdict: RecipeVerdict) -> Table:
     """A row per rule and figure of a recipe."""
-    title = f"{recipe.name}: the claim {verdict.judgement}" if verdict.judgement != "not enough data" else recipe.name
+    title = f"{recipe.name}: the claim {verdict.judgement}" if verdict.judgement in ("holds", "fails") else recipe.name
     caption = f"{escape(recipe.claim)} Falsified by {escape(recipe.falsified_if)}."
     table = Table(*FINDING_HEADINGS, title=f"{title}; median and range over seeds", caption=caption)
     for finding in verdict.findings:
@@ -66,7 +66,7 @@ def verdict_table(recipe: Recipe, verdict: RecipeVerdict) -> Table:
     return table
 
 
-FINDING_HEADINGS = ("measured", "first", "second", "result", "must be", "verdict")
+FINDING_HEADINGS = ("measured", "first", "second", "result", "95 % interval", "must be", "verdict")
 
 
 def finding_cells(finding: Finding) -> list[str]:
@@ -78,8 +78,10 @@ def finding_cells(finding: Finding) -> list[str]:
         _intervals([value.of for value in values]) if has_sides else "",
         _intervals([value.against for value in values]) if has_sides else "",
         _intervals([value.number for value in values]),
+        "–" if finding.interval is None else f"{finding.interval.low:.3g} to {finding.interval.high:.3g}",
         f"{figure.relation.replace('_', ' ')} {figure.bound:g}" if isinstance(figure, Rule) else "",
-        finding.judgement or "",
+        finding.judgement
+        or (f"no difference that {len(values)} seeds can show" if finding.shows_no_difference else ""),
     ]
 
 

@@ -1,6 +1,6 @@
 """What a recipe file says: one claim, the comparisons that test it, and the rules of its verdict; pure.
 
-A rule's vocabulary, in full; `service/domain/verdicts.py` judges by it, seed by seed:
+A rule's vocabulary, in full; `service/domain/verdicts.py` measures each seed, and judges by an interval over seeds:
 
     take    what a run's curve of `metric` (or of `metric` - `minus`) comes to:
               steps_to    first step at which it is `level` or better: a number, or the best value of another variant
@@ -12,7 +12,7 @@ A rule's vocabulary, in full; `service/domain/verdicts.py` judges by it, seed by
     by      what the two come to: `value` (of `of` alone), `ratio` (of / against), `difference` (of - against), or
             `weights` (largest absolute difference between the final weights and buffers of both; takes no measure)
     each    a path with values at which the same is asked again
-    relation, bound   what must hold, for every seed and each value
+    relation, bound   what must hold of all the interval, at each value
 """
 
 from pathlib import Path

@@ -1,14 +1,22 @@
 """From curves to a verdict: steps to a target, their spread over seeds, and ratios against the baseline; pure."""
 
+import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_high, median_low
 from typing import Literal
 
 from trainer.spec import Direction, best_value, is_reached
 
 Curve = Sequence[tuple[int, float]]
 """A metric by step, in the order of steps."""
+
+MIN_SEEDS = 3
+"""Fewer have no interval."""
+BOOTSTRAP_SAMPLES = 2000
+BOOTSTRAP_SEED = 0
+CONFIDENCE = 0.95
 
 Verdict = Literal[
     "baseline",
@@ -62,6 +70,27 @@ def steps_to_target(curve: Curve, target: float, direction: Direction = "max") -
 def spread(values: Sequence[float]) -> Spread | None:
     """Median and range of `values`; None if there are none."""
     return Spread(median=median(values), low=min(values), high=max(values)) if values else None
+
+
+def bootstrap_median(bounds: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """Percentile bootstrap interval of the median over paired seeds; None for fewer than `MIN_SEEDS` or a bound that is NaN.
+
+    Each seed has a lower and an upper bound, which are equal for a number that is known. Seeds are resampled with replacement,
+    by a fixed random seed, so that equal runs get equal verdicts. Of up to five seeds the interval is their range, which
+    contains the median of all seeds with a probability of 1 - 2^(1 - n): 0.75 for three, 0.94 for five.
+    """
+    if len(bounds) < MIN_SEEDS or any(math.isnan(end) for pair in bounds for end in pair):
+        return None
+    generator = random.Random(BOOTSTRAP_SEED)  # noqa: S311 - no secret
+    ordered = sorted(bounds)  # the order of the seeds has no effect
+    lows, highs = [], []
+    for _ in range(BOOTSTRAP_SAMPLES):
+        sample = generator.choices(ordered, k=len(ordered))
+        # Not the mean of the middle two of an even number, which two infinite bounds do not have.
+        lows.append(median_low([low for low, _ in sample]))
+        highs.append(median_high([high for _, high in sample]))
+    tail = round(BOOTSTRAP_SAMPLES * (1 - CONFIDENCE) / 2)
+    return sorted(lows)[tail], sorted(highs)[-1 - tail]
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:

@@ -1,7 +1,8 @@
-"""Judging a recipe by its runs: holds, fails or not enough data, with the figures used; pure.
+"""Verdict of a recipe's runs: holds, fails, cannot tell or not enough data, with the numbers used; pure.
 
 Each number is an interval, for not all is known of a run that never reached its level: it would have taken its own steps or more.
-A rule fails if it does for any seed or case; it holds if it is certain to for all of them.
+A rule is judged by the bootstrap interval of the median over seeds: it holds (fails) if all of the interval keeps to (exceeds) the
+bound, and otherwise the runs cannot tell. A recipe fails if a rule fails in any case, and holds if all rules hold in all cases.
 """
 
 import math
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 from service.domain.comparisons import Variant
 from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
-from service.domain.statistics import Curve, steps_to_target
+from service.domain.statistics import Curve, bootstrap_median, steps_to_target
 from trainer.spec import best_value, metric_direction
 
-Judgement = Literal["holds", "fails", "not enough data"]
+Judgement = Literal["holds", "fails", "cannot tell", "not enough data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,14 @@ class Finding:
     values: Sequence[Value]
     judgement: Judgement | None
     """None for a figure that no rule is about."""
+    interval: Interval | None = None
+    """Of the median over seeds (95 %); None if there are too few seeds, or runs are missing."""
+
+    @property
+    def shows_no_difference(self) -> bool:
+        """Whether the interval of a ratio or difference contains that of equal sides."""
+        equal = {"ratio": 1.0, "difference": 0.0}.get(self.figure.by)
+        return equal is not None and self.interval is not None and self.interval.low <= equal <= self.interval.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +86,8 @@ def judge(recipe: Recipe, runs: Sequence[Run]) -> RecipeVerdict:
     """Judge a recipe by the runs of one of its presets, of which some may be missing."""
     findings = [finding for figure in (*recipe.verdict, *recipe.figures) for finding in _find(figure, runs)]
     found = {finding.judgement for finding in findings}
-    judgement: Judgement = "fails" if "fails" in found else "not enough data" if "not enough data" in found else "holds"
+    order: tuple[Judgement, ...] = ("fails", "not enough data", "cannot tell")
+    judgement: Judgement = next((one for one in order if one in found), "holds")
     return RecipeVerdict(judgement=judgement, findings=findings)
 
 
@@ -101,16 +111,20 @@ def _find(figure: Figure, runs: Sequence[Run]) -> list[Finding]:
     findings = []
     for case, of, against in figure.cases():
         values = [_value(figure, of, against, [run for run in runs if run.seed == seed], seed) for seed in seeds]
-        judgement = _judge(figure, values) if isinstance(figure, Rule) else None
-        findings.append(Finding(figure=figure, case=case, values=values, judgement=judgement))
+        numbers = [value.number for value in values if value.number is not None]
+        is_complete = bool(values) and len(numbers) == len(values)
+        ends = bootstrap_median([(number.low, number.high) for number in numbers]) if is_complete else None
+        interval = None if ends is None else Interval(*ends)
+        judgement = _judge(figure, interval, is_complete=is_complete) if isinstance(figure, Rule) else None
+        findings.append(Finding(figure=figure, case=case, values=values, judgement=judgement, interval=interval))
     return findings
 
 
-def _judge(rule: Rule, values: Sequence[Value]) -> Judgement:
-    held = [None if value.number is None else _holds(value.number, rule) for value in values]
-    if False in held:
-        return "fails"
-    return "holds" if held and None not in held else "not enough data"
+def _judge(rule: Rule, interval: Interval | None, *, is_complete: bool) -> Judgement:
+    if not is_complete:
+        return "not enough data"
+    held = None if interval is None else _holds(interval, rule)
+    return "cannot tell" if held is None else "holds" if held else "fails"
 
 
 def _holds(number: Interval, rule: Rule) -> bool | None:

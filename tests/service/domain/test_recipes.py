@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from service.cli.reports import finding_cells
 from service.domain.comparisons import expand, without_seed
 from service.domain.errors import InvalidField
 from service.domain.recipes import Figure, Recipe, read_recipe
@@ -83,24 +84,65 @@ def test_one_sample_a_worker_cannot_be_normalised_by_worker():
         expand(quick.spec, {"norm": ["batch"], "global_batch_size": [4]})
 
 
-def test_a_ratio_of_steps_is_judged_seed_by_seed():
+def on_three_seeds(norm, values, **more):
+    return [run(norm, values, seed, **more) for seed in range(3)]
+
+
+def test_a_ratio_of_steps_is_judged_by_an_interval_over_seeds():
     recipe = make_recipe(FASTER)
-    runs = [run("none", [0.1] * 10 + [0.9], seed) for seed in (0, 1)] + [run("sync", [0.1, 0.1, 0.8], 0)]
-    assert judge(recipe, runs).judgement == "not enough data"
-    assert judge(recipe, [*runs, run("sync", [0.1, 0.1, 0.8], 1)]).judgement == "holds"
-    verdict = judge(recipe, [*runs, run("sync", [0.1, 0.1, 0.1, 0.8], 1)])
-    assert verdict.judgement == "fails"
-    assert [value.number.low for value in verdict.findings[0].values] == [5.0, 10 / 3]
+    runs = [*on_three_seeds("none", [0.1] * 10 + [0.9]), *on_three_seeds("sync", [0.1, 0.1, 0.8])]
+    assert judge(recipe, runs[:-1]).judgement == "not enough data"
+    assert judge(recipe, runs).judgement == "holds"
+    verdict = judge(recipe, [*runs[:-1], run("sync", [0.1, 0.1, 0.1, 0.8], 2)])
+    assert verdict.judgement == "cannot tell"
+    assert [value.number.low for value in verdict.findings[0].values] == [5.0, 5.0, 10 / 3]
+    assert verdict.findings[0].interval == Interval(10 / 3, 5.0)
+    assert judge(recipe, [*runs[:3], *on_three_seeds("sync", [0.1, 0.1, 0.1, 0.8])]).judgement == "fails"
+
+
+def test_one_seed_of_many_decides_nothing():
+    """A rule that had to hold for every seed failed the more often the more seeds there were."""
+    runs = [run("sync", [0.7 if seed == 5 else 0.9], seed) for seed in range(20)]
+    assert judge(make_recipe(FINAL), runs).judgement == "holds"
+
+
+@pytest.mark.parametrize(("seeds", "judged"), [(1, "cannot tell"), (2, "cannot tell"), (3, "holds")])
+def test_fewer_than_three_seeds_cannot_tell(seeds, judged):
+    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.9])[:seeds]).judgement == judged
+
+
+@pytest.mark.parametrize(
+    ("differences", "shows_none"), [((0.1, 0.2, 0.15), False), ((-0.01, 0.004, -0.002), True), ((0.1, 0.1), False)]
+)
+def test_an_interval_that_contains_equal_sides_shows_no_difference(differences, shows_none):
+    figure = {key: FASTER[key] for key in ("says", "of", "against")} | {
+        "measure": {"take": "final"},
+        "by": "difference",
+    }
+    runs = [
+        run(norm, [0.5 + (difference if norm == "none" else 0)], seed)
+        for seed, difference in enumerate(differences)
+        for norm in ("none", "sync")
+    ]
+    [_, finding] = judge(make_recipe(FINAL, figures=[figure]), runs).findings
+    assert finding.shows_no_difference == shows_none
+    assert ("no difference that 3 seeds can show" in finding_cells(finding)) == shows_none
 
 
 def test_a_level_that_is_never_reached_bounds_the_ratio():
     never, soon, late = [0.1] * 11, [0.1, 0.8], [0.1, 0.1, 0.1, 0.8]
     recipe = make_recipe(FASTER)
-    assert judge(recipe, [run("none", never), run("sync", soon)]).judgement == "holds"
-    assert number(judge(recipe, [run("none", never), run("sync", soon)])) == Interval(10.0, math.inf)
-    assert judge(recipe, [run("none", never), run("sync", late)]).judgement == "not enough data"
-    assert judge(recipe, [run("none", soon), run("sync", never)]).judgement == "fails"
-    assert judge(recipe, [run("none", never), run("sync", never)]).judgement == "not enough data"
+
+    def judge_curves(none, sync):
+        return judge(recipe, [*on_three_seeds("none", none), *on_three_seeds("sync", sync)])
+
+    assert judge_curves(never, soon).judgement == "holds"
+    assert (
+        number(judge_curves(never, soon)) == judge_curves(never, soon).findings[0].interval == Interval(10.0, math.inf)
+    )
+    assert judge_curves(never, late).judgement == "cannot tell"
+    assert judge_curves(soon, never).judgement == "fails"
+    assert judge_curves(never, never).judgement == "cannot tell"
 
 
 def test_a_level_can_be_the_best_of_a_variant():
@@ -135,7 +177,8 @@ def test_what_a_curve_comes_to(measure, value):
 
 def test_a_window_is_of_the_rates_that_end_well_enough_and_a_diverged_run_does_not():
     runs = [
-        run(norm, [0.1, value], also={"optimizer.lr": rate}, diverged=norm == "none" and rate == 5)
+        run(norm, [0.1, value], seed, also={"optimizer.lr": rate}, diverged=norm == "none" and rate == 5)
+        for seed in range(3)
         for norm, values in (("none", [0.2, 0.9, 0.9, 0.9]), ("sync", [0.9, 0.9, 0.9, 0.9]))
         for rate, value in zip([0.1, 1, 2, 5], values, strict=True)
     ]
@@ -154,7 +197,11 @@ def test_a_window_is_of_the_rates_that_end_well_enough_and_a_diverged_run_does_n
 
 
 def test_an_empty_window_is_included_in_any_and_includes_none():
-    runs = [run(norm, [0.1, value], also={"optimizer.lr": 1}) for norm, value in (("none", 0.2), ("sync", 0.9))]
+    runs = [
+        one
+        for norm, value in (("none", 0.2), ("sync", 0.9))
+        for one in on_three_seeds(norm, [0.1, value], also={"optimizer.lr": 1})
+    ]
     for of, against, judged in (("sync", "none", "holds"), ("none", "sync", "fails")):
         for size, relation in (("lowest", "at_most"), ("highest", "at_least")):
             rule = FINAL | {
@@ -169,21 +216,24 @@ def test_an_empty_window_is_included_in_any_and_includes_none():
 
 
 def test_a_run_that_diverged_has_no_final_value():
-    assert judge(make_recipe(FINAL), [run("sync", [0.1, 0.9])]).judgement == "holds"
-    assert judge(make_recipe(FINAL), [run("sync", [0.1, 0.9], diverged=True)]).judgement == "not enough data"
+    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.1, 0.9])).judgement == "holds"
+    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.1, 0.9], diverged=True)).judgement == "cannot tell"
 
 
 def test_weights_are_compared_by_their_largest_difference():
     rule = FASTER | {"measure": None, "by": "weights", "relation": "at_most", "bound": 1e-9}
     for change, judged in ((1e-10, "holds"), (1e-8, "fails")):
-        runs = [run("none", [1], weights=[1.0, 2.0, 3.0]), run("sync", [1], weights=[1.0, 2.0 + change, 3.0])]
+        runs = [
+            *on_three_seeds("none", [1], weights=[1.0, 2.0, 3.0]),
+            *on_three_seeds("sync", [1], weights=[1.0, 2.0 + change, 3.0]),
+        ]
         assert judge(make_recipe(rule), runs).judgement == judged
     assert judge(make_recipe(rule), [run("none", [1]), run("sync", [1])]).judgement == "not enough data"
 
 
 def test_a_figure_is_asked_at_each_value_and_decides_nothing():
     figure = {key: FINAL[key] for key in ("says", "measure")} | {"of": {}, "each": {"norm": ["none", "sync"]}}
-    runs = [run("none", [0.1]), run("sync", [0.9])]
+    runs = [*on_three_seeds("none", [0.1]), *on_three_seeds("sync", [0.9])]
     verdict = judge(make_recipe(FINAL, figures=[figure]), runs)
     assert verdict.judgement == "holds"
     assert [(finding.case, finding.judgement) for finding in verdict.findings] == [
