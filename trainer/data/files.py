@@ -19,6 +19,7 @@ import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.data.cache import cached
+from trainer.data.decoding import IMAGE_SUFFIXES
 from trainer.data.digest import digest
 from trainer.data.order import Indices
 from trainer.errors import DataError
@@ -26,7 +27,7 @@ from trainer.spec import RayDataSpec
 
 SUFFIXES = {
     "parquet": (".parquet",),
-    "images": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
+    "images": IMAGE_SUFFIXES,
     "webdataset": (".tar",),
 }
 THREADS = 16

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trainer.data.corrupt import reading
+from trainer.data.decoding import IMAGE_SUFFIXES, decode
 from trainer.data.digest import digest
 from trainer.data.images import Parts
 from trainer.data.links import check_link
 from trainer.data.order import Indices
-from trainer.data.transforms import decode
 from trainer.errors import DataError
 from trainer.spec import ImageFolderSpec
 
@@ -104,5 +103,5 @@ def _walk(path: Path, inside: Path) -> Iterator[Path]:
     if path.is_dir():
         for entry in sorted(path.iterdir()):
             yield from _walk(entry, inside)
-    elif path.suffix.lower() in IMG_EXTENSIONS:
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
         yield path

@@ -11,9 +11,10 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import FakeData, VisionDataset
+from torchvision.datasets import DatasetFolder, FakeData, VisionDataset
 
 from trainer.data.corrupt import read, reading
+from trainer.data.decoding import decode, to_rgb
 from trainer.data.digest import digest
 from trainer.data.images import Parts
 from trainer.data.links import check_links
@@ -46,8 +47,8 @@ class LibraryImages:
             image, label = self.dataset[index]
             if isinstance(image, Image.Image):
                 image.load()  # some datasets have but opened it
-        if isinstance(image, Image.Image) and image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
+                if image.mode not in ("L", "RGB"):
+                    image = to_rgb(image)
         return image, self._check(label, index)
 
     def name(self, index: int) -> str:
@@ -124,13 +125,16 @@ def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) 
         choices = [{"split": split} for split in (TRAIN_SPLITS if train else TEST_SPLITS)]
     for choice in choices:
         try:
-            return kind(root=spec.root, **choice)
+            dataset = kind(root=spec.root, **choice)
         except (ValueError, RuntimeError, OSError) as error:
             if isinstance(error, ValueError) and "Unknown value" in str(error):  # it calls this part otherwise
                 continue
             missing = str(error).splitlines()[0] if str(error) else type(error).__name__
             takes = f"takes the folder that holds the files of {spec.name}, which is not downloaded: {missing}"
             raise DataError("data.root", spec.root, takes) from error
+        if isinstance(dataset, DatasetFolder):
+            dataset.loader = decode  # as images of other folders are read
+        return dataset
     raise ConfigurationError("data.name", spec.name, "takes a dataset with labelled images to train and to test on")
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.data.corrupt import CORRUPT, reading
-from trainer.data.transforms import PixelTransform, decode, is_random
+from trainer.data.decoding import decode
+from trainer.data.transforms import PixelTransform, is_random
 from trainer.errors import CorruptImage, DataError
 from trainer.spec import ImageTransformSpec, RayDataSpec
 

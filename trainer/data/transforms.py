@@ -2,22 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.errors import ConfigurationError
 from trainer.spec import ImageTransformSpec
-
-
-def decode(source: Path | BinaryIO) -> Image.Image:
-    """Decode a whole image, as RGB; raises what Pillow does."""
-    with Image.open(source) as image:
-        return image.convert("RGB")
 
 
 def is_random(spec: ImageTransformSpec) -> bool:
