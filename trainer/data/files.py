@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -19,6 +19,7 @@ import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.data.cache import cached
+from trainer.data.class_folders import class_of, is_ignored, path_below
 from trainer.data.decoding import IMAGE_SUFFIXES
 from trainer.data.digest import digest
 from trainer.data.order import Indices
@@ -57,9 +58,9 @@ class Files:
         return digest(list(zip(names, self.sizes, self.rows.tolist(), strict=True)))
 
     @property
-    def folders(self) -> list[str]:
-        """Names of the folders that the files lie in: of images these are the classes."""
-        return sorted({PurePosixPath(path).parent.name for path in self.paths})
+    def class_names(self) -> list[str]:
+        """Classes of images, in the order of their labels."""
+        return sorted({name for path in self.paths if (name := class_of(path, self.folder)) is not None})
 
 
 def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
@@ -73,14 +74,16 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
             path: entry
             for path, entry in sorted(filesystem.find(folder, detail=True).items())
             if path.lower().endswith(SUFFIXES[spec.format])
+            and not is_ignored(path_below(path, folder))
+            and (spec.format != "images" or class_of(path, folder) is not None)
         }
     except (OSError, ValueError, ImportError) as error:
         raise DataError(field, address, f"takes a path or an fsspec address that can be read: {error}") from error
     if not found:
         endings = " or ".join(SUFFIXES[spec.format])
-        raise DataError(
-            field, address, f"takes files of format {spec.format!r}, which end in {endings}; there are none"
-        )
+        folders = ", in one folder per class" if spec.format == "images" else ""
+        takes = f"takes files of format {spec.format!r}, which end in {endings}{folders}; there are none"
+        raise DataError(field, address, takes)
     if isinstance(filesystem, LocalFileSystem):
         _refuse_ways_out(field, Path(folder), list(found))
     paths, sizes = list(found), [entry["size"] or 0 for entry in found.values()]
@@ -108,6 +111,8 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
     for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
         if not path.resolve().is_relative_to(inside):
             raise DataError(field, str(path), f"takes links that stay below {inside}")
+        if not path.exists():
+            raise DataError(field, str(path), "must be a link to a file that exists")
 
 
 def is_broken(error: BaseException) -> bool:

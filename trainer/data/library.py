@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     )
     classes = _count_classes(training)
     samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
-    return Parts(training, testing, classes, digest(name, classes, samples))
+    return Parts(training, testing, classes, digest(name, classes, samples), _class_names(training, classes))
 
 
 PARTS = ((True, "train"), (False, "test"))
@@ -135,7 +136,12 @@ def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) 
         if isinstance(dataset, DatasetFolder):
             dataset.loader = decode  # as images of other folders are read
         return dataset
-    raise ConfigurationError("data.name", spec.name, "takes a dataset with labelled images to train and to test on")
+    takes = "takes a dataset with labelled images to train and to test on"
+    if arguments := sorted(needed - {"root"}):
+        takes += f"; {kind.__name__} needs {', '.join(arguments)}, which a spec cannot give"
+    elif not choices:
+        takes += f"; {kind.__name__} has no such parts"
+    raise ConfigurationError("data.name", spec.name, f"{takes}; `imagefolder` reads its images from folders")
 
 
 def _count_classes(images: LibraryImages) -> int:
@@ -143,6 +149,13 @@ def _count_classes(images: LibraryImages) -> int:
         if (found := getattr(images.dataset, attribute, None)) is not None:
             return found if isinstance(found, int) else len(found)
     return int(images.labels().max()) + 1
+
+
+def _class_names(images: LibraryImages, classes: int) -> list[str]:
+    names = getattr(images.dataset, "classes", None)
+    if not isinstance(names, Sequence) or len(names) != classes:
+        return []
+    return [" / ".join(name) if isinstance(name, tuple) else str(name) for name in names]  # ImageNet has synonyms
 
 
 def _fingerprint(images: LibraryImages) -> str:

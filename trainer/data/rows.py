@@ -4,7 +4,6 @@ import io
 import json
 import math
 import zlib
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.class_folders import ClassFolders
 from trainer.data.corrupt import CORRUPT, reading
 from trainer.data.decoding import decode
 from trainer.data.transforms import PixelTransform, is_random
@@ -28,8 +28,8 @@ class Preparation:
     What is random depends on the seed and on the bytes of the row, so not on where or in which company the row is prepared.
     """
 
-    def __init__(self, spec: RayDataSpec, classes: list[str] | None, seed: list[int] | None) -> None:
-        """Names of `classes` are folders, where images are labelled by them. `seed` is None for test data."""
+    def __init__(self, spec: RayDataSpec, classes: ClassFolders | None, seed: list[int] | None) -> None:
+        """`classes` label images by their folder; None where a column holds the label. `seed` is None for test data."""
         self._spec, self._classes, self._seed = spec, classes, seed
         self._transform = PixelTransform(spec.transform, training=seed is not None)
         self._random = seed is not None and is_random(spec.transform)
@@ -96,7 +96,7 @@ class Preparation:
 
     def _label(self, row: dict[str, Any]) -> int:
         if self._classes is not None:
-            return self._classes.index(PurePosixPath(row["path"]).parent.name)
+            return self._classes.label(row["path"])
         value = row[self._spec.label_column]
         try:
             label = int(value) if isinstance(value, bytes | int | np.integer) else -1

@@ -3,8 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import tarfile
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -12,11 +14,13 @@ import pyarrow.parquet
 import pytest
 
 from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
+from trainer.data.class_folders import ClassFolders, path_below
 from trainer.data.corrupt import CORRUPT
 from trainer.data.files import is_broken, list_files
+from trainer.data.folders import open_folders
 from trainer.data.rows import Preparation
 from trainer.errors import DataError
-from trainer.spec import RayDataSpec
+from trainer.spec import ImageFolderSpec, RayDataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +106,47 @@ def test_links_out_of_the_folder_are_refused(tmp_path, way):
     os.symlink(outside / way, tmp_path / "data" / "train" / "a" / "way.png")
     with pytest.raises(DataError, match="takes links that stay below"):
         list_train(data)
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet"])
+def test_hidden_and_system_folders_and_files_are_ignored(kind, tmp_path):
+    data = make_stream(kind, tmp_path)
+    before = list_train(data)
+    name = Path(before.paths[0]).name
+    for folder in (".ipynb_checkpoints", "__MACOSX/a", "a/.hidden"):
+        (Path(data.train) / folder).mkdir(parents=True)
+        shutil.copy(before.paths[0], Path(data.train) / folder / name)
+    shutil.copy(before.paths[0], Path(data.train) / f"._{name}")
+    assert list_train(data).digest == before.digest
+
+
+def test_a_broken_link_is_named(tmp_path):
+    data = make_stream("images", tmp_path)
+    path = tmp_path / "data" / "train" / "a" / "x.png"
+    path.symlink_to("gone")
+    with pytest.raises(DataError, match=rf"data.train: must be a link to a file that exists \(got '{path}'\)"):
+        list_train(data)
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}", "{}/", "memory:/{}"])
+def test_folders_and_streams_label_images_by_the_same_folder(tmp_path, address):
+    """By the one directly below the root, however deep the image lies; what lies in none is left out."""
+    root = write_images(tmp_path / "data", classes=("a/x", "b/x", "b/y", "b"))
+    shutil.copy(root / "train" / "b" / "0.png", root / "train" / "loose.png")
+    parts = open_folders(ImageFolderSpec(root=str(root)))
+    if address.startswith("memory"):
+        fsspec.filesystem("memory").put(str(root / "train"), str(root / "train"), recursive=True)
+    place = address.format(root / "train")
+    files = list_train(make_stream("images", tmp_path / "other", train=place, classes=2))
+    classes = ClassFolders(files.folder, files.class_names)
+    expected = {
+        path.removeprefix("train/"): label
+        for path, label in zip(parts.training.paths, parts.training.numbers.tolist(), strict=True)
+    }
+    found = {path_below(path, files.folder): classes.label(path) for path in files.paths}
+    assert found == expected
+    assert files.class_names == list(parts.class_names) == ["a", "b"]
+    assert classes.label(f"https://host{root}/train/b/x/0.png") == 1
 
 
 def prepare(data, columns, seed=None, classes=None):

@@ -62,6 +62,7 @@ def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
     with feeding(spec) as feeder:
         alone = open_all(spec, 1, feeder=feeder)
         assert (alone[0].shape, alone[0].classes, alone[0].skipped_images) == ((3, 8, 8), 3, frozenset())
+        assert alone[0].class_names == (["a", "b", "c"] if kind == "images" else [])
         whole, tests = take(alone, 0, 5), take_test(alone)
         assert [len(labels) for _, labels in tests] == [4, 4, 1]
         workers = open_all(spec, 2, feeder=feeder)
