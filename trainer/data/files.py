@@ -57,6 +57,12 @@ class Files:
         names = [path.removeprefix(self.folder) for path in self.paths]
         return digest(list(zip(names, self.sizes, self.rows.tolist(), strict=True)))
 
+    def row_in_file(self, paths: list[str], row: int) -> int:
+        """Return which row of its file a row is that comes at place `row` where `paths` are read one after the other."""
+        ends = np.cumsum([self.rows[self.paths.index(path)] for path in paths])
+        file = int(np.searchsorted(ends, row, side="right"))
+        return row - (int(ends[file - 1]) if file else 0)
+
     @property
     def class_names(self) -> list[str]:
         """Classes of images, in the order of their labels."""
@@ -98,10 +104,19 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
 
     state = digest(address, found)
     counts = json.loads(cached(f"rows-{state}.json", write).read_text())
-    for path, (_, columns) in zip(paths, counts, strict=True):
-        for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
-            if column not in columns:
-                raise DataError(f"data.{name}", column, f"takes a column of {path}: {', '.join(columns)}")
+    for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
+        first: dict[str, str] = {}  # kind of values: the first file that has it
+        for path, (_, kinds) in zip(paths, counts, strict=True):
+            if column not in kinds:
+                takes = f"takes a column of {path}: {', '.join(kinds)}"
+                if spec.format == "webdataset":
+                    takes += f"; {KEY_RULE}"
+                raise DataError(f"data.{name}", column, takes)
+            if kinds[column] != "nulls":
+                first.setdefault(kinds[column], path)
+        if len(first) > 1:
+            differing = " and ".join(f"{kind} in {path}" for kind, path in first.items())
+            raise DataError(f"data.{name}", column, f"must hold values of one kind in all files, not {differing}")
     return Files(filesystem, folder, paths, sizes, np.array([rows for rows, _ in counts], dtype=np.int64))
 
 
@@ -121,17 +136,21 @@ def is_broken(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno is None  # the libraries' own finding, and not the system's
+    if type(error).__name__ == "ArrowConversionError":  # Ray Data's, around one of pyarrow's
+        return True
     return isinstance(error, pyarrow.ArrowException | tarfile.TarError | zlib.error | EOFError | KeyError)
 
 
 END_BYTES = 1_024
 """Zeros that end an archive."""
 
-Count = Callable[[BinaryIO], tuple[int, list[str]]]
+KEY_RULE = "the key of a sample ends at the first dot of the file name"
+
+Count = Callable[[BinaryIO], tuple[int, dict[str, str]]]
 
 
-def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, list[str]]:
-    """Return a file's number of rows and its columns."""
+def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, dict[str, str]]:
+    """Return a file's number of rows, and its columns with the kind of their values."""
     try:
         with filesystem.open(path, "rb") as file:
             return count(file)
@@ -139,12 +158,28 @@ def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, l
         raise DataError(field, path, f"takes files that can be read: {error}") from error
 
 
-def _count_parquet(file: BinaryIO) -> tuple[int, list[str]]:
+def _count_parquet(file: BinaryIO) -> tuple[int, dict[str, str]]:
     parquet = pyarrow.parquet.ParquetFile(file)
-    return parquet.metadata.num_rows, parquet.schema_arrow.names
+    return parquet.metadata.num_rows, {field.name: _kind(field.type) for field in parquet.schema_arrow}
 
 
-def _count_webdataset(file: BinaryIO) -> tuple[int, list[str]]:
+def _kind(column: pyarrow.DataType) -> str:
+    """Name the kind of a column's values; Ray Data reads files together if their columns agree in it."""
+    types = pyarrow.types
+    if types.is_dictionary(column):
+        return _kind(column.value_type)
+    kinds = {
+        "numbers": (types.is_integer, types.is_floating),
+        "text": (types.is_string, types.is_large_string),
+        "bytes": (types.is_binary, types.is_large_binary),
+        "lists": (types.is_list, types.is_large_list, types.is_fixed_size_list),
+        "structs": (types.is_struct,),
+        "nulls": (types.is_null,),
+    }
+    return next((kind for kind, tests in kinds.items() if any(test(column) for test in tests)), str(column))
+
+
+def _count_webdataset(file: BinaryIO) -> tuple[int, dict[str, str]]:
     """A row is what stands together with one name up to its first point; what follows the point is its column."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         names = (re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name) for member in archive if member.isreg())
@@ -152,4 +187,4 @@ def _count_webdataset(file: BinaryIO) -> tuple[int, list[str]]:
     file.seek(-END_BYTES, os.SEEK_END)
     if file.read().strip(b"\0"):  # tarfile takes one that was cut off between two members for whole
         raise tarfile.ReadError("the end is missing")
-    return len(rows), rows[0] if rows else []
+    return len(rows), dict.fromkeys(rows[0], "bytes") if rows else {}

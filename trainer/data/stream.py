@@ -278,14 +278,18 @@ def _read(
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
     )
+    done = 0
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
         corrupt = [""] * len(batch["label"])
         for place in np.flatnonzero(batch["error"] != ""):
             field, value, takes = json.loads(batch["error"][place])
             is_corrupt = batch["label"][place] == CORRUPT
             if not is_corrupt or data.corrupt_images == "refuse":
+                if data.format == "parquet":
+                    takes += f"; it is row {files.row_in_file(paths, done + int(place))} of the file, counted from 0"
                 raise (CorruptImage if is_corrupt else DataError)(field, value, takes)
             corrupt[place] = value
+        done += len(corrupt)
         skipped.add(filter(None, corrupt))
         # A copy, since what Ray hands out keeps whole blocks in its shared memory.
         yield Prepared(np.array(batch["input"]), np.array(batch["label"]), corrupt)
