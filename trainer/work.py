@@ -118,7 +118,7 @@ def export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox:
     outbox.put("tags", tags={"exported_model": f"{models[0].which}, step {models[0].step}"})
     for model in models:
         path = folder / model.name
-        if export_model(spec, model.weights, dataset.shape, dataset.classes, example, path):
+        if export_model(spec, model.weights, dataset, example, path):
             outbox.put("model", path=str(path), step=model.step, name=model.name)
 
 
