@@ -86,6 +86,7 @@ class Timed:
         self._dataset, self._turns, self._thread = dataset, turns, thread
         self.seconds: list[float] = []
         self.shape, self.classes, self.digest = dataset.shape, dataset.classes, dataset.digest
+        self.class_names = dataset.class_names
         self.test, self.close = dataset.test, dataset.close
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from syncbn import revert_sync_batchnorm
 from trainer.checkpoint import Checkpoints
+from trainer.data import Dataset
 from trainer.errors import StorageError
 from trainer.models import build_model
 from trainer.spec import ImportedModelSpec, JobSpec
@@ -62,9 +63,7 @@ def write_weights(weights: dict[str, Any], path: Path) -> None:
     part.replace(path)
 
 
-def export_model(
-    spec: JobSpec, weights: dict[str, Any], shape: tuple[int, ...], classes: int, example: Tensor, folder: Path
-) -> bool:
+def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, example: Tensor, folder: Path) -> bool:
     """Write a folder that `mlflow.pytorch.load_model` reads, with signature and input example; return whether that could be done.
 
     Synchronised layers become plain nn.BatchNorm, so that a library's model, or one of ours, loads without this project's code.
@@ -73,15 +72,14 @@ def export_model(
     Args:
         spec: of the run.
         weights: the model's whole state_dict.
-        shape: of a sample, channels first.
-        classes: number of classes.
+        dataset: that it was trained on; names of its classes and the preparation of its images go into the metadata.
         example: inputs (n, *shape), n ≥ 1, on any device.
         folder: is made anew.
     """
     import mlflow.pytorch
     from mlflow.models import infer_signature
 
-    model = build_model(spec.model, spec.norm, shape, classes, spec.seed).to(example.dtype)
+    model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed).to(example.dtype)
     model.load_state_dict(weights)
     inputs = example.cpu()
     try:
@@ -93,6 +91,7 @@ def export_model(
             str(folder),
             signature=infer_signature(inputs.numpy(), outputs.numpy()),
             input_example=inputs.numpy(),
+            metadata=_metadata(spec, dataset),
             serialization_format="pickle",  # the module itself, that can be trained on; not a traced graph of it
             # Named rather than found out, which MLflow does by loading the model in another process.
             pip_requirements=_requirements(spec),
@@ -101,6 +100,15 @@ def export_model(
         print(f"the model is not logged to MLflow: {type(error).__name__}: {error}", flush=True)
         return False
     return True
+
+
+def _metadata(spec: JobSpec, dataset: Dataset) -> dict[str, Any]:
+    """Return what a caller needs to prepare an image and to read the outputs."""
+    metadata: dict[str, Any] = {"class_names": list(dataset.class_names)}
+    if (transform := getattr(spec.data, "transform", None)) is not None:
+        # Those of testing: images are resized, cropped, scaled to 0 to 1 if they are uint8, and normalised.
+        metadata["transform"] = transform.model_dump(include={"resize", "crop", "channels", "mean", "std"})
+    return metadata
 
 
 def _requirements(spec: JobSpec) -> list[str]:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from trainer import failures
 from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
+from trainer.data.class_folders import list_some
 from trainer.errors import Diverged
 from trainer.export import ExportedModel, collect_models, export_model, write_weights
 from trainer.job_secrets import hide_credentials, set_variables
@@ -73,7 +74,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         is_what = identity(spec, dataset.digest)
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
-            _describe(journal.outbox, spec, worker, dataset.digest)
+            describe(journal.outbox, spec, worker, dataset, folder)
         checkpoints = Checkpoints(
             checkpoint_folder(task),
             spec.checkpoint,
@@ -117,7 +118,7 @@ def export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox:
     outbox.put("tags", tags={"exported_model": f"{models[0].which}, step {models[0].step}"})
     for model in models:
         path = folder / model.name
-        if export_model(spec, model.weights, dataset.shape, dataset.classes, example, path):
+        if export_model(spec, model.weights, dataset, example, path):
             outbox.put("model", path=str(path), step=model.step, name=model.name)
 
 
@@ -132,12 +133,18 @@ def _conclude(spec: JobSpec, worker: Worker, journal: Journal, dataset: Dataset,
             journal.outbox.put("artifact", path=str(figure), folder="figures")
 
 
-def _describe(outbox: Outbox, spec: JobSpec, worker: Worker, data_digest: str) -> None:
-    """Tell MLflow what the spec does not say."""
+def describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset, folder: Path) -> None:
+    """Log what the spec does not say."""
     tags = {"workers": worker.world_size, "device": worker.device.type, "torch": torch.__version__}
     outbox.put("tags", tags=tags)
     source = getattr(spec.data, "root", None) or getattr(spec.data, "train", None) or spec.data.name
-    outbox.put("dataset", name=spec.data.name, digest=data_digest, source=source)
+    outbox.put("dataset", name=spec.data.name, digest=dataset.digest, source=source)
+    if dataset.class_names:
+        names = list(dataset.class_names)
+        print(f"{len(names)} classes, in the order of their labels: {list_some(names)}", flush=True)
+        path = folder / "classes.json"
+        path.write_text(json.dumps(names, ensure_ascii=False, indent=1))
+        outbox.put("artifact", path=str(path), folder="data")
 
 
 def count_skipped(dataset: Dataset, worker: Worker) -> int:

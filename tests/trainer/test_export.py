@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import mlflow.models
 import mlflow.pytorch
 import pytest
 import torch
@@ -10,13 +11,15 @@ import torch.nn.functional as F
 
 from syncbn import revert_sync_batchnorm
 from tests.dist import run_on_ranks
+from tests.trainer.data.making import write_images
 from tests.trainer.training import Notes, here, make_spec
 from trainer.checkpoint import Checkpoints
 from trainer.data import open_dataset
-from trainer.export import collect_models
+from trainer.export import collect_models, export_model
 from trainer.loop import train
 from trainer.models import build_model
 from trainer.outbox import Outbox, read_lines
+from trainer.spec import ImageFolderSpec
 from trainer.state import Position
 from trainer.work import export, identity
 
@@ -111,6 +114,22 @@ def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path,
     [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
     assert model.which == "last"
     assert "the last model is exported, not the best" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")
+def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.data.loading.count_processes", lambda _: 0)
+    transform = {"resize": 9, "crop": 8, "flip": True, "mean": [0.1, 0.2, 0.3], "std": [0.5]}
+    root = write_images(tmp_path / "data")
+    spec = make_spec(data=ImageFolderSpec(root=str(root), transform=transform), precision="fp32", global_batch_size=4)
+    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float32)
+    weights = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).state_dict()
+    example = next(iter(dataset.test())).inputs
+    assert export_model(spec, weights, dataset, example, tmp_path / "model")
+    assert mlflow.models.Model.load(str(tmp_path / "model")).metadata == {
+        "class_names": ["cat", "dog"],
+        "transform": {"resize": 9, "crop": 8, "channels": None, "mean": [0.1, 0.2, 0.3], "std": [0.5]},
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")

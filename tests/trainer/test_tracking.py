@@ -254,6 +254,7 @@ def test_the_model_is_logged_once_and_loads_without_this_project(stack, tmp_path
     from mlflow import MlflowClient
 
     from syncbn import SyncBatchNorm
+    from trainer.data import open_dataset
     from trainer.export import export_model
 
     spec = make_spec(model={"name": "torchvision:resnet18"}, data={"name": "digits", "transform": {"resize": 32, "channels": 3}},
@@ -261,7 +262,8 @@ def test_the_model_is_logged_once_and_loads_without_this_project(stack, tmp_path
     result, _ = run_here(spec)
     assert any(isinstance(module, SyncBatchNorm) for module in result.model.modules())
     example = torch.rand(2, 3, 32, 32)
-    assert export_model(spec, result.model.state_dict(), (3, 32, 32), 10, example, tmp_path / "model")
+    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float32)
+    assert export_model(spec, result.model.state_dict(), dataset, example, tmp_path / "model")
     client = MlflowClient(stack.mlflow[0])
     run = client.create_run("0").info
     for _ in range(2):

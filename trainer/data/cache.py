@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-CACHE_VERSION = "datasets-1"
+CACHE_VERSION = "datasets-2"
 """Changes when what is cached does."""
 
 

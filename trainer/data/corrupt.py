@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
+from trainer.data.decoding import MAX_IMAGE_PIXELS, UnsupportedImage
 from trainer.data.images import Images
 from trainer.data.order import Indices
 from trainer.errors import CorruptImage, DataError
@@ -26,12 +28,16 @@ def reading(field: str, name: str) -> Iterator[None]:
     """Name the image that cannot be read inside.
 
     Raises CorruptImage for anything that Pillow does not get along with, which it tells by many kinds of errors; DataError for what
-    the storage has to say, such as that there is no such file: the image itself may be whole.
+    the storage has to say, such as that there is no such file, and for an intact image that is not supported.
     """
     try:
         yield
     except MemoryError:
         raise
+    except UnsupportedImage as error:
+        raise DataError(field, name, f"must be {error}") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(field, name, f"must be an image of at most {MAX_IMAGE_PIXELS:,} pixels: {error}") from error
     except Exception as error:
         takes = f"takes images that can be read: {error}"
         is_of_storage = isinstance(error, OSError) and error.errno is not None

@@ -1,6 +1,6 @@
 """What the training loop sees of any data: batches by step."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,10 @@ class Dataset(Protocol):
     @property
     def classes(self) -> int:
         """Labels are 0 to this, exclusive."""
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes in the order of their labels; empty if they have none."""
 
     @property
     def skipped_images(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
@@ -19,6 +19,8 @@ import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.data.cache import cached
+from trainer.data.class_folders import class_of, is_ignored, path_below
+from trainer.data.decoding import IMAGE_SUFFIXES
 from trainer.data.digest import digest
 from trainer.data.order import Indices
 from trainer.errors import DataError
@@ -26,7 +28,7 @@ from trainer.spec import RayDataSpec
 
 SUFFIXES = {
     "parquet": (".parquet",),
-    "images": (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp"),
+    "images": IMAGE_SUFFIXES,
     "webdataset": (".tar",),
 }
 THREADS = 16
@@ -55,10 +57,16 @@ class Files:
         names = [path.removeprefix(self.folder) for path in self.paths]
         return digest(list(zip(names, self.sizes, self.rows.tolist(), strict=True)))
 
+    def row_in_file(self, paths: list[str], row: int) -> int:
+        """Return which row of its file a row is that comes at place `row` where `paths` are read one after the other."""
+        ends = np.cumsum([self.rows[self.paths.index(path)] for path in paths])
+        file = int(np.searchsorted(ends, row, side="right"))
+        return row - (int(ends[file - 1]) if file else 0)
+
     @property
-    def folders(self) -> list[str]:
-        """Names of the folders that the files lie in: of images these are the classes."""
-        return sorted({PurePosixPath(path).parent.name for path in self.paths})
+    def class_names(self) -> list[str]:
+        """Classes of images, in the order of their labels."""
+        return sorted({name for path in self.paths if (name := class_of(path, self.folder)) is not None})
 
 
 def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
@@ -72,14 +80,16 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
             path: entry
             for path, entry in sorted(filesystem.find(folder, detail=True).items())
             if path.lower().endswith(SUFFIXES[spec.format])
+            and not is_ignored(path_below(path, folder))
+            and (spec.format != "images" or class_of(path, folder) is not None)
         }
     except (OSError, ValueError, ImportError) as error:
         raise DataError(field, address, f"takes a path or an fsspec address that can be read: {error}") from error
     if not found:
         endings = " or ".join(SUFFIXES[spec.format])
-        raise DataError(
-            field, address, f"takes files of format {spec.format!r}, which end in {endings}; there are none"
-        )
+        folders = ", in one folder per class" if spec.format == "images" else ""
+        takes = f"takes files of format {spec.format!r}, which end in {endings}{folders}; there are none"
+        raise DataError(field, address, takes)
     if isinstance(filesystem, LocalFileSystem):
         _refuse_ways_out(field, Path(folder), list(found))
     paths, sizes = list(found), [entry["size"] or 0 for entry in found.values()]
@@ -94,10 +104,19 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
 
     state = digest(address, found)
     counts = json.loads(cached(f"rows-{state}.json", write).read_text())
-    for path, (_, columns) in zip(paths, counts, strict=True):
-        for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
-            if column not in columns:
-                raise DataError(f"data.{name}", column, f"takes a column of {path}: {', '.join(columns)}")
+    for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
+        first: dict[str, str] = {}  # kind of values: the first file that has it
+        for path, (_, kinds) in zip(paths, counts, strict=True):
+            if column not in kinds:
+                takes = f"takes a column of {path}: {', '.join(kinds)}"
+                if spec.format == "webdataset":
+                    takes += f"; {KEY_RULE}"
+                raise DataError(f"data.{name}", column, takes)
+            if kinds[column] != "nulls":
+                first.setdefault(kinds[column], path)
+        if len(first) > 1:
+            differing = " and ".join(f"{kind} in {path}" for kind, path in first.items())
+            raise DataError(f"data.{name}", column, f"must hold values of one kind in all files, not {differing}")
     return Files(filesystem, folder, paths, sizes, np.array([rows for rows, _ in counts], dtype=np.int64))
 
 
@@ -107,6 +126,8 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
     for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
         if not path.resolve().is_relative_to(inside):
             raise DataError(field, str(path), f"takes links that stay below {inside}")
+        if not path.exists():
+            raise DataError(field, str(path), "must be a link to a file that exists")
 
 
 def is_broken(error: BaseException) -> bool:
@@ -115,17 +136,21 @@ def is_broken(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError):
         return error.errno is None  # the libraries' own finding, and not the system's
+    if type(error).__name__ == "ArrowConversionError":  # Ray Data's, around one of pyarrow's
+        return True
     return isinstance(error, pyarrow.ArrowException | tarfile.TarError | zlib.error | EOFError | KeyError)
 
 
 END_BYTES = 1_024
 """Zeros that end an archive."""
 
-Count = Callable[[BinaryIO], tuple[int, list[str]]]
+KEY_RULE = "the key of a sample ends at the first dot of the file name"
+
+Count = Callable[[BinaryIO], tuple[int, dict[str, str]]]
 
 
-def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, list[str]]:
-    """Return a file's number of rows and its columns."""
+def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, dict[str, str]]:
+    """Return a file's number of rows, and its columns with the kind of their values."""
     try:
         with filesystem.open(path, "rb") as file:
             return count(file)
@@ -133,12 +158,28 @@ def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, l
         raise DataError(field, path, f"takes files that can be read: {error}") from error
 
 
-def _count_parquet(file: BinaryIO) -> tuple[int, list[str]]:
+def _count_parquet(file: BinaryIO) -> tuple[int, dict[str, str]]:
     parquet = pyarrow.parquet.ParquetFile(file)
-    return parquet.metadata.num_rows, parquet.schema_arrow.names
+    return parquet.metadata.num_rows, {field.name: _kind(field.type) for field in parquet.schema_arrow}
 
 
-def _count_webdataset(file: BinaryIO) -> tuple[int, list[str]]:
+def _kind(column: pyarrow.DataType) -> str:
+    """Name the kind of a column's values; Ray Data reads files together if their columns agree in it."""
+    types = pyarrow.types
+    if types.is_dictionary(column):
+        return _kind(column.value_type)
+    kinds = {
+        "numbers": (types.is_integer, types.is_floating),
+        "text": (types.is_string, types.is_large_string),
+        "bytes": (types.is_binary, types.is_large_binary),
+        "lists": (types.is_list, types.is_large_list, types.is_fixed_size_list),
+        "structs": (types.is_struct,),
+        "nulls": (types.is_null,),
+    }
+    return next((kind for kind, tests in kinds.items() if any(test(column) for test in tests)), str(column))
+
+
+def _count_webdataset(file: BinaryIO) -> tuple[int, dict[str, str]]:
     """A row is what stands together with one name up to its first point; what follows the point is its column."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         names = (re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name) for member in archive if member.isreg())
@@ -146,4 +187,4 @@ def _count_webdataset(file: BinaryIO) -> tuple[int, list[str]]:
     file.seek(-END_BYTES, os.SEEK_END)
     if file.read().strip(b"\0"):  # tarfile takes one that was cut off between two members for whole
         raise tarfile.ReadError("the end is missing")
-    return len(rows), rows[0] if rows else []
+    return len(rows), dict.fromkeys(rows[0], "bytes") if rows else {}

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from trainer.data.class_folders import is_ignored, list_some
 from trainer.data.corrupt import reading
+from trainer.data.decoding import IMAGE_SUFFIXES, decode
 from trainer.data.digest import digest
 from trainer.data.images import Parts
 from trainer.data.links import check_link
 from trainer.data.order import Indices
-from trainer.data.transforms import decode
 from trainer.errors import DataError
 from trainer.spec import ImageFolderSpec
-
-NAMED = 5
-"""Of the classes that are wrong: so many an error names."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
     train_files, test_files = (_list_classes(root, folder) for folder in (spec.train_folder, spec.test_folder))
     unknown = sorted(test_files.keys() - train_files.keys())
     if unknown:
-        takes = f"takes the classes of {spec.train_folder!r}; not among them: {', '.join(unknown[:NAMED])}"
+        takes = f"takes the classes of {spec.train_folder!r}; not among them: {list_some(unknown)}"
         raise DataError("data.test_folder", spec.test_folder, takes)
     numbers = {name: number for number, name in enumerate(sorted(train_files))}
     if len(numbers) < 2:
@@ -66,7 +63,7 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
         )
     training, testing = (_number(part, root, numbers) for part in (train_files, test_files))
     sizes = [(path, (root / path).stat().st_size) for part in (training, testing) for path in part.paths]
-    return Parts(training, testing, len(numbers), digest("imagefolder", sizes))
+    return Parts(training, testing, len(numbers), digest("imagefolder", sizes), sorted(train_files))
 
 
 def _number(part: dict[str, list[str]], root: Path, numbers: dict[str, int]) -> FolderImages:
@@ -85,24 +82,32 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
     check_link(folder, inside)
     classes = {
         entry.name: [str(path.relative_to(root)) for path in _walk(entry, inside)]
-        for entry in sorted(folder.iterdir())
+        for entry in _list(folder, inside)
         if entry.is_dir()
     }
     if not classes:
         raise DataError("data.root", str(folder), "takes a folder of images per class; there is none")
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
-        raise DataError(
-            "data.root", str(folder), f"takes images in every class; there are none in {', '.join(empty[:NAMED])}"
-        )
+        takes = f"takes images in every class; there are none in {list_some(empty)}. They end in {', '.join(IMAGE_SUFFIXES)}"
+        raise DataError("data.root", str(folder), takes)
     return classes
 
 
 def _walk(path: Path, inside: Path) -> Iterator[Path]:
     """Yield the images at and below `path` by name; links are followed where they stay below `inside`."""
-    check_link(path, inside)
     if path.is_dir():
-        for entry in sorted(path.iterdir()):
+        for entry in _list(path, inside):
             yield from _walk(entry, inside)
-    elif path.suffix.lower() in IMG_EXTENSIONS:
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
         yield path
+
+
+def _list(folder: Path, inside: Path) -> list[Path]:
+    """List what is not ignored in a folder, by name, after a check of its links."""
+    entries = sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
+    for entry in entries:
+        check_link(entry, inside)
+        if not entry.exists():
+            raise DataError("data.root", str(entry), "must be a link to a file that exists")
+    return entries

@@ -1,5 +1,6 @@
 """Labelled images by index, as folders and torchvision have them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,3 +33,5 @@ class Parts:
     testing: Images
     classes: int
     digest: str
+    class_names: Sequence[str] = ()
+    """In the order of their labels; empty if they have none."""

@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import FakeData, VisionDataset
+from torchvision.datasets import DatasetFolder, FakeData, VisionDataset
 
 from trainer.data.corrupt import read, reading
+from trainer.data.decoding import decode, to_rgb
 from trainer.data.digest import digest
 from trainer.data.images import Parts
 from trainer.data.links import check_links
@@ -46,8 +48,8 @@ class LibraryImages:
             image, label = self.dataset[index]
             if isinstance(image, Image.Image):
                 image.load()  # some datasets have but opened it
-        if isinstance(image, Image.Image) and image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
+                if image.mode not in ("L", "RGB"):
+                    image = to_rgb(image)
         return image, self._check(label, index)
 
     def name(self, index: int) -> str:
@@ -99,7 +101,7 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     )
     classes = _count_classes(training)
     samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
-    return Parts(training, testing, classes, digest(name, classes, samples))
+    return Parts(training, testing, classes, digest(name, classes, samples), _class_names(training, classes))
 
 
 PARTS = ((True, "train"), (False, "test"))
@@ -124,14 +126,22 @@ def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) 
         choices = [{"split": split} for split in (TRAIN_SPLITS if train else TEST_SPLITS)]
     for choice in choices:
         try:
-            return kind(root=spec.root, **choice)
+            dataset = kind(root=spec.root, **choice)
         except (ValueError, RuntimeError, OSError) as error:
             if isinstance(error, ValueError) and "Unknown value" in str(error):  # it calls this part otherwise
                 continue
             missing = str(error).splitlines()[0] if str(error) else type(error).__name__
             takes = f"takes the folder that holds the files of {spec.name}, which is not downloaded: {missing}"
             raise DataError("data.root", spec.root, takes) from error
-    raise ConfigurationError("data.name", spec.name, "takes a dataset with labelled images to train and to test on")
+        if isinstance(dataset, DatasetFolder):
+            dataset.loader = decode  # as images of other folders are read
+        return dataset
+    takes = "takes a dataset with labelled images to train and to test on"
+    if arguments := sorted(needed - {"root"}):
+        takes += f"; {kind.__name__} needs {', '.join(arguments)}, which a spec cannot give"
+    elif not choices:
+        takes += f"; {kind.__name__} has no such parts"
+    raise ConfigurationError("data.name", spec.name, f"{takes}; `imagefolder` reads its images from folders")
 
 
 def _count_classes(images: LibraryImages) -> int:
@@ -139,6 +149,13 @@ def _count_classes(images: LibraryImages) -> int:
         if (found := getattr(images.dataset, attribute, None)) is not None:
             return found if isinstance(found, int) else len(found)
     return int(images.labels().max()) + 1
+
+
+def _class_names(images: LibraryImages, classes: int) -> list[str]:
+    names = getattr(images.dataset, "classes", None)
+    if not isinstance(names, Sequence) or len(names) != classes:
+        return []
+    return [" / ".join(name) if isinstance(name, tuple) else str(name) for name in names]  # ImageNet has synonyms
 
 
 def _fingerprint(images: LibraryImages) -> str:

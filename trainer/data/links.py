@@ -10,7 +10,10 @@ def check_link(path: Path, inside: Path) -> None:
     """Raise DataError, naming `path`, if it is a link out of the resolved folder `inside`, or to a folder that it lies in."""
     if not path.is_symlink():
         return
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except RuntimeError as error:  # links that lead to each other
+        raise DataError("data.root", str(path), f"must be a link to a file that exists: {error}") from error
     if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
         raise DataError("data.root", str(path), f"takes links that stay below {inside} and do not lead in a circle")
 

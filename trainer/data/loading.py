@@ -56,7 +56,7 @@ class LoadedDataset:
         processes: int | None = None,
     ) -> None:
         """`processes` that load, 0 for this one alone; None for what the cores allow."""
-        self.classes, self.digest = parts.classes, parts.digest
+        self.classes, self.digest, self.class_names = parts.classes, parts.digest, list(parts.class_names)
         self._accumulate, self._transform, self._device, self._dtype = spec.accumulate, data.transform, device, dtype
         self._skipped = SkippedImages()
         self._processes = count_processes(world_size) if processes is None else processes

@@ -1,6 +1,6 @@
 """Data held in memory, on the worker's device."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -17,6 +17,7 @@ from trainer.spec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
 class InMemoryDataset:
     """A small dataset, indexed on the device; what the spec asks for beyond that is done batch by batch, in this process."""
 
+    class_names: Sequence[str] = ()
     skipped_images = frozenset[str]()
 
     def __init__(

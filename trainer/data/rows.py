@@ -4,7 +4,6 @@ import io
 import json
 import math
 import zlib
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from trainer.data.class_folders import ClassFolders
 from trainer.data.corrupt import CORRUPT, reading
-from trainer.data.transforms import PixelTransform, decode, is_random
+from trainer.data.decoding import decode
+from trainer.data.files import KEY_RULE
+from trainer.data.transforms import PixelTransform, is_random
 from trainer.errors import CorruptImage, DataError
 from trainer.spec import ImageTransformSpec, RayDataSpec
 
@@ -27,8 +29,8 @@ class Preparation:
     What is random depends on the seed and on the bytes of the row, so not on where or in which company the row is prepared.
     """
 
-    def __init__(self, spec: RayDataSpec, classes: list[str] | None, seed: list[int] | None) -> None:
-        """Names of `classes` are folders, where images are labelled by them. `seed` is None for test data."""
+    def __init__(self, spec: RayDataSpec, classes: ClassFolders | None, seed: list[int] | None) -> None:
+        """`classes` label images by their folder; None where a column holds the label. `seed` is None for test data."""
         self._spec, self._classes, self._seed = spec, classes, seed
         self._transform = PixelTransform(spec.transform, training=seed is not None)
         self._random = seed is not None and is_random(spec.transform)
@@ -53,9 +55,9 @@ class Preparation:
 
     def _input(self, row: dict[str, Any]) -> Tensor:
         column, shape = self._spec.input_column, tuple(self._spec.shape)
-        value = row["bytes" if self._spec.format == "images" else column]
+        value = self._get(row, "input_column", "bytes" if self._spec.format == "images" else column)
         if isinstance(value, dict):  # the datasets library keeps images as {bytes, path}
-            value = value.get("bytes")
+            value = self._get(value | {"path": row["path"]}, "input_column", "bytes")
         pixels = self._decode(value, row) if isinstance(value, bytes) else self._read_array(value, row)
         if tuple(pixels.shape) != shape:
             takes = f"takes the shape that a sample has after `transform`: {tuple(pixels.shape)} in {_name(row)}"
@@ -76,6 +78,8 @@ class Preparation:
             array = np.array(value.tolist() if nested else value)
             if array.dtype.kind not in "fiu":
                 raise ValueError(f"{array.dtype} is no number")
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError("a number is missing, NaN or infinite")
         except ValueError as error:
             takes = f"takes a column of images or of arrays of numbers: {error} in {_name(row)}"
             raise DataError("data.input_column", self._spec.input_column, takes) from error
@@ -95,16 +99,34 @@ class Preparation:
 
     def _label(self, row: dict[str, Any]) -> int:
         if self._classes is not None:
-            return self._classes.index(PurePosixPath(row["path"]).parent.name)
-        value = row[self._spec.label_column]
+            return self._classes.label(row["path"])
+        value = self._get(row, "label_column", self._spec.label_column)
+        value = value.item() if isinstance(value, np.generic) else value
         try:
-            label = int(value) if isinstance(value, bytes | int | np.integer) else -1
+            # Whole numbers of floating type, too: a column of integers becomes so by a null in it.
+            is_number = isinstance(value, bytes | int) or (isinstance(value, float) and value.is_integer())
+            label = int(value) if is_number and not isinstance(value, bool) else -1
         except ValueError:
             label = -1
         if not 0 <= label < self._spec.classes:
             takes = f"takes a column of labels from 0 to {self._spec.classes - 1}: {value!r} in {_name(row)}"
             raise DataError("data.label_column", self._spec.label_column, takes)
         return label
+
+    def _get(self, row: dict[str, Any], field: str, column: str) -> Any:
+        """Return a cell of a row. Raises DataError, naming the row, if there is none or a null in it."""
+        if not _is_null(value := row.get(column)):
+            return value
+        takes = f"must hold a value in every row; there is none in {_name(row)}"
+        if self._spec.format == "webdataset":
+            others = [name for name, cell in row.items() if name not in ("path", "__key__") and not _is_null(cell)]
+            takes += f", which has {', '.join(others)}; {KEY_RULE}"
+        raise DataError(f"data.{field}", getattr(self._spec, field), takes)
+
+
+def _is_null(value: Any) -> bool:
+    """Whether a cell was null, for which Ray Data has None or NaN."""
+    return value is None or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
 
 
 def _name(row: dict[str, Any]) -> str:

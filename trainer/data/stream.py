@@ -22,6 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from trainer.data.class_folders import ClassFolders, list_some
 from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, refuse_many, replace_corrupt
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
@@ -50,6 +51,8 @@ class Description(NamedTuple):
     train_samples: int
     test_samples: int
     digest: str
+    class_names: list[str]
+    """Empty unless folders are classes."""
 
 
 def start_feeder(spec: JobSpec, logs: Path | None = None) -> Any:
@@ -93,6 +96,7 @@ class StreamedDataset:
         self._place, self._device, self._dtype = (rank, world_size), device, dtype
         description = _get(feeder.describe.remote(), spec)
         self.shape, self.classes, self.digest = tuple(data.shape), data.classes, description.digest
+        self.class_names = description.class_names
         self._test_batches = -(-description.test_samples // spec.evaluation.batch_size)
 
     @property
@@ -148,7 +152,8 @@ class _Feeder:
     def describe(self) -> Description:
         """Find the data, or raise what is wrong with it."""
         (train, _), (test, _) = self._parts
-        return Description(train.samples, test.samples, digest(self._data.format, train.digest, test.digest))
+        names = train.class_names if self._data.format == "images" else []
+        return Description(train.samples, test.samples, digest(self._data.format, train.digest, test.digest), names)
 
     def train(self, first_step: int, step: int, rank: int, world_size: int) -> list[Rows]:
         """Return a worker's share of each part of a step; `first_step` tells streams apart that go on side by side."""
@@ -193,12 +198,13 @@ class _Feeder:
             )
         if not test.samples:
             raise DataError("data.test", data.test, "takes one sample or more")
-        classes = _check_classes(data, train, test) if data.format == "images" else None
+        classes = _check_classes(data, train, test) if data.format == "images" else []
 
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
             seed = [self._spec.seed, number] if training else None
             mine = [files.paths[index] for index in indices]
-            prepare = Preparation(data, classes, seed)
+            folders = ClassFolders(files.folder, classes) if data.format == "images" else None
+            prepare = Preparation(data, folders, seed)
 
             field, address = ("data.train", data.train) if training else ("data.test", data.test)
 
@@ -272,27 +278,35 @@ def _read(
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
     )
+    done = 0
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
         corrupt = [""] * len(batch["label"])
         for place in np.flatnonzero(batch["error"] != ""):
             field, value, takes = json.loads(batch["error"][place])
             is_corrupt = batch["label"][place] == CORRUPT
             if not is_corrupt or data.corrupt_images == "refuse":
+                if data.format == "parquet":
+                    takes += f"; it is row {files.row_in_file(paths, done + int(place))} of the file, counted from 0"
                 raise (CorruptImage if is_corrupt else DataError)(field, value, takes)
             corrupt[place] = value
+        done += len(corrupt)
         skipped.add(filter(None, corrupt))
         # A copy, since what Ray hands out keeps whole blocks in its shared memory.
         yield Prepared(np.array(batch["input"]), np.array(batch["label"]), corrupt)
 
 
 def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:
-    classes = train.folders
+    classes = train.class_names
     if len(classes) != data.classes:
-        raise DataError("data.classes", data.classes, f"takes {len(classes)}, as many as there are folders of images")
-    unknown = sorted(set(test.folders) - set(classes))
+        raise DataError(
+            "data.classes",
+            data.classes,
+            f"takes {len(classes)}, as many as there are folders of images: {list_some(classes)}",
+        )
+    unknown = sorted(set(test.class_names) - set(classes))
     if unknown:
         raise DataError(
-            "data.test", data.test, f"takes the classes of {data.train}; not among them: {', '.join(unknown)}"
+            "data.test", data.test, f"takes the classes of {data.train}; not among them: {list_some(unknown)}"
         )
     return classes
 

@@ -1,7 +1,7 @@
 """Random inputs of any shape, which cost next to nothing, so that throughput is the trainer's."""
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class SyntheticDataset:
     Samples come in the order of their indices, since they are random already: to shuffle up to 10⁹ of them would cost.
     """
 
+    class_names: Sequence[str] = ()
     skipped_images = frozenset[str]()
 
     def __init__(

@@ -2,22 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from trainer.errors import ConfigurationError
 from trainer.spec import ImageTransformSpec
-
-
-def decode(source: Path | BinaryIO) -> Image.Image:
-    """Decode a whole image, as RGB; raises what Pillow does."""
-    with Image.open(source) as image:
-        return image.convert("RGB")
 
 
 def is_random(spec: ImageTransformSpec) -> bool:
@@ -92,7 +84,7 @@ def normalize(spec: ImageTransformSpec, images: Tensor, dtype: torch.dtype) -> T
     """
     scaled = images.to(dtype)
     if images.dtype == torch.uint8:
-        scaled = scaled / 255
+        scaled.div_(255)  # in place, as below: a new tensor for each pass costs more than the arithmetic
     if spec.mean == [0.0] and spec.std == [1.0]:
         return scaled
     for field, values in (("mean", spec.mean), ("std", spec.std)):
@@ -101,4 +93,5 @@ def normalize(spec: ImageTransformSpec, images: Tensor, dtype: torch.dtype) -> T
                 f"data.transform.{field}", values, f"takes 1 number or one for each of {images.shape[1]} channels"
             )
     mean, std = (scaled.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-    return (scaled - mean) / std
+    centred = scaled - mean if scaled is images else scaled.sub_(mean)
+    return centred.div_(std)

@@ -1,10 +1,13 @@
 """Listing, counting and preparing rows, which Ray's tasks do, without Ray."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import tarfile
 import zlib
+from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -12,11 +15,13 @@ import pyarrow.parquet
 import pytest
 
 from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
+from trainer.data.class_folders import ClassFolders, path_below
 from trainer.data.corrupt import CORRUPT
 from trainer.data.files import is_broken, list_files
+from trainer.data.folders import open_folders
 from trainer.data.rows import Preparation
 from trainer.errors import DataError
-from trainer.spec import RayDataSpec
+from trainer.spec import ImageFolderSpec, RayDataSpec
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +62,11 @@ def test_files_are_found_at_any_address_of_fsspec(tmp_path):
         ("parquet", {"train": "nowhere://x"}, "data.train: takes a path or an fsspec address"),
         ("parquet", {"format": "webdataset"}, "takes files of format 'webdataset', which end in .tar; there are none"),
         ("parquet", {"label_column": "y"}, r"data.label_column: takes a column of .*0.parquet: image, label"),
-        ("webdataset", {"input_column": "jpg"}, r"data.input_column: takes a column of .*0.tar: png, cls"),
+        (
+            "webdataset",
+            {"input_column": "jpg"},
+            r"data.input_column: takes a column of .*0.tar: png, cls; the key of a sample",
+        ),
     ],
 )
 def test_what_is_not_there_is_named(kind, changes, message, tmp_path):
@@ -102,6 +111,47 @@ def test_links_out_of_the_folder_are_refused(tmp_path, way):
     os.symlink(outside / way, tmp_path / "data" / "train" / "a" / "way.png")
     with pytest.raises(DataError, match="takes links that stay below"):
         list_train(data)
+
+
+@pytest.mark.parametrize("kind", ["images", "parquet"])
+def test_hidden_and_system_folders_and_files_are_ignored(kind, tmp_path):
+    data = make_stream(kind, tmp_path)
+    before = list_train(data)
+    name = Path(before.paths[0]).name
+    for folder in (".ipynb_checkpoints", "__MACOSX/a", "a/.hidden"):
+        (Path(data.train) / folder).mkdir(parents=True)
+        shutil.copy(before.paths[0], Path(data.train) / folder / name)
+    shutil.copy(before.paths[0], Path(data.train) / f"._{name}")
+    assert list_train(data).digest == before.digest
+
+
+def test_a_broken_link_is_named(tmp_path):
+    data = make_stream("images", tmp_path)
+    path = tmp_path / "data" / "train" / "a" / "x.png"
+    path.symlink_to("gone")
+    with pytest.raises(DataError, match=rf"data.train: must be a link to a file that exists \(got '{path}'\)"):
+        list_train(data)
+
+
+@pytest.mark.parametrize("address", ["{}", "file://{}", "{}/", "memory:/{}"])
+def test_folders_and_streams_label_images_by_the_same_folder(tmp_path, address):
+    """By the one directly below the root, however deep the image lies; what lies in none is left out."""
+    root = write_images(tmp_path / "data", classes=("a/x", "b/x", "b/y", "b"))
+    shutil.copy(root / "train" / "b" / "0.png", root / "train" / "loose.png")
+    parts = open_folders(ImageFolderSpec(root=str(root)))
+    if address.startswith("memory"):
+        fsspec.filesystem("memory").put(str(root / "train"), str(root / "train"), recursive=True)
+    place = address.format(root / "train")
+    files = list_train(make_stream("images", tmp_path / "other", train=place, classes=2))
+    classes = ClassFolders(files.folder, files.class_names)
+    expected = {
+        path.removeprefix("train/"): label
+        for path, label in zip(parts.training.paths, parts.training.numbers.tolist(), strict=True)
+    }
+    found = {path_below(path, files.folder): classes.label(path) for path in files.paths}
+    assert found == expected
+    assert files.class_names == list(parts.class_names) == ["a", "b"]
+    assert classes.label(f"https://host{root}/train/b/x/0.png") == 1
 
 
 def prepare(data, columns, seed=None, classes=None):
@@ -164,6 +214,30 @@ def test_augmentation_depends_on_seed_and_content_alone():
         (encode(draw(1)[0][0]), 0, {"shape": [3, 9, 9]}, ["data.shape", "[3, 9, 9]", "takes the shape"]),
         (np.zeros(5), 0, {"transform": {"crop": 2}}, ["data.transform", "file", "takes images"]),
         ("text", 0, {}, ["data.input_column", "image", "takes a column of images or of arrays of numbers"]),
+        (None, 0, {"corrupt_images": "skip"}, ["data.input_column", "image", "must hold a value in every row"]),
+        ({"bytes": None, "path": "x"}, 0, {}, ["data.input_column", "image", "must hold a value in every row"]),
+        (np.nan, 0, {"shape": [1]}, ["data.input_column", "image", "must hold a value in every row"]),
+        (
+            np.array([1, np.nan]),
+            0,
+            {"shape": [2]},
+            ["data.input_column", "image", "takes a column of images or of arr"],
+        ),
+        (
+            np.array([1, np.inf]),
+            0,
+            {"shape": [2]},
+            ["data.input_column", "image", "takes a column of images or of arr"],
+        ),
+        (np.ones(2), None, {"shape": [2]}, ["data.label_column", "label", "must hold a value in every row"]),
+        (np.ones(2), np.float64("nan"), {"shape": [2]}, ["data.label_column", "label", "must hold a value in every"]),
+        (np.ones(2), 0.5, {"shape": [2]}, ["data.label_column", "label", "takes a column of labels from 0 to 2: 0.5"]),
+        (
+            np.ones(2),
+            True,
+            {"shape": [2]},
+            ["data.label_column", "label", "takes a column of labels from 0 to 2: True"],
+        ),
     ],
 )
 def test_what_is_wrong_with_a_row_is_named(image, label, changes, error):
@@ -175,6 +249,51 @@ def test_what_is_wrong_with_a_row_is_named(image, label, changes, error):
     field, value, takes = json.loads(prepared["error"][0])
     assert [field, value] == error[:2]
     assert takes.startswith(error[2])
+
+
+def test_whole_numbers_of_floating_type_are_labels():
+    """As a null in another row makes them of integers."""
+    cells = np.empty(2, dtype=object)
+    cells[:] = [np.ones(2), np.ones(2)]
+    prepared = prepare(spec_of([2]), {"image": cells, "label": np.array([0.0, 2.0])})
+    assert (prepared["label"].tolist(), prepared["error"].tolist()) == ([0, 2], ["", ""])
+
+
+@pytest.mark.parametrize("missing", [None, np.nan])
+def test_a_sample_of_an_archive_without_a_member_is_named_with_those_that_it_has(missing):
+    data = spec_of([3, 12, 10], format="webdataset", input_column="png", label_column="cls")
+    columns = {"png": missing, "jpg": b"x", "v1.png": missing, "cls": b"0", "__key__": "b"}
+    cells = {name: np.array([value], dtype=object) for name, value in columns.items()}
+    field, value, takes = json.loads(prepare(data, cells)["error"][0])
+    assert (field, value) == ("data.input_column", "png")
+    assert takes.startswith("must hold a value in every row; there is none in file, b, which has jpg, cls; the key of")
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            ["0", "1"],
+            r"data.label_column: must hold values of one kind .* numbers in .*0.parquet and text in .*2.parquet",
+        ),
+        (pyarrow.array([0, 1], pyarrow.int8()), None),
+        (pyarrow.array([None, None]), None),
+        ([0.0, 1.0], None),
+    ],
+)
+def test_columns_whose_kind_differs_between_files_are_refused_by_name(other, message, tmp_path):
+    """Ray Data reads the others together."""
+    data = make_stream("parquet", tmp_path)
+    images = pyarrow.array([encode(image) for image in draw(2)[0]])
+    pyarrow.parquet.write_table(pyarrow.table({"image": images, "label": other}), tmp_path / "train" / "2.parquet")
+    with pytest.raises(DataError, match=message) if message else contextlib.nullcontext():
+        assert list_train(data).rows.tolist() == [7, 8, 2]
+
+
+def test_the_place_of_a_row_in_its_file(tmp_path):
+    files = list_train(make_stream("parquet", tmp_path))  # of 7, 8 and 6 rows
+    order = [files.paths[number] for number in (2, 0, 1)]
+    assert [files.row_in_file(order, row) for row in (0, 5, 6, 12, 13, 20)] == [0, 5, 0, 6, 0, 7]
 
 
 @pytest.mark.parametrize(

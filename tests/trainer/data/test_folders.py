@@ -1,4 +1,6 @@
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -7,10 +9,13 @@ import torch
 from PIL import Image
 
 from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, write_images
+from tests.trainer.training import here
 from trainer.data.folders import open_folders
 from trainer.data.loading import LoadedDataset, count_processes
 from trainer.errors import ConfigurationError, DataError
+from trainer.outbox import Outbox, read_lines
 from trainer.spec import ImageFolderSpec, ImageTransformSpec
+from trainer.work import describe
 
 AUGMENTED = ImageTransformSpec(resize=9, crop=8, flip=True, color_jitter=0.3, auto_augment="trivialaugment")
 
@@ -137,6 +142,9 @@ def empty(path):
             lambda root: remove(root / "train" / "dog"),
             "data.test_folder: takes the classes of 'train'; not among them: dog",
         ),
+        (lambda root: (root / "train" / "cat" / "x.png").symlink_to("gone"), "must be a link to a file.*cat/x.png"),
+        (lambda root: (root / "train" / "fox").symlink_to("gone"), "must be a link to a file that exists.*train/fox"),
+        (lambda root: (root / "train" / "fox").symlink_to("fox"), "must be a link to a file that exists.*train/fox"),
         (lambda root: (root / "train" / "cat" / "x.png").symlink_to("/etc/hosts"), "takes links that stay below"),
         (lambda root: move_out(root / "val"), "takes links that stay below"),
         (lambda root: (root / "train" / "fox").symlink_to("/etc"), "takes links that stay below"),
@@ -146,6 +154,35 @@ def empty(path):
 def test_what_is_wrong_with_a_folder_is_named(root, spoil, message):
     spoil(root)
     with pytest.raises(DataError, match=message):
+        open_folders(folder(root))
+
+
+def test_hidden_and_system_folders_and_files_are_ignored(root):
+    before = open_folders(folder(root))
+    for path in (".ipynb_checkpoints/0.png", "__MACOSX/cat/0.png", "cat/.hidden/0.png", "cat/._0.png", "@eaDir/0.png"):
+        for part in ("train", "val"):
+            (root / part / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / part / path).write_bytes(b"no image")
+    (root / "train" / ".link").symlink_to("gone")
+    after = open_folders(folder(root))
+    assert (after.classes, after.class_names, after.digest) == (2, ["cat", "dog"], before.digest)
+
+
+def test_classes_are_listed_in_the_log_and_in_mlflow(root, tmp_path, capsys):
+    spec = make_spec(folder(root))
+    [dataset] = open_here(spec)
+    outbox = Outbox(tmp_path)
+    describe(outbox, spec, here(), dataset, tmp_path)
+    outbox.close()
+    assert "2 classes, in the order of their labels: cat, dog" in capsys.readouterr().out
+    [line] = [line for line in read_lines(outbox.path.read_bytes()) if line["kind"] == "artifact"]
+    assert json.loads(Path(line["path"]).read_text()) == ["cat", "dog"]
+
+
+def test_the_suffixes_of_images_are_listed_where_a_class_has_none(root):
+    for path in (root / "train" / "dog").iterdir():
+        path.rename(path.with_suffix(".heic"))
+    with pytest.raises(DataError, match=r"none in dog. They end in .*\.gif, .*\.jpg"):
         open_folders(folder(root))
 
 

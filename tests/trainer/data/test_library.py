@@ -88,6 +88,8 @@ def test_a_label_out_of_range_is_named_with_its_image():
         ("ImageFolder", "with labelled images to train and to test on"),
         ("SBU", "with labelled images to train and to test on"),
         ("Kinetics", "with labelled images to train and to test on"),
+        ("EMNIST", "with labelled images to train and to test on; EMNIST needs split, which a spec cannot give"),
+        ("EuroSAT", "EuroSAT has no such parts; `imagefolder` reads its images from folders"),
     ],
 )
 def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):

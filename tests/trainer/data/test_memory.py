@@ -3,6 +3,7 @@ import torch
 
 from tests.trainer.data.making import CPU, assert_same, make_spec, open_all, take, take_test
 from trainer.data import open_dataset
+from trainer.data.cache import CACHE_VERSION
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError
 from trainer.spec import DigitsSpec, ImageTransformSpec, Mnist5kSpec, SyntheticSpec, train_samples
@@ -46,7 +47,7 @@ def test_datasets_are_whole_and_split_by_label(tmp_path, monkeypatch, data, shap
     assert again[0].digest == first[0].digest
     assert open_dataset(spec, 0, 1, CPU, torch.float64).digest == first[0].digest
     assert_same(take(again, 0, 1), [(inputs, take(first, 0, 1)[0][1])])
-    assert (tmp_path / "syncbn" / "datasets-1" / f"{data.name}.npz").is_file()
+    assert (tmp_path / "syncbn" / CACHE_VERSION / f"{data.name}.npz").is_file()
 
 
 def test_mnist5k_is_binary_as_in_the_paper():

@@ -5,6 +5,8 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -62,6 +64,7 @@ def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
     with feeding(spec) as feeder:
         alone = open_all(spec, 1, feeder=feeder)
         assert (alone[0].shape, alone[0].classes, alone[0].skipped_images) == ((3, 8, 8), 3, frozenset())
+        assert alone[0].class_names == (["a", "b", "c"] if kind == "images" else [])
         whole, tests = take(alone, 0, 5), take_test(alone)
         assert [len(labels) for _, labels in tests] == [4, 4, 1]
         workers = open_all(spec, 2, feeder=feeder)
@@ -136,6 +139,19 @@ def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path
     assert type(caught.value) is DataError
 
 
+def test_a_missing_number_is_refused_with_file_and_row(tmp_path):
+    data = make_stream("parquet", tmp_path, shape=[2], transform={}, shuffle_rows=0, corrupt_images="skip")
+    rows = [[0.5, 1.0]] * 70 + [[0.5, None]] + [[0.5, 1.0]] * 5
+    pyarrow.parquet.write_table(pa.table({"image": rows, "label": [0] * 76}), tmp_path / "test" / "1.parquet")
+    pyarrow.parquet.write_table(pa.table({"image": rows[:5], "label": [0] * 5}), tmp_path / "test" / "0.parquet")
+    spec = make_spec(data)
+    with (
+        feeding(spec) as feeder,
+        pytest.raises(DataError, match=r"is missing, NaN or infinite in .*1.parquet; it is row 70 of the file"),
+    ):
+        list(open_all(spec, 1, feeder=feeder)[0].test())
+
+
 def cut_off(path):
     """In the midst of a member."""
     path.write_bytes(path.read_bytes()[:5_000])
@@ -165,6 +181,7 @@ def test_a_file_that_breaks_only_as_it_is_read_is_named_by_its_address(kind, par
 def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
     """As the feeder meets them: what a task of Ray Data's raised itself, and what became of a worker."""
     import ray.data
+    from ray.data._internal.tensor_extensions.arrow import ArrowConversionError
     from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
     from trainer.data.stream import _Feeder, _reading
@@ -176,9 +193,10 @@ def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
         _reading("data.train", "x"),
     ):
         rows.take_all()
-    inner = RayTaskError("inner", "", EOFError("the end"))
-    with pytest.raises(DataError, match="EOFError: the end"), _reading("data.test", "x"):
-        raise RayTaskError("outer", "", inner)
+    for broken in (EOFError("the end"), ArrowConversionError("the end")):
+        inner = RayTaskError("inner", "", broken)
+        with pytest.raises(DataError, match="the end"), _reading("data.test", "x"):
+            raise RayTaskError("outer", "", inner)
     for lost in (ActorDiedError(), ObjectLostError("", None, ""), OutOfMemoryError("much")):
         with pytest.raises(type(lost)), _reading("data.test", "x"):
             raise lost
