@@ -27,7 +27,7 @@ READABLE: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("POST", r"/(ajax-)?api/2\.0/mlflow/(experiments/(search|search-datasets)|runs/search|logged-models/search)"),
         ("POST", r"/ajax-api/2\.0mlflow/experiments/search-datasets"),  # as MLflow's own page spells it
         ("POST", r"/(ajax-)?api/3\.0/mlflow/traces/search"),
-        ("POST", r"/graphql"),  # its schema has queries only
+        ("POST", r"/graphql"),  # also its mutations only search
     )
 )
 API = "/api/2.0/mlflow"
