@@ -65,7 +65,7 @@ def test_the_pins_allow_what_the_project_asks_for():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     assert (pins["torch"], pins["torchvision"]) == ("2.14.1", "0.29.1")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras.keys() == {"trainer", "service", "dev"}
+    assert extras.keys() == {"trainer", "service", "onnx", "dev"}
 
 
 def test_the_readme_documents_every_setting():

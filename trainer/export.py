@@ -1,5 +1,7 @@
 """The trained model, as files that others can read: a state_dict, and a model that MLflow loads."""
 
+import argparse
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -102,6 +104,45 @@ def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, examp
     return True
 
 
+def write_onnx(folder: Path, path: Path) -> None:
+    """Write an exported model as ONNX: `inputs` (N, *shape) to `logits` (N, classes), for any N, with its metadata.
+
+    Args:
+        folder: that `export_model` has written.
+        path: of the file to write.
+
+    Raises:
+        ImportError: the extra `onnx` is not installed.
+        OSError: the folder cannot be read, or the file cannot be written.
+        torch.onnx.OnnxExporterError: the model has an operation that ONNX does not have.
+    """
+    import mlflow.pytorch
+    from mlflow.models import Model
+
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ImportError("ONNX export needs the packages of `pip install 'syncbn[onnx]'`") from None
+    described = Model.load(str(folder))
+    model = mlflow.pytorch.load_model(str(folder)).eval()
+    first = next(model.parameters())
+    example = torch.as_tensor(described.load_input_example(str(folder)), dtype=first.dtype)[:1]
+    example = torch.cat([example, example])  # a batch of one would be taken for a fixed size
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        input_names=["inputs"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+    )
+    assert program is not None
+    for name, value in (described.metadata or {}).items():
+        program.model.metadata_props[name] = json.dumps(value)
+    program.save(path)
+
+
 def _metadata(spec: JobSpec, dataset: Dataset) -> dict[str, Any]:
     """Return what a caller needs to prepare an image and to read the outputs."""
     metadata: dict[str, Any] = {"class_names": list(dataset.class_names)}
@@ -121,3 +162,19 @@ def _requirements(spec: JobSpec) -> list[str]:
     if isinstance(spec.model, ImportedModelSpec):
         packages.append("syncbn")
     return [f"{package}=={version(package)}" for package in packages]
+
+
+def main() -> None:
+    """Write an exported model as ONNX."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.export", description="Write an exported model as ONNX.")
+    parser.add_argument("folder", type=Path, help="the run's `model` folder, downloaded from MLflow or of an attempt")
+    parser.add_argument("file", type=Path, help="to write, such as model.onnx")
+    arguments = parser.parse_args()
+    try:
+        write_onnx(arguments.folder, arguments.file)
+    except (ImportError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

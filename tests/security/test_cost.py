@@ -10,6 +10,7 @@ import pytest
 from service.api.app import MAX_BODY_BYTES
 from service.domain.comparisons import MAX_COMPARISON_BYTES, MAX_SPEC_BYTES
 from tests.service.api.serving import TOKEN, serving_elsewhere
+from trainer.spec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000
@@ -20,8 +21,13 @@ LARGE = {"steps": 1, "model": {"name": "timm:resnet26", "arguments": JUNK}}
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    with serving_elsewhere(tmp_path_factory.mktemp("service")) as url:
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("service")
+
+
+@pytest.fixture(scope="module")
+def url(folder):
+    with serving_elsewhere(folder) as url:
         yield url
 
 
@@ -152,4 +158,23 @@ def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
     if status == 422:
         assert all(len(answer.content) < 20_000 for answer in answers)
     print(f"{name}: /livez answered within {watch.longest:.3f} s, {len(answers[0].content):,} bytes")
+    assert watch.longest < MAX_SECONDS
+
+
+@pytest.mark.parametrize("query", ["", "?rank=0&level=error", "?follow=true"])
+def test_whoever_reads_a_large_log_keeps_nobody_waiting(url, client, folder, query):
+    job = client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 1}}).json()["id"]
+    log = folder / "storage" / job / "attempt-1" / LOG_FILE
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes((b"x" * 99 + b"\n") * 100_000 + b"\r" * 1_000_000 + b"y" * 20_000_000 + b"\n")
+    with Watch(url) as watch:
+        size = 0
+        with client.stream("GET", f"/v1/jobs/{job}/logs{query}") as answer:
+            for part in answer.iter_bytes():
+                size += len(part)
+                if size > 20_000_000:
+                    break
+    assert answer.status_code == 200
+    assert size > 0 or "level" in query
+    print(f"a log{query}: /livez answered within {watch.longest:.3f} s, {size:,} bytes")
     assert watch.longest < MAX_SECONDS

@@ -1,5 +1,6 @@
 """What is exported is what was evaluated: weights and statistics, of the best step or of the last."""
 
+import json
 from dataclasses import dataclass
 
 import mlflow.models
@@ -15,7 +16,7 @@ from tests.trainer.data.making import write_images
 from tests.trainer.training import Notes, here, make_spec
 from trainer.checkpoint import Checkpoints
 from trainer.data import open_dataset
-from trainer.export import collect_models, export_model
+from trainer.export import collect_models, export_model, write_onnx
 from trainer.loop import train
 from trainer.models import build_model
 from trainer.outbox import Outbox, read_lines
@@ -148,3 +149,35 @@ def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, model.weights[name]), (model.name, name)
     assert "the exported model has moving averages" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"name": "cnn", "channels": [4, 8]}, "norm": "sync"},
+        {"model": {"name": "timm:resnet10t"}, "norm": "sync"},
+        {"model": {"name": "mlp", "hidden": [8]}, "norm": "group"},
+    ],
+    ids=["cnn", "timm", "mlp"],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
+def test_an_exported_model_becomes_onnx_for_any_number_of_samples(tmp_path, changes):
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    data = {"name": "synthetic", "shape": [3, 32, 32], "classes": 4, "train_samples": 16, "test_samples": 8}
+    spec = make_spec(data=data, precision="fp32", global_batch_size=4, **changes)
+    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float32)
+    weights = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).state_dict()
+    inputs = next(iter(dataset.test())).inputs
+    assert export_model(spec, weights, dataset, inputs[:2], tmp_path / "model")
+    write_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    content = onnx.load(tmp_path / "model.onnx")
+    onnx.checker.check_model(content)
+    properties = {entry.key: entry.value for entry in content.metadata_props}
+    assert json.loads(properties["class_names"]) == list(dataset.class_names)
+    model = mlflow.pytorch.load_model(str(tmp_path / "model")).eval()
+    for count in (1, 3, 8):
+        (found,) = ReferenceEvaluator(content).run(None, {"inputs": inputs[:count].numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(inputs[:count]), rtol=1e-4, atol=1e-5)
