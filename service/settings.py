@@ -4,9 +4,9 @@ import re
 import socket
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.domain.access import Owner
@@ -176,6 +176,13 @@ class Settings(BaseSettings):
     def _holds_networks(cls, text: str | None) -> str | None:
         read_networks(text)
         return text
+
+    @model_validator(mode="after")
+    def _can_be_reached(self) -> Self:
+        """Ask for an address where the one listened on is none that others can use."""
+        if self.host in ("0.0.0.0", "::") and not self.public_url:  # noqa: S104
+            raise ValueError(f"public_url must be set where host is {self.host}")
+        return self
 
     def browser_url(self) -> str:
         """Address of this service for browsers."""

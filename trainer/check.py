@@ -7,7 +7,9 @@ of the first thing that would fail on a worker. Models of a library are made on 
 import contextlib
 import json
 import os
+import resource
 import sys
+from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigurationError
@@ -20,6 +22,7 @@ from trainer.spec import (
     known_shape,
 )
 
+MAX_BYTES = 6_000_000_000
 DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
 """Of data that has to be looked at for them."""
 
@@ -61,6 +64,10 @@ def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> None:
 def main() -> None:
     """Answer until standard input ends."""
     os.nice(10)
+    # Arguments may ask for any amount of memory; then this process fails, and not another one of the machine.
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     for line in sys.stdin:

@@ -1,6 +1,8 @@
 """MLflow over plain HTTP, for requests that are forwarded as they come."""
 
+import json
 from collections.abc import AsyncIterator
+from enum import StrEnum
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -9,7 +11,7 @@ import httpx
 from service.domain.errors import Unavailable
 
 MAX_CONNECTIONS = 32
-"""Of those who read, and as many of attempts: slow downloads must not keep metrics waiting."""
+"""For each kind of request: slow downloads and uploads must not keep metrics waiting."""
 FORWARDED_HEADERS = (
     "accept",
     "accept-encoding",
@@ -34,6 +36,14 @@ RETURNED_HEADERS = (
 """Of an answer; cookies are not."""
 
 
+class Kind(StrEnum):
+    """What a request is for."""
+
+    READ = "read"
+    METRICS = "metrics"
+    UPLOAD = "upload"
+
+
 class MlflowHttp:
     """Client of the MLflow server at `url`, with the secret that it asks for.
 
@@ -41,8 +51,8 @@ class MlflowHttp:
     """
 
     def __init__(self, url: str, secret: str | None, timeout_seconds: float) -> None:
-        self._readers, self._attempts = (
-            httpx.AsyncClient(
+        self._clients = {
+            kind: httpx.AsyncClient(
                 base_url=url,
                 headers={"Authorization": f"Bearer {secret}"} if secret else {},
                 timeout=timeout_seconds,
@@ -51,8 +61,8 @@ class MlflowHttp:
                 trust_env=False,
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one caller's would go with another's
             )
-            for _ in range(2)
-        )
+            for kind in Kind
+        }
 
     async def send(
         self,
@@ -62,14 +72,12 @@ class MlflowHttp:
         query: str | dict[str, str] = "",
         headers: dict[str, str] | None = None,
         content: bytes | AsyncIterator[bytes] | None = None,
-        json: Any = None,
-        of_attempt: bool = False,
+        kind: Kind = Kind.READ,
     ) -> httpx.Response:
         """Send a request and return the answer with its body unread. Raises Unavailable."""
-        client = self._attempts if of_attempt else self._readers
-        params = httpx.QueryParams(query)
+        client, params = self._clients[kind], httpx.QueryParams(query)
         sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
-        request = client.build_request(method, path, params=params or None, headers=sent, content=content, json=json)
+        request = client.build_request(method, path, params=params or None, headers=sent, content=content)
         try:
             return await client.send(request, stream=True)
         except httpx.HTTPError as error:
@@ -77,10 +85,9 @@ class MlflowHttp:
 
     async def get_json(self, path: str) -> Any:
         """Read a JSON answer; None unless it is a success. Raises Unavailable."""
-        answer = await self.send("GET", path, of_attempt=True)
+        answer = await self.send("GET", path, kind=Kind.METRICS)
         try:
-            await answer.aread()
-            return answer.json() if answer.is_success else None
+            return json.loads(await answer.aread()) if answer.is_success else None
         except (httpx.HTTPError, ValueError) as error:
             raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
         finally:
@@ -88,5 +95,5 @@ class MlflowHttp:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._readers.aclose()
-        await self._attempts.aclose()
+        for client in self._clients.values():
+            await client.aclose()

@@ -1,25 +1,41 @@
 """Checks of specs in a process that has torch, which the service itself never loads."""
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
-from cachetools import LRUCache
+from cachetools import TTLCache
 
-from service.domain.errors import InvalidField
+from service.domain.errors import InvalidField, shown
 from trainer.spec import ImportedModelSpec, JobSpec, LibraryModelSpec, TorchvisionDataSpec
 
 logger = logging.getLogger(__name__)
 IDLE_SECONDS = 300.0
 """After the last check; then the process ends, and frees some 700 MB."""
+KNOWN_SECONDS = 600.0
 MAX_LINE_BYTES = 1_000_000
+MAX_MESSAGE = 1_000
+"""Characters."""
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 """Environment variables that the process gets; the service's secrets are not among them."""
 
 Answer = tuple[str, object, str]
+
+
+def _needs_libraries(spec: JobSpec) -> bool:
+    is_library = isinstance(spec.model, LibraryModelSpec | ImportedModelSpec)
+    return is_library or isinstance(spec.data, TorchvisionDataSpec)
+
+
+def _key(spec: JobSpec) -> str:
+    """Name what is checked of a spec."""
+    content = f"{spec.model.model_dump_json()} {spec.data.model_dump_json()}"
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 class SpecChecker:
@@ -34,25 +50,25 @@ class SpecChecker:
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._end: asyncio.TimerHandle | None = None
-        self._known: LRUCache[str, Answer | None] = LRUCache(1_000)
+        self._known: TTLCache[str, Answer | None] = TTLCache(1_000, KNOWN_SECONDS)
 
-    async def check(self, spec: JobSpec) -> None:
-        """Raise InvalidField if the spec names something that does not exist, or does not take its arguments."""
-        is_library = isinstance(spec.model, LibraryModelSpec | ImportedModelSpec)
-        if not self._timeout_seconds or not (is_library or isinstance(spec.data, TorchvisionDataSpec)):
+    async def check(self, specs: Sequence[JobSpec]) -> None:
+        """Raise InvalidField if one of the specs names something that does not exist, or does not take its arguments."""
+        if not self._timeout_seconds:
             return
-        key = f"{spec.model.model_dump_json()} {spec.data.model_dump_json()}"
-        if key not in self._known:
-            try:
-                async with asyncio.timeout(self._timeout_seconds), self._turn:
-                    answer = await self._ask(spec)
-            except (TimeoutError, OSError, ValueError) as error:
-                logger.warning("a spec was not checked: %s", error or type(error).__name__)
-                return
-            self._known[key] = answer
-        if (found := self._known[key]) is not None:
-            field, value, message = found
-            raise InvalidField(f"spec.{field}", value, message)
+        wanted = {_key(spec): spec for spec in specs if _needs_libraries(spec)}
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                for key, spec in wanted.items():
+                    if key not in self._known:
+                        async with self._turn:
+                            self._known[key] = None  # if it is not checked in time, not again either, for a while
+                            self._known[key] = await self._ask(spec)
+                    if (found := self._known.get(key)) is not None:
+                        field, value, message = found
+                        raise InvalidField(f"spec.{field}", value, message)
+        except (TimeoutError, OSError, ValueError) as error:
+            logger.warning("a spec was not checked: %s", error or type(error).__name__)
 
     async def _ask(self, spec: JobSpec) -> Answer | None:
         process = await self._started()
@@ -67,10 +83,13 @@ class SpecChecker:
         finally:
             if not is_answered:  # it is busy with this spec, or has ended: the next one gets a new process
                 self._kill()
+                await process.wait()
         if not is_answered:
             raise OSError(f"the process that checks specs ended with status {await process.wait()}")
         found = json.loads(line)
-        return None if found is None else (str(found["field"]), found["value"], str(found["message"]))
+        return (
+            None if found is None else (str(found["field"]), shown(found["value"]), str(found["message"])[:MAX_MESSAGE])
+        )
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:

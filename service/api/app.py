@@ -25,7 +25,7 @@ from service.api.feasibility import Feasibility
 from service.api.head import HeadAsGet
 from service.api.headers import Headers
 from service.api.health import Health
-from service.api.mlflow_proxy import MAX_UPLOAD_BYTES, PREFIX, UPLOADS, proxy_mlflow
+from service.api.mlflow_proxy import MAX_UPLOAD_BYTES, PREFIX, UPLOADS, MlflowProxy
 from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
@@ -36,6 +36,7 @@ from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
 from service.api.schemas import Readiness
 from service.domain.access import Scope
+from service.domain.mlflow_access import MAX_JSON_BYTES
 from service.domain.rates import RateLimit
 from service.engine.admission import Admission
 from service.engine.attempts import Attempts
@@ -82,7 +83,8 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, {UPLOADS: MAX_UPLOAD_BYTES})
+        limits = {UPLOADS: MAX_UPLOAD_BYTES, f"{PREFIX}/": MAX_JSON_BYTES}
+        limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, limits)
         return Headers(HeadAsGet(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,))))
 
     def openapi(self) -> dict[str, Any]:
@@ -148,7 +150,7 @@ def make_app(
     app.router.routes.append(
         Route(
             PREFIX + "{path:path}",
-            proxy_mlflow,
+            MlflowProxy().forward,
             methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             include_in_schema=False,
             max_body_size=MAX_UPLOAD_BYTES,

@@ -11,39 +11,53 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADER_SECONDS = 10.0
+LINGER_SECONDS = 5.0
+"""After the answer, for the rest of a body that nobody waits for."""
 BODY_SECONDS = 60.0
 """For a whole body, or for each part of one under a path whose bodies may be large."""
 
 
 class HeaderDeadlineProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which closes a connection whose next request's header does not arrive in time."""
+    """uvicorn's protocol, which closes a connection whose next header, or rest of a body, does not arrive in time."""
 
     header_seconds = HEADER_SECONDS
+    linger_seconds = LINGER_SECONDS
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for the first request's header."""
         super().connection_made(transport)
-        self._start()
+        self._close_in(self.header_seconds)
 
     def on_message_begin(self) -> None:
         """Wait for the header of a request on a connection that is kept alive."""
         super().on_message_begin()
-        self._cancel()
-        self._start()
+        self._close_in(self.header_seconds)
 
     def on_headers_complete(self) -> None:
         """Stop waiting."""
         self._cancel()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """Wait for the rest of a body that was not read, such as that of a refused request, and no longer than that."""
+        if self.cycle.more_body:
+            self._close_in(self.linger_seconds)
+        super().on_response_complete()
+
+    def on_message_complete(self) -> None:
+        """Stop waiting."""
+        self._cancel()
+        super().on_message_complete()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""
         self._cancel()
         super().connection_lost(exc)
 
-    def _start(self) -> None:
-        self._deadline = self.loop.call_later(self.header_seconds, self.transport.close)
+    def _close_in(self, seconds: float) -> None:
+        self._cancel()
+        self._deadline = self.loop.call_later(seconds, self.transport.close)
 
     def _cancel(self) -> None:
         if self._deadline is not None:

@@ -10,8 +10,6 @@ from trainer.spec import JobSpec, min_worker_bytes
 
 SMALL_BYTES = 1 << 30
 """What needs less memory than this is not compared with the cluster's, which would take two calls to Ray."""
-MAX_CHECKED = 16
-"""Specs of one comparison whose names are checked."""
 
 
 class Feasibility:
@@ -22,10 +20,7 @@ class Feasibility:
 
     async def check(self, specs: Sequence[JobSpec]) -> None:
         """Raise InvalidField naming the field that cannot work."""
-        for spec in list({(spec.model.name, str(spec.model), str(spec.data)): spec for spec in specs}.values())[
-            :MAX_CHECKED
-        ]:
-            await self._checker.check(spec)
+        await self._checker.check(specs)
         largest = max(specs, key=min_worker_bytes)
         if min_worker_bytes(largest) > SMALL_BYTES:
             try:

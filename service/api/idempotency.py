@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from service.api.auth import authenticate
 from service.api.components import components_of
+from service.api.json_body import JsonRequest
 from service.domain.access import Caller
 from service.domain.errors import InFlight, InvalidField
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
@@ -42,6 +43,7 @@ class KnownCaller(APIRoute):
         }
 
         async def handle_known(request: Request) -> Response:
+            request = JsonRequest.of(request)
             await authenticate(request)
             for name, value in request.query_params.items():
                 if name not in names:

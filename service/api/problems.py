@@ -110,6 +110,9 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
         case HTTPStatus.BAD_REQUEST:  # not UTF-8, nested too deeply, or numbers of thousands of digits
             item = FieldError(field="body", takes="takes JSON in UTF-8 of a size that can be read")
             return answer(status, f"{item.field}: {item.takes}", [item], headers)
+        case HTTPStatus.UNPROCESSABLE_ENTITY:  # of what a body holds, before its fields are looked at
+            item = FieldError(field="body", takes=str(error.detail))
+            return answer(status, f"{item.field}: {item.takes}", [item], headers)
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             return answer(status, too_large(request.app.max_body_size), headers=headers)
         case HTTPStatus.METHOD_NOT_ALLOWED:

@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
         health: Health | None = getattr(self._app.state, "health", None)
         self._failed_looks = self._failed_looks + 1 if health is not None and health.has_failed() else 0
         if self.has_failed:
-            logger.critical("the service goes on no more, and ends, to be started anew")
+            logger.critical("service failed; exiting with status 1 so that the process manager restarts it")
             # A thread that hangs, as in a storage that does not answer, would otherwise keep the process for ever.
             last_resort = threading.Timer(SECONDS_TO_EXIT, os._exit, [1])
             last_resort.daemon = True

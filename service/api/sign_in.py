@@ -19,8 +19,18 @@ from service.domain.credentials import SESSION_LIFETIME, CredentialKind, local_p
 
 SEE_OTHER = 303
 MAX_FORM_BYTES = 10_000
-# A page's address keeps its fragment, which names a run in MLflow, out of what is sent; the form takes it along.
-SCRIPT = "document.forms[0].onsubmit = event => { event.target.next.value += location.hash; };"
+# What follows the # of an address is not sent, so a link's code is in no log, and who previews a link does not use it up. On
+# MLflow's pages it names a run, and the form takes it along.
+SCRIPT = """
+const form = document.forms[0], given = new URLSearchParams(location.hash.slice(1));
+if (location.pathname === "/sign-in" && given.has("code")) {
+  form.code.value = given.get("code");
+  form.next.value = given.get("next");
+  history.replaceState(null, "", "/sign-in");
+  form.submit();
+}
+form.onsubmit = () => { form.next.value += location.hash; };
+"""
 STYLE = (
     "body{font:16px sans-serif;max-width:32rem;margin:15vh auto;padding:0 1rem}input{width:100%;box-sizing:border-box}"
 )
@@ -36,6 +46,7 @@ PAGE = """<!doctype html>
 <form method="post" action="/sign-in">
 <p><label>Token <input name="token" type="password" autocomplete="current-password" autofocus required></label></p>
 <input name="next" type="hidden" value="{target}">
+<input name="code" type="hidden">
 <p><button>Sign in</button></p>
 </form>
 <p>A token is made by <code>syncbn token create</code>; <code>syncbn open</code> prints a link that signs in without one.</p>
@@ -56,29 +67,29 @@ def sign_in_page(target: str | None = None, message: str = INVITATION, *, status
 
 
 @router.get("/sign-in")
-async def show_sign_in(request: Request, code: str | None = None, next: str | None = None) -> Response:  # noqa: A002
-    """Show the form, or sign in by a link's code, which is used up by it."""
-    if code is None:
-        return sign_in_page(next)
-    components = components_of(request)
-    token = await components.credentials.find_token(CredentialKind.SIGN_IN, code)
-    # Of several requests with one code, one deletes it.
-    if token is None or not await components.credentials.delete(CredentialKind.SIGN_IN, code):
-        limit_failure(request)
-        return sign_in_page(next, "This link has been used or has expired. Sign in with a token instead.", status=401)
-    return await _start_session(request, components, token, next)
+async def show_sign_in(next: str | None = None) -> Response:  # noqa: A002
+    """Show the form, which a link's code submits by itself."""
+    return sign_in_page(next)
 
 
 @router.post("/sign-in")
 async def sign_in(request: Request) -> Response:
-    """Sign in with a token."""
+    """Sign in with a token, or with the code of a link, which is used up by it."""
     form = parse_qs((await _read(request)).decode(errors="replace"))
-    secret, target = form.get("token", [""])[0].strip(), form.get("next", [""])[0]
+    secret, code, target = (form.get(name, [""])[0].strip() for name in ("token", "code", "next"))
     components = components_of(request)
-    token = await components.tokens.find(secret) if secret else None
+    refusal = "This is not a valid token."
+    if code:
+        refusal = "This link has been used or has expired. Sign in with a token instead."
+        token = await components.credentials.find_token(CredentialKind.SIGN_IN, code)
+        # Of several requests with one code, one deletes it.
+        if token is not None and not await components.credentials.delete(CredentialKind.SIGN_IN, code):
+            token = None
+    else:
+        token = await components.tokens.find(secret) if secret else None
     if token is None:
         limit_failure(request)
-        return sign_in_page(target, "This is not a valid token.", status=401)
+        return sign_in_page(target, refusal, status=401)
     return await _start_session(request, components, token, target)
 
 
@@ -111,7 +122,7 @@ async def _start_session(request: Request, components: Components, token: Token,
 
 def sign_in_url(public_url: str, code: str, target: str) -> str:
     """Make the address of a link that signs in once and leads to `target`."""
-    return f"{public_url}/sign-in?code={code}&next={quote(local_path(target), safe='/')}"
+    return f"{public_url}/sign-in#code={code}&next={quote(local_path(target), safe='/')}"
 
 
 async def _read(request: Request) -> bytes:

@@ -140,9 +140,13 @@ def _only(entry: Any, fields: tuple[str, ...]) -> dict[str, Any]:
     return {name: entry[name] for name in fields if name in entry}
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _read(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body or b"{}")
+        content = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidField("body", "bytes", "must be JSON") from None
     if not isinstance(content, dict):

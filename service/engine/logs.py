@@ -24,7 +24,7 @@ WORKER_FILE = re.compile(r"^log-rank-(?P<rank>\d+)\.txt$")
 INDEX_LINE = re.compile(rb"^(?P<name>log[a-z0-9-]*\.txt) (?P<end>\d{1,15})\n$")
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
 TROUBLE = re.compile(r"^(Traceback \(most recent call last\)|\w*(Error|Exception)\b)")
-PLACE = re.compile(r"^([0-9]{1,6}):([0-9]{1,15})$")
+PLACE = re.compile(r"^([1-9][0-9]{0,5}):([0-9]{1,15})$")
 
 
 @dataclass(frozen=True, order=True)

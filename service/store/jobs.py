@@ -49,7 +49,7 @@ INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
 JOBS_AT_ONCE = 500
-INSERTED_AT_ONCE = 32
+INSERTED_AT_ONCE, MADE_AT_ONCE = 32, 50
 BYTES_BESIDE_SPEC = 1_000
 """What a job takes in the database besides its spec and variant, about."""
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
@@ -145,13 +145,14 @@ class JobStore:
             query = query.join(job_tags, place == jobs.c.sequence).where(job_tags.c.tag == wanted.tag)
         async with self._database.read() as connection:
             rows, more = await read_page(connection, query, place, size, before)
-        return [_summary(row) for row in rows], more
+        return await _summaries(rows), more
 
     async def of_comparison(self, comparison_id: str) -> list[JobSummary]:
         """Read a comparison's jobs in the order of its matrix."""
         query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
-            return [_summary(row) for row in (await connection.execute(query)).all()]
+            rows = (await connection.execute(query)).all()
+        return await _summaries(rows)
 
     async def specs_of(self, comparison_id: str) -> list[JobSpec]:
         """Read the specs of a comparison's jobs, in the order of its matrix."""
@@ -370,6 +371,13 @@ def _job(row: Any) -> Job:
 
 def _spec(content: Any) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(content))
+
+
+async def _summaries(rows: Sequence[Any]) -> list[JobSummary]:
+    """Make summaries of rows: in a thread if there are many, so that other requests are answered meanwhile."""
+    if len(rows) <= MADE_AT_ONCE:
+        return [_summary(row) for row in rows]
+    return await asyncio.to_thread(lambda: [_summary(row) for row in rows])
 
 
 def _summary(row: Any) -> JobSummary:

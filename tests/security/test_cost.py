@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -14,6 +15,8 @@ from trainer.spec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000
+AT_ONCE = 20
+"""Requests of one token at the same time."""
 MODEL = "import:models:build"
 JUNK = {"junk": ["x" * 97] * 600}
 LARGE = {"steps": 1, "model": {"name": "timm:resnet26", "arguments": JUNK}}
@@ -132,6 +135,21 @@ REQUESTS = {
     "a job": ("GET", "/v1/jobs/{job}", None, 200),
     "events": ("GET", "/v1/jobs/{job}/events", None, 200),
     "tokens": ("GET", "/v1/tokens?page_size=1000", None, 200),
+    "a resumption": ("POST", "/v1/jobs/{job}:resume", {"overrides": {f"x{n}": n for n in range(64)}}, 409),
+    "a cancellation": ("POST", "/v1/jobs/{job}:cancel", None, 202),
+    "a revocation": ("POST", "/v1/tokens/token-0:revoke", None, 404),
+    "the cluster": ("GET", "/v1/cluster", None, 200),
+    "webhooks": ("GET", "/v1/webhooks?page_size=1000", None, 200),
+    "messages of a webhook": ("GET", "/v1/webhooks/webhook-0/deliveries?page_size=1000", None, 404),
+    "a deletion": ("DELETE", "/v1/webhooks/webhook-0", None, 404),
+    "the caller": ("GET", "/v1/me", None, 200),
+    "a form": ("POST", "/sign-in", {"token": "x" * 250_000}, 413),
+    "what is not forwarded to MLflow": (
+        "POST",
+        "/mlflow/ajax-api/3.0/mlflow/assistant/message",
+        {"x": "x" * 250_000},
+        403,
+    ),
     "the audit": ("GET", "/v1/audit?page_size=1000", None, 200),
     "metrics": ("GET", "/metrics", None, 200),
     "the document": ("GET", "/openapi.json", None, 200),
@@ -150,9 +168,11 @@ def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
     if "{" in path:
         jobs = client.post("/v1/comparisons", json=comparison()).json()
         path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
-    with Watch(url) as watch:
+    content, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
+    with Watch(url) as watch, ThreadPoolExecutor(AT_ONCE) as threads:
         time.sleep(0.1)
-        answers = [client.request(method, path, json=body) for _ in range(3)]
+        sent = [threads.submit(client.request, method, path, content=content, headers=headers) for _ in range(AT_ONCE)]
+        answers = [answer.result() for answer in sent]
     assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]
     assert all(len(answer.content) < MAX_ANSWER_BYTES for answer in answers)
     if status == 422:

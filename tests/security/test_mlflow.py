@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from service.adapters.mlflow_http import MAX_CONNECTIONS
+from service.adapters.mlflow_http import MAX_CONNECTIONS, Kind
 
 pytestmark = pytest.mark.ray
 
@@ -148,20 +148,68 @@ async def test_an_attempt_is_limited_in_rate(start_job, connect, app):
     assert statuses.count(429) >= 3
 
 
-async def test_slow_downloads_keep_no_metric_waiting(start_job, connect, reader, app):
+@pytest.mark.parametrize("kind", [Kind.READ, Kind.UPLOAD])
+async def test_slow_downloads_and_uploads_keep_no_metric_waiting(start_job, connect, reader, app, kind):
     context = await start_job()
     experiment = await experiment_of(reader, context.mlflow_run_id)
     place = f"/mlflow/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/a.bin"
     async with connect(context.mlflow_token) as attempt:
         await attempt.put(place, content=os.urandom(1_000))
         http = app.state.components.mlflow_http
-        held = [await http.send("GET", place.removeprefix("/mlflow")) for _ in range(MAX_CONNECTIONS)]
+        held = [await http.send("GET", place.removeprefix("/mlflow"), kind=kind) for _ in range(MAX_CONNECTIONS)]
         began = time.monotonic()
         written = await attempt.post(f"/mlflow{API}/runs/log-batch", json={"metrics": [FORGED]})
         assert written.status_code == 200
         assert time.monotonic() - began < 5
         for answer in held:
             await answer.aclose()
+
+
+async def test_nobody_takes_all_connections(start_job, connect, reader):
+    context = await start_job()
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+    place = f"/mlflow/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/"
+    gate = asyncio.Event()
+
+    async def slowly():
+        yield b"x"
+        await gate.wait()
+        yield b"y"
+
+    async with connect(context.mlflow_token) as attempt:
+        slow = [asyncio.create_task(attempt.put(f"{place}{number}", content=slowly())) for number in range(6)]
+        done, waiting = await asyncio.wait(slow, timeout=5)
+        assert [task.result().status_code for task in done] == [429, 429]
+        gate.set()
+        assert {(await task).status_code for task in waiting} == {200}
+        assert (await attempt.put(f"{place}7", content=b"z")).status_code == 200  # their places are free again
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"metrics": [{"key": "a", "value": NaN, "timestamp": 1, "step": 1}]}',
+        b'{"metrics": [{"key": "a", "value": 1e999, "timestamp": 1, "step": 1}]}',
+        b'{"tags": [{"key": "a", "value": "\\ud800"}]}',
+        b'{"metrics": [{"key": "a", "value": {"x": []}, "timestamp": "x", "step": null}]}',
+        b'{"metrics": [' + b'{"key": "' + b"k" * 200 + b'", "value": 1, "timestamp": 1, "step": 1},' * 999 + b"]}",
+    ],
+)
+async def test_no_body_of_an_attempt_is_an_error_of_the_proxy(start_job, connect, body):
+    context = await start_job()
+    async with connect(context.mlflow_token) as attempt:
+        answer = await attempt.post(f"/mlflow{API}/runs/log-batch", content=body)
+        assert "an error of the service" not in answer.text
+        assert answer.status_code in (200, 400, 422, 500), answer.text  # 500: MLflow's own word
+
+
+async def test_a_full_batch_of_long_names_is_taken(start_job, connect, reader):
+    context = await start_job()
+    metrics = [{"key": f"{number:03}" + "k" * 197, "value": 1.0, "timestamp": 1, "step": 1} for number in range(1_000)]
+    async with connect(context.mlflow_token) as attempt:
+        answer = await attempt.post(f"/mlflow{API}/runs/log-batch", json={"metrics": metrics})
+    assert answer.status_code == 200, answer.text
+    assert await history(reader, context.mlflow_run_id, metrics[7]["key"]) == [(1, 1.0)]
 
 
 async def test_a_lost_mlflow_is_an_answer(settings, ray, connect, app):

@@ -29,6 +29,7 @@ def test_some_owners_have_quotas_of_their_own(monkeypatch):
         ("log_format", "xml"),
         ("allowed_imports", "torchvision"),
         ("allowed_imports", "models:build, os:"),
+        ("host", "0.0.0.0"),  # of which no browser can make an address
         ("trusted_proxies", "nowhere"),
         ("trusted_proxies", "10.0.0.0/33"),
     ],

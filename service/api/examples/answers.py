@@ -195,7 +195,7 @@ ANSWERS: dict[str, BaseModel] = {
         runs=[RunCurve(job_id=QUEUED.id, seed=0, state=JobState.SUCCEEDED, points=[(50, 0.71), (100, 0.81)])],
     ),
     "make_sign_in_link": SignInLink(
-        url="http://127.0.0.1:8000/sign-in?code=syncbn_…&next=/mlflow/%23/experiments/1/runs/0d3f5c1b9a7e4f62"
+        url="http://127.0.0.1:8000/sign-in#code=syncbn_…&next=/mlflow/%23/experiments/1/runs/0d3f5c1b9a7e4f62"
     ),
     "make_token": MadeToken(token="syncbn_…", **TOKEN.model_dump()),  # noqa: S106
     "list_tokens": TokenList(tokens=[TOKEN], next_page_token=None),

@@ -7,13 +7,14 @@ from fastapi import APIRouter, Query, Response
 
 from service.api.auth import Reader, Submitter
 from service.api.components import GivenComponents
-from service.api.compute import in_thread
+from service.api.compute import in_thread, respond
 from service.api.idempotency import Route
 from service.api.identifiers import ComparisonId
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, new_id
-from service.engine.reports import read_curves, report
+from service.domain.reports import make_report
+from service.engine.reports import read_curves
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"], route_class=Route)
 
@@ -56,29 +57,30 @@ async def submit_comparison(
     return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
 
 
-@router.get("/{comparison_id:identifier}")
-async def show_comparison(comparison_id: ComparisonId, caller: Reader, components: GivenComponents) -> ComparisonView:
+@router.get("/{comparison_id:identifier}", response_model=ComparisonView)
+async def show_comparison(comparison_id: ComparisonId, caller: Reader, components: GivenComponents) -> Response:
     """Show a comparison and its jobs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
-    return ComparisonView.of(comparison, jobs, components.mlflow_public_url)
+    return await respond(lambda: ComparisonView.of(comparison, jobs, components.mlflow_public_url))
 
 
-@router.get("/{comparison_id:identifier}/report")
+@router.get("/{comparison_id:identifier}/report", response_model=Report)
 async def report_comparison(
     comparison_id: ComparisonId,
     caller: Reader,
     components: GivenComponents,
     curves: Annotated[bool, Query(description="include each run's curve")] = False,
-) -> Report:
+) -> Response:
     """Compare the variants by what MLflow holds of their runs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     specs = await components.jobs.specs_of(comparison_id)
-    return Report.of(await report(comparison, jobs, specs, components.mlflow), with_curves=curves)
+    found = await read_curves(jobs, comparison.metric, components.mlflow)
+    return await respond(lambda: Report.of(make_report(comparison, jobs, specs, found), with_curves=curves))
 
 
-@router.get("/{comparison_id:identifier}/curves")
+@router.get("/{comparison_id:identifier}/curves", response_model=Curves)
 async def show_curves(
     comparison_id: ComparisonId,
     caller: Reader,
@@ -91,10 +93,14 @@ async def show_curves(
             description="any metric or probe that the runs log, such as `test_loss`",
         ),
     ] = "accuracy",
-) -> Curves:
+) -> Response:
     """Show one metric of all runs, as MLflow holds it."""
     await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.of_comparison(comparison_id)
     curves = await read_curves(jobs, metric, components.mlflow)
-    runs = [RunCurve(job_id=job.id, seed=job.seed, state=job.state, points=list(curves[job.id])) for job in jobs]
-    return Curves(metric=metric, runs=runs)
+
+    def make() -> Curves:
+        runs = [RunCurve(job_id=job.id, seed=job.seed, state=job.state, points=list(curves[job.id])) for job in jobs]
+        return Curves(metric=metric, runs=runs)
+
+    return await respond(make)

@@ -11,6 +11,7 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from service.api.auth import Reader, Submitter
 from service.api.components import Components, GivenComponents
+from service.api.compute import respond
 from service.api.idempotency import Route
 from service.api.identifiers import COMPARISON, JobId
 from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
@@ -60,7 +61,7 @@ async def _add(job: Job, components: Components, response: Response) -> JobView:
     return JobView.of(job, components.mlflow_public_url)
 
 
-@router.get("")
+@router.get("", response_model=JobList)
 async def list_jobs(
     caller: Reader,
     components: GivenComponents,
@@ -71,15 +72,17 @@ async def list_jobs(
     tag: Annotated[Tag | None, Query()] = None,
     page_size: PageSize = 50,
     page_token: PageToken = None,
-) -> JobList:
+) -> JobList | Response:
     """List jobs, newest first: those that meet all conditions, and of these the caller's own; an admin sees all."""
     if caller.sees_only not in (None, owner or caller.sees_only):
         return JobList(jobs=[], next_page_token=None)
     wanted = Filter(owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
     jobs, more = await components.jobs.page(page_size, place_of(page_token), wanted)
-    return JobList(
-        jobs=[JobSummaryView.of(job, components.mlflow_public_url) for job in jobs],
-        next_page_token=token_of(more),
+    return await respond(
+        lambda: JobList(
+            jobs=[JobSummaryView.of(job, components.mlflow_public_url) for job in jobs],
+            next_page_token=token_of(more),
+        )
     )
 
 

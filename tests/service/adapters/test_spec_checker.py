@@ -34,14 +34,14 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         ({"name": "import:tests.trainer.networks:slow", "arguments": {"x": 1}}, "spec.model.arguments", "'x'"),
     ]:  # fmt: skip
         with pytest.raises(InvalidField, match=message) as refused:
-            await checker.check(spec(model))
+            await checker.check([spec(model)])
         assert refused.value.field == field
     with pytest.raises(InvalidField, match="CIFAR10"):
-        await checker.check(spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"}))
+        await checker.check([spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"})])
     for model in ("timm:resnet26", "timm:vit_tiny_patch16_224", "torchvision:googlenet", "timm:convnext_tiny"):
-        await checker.check(spec({"name": model}))
+        await checker.check([spec({"name": model})])
     began = time.monotonic()
-    await checker.check(spec({"name": "timm:resnet26"}))  # known by now
+    await checker.check([spec({"name": "timm:resnet26"})])  # known by now
     assert time.monotonic() - began < 0.01
     (process,) = psutil.Process().children()
     assert "trainer.check" in process.cmdline()
@@ -51,8 +51,8 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
 
 
 async def test_what_the_spec_alone_tells_starts_no_process(checker):
-    await checker.check(spec())
-    await checker.check(spec({"name": "cnn"}, data={"name": "synthetic", "shape": [3, 8, 8], "classes": 2}))
+    await checker.check([spec()])
+    await checker.check([spec({"name": "cnn"}, data={"name": "synthetic", "shape": [3, 8, 8], "classes": 2})])
     assert psutil.Process().children() == []
 
 
@@ -66,7 +66,7 @@ async def test_what_cannot_be_checked_in_time_is_let_pass(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     checker = SpecChecker(3)
     began = time.monotonic()
-    await checker.check(spec({"name": "timm:resnet266"}))
+    await checker.check([spec({"name": "timm:resnet266"})])
     assert time.monotonic() - began < 4
     assert "a spec was not checked" in caplog.text
     await checker.close()
@@ -76,5 +76,27 @@ async def test_what_cannot_be_checked_in_time_is_let_pass(tmp_path, monkeypatch,
 
 async def test_no_check_is_wanted(monkeypatch):
     checker = SpecChecker(0)
-    await checker.check(spec({"name": "timm:resnet266"}))
+    await checker.check([spec({"name": "timm:resnet266"})])
     assert psutil.Process().children() == []
+
+
+async def test_arguments_that_take_too_much_memory_end_the_check_alone(checker):
+    await checker.check([spec({"name": "timm:vit_tiny_patch16_224", "arguments": {"depth": 4_000_000_000}})])
+    with pytest.raises(InvalidField, match="resnet26"):
+        await checker.check([spec({"name": "timm:resnet266"})])
+
+
+async def test_one_time_limit_holds_for_all_specs_of_a_request(tmp_path, monkeypatch):
+    package = tmp_path / "trainer"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "check.py").write_text("import time; time.sleep(60)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    checker = SpecChecker(2)
+    began = time.monotonic()
+    for _ in range(3):  # what was not checked in time is not checked again for a while
+        await checker.check([spec({"name": f"timm:resnet{number}"}) for number in range(8)][:1])
+    await checker.check([spec({"name": f"timm:resnet{number}"}) for number in range(8)])
+    assert time.monotonic() - began < 5
+    await checker.close()

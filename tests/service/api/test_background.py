@@ -61,4 +61,4 @@ def test_a_service_that_goes_on_no_more_ends_to_be_started_anew(tmp_path, troubl
         env=os.environ | settings, capture_output=True, text=True, timeout=40,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("the service goes on no more") == 1, done.stderr
+    assert done.stderr.count("service failed; exiting with status 1") == 1, done.stderr

@@ -46,6 +46,31 @@ async def test_half_sent_requests_are_ended(tmp_path, monkeypatch):
         assert all(answer.startswith(("HTTP/1.1 408", "HTTP/1.1 429")) for answer in many)
 
 
+async def test_the_rest_of_a_refused_body_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(HeaderDeadlineProtocol, "linger_seconds", 1.0)
+    async with serving(tmp_path) as port:
+        for head in (
+            "POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",  # without a token
+            "POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{",
+            HEAD + "Content-Length: 1000000000\r\n\r\n{",
+        ):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head.encode())
+            assert (await reader.readuntil(b"\r\n")).split()[1] in (b"401", b"404", b"413")
+            async with asyncio.timeout(5):
+                for _ in range(100):  # a byte now and then keeps no connection open
+                    try:
+                        writer.write(b"x")
+                        await writer.drain()
+                        if await asyncio.wait_for(reader.read(65_536), 0.1) == b"":
+                            break
+                    except TimeoutError:
+                        continue
+                    except ConnectionError:
+                        break
+            writer.close()
+
+
 async def test_a_stream_that_is_read_slowly_is_not_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(HeaderDeadlineProtocol, "header_seconds", 0.5)
     async with serving(tmp_path) as port:

@@ -1,5 +1,7 @@
 """What is wrong about a request itself answers 4xx as problem details that name the field and the value."""
 
+import json
+
 import pytest
 
 BODY = '{"name": "mine", "spec": {"steps": 10}}'
@@ -166,8 +168,8 @@ async def test_a_refused_value_is_shown_shortened(client):
     ("spec", "field", "rule"),
     [
         ({"arguments": {"a": "x" * 70_000}}, "spec", "must have at most 65,536 bytes as JSON with all defaults"),
-        ({"arguments": {"a": [1] * 20_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
-        ({"arguments": {"a": [[[[]]]] * 8_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
+        ({"arguments": {"a": [1] * 15_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
+        ({"arguments": {"a": [[[[]]]] * 3_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
     ],
 )
 async def test_a_spec_that_is_too_large(client, spec, field, rule):
@@ -220,3 +222,16 @@ async def test_what_no_node_has_the_memory_for_is_refused(client, ray, spec):
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
     ray.is_down = True  # so that what is true of the memory is not known
     assert (await client.post("/v1/jobs", json=bodies["/v1/jobs"])).status_code == 202
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule"),
+    [
+        ({"steps": [1] * 30_000}, "must have at most 20,000 values, keys included"),
+        ({"steps": json.loads("[" * 50 + "]" * 50)}, "must have at most 40 levels of lists and objects"),
+    ],
+)
+async def test_a_body_that_holds_too_much_is_refused_before_its_fields(client, spec, rule):
+    answer = await refused(client, 422, "POST", "/v1/jobs", json={"name": "x", "spec": spec})
+    (error,) = answer.json()["errors"]
+    assert (error["field"], error["takes"]) == ("body", rule)
