@@ -15,7 +15,7 @@ from trainer.spec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000
-AT_ONCE = 20
+AT_ONCE = 4
 """Requests of one token at the same time."""
 MODEL = "import:models:build"
 JUNK = {"junk": ["x" * 97] * 600}

@@ -130,7 +130,7 @@ async def test_an_argument_that_could_not_be_read_again(client, value):
 
 
 async def test_how_much_a_comparison_may_set(client):
-    body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(10_000)}}
+    body = {"name": "mine", "spec": {"steps": 10}, "matrix": {f"a{number}": [1] for number in range(5_000)}}
     answer = await refused(client, 422, "POST", "/v1/comparisons:validate", json=body)
     assert answer.json()["errors"][0]["field"] == "matrix"
 
@@ -169,7 +169,7 @@ async def test_a_refused_value_is_shown_shortened(client):
     [
         ({"arguments": {"a": "x" * 70_000}}, "spec", "must have at most 65,536 bytes as JSON with all defaults"),
         ({"arguments": {"a": [1] * 15_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
-        ({"arguments": {"a": [[[[]]]] * 3_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
+        ({"arguments": {"a": [[[[]]]] * 4_000}}, "spec.model.timm.arguments", "must have at most 10,000 values in all"),
     ],
 )
 async def test_a_spec_that_is_too_large(client, spec, field, rule):
@@ -224,14 +224,10 @@ async def test_what_no_node_has_the_memory_for_is_refused(client, ray, spec):
     assert (await client.post("/v1/jobs", json=bodies["/v1/jobs"])).status_code == 202
 
 
-@pytest.mark.parametrize(
-    ("spec", "rule"),
-    [
-        ({"steps": [1] * 30_000}, "must have at most 20,000 values, keys included"),
-        ({"steps": json.loads("[" * 50 + "]" * 50)}, "must have at most 40 levels of lists and objects"),
-    ],
-)
-async def test_a_body_that_holds_too_much_is_refused_before_its_fields(client, spec, rule):
-    answer = await refused(client, 422, "POST", "/v1/jobs", json={"name": "x", "spec": spec})
-    (error,) = answer.json()["errors"]
-    assert (error["field"], error["takes"]) == ("body", rule)
+async def test_a_body_that_holds_too_much_is_refused_before_its_fields(client):
+    for steps in ([1] * 30_000, json.loads("[" * 200 + "]" * 200), [[[]]] * 12_000):
+        answer = await client.post("/v1/jobs", json={"name": "x", "spec": {"steps": steps}})
+        (error,) = answer.json()["errors"]
+        is_large = len(steps) > 1
+        assert (answer.status_code, error["field"]) == (422, "body" if is_large else "spec.steps")
+        assert not is_large or error["takes"] == "must have at most 20,000 values"
