@@ -89,7 +89,7 @@ SIGNALS: dict[int, Cause] = {
 def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause, bool]:
     """Return an error's failure kind, and whether it can be the consequence of another worker's failure."""
     if isinstance(error, RunError):
-        return error.cause, False
+        return error.cause, error.__cause__ is not None and classify(error.__cause__)[1]
     classes, text = _classes(error), message(error).lower()
     for rule in RULES:
         if (

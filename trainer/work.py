@@ -75,14 +75,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
             describe(journal.outbox, spec, worker, dataset, folder)
-        checkpoints = Checkpoints(
-            checkpoint_folder(task),
-            spec.checkpoint,
-            is_what,
-            worker,
-            folder / SAVING_FILE,
-            spec.collective_timeout_seconds,
-        )
+        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker, folder / SAVING_FILE)
         stack.callback(checkpoints.close)
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:
