@@ -5,6 +5,7 @@ RunError                       its message is the reason, for the user to read
 │   ├── ConfigurationError
 │   └── DataError
 │       └── CorruptImage
+├── DataTimeoutError           data did not arrive within its time limit
 ├── StorageError               checkpoints cannot be written or read
 ├── Diverged
 └── Preempted
@@ -44,6 +45,12 @@ class DataError(InvalidInput):
 
 class CorruptImage(DataError):  # noqa: N818
     """An image is there, but cannot be decoded: the one thing that `corrupt_images: skip` is for; `value` names it."""
+
+
+class DataTimeoutError(RunError):
+    """Data did not arrive within its time limit; the next attempt may receive it."""
+
+    cause = "hang"
 
 
 class StorageError(RunError):
