@@ -6,7 +6,7 @@ RunError                       its message is the reason, for the user to read
 │   └── DataError
 │       └── CorruptImage
 ├── DataTimeoutError           data did not arrive within its time limit
-├── StorageError               checkpoints cannot be written or read
+├── StorageError               files of the run, such as checkpoints, cannot be written or read
 ├── Diverged
 └── Preempted
 """
@@ -54,7 +54,7 @@ class DataTimeoutError(RunError):
 
 
 class StorageError(RunError):
-    """The storage of checkpoints does not take or give them: the cluster's trouble, that another try may not meet."""
+    """The storage of a run's files, such as checkpoints, fails: an error of the cluster that another attempt may not meet."""
 
     cause = "worker_lost"
 
