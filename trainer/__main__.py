@@ -19,6 +19,7 @@ from trainer.spec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
+    TASK_FILE,
     JobSpec,
     Outcome,
     Permissions,
@@ -49,6 +50,7 @@ def main() -> int:
     try:
         if arguments.spec is not None:
             task = _task_of_file(arguments.spec, arguments.output, resume=arguments.resume)
+            write_whole(_folder(task) / TASK_FILE, task)
             return _run(task, ray_address="local")
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")

@@ -74,15 +74,17 @@ class Checkpoints:
         identity: dict[str, str],
         worker: Worker,
         marker: Path | None = None,
-        timeout_seconds: float = 300.0,
     ) -> None:
-        """`marker` is a file that is there as long as a checkpoint is being written; `timeout_seconds` as of other collectives."""
+        """`marker` is a file that is there as long as a checkpoint is being written."""
         self._files, self._root = fsspec.core.url_to_fs(folder)
         self._spec, self._identity, self._worker, self._marker = spec, identity, worker, marker
         self._writing = BackgroundTask()
-        # A thread's collectives must not come between those of training.
-        timeout = timedelta(seconds=timeout_seconds)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if worker.world_size > 1 else None
+        self._group: Any = None
+        if worker.world_size > 1:
+            # A missing worker is found within the time limit of the default group, not within that of the new one.
+            dist.barrier()
+            # A thread's collectives must not come between those of training, and storage may be slower than those may be.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_SECONDS))
         self._torn: set[str] = set()
         self.refused: list[str] = []
         """Why newer checkpoints than the one loaded were not taken; on rank 0."""
@@ -148,7 +150,7 @@ class Checkpoints:
                 mine[file] = self._write(name, file, content)
         except Exception as error:  # a storage's errors are of any kind, and the others wait for word of them
             mine = f"worker {rank}: {_describe(error)}"
-        written = self._from_all(mine, self._group)
+        written = self._from_all(mine)
         failure = "; ".join(entry for entry in written if isinstance(entry, str))
         if rank == 0 and not failure:
             try:
@@ -156,15 +158,17 @@ class Checkpoints:
                 self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, metrics, files))
             except Exception as error:
                 failure = f"worker 0: {_describe(error)}"
-        failure = self._from_rank_zero(failure, self._group)
-        if failure:
-            raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
-        if rank == 0:
+        if rank == 0 and not failure:
+            self._mark(None)
             try:
-                self._prune(name)
+                self._prune(
+                    name
+                )  # before the others are answered, so that they do not wait for it in other collectives
             except Exception as error:
                 print(f"old checkpoints in {self._root} could not be removed: {_describe(error)}", flush=True)
-            self._mark(None)
+        failure = self._from_rank_zero(failure)
+        if failure:
+            raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
 
     def load(self, state: State) -> Manifest | None:
         """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
@@ -330,18 +334,20 @@ class Checkpoints:
                 self._files.rm_file(f"{path}/{MANIFEST}")  # first, so that no half of it is ever taken for whole
             self._files.rm(path, recursive=True)
 
-    def _from_rank_zero(self, value: Any, group: Any = None) -> Any:
-        if self._worker.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0, group=group)
-        return values[0]
+    def _from_rank_zero(self, value: Any) -> Any:
+        """Return rank 0's value on every worker. Raises StorageError if a worker is missing."""
+        return self._from_all(value if self._worker.rank == 0 else None)[0]
 
-    def _from_all(self, value: Any, group: Any = None) -> list[Any]:
+    def _from_all(self, value: Any) -> list[Any]:
+        """Return every worker's value on every worker. Raises StorageError if a worker is missing."""
         if self._worker.world_size == 1:
             return [value]
         values: list[Any] = [None] * self._worker.world_size
-        dist.all_gather_object(values, value, group=group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            missing = f"a checkpoint in {self._root} needs an answer of every worker within {WRITE_SECONDS:.0f} s"
+            raise StorageError(f"{missing}: {_describe(error)}") from error
         return values
 
 

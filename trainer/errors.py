@@ -5,7 +5,8 @@ RunError                       its message is the reason, for the user to read
 │   ├── ConfigurationError
 │   └── DataError
 │       └── CorruptImage
-├── StorageError               checkpoints cannot be written or read
+├── DataTimeoutError           data did not arrive within its time limit
+├── StorageError               files of the run, such as checkpoints, cannot be written or read
 ├── Diverged
 └── Preempted
 """
@@ -46,8 +47,14 @@ class CorruptImage(DataError):  # noqa: N818
     """An image is there, but cannot be decoded: the one thing that `corrupt_images: skip` is for; `value` names it."""
 
 
+class DataTimeoutError(RunError):
+    """Data did not arrive within its time limit; the next attempt may receive it."""
+
+    cause = "hang"
+
+
 class StorageError(RunError):
-    """The storage of checkpoints does not take or give them: the cluster's trouble, that another try may not meet."""
+    """The storage of a run's files, such as checkpoints, fails: an error of the cluster that another attempt may not meet."""
 
     cause = "worker_lost"
 

@@ -69,7 +69,8 @@ def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, examp
     """Write a folder that `mlflow.pytorch.load_model` reads, with signature and input example; return whether that could be done.
 
     Synchronised layers become plain nn.BatchNorm, so that a library's model, or one of ours, loads without this project's code.
-    A model that cannot be pickled or has subclasses of synchronised layers, is left out and the log says why; its weights are kept.
+    A model that cannot be built again with the same weights, cannot be pickled or has subclasses of synchronised layers is left
+    out, and the log says why; its weights are kept.
 
     Args:
         spec: of the run.
@@ -81,10 +82,10 @@ def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, examp
     import mlflow.pytorch
     from mlflow.models import infer_signature
 
-    model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed).to(example.dtype)
-    model.load_state_dict(weights)
     inputs = example.cpu()
     try:
+        model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed).to(example.dtype)
+        model.load_state_dict(weights)
         model = revert_sync_batchnorm(model).eval()
         with torch.no_grad():
             outputs = model(inputs)

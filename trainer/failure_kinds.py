@@ -29,9 +29,20 @@ class Rule:
     """Whether another worker's failure can lead to this error: that one's is then the first."""
 
 
-TORCH_ERRORS = ("builtins.RuntimeError", "builtins.ConnectionError")
 NATIVE_ERRORS = ("builtins.RuntimeError", "builtins.OSError")
-COMMUNICATION = ("gloo", "nccl", "rendezvous", "store", "peer")
+STORE_ERRORS = ("torch.distributed.DistNetworkError", "torch.distributed.DistStoreError")
+COMMUNICATION = (
+    "gloo/transport",
+    "gloo/rendezvous",
+    "nccl error",
+    "nccl communicator",
+    "worknccl",
+    "processgroup",
+    "tcpstore",
+    "monitoredbarrier",
+)
+"""Text of gloo, NCCL and torch.distributed; words such as "peer" or "timeout" alone are in errors of any network library, too."""
+TIMED_OUT = ("timed out", "timeout")
 CONNECTION_LOST = (
     "closed by peer",
     "reset by peer",
@@ -58,9 +69,11 @@ RULES = (
     Rule("unknown", ("builtins.RuntimeError",), ("exited unexpectedly",), LOADER),
     # Ray destroys the survivors' process group, from another thread, when a worker has died.
     Rule("worker_lost", ("builtins.ValueError",), ("process group has not been initialized",), is_consequence=True),
-    Rule("worker_lost", TORCH_ERRORS, CONNECTION_LOST, COMMUNICATION, is_consequence=True),
-    Rule("hang", TORCH_ERRORS, ("timed out", "timeout"), COMMUNICATION, is_consequence=True),
-    Rule("hang", ("builtins.TimeoutError",)),
+    Rule("worker_lost", ("builtins.RuntimeError",), CONNECTION_LOST, COMMUNICATION, is_consequence=True),
+    Rule("hang", ("builtins.RuntimeError",), TIMED_OUT, COMMUNICATION, is_consequence=True),
+    # The store is a server in worker 0's process.
+    Rule("hang", STORE_ERRORS, TIMED_OUT, is_consequence=True),
+    Rule("worker_lost", STORE_ERRORS, is_consequence=True),
     # The node's or the storage's: no space (28), quota (122), input or output (5), stale handle (116), read-only (30).
     Rule("worker_lost", ("builtins.OSError",), tuple(f"[errno {number}]" for number in (28, 122, 5, 116, 30))),
     Rule("worker_lost", NATIVE_ERRORS, ("uncorrectable ecc error", "fallen off the bus", "no cuda-capable device")),
@@ -89,7 +102,7 @@ SIGNALS: dict[int, Cause] = {
 def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause, bool]:
     """Return an error's failure kind, and whether it can be the consequence of another worker's failure."""
     if isinstance(error, RunError):
-        return error.cause, False
+        return error.cause, error.__cause__ is not None and classify(error.__cause__)[1]
     classes, text = _classes(error), message(error).lower()
     for rule in RULES:
         if (

@@ -20,7 +20,17 @@ from trainer.failures import Death, explain, find_exits, has_processes, note_pro
 from trainer.logs import redirect_output
 from trainer.manifest import MANIFEST_FILE, RunManifest, checkpoint_folder
 from trainer.progress import read_step
-from trainer.spec import SAVING_FILE, JobSpec, Outcome, RayDataSpec, Refusal, Task, attempt_folder, worker_log_file
+from trainer.spec import (
+    SAVING_FILE,
+    TASK_FILE,
+    JobSpec,
+    Outcome,
+    RayDataSpec,
+    Refusal,
+    Task,
+    attempt_folder,
+    worker_log_file,
+)
 from trainer.supervisor import EXITS_VARIABLE
 
 FAILURES_FOLDER = "failures"
@@ -35,7 +45,7 @@ MOST_RESTARTS = 3
 
 
 def run(task: Task, *, ray_address: str | None = None) -> Outcome:
-    """Train `task` on as many workers as its spec asks for; `ray_address` as in `ray.init`.
+    """Train `task` on as many workers as its spec asks for, which read it from its task file; `ray_address` as in `ray.init`.
 
     A failure of training is an outcome with its cause, not an exception. Where the cluster is to blame, the workers are started
     again from the last checkpoint, as long as they get further. KeyboardInterrupt passes through.
@@ -153,7 +163,8 @@ def _fit(task: Task, number: int, given: dict[str, Any]) -> Outcome:
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"task": task.model_dump_json(), "failures": str(failures_folder)} | given,
+        # The path, not the task: Ray shows this configuration to whoever has its token, and the task holds another one.
+        train_loop_config={"task": str(folder / TASK_FILE), "failures": str(failures_folder)} | given,
         torch_config=TorchConfig(backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
         run_config=RunConfig(

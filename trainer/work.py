@@ -14,7 +14,7 @@ from trainer import failures
 from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.data.class_folders import list_some
-from trainer.errors import Diverged
+from trainer.errors import Diverged, StorageError
 from trainer.export import ExportedModel, collect_models, export_model, write_weights
 from trainer.job_secrets import hide_credentials, set_variables
 from trainer.journal import Journal, RankZeroJournal, open_journal
@@ -35,14 +35,14 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train
     from ray.train.torch import get_device
 
-    task = Task.model_validate_json(config["task"])
-    # The layers' own time limit, which they read when they are made.
-    os.environ["SYNCBN_TIMEOUT_SECONDS"] = str(task.spec.collective_timeout_seconds)
     context = ray.train.get_context()
     worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
     print(f"worker {worker.rank} of {worker.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
     position = Position()
     try:
+        task = read_task(Path(config["task"]))
+        # The layers' own time limit, which they read when they are made.
+        os.environ["SYNCBN_TIMEOUT_SECONDS"] = str(task.spec.collective_timeout_seconds)
         return _train(task, worker, position, config.get("feeder"), Path(config["failures"]))
     except Diverged as error:
         return {
@@ -56,6 +56,16 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         reason = failures.record(Path(config["failures"]), error, worker.rank, position.step)
         # Not the error itself: Ray could not pass on every one, and would take SystemExit for the end of its own worker.
         raise RuntimeError(reason) from None
+
+
+def read_task(path: Path) -> Task:
+    """Read an attempt's task file. Raises StorageError if this node cannot."""
+    try:
+        return Task.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise StorageError(
+            f"the task file {path} cannot be read on {socket.gethostname()}: {error.strerror}"
+        ) from error
 
 
 def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures_folder: Path) -> dict[str, Any]:
@@ -75,14 +85,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
             describe(journal.outbox, spec, worker, dataset, folder)
-        checkpoints = Checkpoints(
-            checkpoint_folder(task),
-            spec.checkpoint,
-            is_what,
-            worker,
-            folder / SAVING_FILE,
-            spec.collective_timeout_seconds,
-        )
+        checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker, folder / SAVING_FILE)
         stack.callback(checkpoints.close)
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:

@@ -201,8 +201,43 @@ def test_no_spec_is_an_error_and_what_is_taken_can_be_read_again(client, spec, s
         assert client.get(f"/v1/jobs/{answer.json()['id']}").json()["spec"] == answer.json()["spec"]
 
 
+TAGS = ("binary", "bool", "float", "int", "merge", "null", "omap", "pairs", "set", "timestamp", "value")
+YAML_PARTS = (
+    *(f"!!{tag} " for tag in TAGS),
+    *(
+        "a",
+        ": ",
+        "\n",
+        "- ",
+        "? ",
+        "[",
+        "]",
+        "{",
+        "}",
+        ", ",
+        '""',
+        "=",
+        "0b_",
+        "0x",
+        "1",
+        "0",
+        "_",
+        ".",
+        "-",
+        "+",
+        ":59",
+    ),
+    *("2001-01-01", "0001-01-01", "-99-99", " 00:00:00", " +99:00", "9" * 5_000, ":00" * 300, "f" * 5_000),
+)
+"""What values of each kind are made of, valid ones and others."""
+
+
 @fuzz
-@given(st.binary(max_size=300) | st.text(alphabet="&*{}[]:,-<>!|#%@ \n\tab12'\"", max_size=200).map(str.encode))
+@given(
+    st.binary(max_size=300)
+    | st.text(alphabet="&*{}[]:,-<>!|#%@ \n\tab12'\"", max_size=200).map(str.encode)
+    | st.lists(st.sampled_from(YAML_PARTS), max_size=12).map("".join).map(str.encode)
+)
 def test_any_file_is_read_or_refused_by_name(tmp_path, content):
     path = tmp_path / "spec.yaml"
     path.write_bytes(content)

@@ -1,6 +1,7 @@
 """Networks that tests import by name."""
 
 import time
+from collections import OrderedDict
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,15 @@ def backwards():
 
 def a_list():
     return [1]
+
+
+BUILT = []
+
+
+def renamed():
+    """Build a network whose parameters have other names at each call."""
+    BUILT.append(f"layer{len(BUILT)}")
+    return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), (BUILT[-1], nn.Linear(64, 10))]))
 
 
 def mistaken():

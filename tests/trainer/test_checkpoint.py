@@ -7,15 +7,22 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from functools import partial
+from types import SimpleNamespace
+from unittest import mock
 
 import fsspec
 import pytest
+import torch.distributed as dist
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import InterruptedRunError, Interrupting, Notes, make_spec, run_here
+from tests.trainer.training import InterruptedRunError, Interrupting, Notes, here, make_spec, run_here
+from trainer import failures
 from trainer.checkpoint import Checkpoints
 from trainer.errors import StorageError
+from trainer.spec import CheckpointSpec
+from trainer.state import Position
 
 SPEC = {"steps": 8, "eval_every": 2, "checkpoint": {"every": 2, "keep_last": 3}}
 
@@ -290,8 +297,6 @@ def newest(folder):
 
 def fail_in(spec, folder, method, error, told):
     """Train while worker 1's storage fails in a method; return what the run ends with on this worker."""
-    import torch.distributed as dist
-
     before = getattr(Checkpoints, method)
 
     def fail(*arguments):
@@ -322,3 +327,53 @@ def test_a_worker_that_cannot_write_ends_the_run_on_all_with_its_reason(tmp_path
     first, second = run_on_ranks(fail_in, 2, spec, tmp_path, "_write", OSError(28, "No space left on device"), told)
     assert first == second
     assert not list(tmp_path.glob("step-*/manifest.json"))
+
+
+def train_on_slow_storage(spec, folder, methods):
+    """Train while some calls of rank 0's storage take longer than the default group's time limit; return the last steps."""
+    slowed = set()
+
+    def slow(name):
+        method = getattr(Checkpoints, name)
+
+        def wait_once(*arguments):
+            if dist.get_rank() == 0 and name not in slowed:
+                slowed.add(name)
+                time.sleep(2.5)
+            return method(*arguments)
+
+        return wait_once
+
+    dist.set_timeout(timedelta(seconds=1.5))
+    with mock.patch.multiple(Checkpoints, **{name: slow(name) for name in methods}):
+        result, notes = run_here(spec, folder)
+    assert dist.get_rank() > 0 or slowed == set(methods)
+    return result.step, notes.resumed_from
+
+
+@pytest.mark.dist
+def test_storage_may_be_slower_than_collectives_of_training(tmp_path):
+    spec = make_spec(num_workers=2, **SPEC | {"checkpoint": {"every": 2, "keep_last": 1}})
+    assert run_on_ranks(train_on_slow_storage, 2, spec, tmp_path, ["_write", "_prune"]) == [(8, None)] * 2
+    longer = spec.model_copy(update={"steps": 10})
+    assert run_on_ranks(train_on_slow_storage, 2, longer, tmp_path, ["_verify", "_read"])[0] == (10, 8)
+
+
+def lose_a_worker(spec, folder):
+    """Have worker 1 die while it writes a checkpoint; return how worker 0 classifies what it meets."""
+    if dist.get_rank() == 1:
+        Checkpoints._write = lambda *_: os._exit(1)
+    checkpoints = Checkpoints(str(folder), spec, {}, here())
+    state = SimpleNamespace(own=dict, shared=dict, position=Position(step=2))
+    checkpoints.save(state)
+    with pytest.raises(StorageError, match="needs an answer of every worker") as ended:
+        checkpoints.wait()
+    failures.record(folder / "failures", ended.value, 0, 2)
+
+
+@pytest.mark.dist
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_the_first_failure(tmp_path):
+    with pytest.raises(EOFError):
+        run_on_ranks(lose_a_worker, 2, CheckpointSpec(), tmp_path, timeout_seconds=20)
+    [failure] = failures.read(tmp_path / "failures")
+    assert (failure.cause, failure.is_consequence) == ("worker_lost", True)

@@ -133,6 +133,18 @@ def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_ar
     }
 
 
+def test_a_model_that_cannot_be_built_again_is_left_out_and_the_run_does_not_fail(tmp_path, capsys):
+    spec = make_spec(model={"name": "import:tests.trainer.networks:renamed"}, norm="none", steps=2)
+    models = run_and_export(spec, tmp_path / "checkpoints").models
+    dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float64)
+    outbox = Outbox(tmp_path)
+    export(spec, models, dataset, outbox, tmp_path)
+    outbox.close()
+    assert [line["kind"] for line in read_lines((tmp_path / "metrics.jsonl").read_bytes())] == ["tags"]
+    assert (tmp_path / "model.pt").exists()
+    assert "the model is not logged to MLflow: RuntimeError: Error(s) in loading state_dict" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")
 def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
     spec = make_spec(norm="batch", checkpoint=CHECKPOINT, eval_every=5, evaluation={"statistics": "batch"})

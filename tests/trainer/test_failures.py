@@ -11,7 +11,7 @@ from syncbn import DesyncError
 from tests.dist import run_on_ranks
 from tests.trainer.training import make_spec, run_here
 from trainer import failures
-from trainer.errors import ConfigurationError, DataError, Diverged, Preempted, StorageError
+from trainer.errors import ConfigurationError, DataError, DataTimeoutError, Diverged, Preempted, StorageError
 from trainer.failure_kinds import MAX_MESSAGE_CHARS, classify, classify_exit, printable
 from trainer.failures import Death
 from trainer.spec import Outcome
@@ -27,6 +27,12 @@ def gloo_error(kind):
         "application": "[../third_party/gloo/gloo/transport/tcp/pair.cc:161] Application timeout caused pair closure",
     }
     return RuntimeError(words[kind])
+
+
+def caused(error, cause):
+    """Return an error as `raise error from cause` makes it."""
+    error.__cause__ = cause
+    return error
 
 
 def ray_error(name):
@@ -64,7 +70,14 @@ def ray_error(name):
         (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "worker_lost", False),
         (RuntimeError("CUDA error: out of memory"), "out_of_memory", False),
         (ray_error("RayTaskError"), "unknown", False),
-        (TimeoutError("Ray Data had no batch for 300 s"), "hang", False),
+        (DataTimeoutError("Ray Data had no batch within 300 seconds"), "hang", False),
+        (TimeoutError("read timed out"), "user_code", False),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "user_code", False),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "user_code", False),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "user_code", False),
+        (RuntimeError("could not reach feature store: request timeout"), "user_code", False),
+        (RuntimeError("feature store: connection reset by peer"), "user_code", False),
+        (RuntimeError("rendezvous with the licence server timed out"), "user_code", False),
         (ray_error("ActorDiedError"), "worker_lost", False),
         (ray_error("OutOfMemoryError"), "out_of_memory", False),
         (MemoryError(), "out_of_memory", False),
@@ -86,6 +99,17 @@ def ray_error(name):
             "hang",
             True,
         ),
+        (dist.DistStoreError("wait timeout after 2000ms, keys: /x"), "hang", True),
+        (
+            dist.DistNetworkError(
+                "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
+            ),
+            "worker_lost",
+            True,
+        ),
+        (dist.DistNetworkError("Broken pipe"), "worker_lost", True),
+        (caused(StorageError("a checkpoint was not written"), gloo_error("closed")), "worker_lost", True),
+        (caused(StorageError("a checkpoint was not written"), OSError(errno.EIO, "")), "worker_lost", False),
         (DesyncError("layer norm1 waits for ranks 1", "norm1", "forward", 3, (1,)), "hang", True),
     ],
 )

@@ -182,6 +182,29 @@ def test_a_file_that_would_take_too_much_is_refused(tmp_path, text, reason):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("2001-99-99", "must be a valid timestamp .got '2001-99-99'."),
+        ("2001-01-01 00:00:00 +99:00", "must be a valid timestamp"),
+        ("!!timestamp x", "must be a valid timestamp .got 'x'."),
+        ("0b_", "must be a valid int .got '0b_'."),
+        ("!!int x", "must be a valid int .got 'x'."),
+        ('!!int ""', "must be a valid int .got ''."),
+        ("9" * 5_000, f"must be a valid int .got '{'9' * 50}'."),
+        ("0x" + "f" * 5_000, "must be a valid int"),
+        ("!!bool x", "must be a valid bool .got 'x'."),
+        ("!!float x", "must be a valid float .got 'x'."),
+        ("1" + ":00" * 300 + ".5", "must be a valid float"),
+    ],
+)
+def test_a_value_that_does_not_fit_its_tag_is_named_with_its_place(tmp_path, value, reason):
+    path = tmp_path / "spec.yaml"
+    path.write_text(f"steps: 1\na: [{value}]\n")
+    with pytest.raises(ValueError, match=f"(?s)spec.yaml holds no YAML: value: {reason}.*line 2, column 5"):
+        read_yaml(path)
+
+
 def test_some_aliases_are_taken(tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text("base: &base {steps: 1}\nother: {<<: *base, seed: 2}")

@@ -31,7 +31,7 @@ from trainer.data.order import Indices, shard
 from trainer.data.row_order import Cursor, RowOrder, Rows
 from trainer.data.rows import Preparation
 from trainer.data.transforms import normalize
-from trainer.errors import ConfigurationError, CorruptImage, DataError, RunError
+from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTimeoutError, RunError
 from trainer.logs import redirect_output
 from trainer.spec import FEEDER_LOG_FILE, JobSpec, RayDataSpec
 
@@ -322,7 +322,7 @@ def _get(reference: Any, spec: JobSpec) -> Any:
     try:
         return ray.get(reference, timeout=seconds)
     except GetTimeoutError as error:
-        raise TimeoutError(f"Ray Data had no batch within {seconds} seconds") from error
+        raise DataTimeoutError(f"Ray Data had no batch within {seconds} seconds") from error
     except RayTaskError as error:
         if isinstance(error.cause, RunError):
             raise error.cause from None

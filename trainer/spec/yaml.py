@@ -6,13 +6,14 @@ from typing import Any
 
 MAX_YAML_BYTES = 1_000_000
 MAX_ALIASES = 20
+MAX_SHOWN_CHARS = 50
 
 
 def read_yaml(path: Path) -> Any:
     """Read a spec or a recipe. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
 
     Raises OSError if the file cannot be read, and ValueError naming it if it holds no YAML, or too much of it: more than
-    MAX_YAML_BYTES, more than MAX_ALIASES, or lists within lists without end.
+    MAX_YAML_BYTES, more than MAX_ALIASES, lists within lists without end, or a value that does not fit its tag.
     """
     import yaml
 
@@ -25,6 +26,22 @@ def read_yaml(path: Path) -> Any:
             if self.aliases > MAX_ALIASES:
                 raise yaml.YAMLError(f"it has more than {MAX_ALIASES} aliases")
             return super().compose_node(parent, index)
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            """Name the place of a value that does not fit its tag, for which PyYAML raises errors of many classes."""
+            try:
+                value = super().construct_object(node, deep)
+                if isinstance(value, int):
+                    str(value)  # raises ValueError for an integer that is too long to be written in decimal
+                return value
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+                kind = node.tag.rpartition(":")[2]
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"value: must be a valid {kind} (got {str(node.value)[:MAX_SHOWN_CHARS]!r})",
+                    node.start_mark,
+                ) from error
 
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))

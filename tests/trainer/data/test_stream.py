@@ -23,7 +23,8 @@ from tests.trainer.data.making import (
     write_parquet,
 )
 from trainer.data import open_dataset
-from trainer.errors import ConfigurationError, CorruptImage, DataError
+from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTimeoutError
+from trainer.failure_kinds import classify
 from trainer.spec import DigitsSpec
 
 pytestmark = pytest.mark.ray
@@ -202,6 +203,25 @@ def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
             raise lost
         with pytest.raises(RayTaskError), _reading("data.test", "x"):
             raise RayTaskError("task", "", lost)
+
+
+def test_data_that_does_not_arrive_in_time_is_a_hang(monkeypatch):
+    import ray
+
+    from trainer.data import stream
+
+    @ray.remote
+    def sleep():
+        threading.Event().wait(60)
+
+    monkeypatch.setattr(stream, "LEAST_TIMEOUT_SECONDS", 1)
+    reference = sleep.remote()
+    try:
+        with pytest.raises(DataTimeoutError, match="Ray Data had no batch within 5 seconds") as error:
+            stream._get(reference, make_spec(DigitsSpec(), collective_timeout_seconds=5))
+    finally:
+        ray.cancel(reference, force=True)
+    assert classify(error.value) == ("hang", False)
 
 
 def test_a_feeder_finds_what_is_wrong_as_it_starts(tmp_path):
