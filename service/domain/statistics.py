@@ -76,8 +76,8 @@ def bootstrap_median(bounds: Sequence[tuple[float, float]]) -> tuple[float, floa
     """Percentile bootstrap interval of the median over paired seeds; None for fewer than `MIN_SEEDS` or a bound that is NaN.
 
     Each seed has a lower and an upper bound, which are equal for a number that is known. Seeds are resampled with replacement,
-    by a fixed random seed, so that equal runs get equal verdicts. Of up to five seeds the interval is their range, which
-    contains the median of all seeds with a probability of 1 - 2^(1 - n): 0.75 for three, 0.94 for five.
+    by a fixed random seed, so that equal runs get equal verdicts. Of up to six seeds the interval is their range, which
+    contains the median of all seeds with a probability of 1 - 2^(1 - n): 0.75 for three, 0.97 for six.
     """
     if len(bounds) < MIN_SEEDS or any(math.isnan(end) for pair in bounds for end in pair):
         return None
