@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from service.domain.recipes import Recipe, read_recipe
-from trainer.spec import read_yaml
+from trainer.spec import parse_yaml, read_yaml
 
 DASH, STANDARD_INPUT = Path("-"), Path("/dev/stdin")
 RECIPES = Path(str(files("trainer"))) / "recipes"
@@ -118,7 +117,7 @@ def _value(path: str, text: str) -> Any:
     """Read JSON, in which 1e-3 is a number, else YAML, in which words need no quotes."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = _yaml(path, text)
     _refuse_what_json_has_not(value, path, "--set")
     return value
@@ -126,8 +125,8 @@ def _value(path: str, text: str) -> Any:
 
 def _yaml(path: str, text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except ValueError:
         raise typer.BadParameter(f"{path} takes JSON or YAML (got {text})", param_hint="--set") from None
 
 

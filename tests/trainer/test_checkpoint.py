@@ -377,3 +377,20 @@ def test_a_worker_that_dies_while_a_checkpoint_is_written_is_the_first_failure(t
         run_on_ranks(lose_a_worker, 2, CheckpointSpec(), tmp_path, timeout_seconds=20)
     [failure] = failures.read(tmp_path / "failures")
     assert (failure.cause, failure.is_consequence) == ("worker_lost", True)
+
+
+def wait_for_a_missing_worker(folder):
+    """Return the seconds until worker 0 misses worker 1, before either has checkpoints."""
+    dist.set_timeout(timedelta(seconds=1.5))
+    if dist.get_rank() == 1:
+        time.sleep(5)
+        return 0.0
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="Timed out"):
+        Checkpoints(str(folder), CheckpointSpec(), {}, here())
+    return time.monotonic() - began
+
+
+@pytest.mark.dist
+def test_a_worker_that_is_missing_at_the_start_is_found_within_the_limit_of_training(tmp_path):
+    assert run_on_ranks(wait_for_a_missing_worker, 2, tmp_path)[0] < 4

@@ -48,8 +48,10 @@ class LibraryImages:
             image, label = self.dataset[index]
             if isinstance(image, Image.Image):
                 image.load()  # some datasets have but opened it
-                if image.mode not in ("L", "RGB"):
-                    image = to_rgb(image)
+                rgb = to_rgb(image)
+                image = (
+                    rgb.getchannel(0) if image.mode == "L" else rgb
+                )  # grey images, as those of MNIST, keep one channel
         return image, self._check(label, index)
 
     def name(self, index: int) -> str:

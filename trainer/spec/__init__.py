@@ -64,7 +64,7 @@ from trainer.spec.run import (
     attempt_folder,
     worker_log_file,
 )
-from trainer.spec.yaml import read_yaml
+from trainer.spec.yaml import parse_yaml, read_yaml
 
 __all__ = [
     "CLOSED_FILE",
@@ -130,6 +130,7 @@ __all__ = [
     "known_shape",
     "metric_direction",
     "min_worker_bytes",
+    "parse_yaml",
     "read_yaml",
     "spec_warnings",
     "train_samples",

@@ -10,10 +10,24 @@ MAX_SHOWN_CHARS = 50
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a spec or a recipe. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
+    """Read a spec or a recipe, as `parse_yaml` does.
 
-    Raises OSError if the file cannot be read, and ValueError naming it if it holds no YAML, or too much of it: more than
-    MAX_YAML_BYTES, more than MAX_ALIASES, lists within lists without end, or a value that does not fit its tag.
+    Raises OSError if the file cannot be read, and ValueError naming it if it has more than MAX_YAML_BYTES or cannot be parsed.
+    """
+    with path.open("rb") as file:
+        content = file.read(MAX_YAML_BYTES + 1)
+    if len(content) > MAX_YAML_BYTES:
+        raise ValueError(f"{path}: must have at most {MAX_YAML_BYTES:,} bytes")
+    try:
+        return parse_yaml(content.decode())
+    except ValueError as error:  # UnicodeDecodeError, too
+        raise ValueError(f"{path} holds no YAML: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
+
+    Raises ValueError if it is no YAML, has more than MAX_ALIASES, is nested too deeply, or has a value that does not fit its tag.
     """
     import yaml
 
@@ -46,14 +60,8 @@ def read_yaml(path: Path) -> Any:
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_YAML_BYTES + 1)
-        if len(content) > MAX_YAML_BYTES:
-            raise ValueError(f"{path}: must have at most {MAX_YAML_BYTES:,} bytes")
-        return yaml.load(content.decode(), Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except RecursionError:
-        raise ValueError(
-            f"{path} holds no YAML that can be read: its lists or mappings are nested too deeply"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} holds no YAML: {error}") from error
+        raise ValueError("its lists or mappings are nested too deeply") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -88,6 +88,10 @@ def test_a_submission_under_a_key_is_done_once(syncbn, spec, comparison):
     [
         (("--set", "steps"), "takes NAME=VALUE (got steps)"),
         (("--set", "steps=[1"), "steps takes JSON or YAML (got [1)"),
+        (("--set", "steps=2001-99-99"), "steps takes JSON or YAML (got 2001-99-99)"),
+        (("--set", "steps=!!int x"), "steps takes JSON or YAML (got !!int x)"),
+        (("--set", "steps=" + "9" * 5_000), "steps takes JSON or YAML (got 9999"),
+        (("--set", "steps=" + "[" * 3_000), "steps takes JSON or YAML (got [[["),
         (("--set", "steps=NaN"), "steps: takes what JSON can hold"),
         (("--set", "steps.x=1"), "steps.x: steps is 10, and has no fields"),
         (("--set", "a=1", "--set", "a=2"), "takes each name once (got a twice)"),

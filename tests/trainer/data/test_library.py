@@ -4,11 +4,12 @@ import struct
 import numpy as np
 import pytest
 import torch
-from torchvision.datasets import FakeData
+from PIL import Image
+from torchvision.datasets import FakeData, VisionDataset
 
 from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test
 from trainer.data.images import Parts
-from trainer.data.library import open_library
+from trainer.data.library import LibraryImages, open_library
 from trainer.data.loading import LoadedDataset
 from trainer.errors import ConfigurationError, DataError
 from trainer.spec import ImageTransformSpec, TorchvisionDataSpec
@@ -104,6 +105,57 @@ def test_missing_files_are_not_downloaded(name, tmp_path):
     with pytest.raises(DataError, match=f"data.root: takes the folder that holds the files of torchvision:{name}"):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
     assert not list(tmp_path.iterdir())
+
+
+def write_turned(path, mode="RGB"):
+    """Write an image, white above and black below, that its EXIF orientation turns clockwise."""
+    pixels = np.zeros((16, 16), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+
+
+def assert_is_turned(image):
+    found = np.asarray(image)
+    assert found[:, 8:].min() > 200
+    assert found[:, :8].max() < 50
+
+
+def test_images_of_a_dataset_are_rotated_as_their_exif_orientation_says(tmp_path):
+    folder = tmp_path / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for part in ("train", "test"):
+        (folder / "meta" / f"{part}.json").write_text('{"pie": ["pie/1"]}')
+    write_turned(folder / "images" / "pie" / "1.jpg")
+    image, label = open_library(TorchvisionDataSpec(name="torchvision:Food101", root=str(tmp_path))).training[0]
+    assert (image.mode, label) == ("RGB", 0)
+    assert_is_turned(image)
+
+
+class Opened(VisionDataset):
+    """One image, opened and not yet read."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return Image.open(self.root), 0
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("1", "RGB")])
+def test_an_image_of_any_mode_is_rotated_and_a_grey_one_keeps_its_channel(tmp_path, mode, expected):
+    write_turned(tmp_path / "x.png", mode)
+    image, _ = LibraryImages(Opened(str(tmp_path / "x.png")), "a dataset", skip=False)[0]
+    assert image.mode == expected
+    assert_is_turned(image)
+
+
+def test_grey_images_keep_their_values(mnist):
+    images = open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist))).training
+    for index in range(3):
+        assert np.array_equal(np.asarray(images[index][0]), images.dataset.data[index].numpy())
 
 
 @pytest.mark.parametrize("of_folder", [True, False])
