@@ -97,9 +97,12 @@ async def test_a_log_whose_lines_do_not_come_breaks_off(client, monkeypatch, han
     assert isinstance(broken.value.__cause__, Unavailable)
 
 
-async def test_logs_come_from_ray_as_long_as_there_are_no_others(client):
+async def test_logs_come_from_ray_as_long_as_there_are_no_others(client, ray):
     job = await submit(client)
     await until(client, job, "submitted")
+    async with asyncio.timeout(10):  # the state is stored before the job is handed to Ray
+        while f"{job['id']}-a1" not in ray.submissions:
+            await asyncio.sleep(0.01)
     assert (await client.get(f"/v1/jobs/{job['id']}/logs")).text == f"log of {job['id']}-a1"
     refused = await client.get(f"/v1/jobs/{job['id']}/logs?attempt=2")
     assert refused.status_code == 422

@@ -73,11 +73,11 @@ def test_jobs_inherit_none_of_the_services_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("SYNCBN_TOKEN", "a-token-of-the-service")
     layout = parts.Layout(
         data_dir=tmp_path, ray_dir=tmp_path, ray_token_path=tmp_path / "ray-token", api_token="a-token-of-the-service",
-        cpus=1, api_port=1, mlflow_port=2, ray_port=3, ray_client_port=4,
+        mlflow_secret="a-secret-of-the-service", cpus=1, api_port=1, mlflow_port=2, ray_port=3, ray_client_port=4,
     )  # fmt: skip
     environment = parts.ray_head(layout).environment
     assert not [name for name in environment if name.startswith("SYNCBN_")]
-    assert "a-token-of-the-service" not in environment.values()
+    assert not {"a-token-of-the-service", "a-secret-of-the-service"} & set(environment.values())
 
 
 def test_connection_is_written_privately_and_removed_at_stop(tmp_path, fake_parts):
