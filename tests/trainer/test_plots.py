@@ -40,6 +40,7 @@ def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
 
 def test_a_run_that_diverged_has_its_figures_too(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.work.RayNotices", NoNotices)
+    monkeypatch.setattr("trainer.work.hide_credentials", lambda: None)  # of this process, which other tests need
     model = MlpSpec(activation="relu", init_std=1)
     probes = {"measure": ["percentiles"], "every": 1}
     spec = make_spec(norm="none", model=model, optimizer=SgdSpec(lr=1e5), steps=100, probes=probes)
