@@ -17,6 +17,7 @@ from trainer.spec import (
     ImportedModelSpec,
     JobSpec,
     LibraryModelSpec,
+    TorchOptimizerSpec,
     TorchvisionDataSpec,
     known_classes,
     known_shape,
@@ -28,12 +29,18 @@ DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
 
 
 def check(spec: JobSpec) -> ConfigurationError | None:
-    """Find out whether the library models, functions and datasets that a spec names exist and take its arguments."""
+    """Find out whether the models, functions, optimisers and datasets that a spec names exist and take its arguments."""
     try:
         if isinstance(spec.data, TorchvisionDataSpec):
             from trainer.data.library import find_dataset
 
             find_dataset(spec.data.name)
+        if isinstance(spec.optimizer, TorchOptimizerSpec):
+            from torch import nn
+
+            from trainer.optim import build_optimizer
+
+            build_optimizer(spec.optimizer, nn.Linear(2, 2))
         if isinstance(spec.model, LibraryModelSpec):
             _check_library_model(spec.model, spec)
         elif isinstance(spec.model, ImportedModelSpec):

@@ -12,7 +12,7 @@ from contextlib import suppress
 from cachetools import TTLCache
 
 from service.domain.errors import InvalidField, shown
-from trainer.spec import ImportedModelSpec, JobSpec, LibraryModelSpec, TorchvisionDataSpec
+from trainer.spec import ImportedModelSpec, JobSpec, LibraryModelSpec, TorchOptimizerSpec, TorchvisionDataSpec
 
 logger = logging.getLogger(__name__)
 IDLE_SECONDS = 300.0
@@ -28,13 +28,14 @@ Answer = tuple[str, object, str]
 
 
 def _needs_libraries(spec: JobSpec) -> bool:
+    has_arguments = isinstance(spec.optimizer, TorchOptimizerSpec) and bool(spec.optimizer.arguments)
     is_library = isinstance(spec.model, LibraryModelSpec | ImportedModelSpec)
-    return is_library or isinstance(spec.data, TorchvisionDataSpec)
+    return has_arguments or is_library or isinstance(spec.data, TorchvisionDataSpec)
 
 
 def _key(spec: JobSpec) -> str:
     """Name what is checked of a spec."""
-    content = f"{spec.model.model_dump_json()} {spec.data.model_dump_json()}"
+    content = " ".join(part.model_dump_json() for part in (spec.model, spec.data, spec.optimizer))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -49,6 +49,11 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         assert refused.value.field == field
     with pytest.raises(InvalidField, match="CIFAR10"):
         await checker.check([spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"})])
+    adam = {"name": "torch:Adam", "arguments": {"betas": [2, 3]}}
+    with pytest.raises(InvalidField, match="Invalid beta parameter") as refused:
+        await checker.check([spec(optimizer=adam)])
+    assert refused.value.field == "spec.optimizer.arguments"
+    await checker.check([spec(optimizer=adam | {"arguments": {"betas": [0.8, 0.9]}})])
     for model in ("timm:resnet26", "timm:vit_tiny_patch16_224", "torchvision:googlenet", "timm:convnext_tiny"):
         await checker.check([spec({"name": model})])
     began = time.monotonic()
