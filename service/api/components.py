@@ -1,5 +1,6 @@
 """What the routes work with, made once when the API starts."""
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -28,6 +29,8 @@ from service.store.jobs import JobStore
 from service.store.tokens import TokenStore
 from service.store.webhooks import WebhookStore
 from trainer.spec import Permissions
+
+MAX_LARGE_REQUESTS = 4
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Components:
     """Of requests without a valid token, by address."""
     public_url: str
     """This service's address for browsers. Links are made of it when they are asked for, since it may change between two starts."""
+    large_requests: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_LARGE_REQUESTS))
+    """Held while a request with a large body is worked on, so that many of them at once keep no other waiting."""
     keys_in_flight: set[tuple[str, str]] = field(default_factory=set)
     """Owners and keys of the requests that this process is answering."""
 

@@ -18,6 +18,8 @@ from service.domain.access import Caller
 from service.domain.errors import InFlight, InvalidField
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
 
+LARGE_BYTES, LARGE_PATH = 10_000, "/v1/comparisons"
+"""Bodies that take long to work on; a comparison's may be short, and stand for many jobs."""
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 TAKES = "takes 1 to 255 visible ASCII characters"
 PARAMETER = {
@@ -49,7 +51,11 @@ class KnownCaller(APIRoute):
                 if name not in names:
                     known = f"must be one of {', '.join(sorted(names))}" if names else "this call has none"
                     raise InvalidField(f"query parameter {name[:100]}", value, known)
-            return await handle(request)
+            is_large = len(await _body_of(request)) > LARGE_BYTES
+            if not (is_large or (request.method == "POST" and request.url.path.startswith(LARGE_PATH))):
+                return await handle(request)
+            async with components_of(request).large_requests:
+                return await handle(request)
 
         return handle_known
 
@@ -117,12 +123,16 @@ async def _once(
 
 async def _fingerprint(request: Request, caller: Caller) -> str:
     """Tell a request from others. The token's scopes are part of it: nobody is handed what they may not ask for themselves."""
-    try:
-        body = await request.body()
-    except ClientDisconnect as error:
-        raise HTTPException(400) from error
+    body = await _body_of(request)
     parts = [request.method, request.url.path, request.url.query, " ".join(sorted(caller.scopes))]
     return hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()
+
+
+async def _body_of(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect as error:
+        raise HTTPException(400) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from fastapi import Query
 from service.domain.errors import InvalidField
 
 LARGEST_PLACE = 2**31 - 1
-PageSize = Annotated[int, Query(ge=1, le=1_000)]
+PageSize = Annotated[int, Query(ge=1, le=200)]
 PageToken = Annotated[str | None, Query(description="`next_page_token` of the page before")]
 
 

@@ -8,7 +8,21 @@ from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import Column, Connection, Select, String, and_, bindparam, cast, func, insert, or_, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Select,
+    String,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.comparisons import size_of
@@ -32,7 +46,7 @@ SUMMARY_COLUMNS = [
     jobs.c.spec["seed"].as_integer().label("seed"),
     jobs.c.spec["steps"].as_integer().label("steps"),
 ]
-"""Of lists, which do not read specs: a page has up to 1,000 jobs."""
+"""Of lists, which do not read specs: a page has up to 200 jobs."""
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
@@ -156,11 +170,11 @@ class JobStore:
 
     async def specs_of(self, comparison_id: str) -> list[JobSpec]:
         """Read the specs of a comparison's jobs, in the order of its matrix."""
-        query = select(jobs.c.spec).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        # As text, and read in a thread: all together they may be large.
+        query = select(cast(jobs.c.spec, Text)).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
             found = (await connection.execute(query)).scalars().all()
-        # In a thread: all together they may be large.
-        return await asyncio.to_thread(lambda: [_spec(content) for content in found])
+        return await asyncio.to_thread(lambda: [JobSpec.model_validate_json(text) for text in found])
 
     async def unsettled(self, shards: Collection[int]) -> list[Job]:
         """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
@@ -366,11 +380,7 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _job(row: Any) -> Job:
-    return Job(**_record(row), spec=_spec(row.spec))
-
-
-def _spec(content: Any) -> JobSpec:
-    return JobSpec.model_validate_json(json.dumps(content))
+    return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
 
 
 async def _summaries(rows: Sequence[Any]) -> list[JobSummary]:

@@ -15,7 +15,7 @@ from trainer.spec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000
-AT_ONCE = 4
+AT_ONCE = 8
 """Requests of one token at the same time."""
 MODEL = "import:models:build"
 JUNK = {"junk": ["x" * 97] * 600}
@@ -128,19 +128,19 @@ REQUESTS = {
     ),
     "a token": ("POST", "/v1/tokens", {"owner": "a" * 250_000, "scopes": ["read"]}, 422),
     "a link": ("POST", "/v1/sign-in-links", {"next": "/" + "x" * 250_000}, 422),
-    "the longest list": ("GET", "/v1/jobs?page_size=1000", None, 200),
+    "the longest list": ("GET", "/v1/jobs?page_size=200", None, 200),
     "a comparison": ("GET", "/v1/comparisons/{comparison}", None, 200),
     "a report": ("GET", "/v1/comparisons/{comparison}/report?curves=true", None, 200),
     "curves": ("GET", "/v1/comparisons/{comparison}/curves", None, 200),
     "a job": ("GET", "/v1/jobs/{job}", None, 200),
     "events": ("GET", "/v1/jobs/{job}/events", None, 200),
-    "tokens": ("GET", "/v1/tokens?page_size=1000", None, 200),
+    "tokens": ("GET", "/v1/tokens?page_size=200", None, 200),
     "a resumption": ("POST", "/v1/jobs/{job}:resume", {"overrides": {f"x{n}": n for n in range(64)}}, 409),
     "a cancellation": ("POST", "/v1/jobs/{job}:cancel", None, 202),
     "a revocation": ("POST", "/v1/tokens/token-0:revoke", None, 404),
     "the cluster": ("GET", "/v1/cluster", None, 200),
-    "webhooks": ("GET", "/v1/webhooks?page_size=1000", None, 200),
-    "messages of a webhook": ("GET", "/v1/webhooks/webhook-0/deliveries?page_size=1000", None, 404),
+    "webhooks": ("GET", "/v1/webhooks?page_size=200", None, 200),
+    "messages of a webhook": ("GET", "/v1/webhooks/webhook-0/deliveries?page_size=200", None, 404),
     "a deletion": ("DELETE", "/v1/webhooks/webhook-0", None, 404),
     "the caller": ("GET", "/v1/me", None, 200),
     "a form": ("POST", "/sign-in", {"token": "x" * 250_000}, 413),
@@ -150,7 +150,7 @@ REQUESTS = {
         {"x": "x" * 250_000},
         403,
     ),
-    "the audit": ("GET", "/v1/audit?page_size=1000", None, 200),
+    "the audit": ("GET", "/v1/audit?page_size=200", None, 200),
     "metrics": ("GET", "/metrics", None, 200),
     "the document": ("GET", "/openapi.json", None, 200),
 }
