@@ -34,6 +34,7 @@ import httpx
 from house import MOST_SECONDS, House
 from mlflow import MlflowClient
 
+from service.api.schemas.names import MAX_PAGE_SIZE
 from trainer.spec import DRIVER_FILE, worker_log_file
 
 MOST_SECONDS_TO_TRUTH = 10.0
@@ -159,7 +160,7 @@ def all_jobs(http: httpx.Client) -> Iterator[dict[str, Any]]:
     """Go through all jobs."""
     token = None
     while True:
-        query = {"page_size": 1_000} | ({"page_token": token} if token else {})
+        query = {"page_size": MAX_PAGE_SIZE} | ({"page_token": token} if token else {})
         page = http.get("/v1/jobs", params=query).raise_for_status().json()
         yield from page["jobs"]
         if (token := page["next_page_token"]) is None:

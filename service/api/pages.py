@@ -7,10 +7,11 @@ from typing import Annotated
 
 from fastapi import Query
 
+from service.api.schemas.names import MAX_PAGE_SIZE
 from service.domain.errors import InvalidField
 
 LARGEST_PLACE = 2**31 - 1
-PageSize = Annotated[int, Query(ge=1, le=200)]
+PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)]
 PageToken = Annotated[str | None, Query(description="`next_page_token` of the page before")]
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from service.api.schemas import JobView
+from service.api.schemas.names import MAX_PAGE_SIZE
 from service.cli.client import Client
 from service.cli.config import with_client
 from service.cli.files import (
@@ -100,7 +101,7 @@ def jobs(
 ) -> None:
     """List jobs, newest first: those that meet all conditions."""
     listing = client.jobs(
-        state=state, owner=owner, comparison=comparison, norm=norm, tag=tag, page_size=min(limit, 1000)
+        state=state, owner=owner, comparison=comparison, norm=norm, tag=tag, page_size=min(limit, MAX_PAGE_SIZE)
     )
     found = list(islice(listing, limit + 1))
     if as_json:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from service.api.schemas.names import MAX_PAGE_SIZE
 from service.cli.client import Client
 from service.cli.config import with_client
 from service.cli.printing import AsJson, errors, output, print_json
@@ -74,7 +75,7 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """List who made and revoked tokens, and made and deleted webhooks, newest first."""
-    found = list(islice(client.audit(page_size=min(limit, 1000)), limit))
+    found = list(islice(client.audit(page_size=min(limit, MAX_PAGE_SIZE)), limit))
     if as_json:
         print_json(found)
     else:

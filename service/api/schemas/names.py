@@ -13,3 +13,6 @@ Name = Annotated[
         description="letters, digits, spaces and ._=,@+- ; starts with a letter or digit",
     ),
 ]
+
+MAX_PAGE_SIZE = 200
+"""Entries on one page of a list, at most."""
