@@ -71,10 +71,11 @@ def _run_supervised(task: Task) -> int:
         die_with_parent()
         return _run_attempt(task)
     descendants = Descendants()
-    # Ray signals all processes of a job, so the driver gets its signals from Ray.
+    # Ray signals all processes of a job, this one first, so the driver gets its signals from Ray.
     ended = supervise(descendants, driver, started_by, forward=False)
     file = _folder(task) / OUTCOME_FILE
-    if ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED) and not file.exists():
+    is_failure = not ended.stopped and ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED)
+    if is_failure and not file.exists():
         outcome = _outcome_of_driver(ended)
         with (_folder(task) / LOG_FILE).open("a") as log:
             log.write(f"ERROR: {outcome.reason}\n")

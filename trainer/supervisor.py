@@ -41,6 +41,8 @@ class ProcessExit:
     """Whether the kernel counted an out-of-memory kill in the process's control group just before."""
     orphaned: bool = False
     """Whether what had started the process, such as Ray's raylet, ended first."""
+    stopped: bool = False
+    """Whether the supervisor was sent a stop signal before the process ended."""
     seconds: float
     """When, in seconds since 1970."""
 
@@ -54,8 +56,10 @@ def supervise(
     """
     parent = os.getppid()
     kills = deque([count_oom_kills(pid)], maxlen=WINDOW_POLLS)
+    stopped = False
     while pid not in descendants.ended:
         is_asked = descendants.wait(timeout_seconds=POLL_SECONDS)
+        stopped |= is_asked
         if pid not in descendants.ended:
             kills.append(count_oom_kills(pid))
             if os.getppid() != parent:
@@ -69,6 +73,7 @@ def supervise(
         status=status,
         out_of_memory=status == -signal.SIGKILL and count_oom_kills(os.getpid()) > kills[0],
         orphaned=started_by is None or not _is_alive(started_by),
+        stopped=stopped,
         seconds=time.time(),
     )
 

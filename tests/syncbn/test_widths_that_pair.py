@@ -63,7 +63,12 @@ def skip_a_wide_layer(wide_first):
             x = x if part is wide and skip else part(x)
         x.square().sum().backward()
 
+    norms = [module for part in (wide, *layers) for module in part.modules() if isinstance(module, SyncBatchNorm)]
+    for norm in norms:
+        norm.timeout_seconds = 30
     step(skip=False)
+    for norm in norms:
+        norm.timeout_seconds = TIMEOUT_SECONDS
     return catch(step, dist.get_rank() == 0)
 
 

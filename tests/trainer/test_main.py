@@ -1,10 +1,16 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
+import yaml
 
-from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome
+from service.engine.run_files import RunFiles
+from tests.processes import wait_for_file
+from trainer.spec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
 
 SPEC = """
 model: {name: mlp, hidden: [16]}
@@ -43,6 +49,36 @@ def test_a_file_that_cannot_be_taken_is_explained(tmp_path, content, told):
     assert told in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+SLEEPING_DRIVER = """
+import sys, time
+import trainer.__main__ as driver
+
+def sleep(task):
+    open("started", "w")
+    time.sleep(300)
+
+driver._run_attempt = sleep
+sys.exit(driver.main())
+"""
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_driver_that_is_stopped_has_no_outcome_of_its_own(tmp_path, is_asked):
+    """Ray stops a job by signals to the driver's parent and then to the driver; any other signal to it is a failure."""
+    context = RunContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path / "job-1"))
+    task = RunFiles(tmp_path).write_task(Task(spec=JobSpec.model_validate(yaml.safe_load(SPEC)), context=context))
+    with subprocess.Popen(
+        [sys.executable, "-c", SLEEPING_DRIVER], cwd=tmp_path, env=os.environ | {JOB_VARIABLE: str(task)}
+    ) as parent:
+        wait_for_file(tmp_path / "started")
+        (driver,) = psutil.Process(parent.pid).children()
+        if is_asked:
+            parent.terminate()
+        driver.terminate()
+        assert parent.wait(20) == 128 + signal.SIGTERM
+    assert (attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE).exists() == (not is_asked)
 
 
 def test_without_a_file_it_says_what_it_takes(tmp_path):
