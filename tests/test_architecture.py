@@ -88,6 +88,13 @@ def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
     assert "--app-name=syncbn" in services["mlflow"]["command"]
 
 
+def test_the_image_is_built_once_and_never_pulled():
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    ours = {name: service for name, service in services.items() if service["image"] == "syncbn"}
+    assert [name for name, service in ours.items() if "build" in service] == ["api"]
+    assert {service["pull_policy"] for name, service in ours.items() if name != "api"} == {"never"}
+
+
 def test_the_compose_file_watches_the_service_and_takes_any_password():
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert "/readyz" in " ".join(services["api"]["healthcheck"]["test"])
