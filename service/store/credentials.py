@@ -3,7 +3,7 @@
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import and_, delete, exists, insert, or_, select
+from sqlalchemy import and_, delete, exists, insert, or_, select, update
 
 from service.domain.access import Token, hash_secret, new_secret
 from service.domain.credentials import CredentialKind
@@ -72,6 +72,17 @@ class CredentialStore:
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
         return None if row is None else Grant(*row)
+
+    async def count_upload(self, secret: str, number: int, max_bytes: int) -> bool:
+        """Count bytes that an attempt uploads; return False, and count nothing, if they would be more than `max_bytes` in all."""
+        counted = credentials.c.uploaded_bytes + number
+        query = (
+            update(credentials)
+            .where(credentials.c.hash == hash_secret(secret), counted <= max_bytes)
+            .values(uploaded_bytes=counted)
+        )
+        async with self._database.write() as connection:
+            return (await connection.execute(query)).rowcount == 1
 
     async def delete_expired(self) -> None:
         """Delete what opens nothing any more."""
