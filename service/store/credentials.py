@@ -27,7 +27,13 @@ class CredentialStore:
         return await self._add(kind, token_id=token_id, expires_at=datetime.now(UTC) + lifetime)
 
     async def add_for_attempt(self, job: Job) -> str:
-        """Store a new credential for the job's present attempt, and return its secret. It is valid while the attempt is active."""
+        """Store a new credential for the job's present attempt, and return its secret. It is valid while the attempt is active.
+
+        Those of its earlier attempts are deleted.
+        """
+        earlier = delete(credentials).where(credentials.c.job_id == job.id, credentials.c.attempt < job.attempt)
+        async with self._database.write() as connection:
+            await connection.execute(earlier)
         return await self._add(CredentialKind.ATTEMPT, job_id=job.id, attempt=job.attempt)
 
     async def _add(self, kind: CredentialKind, **values: object) -> str:
