@@ -29,7 +29,7 @@ from sqlalchemy import func, select, text
 from service.cli.local import LocalStack
 from service.domain.jobs import Job, JobState, new_id
 from service.store.database import Database
-from service.store.jobs import insert_jobs
+from service.store.job_inserts import insert_jobs
 from trainer.spec import LOG_FILE, JobSpec
 
 SHORT = SPEC | {"steps": 5, "num_workers": 1, "log_model": False}

@@ -109,6 +109,14 @@ class Settings(BaseSettings):
     streams_per_token: int = Field(
         50, ge=1, description="logs and timelines that a token may follow at one time, on each replica"
     )
+    max_artifact_bytes: int = Field(
+        5_000_000_000, ge=1_000_000, description="bytes of one file that a run uploads to MLflow"
+    )
+    max_attempt_artifact_bytes: int = Field(
+        20_000_000_000,
+        ge=1_000_000,
+        description="bytes that one attempt of a job may upload to MLflow in all; a file counts as a million or more",
+    )
     webhook_networks: str | None = Field(
         None,
         description="networks, parted by commas, that webhooks may reach though they are not public, such as `10.1.0.0/16`",

@@ -7,6 +7,7 @@ RunError                       its message is the reason, for the user to read
 │       └── CorruptImage
 ├── DataTimeoutError           data did not arrive within its time limit
 ├── StorageError               files of the run, such as checkpoints, cannot be written or read
+├── ExportError                training is complete, but its model cannot be written
 ├── Diverged
 └── Preempted
 """
@@ -57,6 +58,15 @@ class StorageError(RunError):
     """The storage of a run's files, such as checkpoints, fails: an error of the cluster that another attempt may not meet."""
 
     cause = "worker_lost"
+
+
+class ExportError(RunError):
+    """Training is complete, but its model cannot be written; another attempt exports it from the last checkpoint."""
+
+    cause = "export"
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"training is complete ({step} steps), but its model could not be written: {what}")
 
 
 class Diverged(RunError):  # noqa: N818

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
@@ -34,9 +35,11 @@ class Descendants:
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
         self._reap()
 
-    def wait(self, *, lifeline: int | None = None, timeout_seconds: float | None = None) -> bool:
-        """Wait for a child's end; True if a stop signal came or the lifeline closed."""
-        watched = [self._signals] if lifeline is None else [self._signals, lifeline]
+    def wait(
+        self, *, lifeline: int | None = None, ends: Iterable[int] = (), timeout_seconds: float | None = None
+    ) -> bool:
+        """Wait for the end of a child or of a pidfd in `ends`; True if a stop signal came or the lifeline closed."""
+        watched = [self._signals, *ends] if lifeline is None else [self._signals, lifeline, *ends]
         readable, _, _ = select.select(watched, [], [], timeout_seconds)
         told = lifeline in readable  # nothing is ever written to it
         if self._signals in readable:

@@ -3,9 +3,10 @@
 import json
 import os
 import socket
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,9 @@ from trainer import failures
 from trainer.checkpoint import Checkpoints
 from trainer.data import Dataset, open_dataset
 from trainer.data.class_folders import list_some
-from trainer.errors import Diverged, StorageError
+from trainer.errors import Diverged, ExportError, StorageError
 from trainer.export import ExportedModel, collect_models, export_model, write_weights
+from trainer.failure_kinds import message
 from trainer.job_secrets import hide_credentials, set_variables
 from trainer.journal import Journal, RankZeroJournal, open_journal
 from trainer.loop import train
@@ -25,6 +27,8 @@ from trainer.plots import write_figures
 from trainer.spec import SAVING_FILE, SHAPING_FIELDS, JobSpec, Norm, Task, attempt_folder
 from trainer.state import Position
 from trainer.worker import Worker
+
+P = ParamSpec("P")
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -80,13 +84,13 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         hide_credentials()
         set_variables(context.secrets)
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
-        stack.callback(dataset.close)
+        stack.callback(_try_to, "end the loading of data", dataset.close)
         is_what = identity(spec, dataset.digest)
         if isinstance(journal, RankZeroJournal):
             journal.outbox.belong_to(is_what)
             describe(journal.outbox, spec, worker, dataset, folder)
         checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker, folder / SAVING_FILE)
-        stack.callback(checkpoints.close)
+        stack.callback(_try_to, "close the checkpoints", checkpoints.close)
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:
             result = train(spec, worker, journal, dataset, checkpoints, RayNotices(), position)
@@ -109,14 +113,23 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
 
 
 def export(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox: Outbox | None, folder: Path) -> None:
-    """Write the weights of each model, and hand the models to MLflow if there is an outbox for it."""
+    """Write the weights of each model, and hand the models to MLflow if there is an outbox for it. Raises ExportError."""
     if spec.norm in (Norm.BATCH, Norm.SYNC) and spec.evaluation.statistics == "batch":
         print("the exported model has moving averages; it was evaluated with statistics of each test batch", flush=True)
     for model in models:
         print(f"{model.name}.pt is the {model.which} model, of step {model.step}", flush=True)
-        write_weights(model.weights, folder / f"{model.name}.pt")
-    example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None) if outbox else None
-    if outbox is None or example is None:
+        try:
+            write_weights(model.weights, folder / f"{model.name}.pt")
+        except Exception as error:  # of torch, too, whose writer has its own for a disk that is full
+            raise ExportError(model.step, f"{type(error).__name__}: {message(error)}") from error
+    if outbox is not None:
+        _try_to("log the model to MLflow", log_models, spec, models, dataset, outbox, folder)
+
+
+def log_models(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, outbox: Outbox, folder: Path) -> None:
+    """Hand the models to MLflow, if the dataset has an example of an input."""
+    example = next((batch.inputs[:2] for batch in dataset.test() if len(batch.labels)), None)
+    if example is None:
         return
     outbox.put("tags", tags={"exported_model": f"{models[0].which}, step {models[0].step}"})
     for model in models:
@@ -130,10 +143,23 @@ def _conclude(spec: JobSpec, worker: Worker, journal: Journal, dataset: Dataset,
     if getattr(spec.data, "corrupt_images", "refuse") == "skip":
         skipped = count_skipped(dataset, worker)
         if isinstance(journal, RankZeroJournal):
-            journal.outbox.put("tags", tags={"skipped_images": skipped})
+            _try_to("log the skipped images", journal.outbox.put, "tags", tags={"skipped_images": skipped})
     if isinstance(journal, RankZeroJournal):
-        for figure in write_figures(journal.outbox.path, folder / "figures"):
-            journal.outbox.put("artifact", path=str(figure), folder="figures")
+        _try_to("draw the figures", log_figures, journal.outbox, folder / "figures")
+
+
+def log_figures(outbox: Outbox, folder: Path) -> None:
+    """Draw the run's own figures and hand them to MLflow."""
+    for figure in write_figures(outbox.path, folder):
+        outbox.put("artifact", path=str(figure), folder="figures")
+
+
+def _try_to(what: str, call: Callable[P, object], *arguments: P.args, **options: P.kwargs) -> None:
+    """Do what the result of a finished run does not depend on; of an error, the log has a warning."""
+    try:
+        call(*arguments, **options)
+    except Exception as error:
+        print(f"warning: could not {what}: {type(error).__name__}: {message(error)}", flush=True)
 
 
 def describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """MLflow over plain HTTP, for requests that are forwarded as they come."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from enum import StrEnum
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
@@ -69,13 +69,13 @@ class MlflowHttp:
         method: str,
         path: str,
         *,
-        query: str | dict[str, str] = "",
+        query: Iterable[tuple[str, str]] = (),
         headers: dict[str, str] | None = None,
         content: bytes | AsyncIterator[bytes] | None = None,
         kind: Kind = Kind.READ,
     ) -> httpx.Response:
         """Send a request and return the answer with its body unread. Raises Unavailable."""
-        client, params = self._clients[kind], httpx.QueryParams(query)
+        client, params = self._clients[kind], httpx.QueryParams(tuple(query))
         sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
         request = client.build_request(method, path, params=params or None, headers=sent, content=content)
         try:

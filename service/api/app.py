@@ -25,7 +25,7 @@ from service.api.feasibility import Feasibility
 from service.api.head import HeadAsGet
 from service.api.headers import Headers
 from service.api.health import Health
-from service.api.mlflow_proxy import MAX_UPLOAD_BYTES, PREFIX, UPLOADS, MlflowProxy
+from service.api.mlflow_proxy import PREFIX, UPLOADS, MlflowProxy
 from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
@@ -83,7 +83,8 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Wrap the whole stack."""
-        limits = {UPLOADS: MAX_UPLOAD_BYTES, f"{PREFIX}/": MAX_JSON_BYTES}
+        settings: Settings = self.state.settings
+        limits = {UPLOADS: settings.max_artifact_bytes, f"{PREFIX}/": MAX_JSON_BYTES}
         limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, limits)
         return Headers(HeadAsGet(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,))))
 
@@ -150,10 +151,10 @@ def make_app(
     app.router.routes.append(
         Route(
             PREFIX + "{path:path}",
-            MlflowProxy().forward,
+            MlflowProxy(settings.max_attempt_artifact_bytes).forward,
             methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"],
             include_in_schema=False,
-            max_body_size=MAX_UPLOAD_BYTES,
+            max_body_size=settings.max_artifact_bytes,
         )
     )
 

@@ -30,7 +30,7 @@ from service.store.tokens import TokenStore
 from service.store.webhooks import WebhookStore
 from trainer.spec import Permissions
 
-MAX_LARGE_REQUESTS = 4
+MAX_LARGE_REQUESTS = 2
 
 
 @dataclass(frozen=True)

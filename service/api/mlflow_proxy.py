@@ -1,12 +1,15 @@
 """Reverse proxy to MLflow under `/mlflow/`, the only way to it from outside.
 
 Browsers come with a session, programs with a token of scope read, and both may read. Attempts come with a credential of their own
-and may write to their run. `service.domain.mlflow_access` decides what is forwarded; bodies are streamed in both directions.
+and may write to their run. `service.domain.mlflow_access` decides what is forwarded, `service.domain.mlflow_queries` bounds what a
+query makes MLflow do. Files and answers are streamed; each request has a time limit.
 """
 
+import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -17,17 +20,24 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from service.adapters.mlflow_http import RETURNED_HEADERS, Kind, MlflowHttp
+from service.api import problems
 from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
 from service.api.components import components_of
 from service.api.compute import in_thread
 from service.api.sign_in import sign_in_page
-from service.domain.errors import InvalidField, NotFound
+from service.domain.errors import InvalidField, NotFound, Unavailable
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt
+from service.domain.mlflow_queries import MAX_QUERY_BYTES, bounded
+from service.store.credentials import CredentialStore
 
 PREFIX = "/mlflow"
 UPLOADS = f"{PREFIX}/api/2.0/mlflow-artifacts/"
-MAX_UPLOAD_BYTES = 20_000_000_000
-"""One artifact of an attempt."""
+COUNTED_BYTES = 8_000_000
+"""Of an upload whose length is not declared, between two entries in the database."""
+MIN_COUNTED_BYTES = 1_000_000
+"""What a file counts at least, so that the number of files is bounded too."""
+MAX_SECONDS, MAX_FILE_SECONDS = 120.0, 3600.0
+"""For a whole request and its answer, and where one of both is a file."""
 MAX_READS, MAX_UPLOADS = 16, 4
 """Of one token, and of one job's attempt, at the same time."""
 PAGES_POLICY = (
@@ -38,6 +48,8 @@ PAGES_POLICY = (
 ARTIFACT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Of files that user code has written: scripts in them do not run as pages of this service."""
 ARTIFACT_PATHS = ("/get-artifact", "/ajax-api/2.0/mlflow-artifacts/", "/api/2.0/mlflow-artifacts/")
+Charge = Callable[[int], Awaitable[None]]
+"""Counts bytes of an upload; raises HTTPException with 413 if the attempt may not upload so many."""
 
 
 class Slots:
@@ -62,29 +74,33 @@ class Slots:
 
 
 class ForwardedAnswer(StreamingResponse):
-    """MLflow's answer as it comes; however it ends, the connection to MLflow and the caller's slot are free afterwards."""
+    """MLflow's answer as it comes, until `deadline` of the event loop's clock.
 
-    def __init__(self, answer: httpx.Response, path: str, release: Callable[[], None]) -> None:
-        self._answer, self._release = answer, release
+    However it ends, the connection to MLflow and the caller's slot are free afterwards.
+    """
+
+    def __init__(self, answer: httpx.Response, path: str, deadline: float, release: Callable[[], None]) -> None:
+        self._answer, self._deadline, self._release = answer, deadline, release
         headers = {name: answer.headers[name] for name in RETURNED_HEADERS if name in answer.headers}
-        is_artifact = path.startswith(ARTIFACT_PATHS) or path.endswith("/artifacts/files")
-        headers["Content-Security-Policy"] = ARTIFACT_POLICY if is_artifact else PAGES_POLICY
+        headers["Content-Security-Policy"] = ARTIFACT_POLICY if _is_artifact(path) else PAGES_POLICY
         headers["X-Frame-Options"] = "SAMEORIGIN"  # MLflow's page shows some of its own in frames
         super().__init__(answer.aiter_raw(), answer.status_code, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, to the end or to the caller's."""
         try:
-            await super().__call__(scope, receive, send)
+            async with asyncio.timeout_at(self._deadline):
+                await super().__call__(scope, receive, send)
         finally:
             self._release()
             await self._answer.aclose()
 
 
 class MlflowProxy:
-    """Decides on each request under `/mlflow/` and forwards it."""
+    """Decides on each request under `/mlflow/` and forwards it; an attempt may upload `max_attempt_bytes` in all."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_attempt_bytes: int) -> None:
+        self._max_attempt_bytes = max_attempt_bytes
         self._readers, self._uploads = Slots(MAX_READS), Slots(MAX_UPLOADS)
         self._owned: TTLCache[tuple[str, str], bool] = TTLCache(1_000, 600)
         """Run and model; a model's run never changes."""
@@ -101,9 +117,10 @@ class MlflowProxy:
         credentials = await bearer(request)
         components = components_of(request)
         grant = await components.credentials.find_grant(credentials.credentials) if credentials else None
-        if grant is not None:
+        if credentials and grant:
             limit_rate(components, f"attempt of {grant.job_id}")
-            return await self._forward_attempt(request, components.mlflow_http, grant, path)
+            charge = partial(self._charge, components.credentials, credentials.credentials)
+            return await self._forward_attempt(request, components.mlflow_http, grant, path, charge)
         caller = await (authenticate(request) if credentials else caller_of_session(request))
         if caller is None:
             if request.method == "GET" and path == "/":
@@ -111,16 +128,19 @@ class MlflowProxy:
             raise HTTPException(401, "sign in at /sign-in, or send a token", headers={"WWW-Authenticate": "Bearer"})
         if not is_readable(request.method, path):
             raise HTTPException(403, f"{request.method} {path} is not forwarded to MLflow")
-        body = await _read(request) if request.method == "POST" else None
+        body = await _read(request, MAX_QUERY_BYTES) if request.method == "POST" else None
+        query, content = await in_thread(bounded, path, request.query_params.multi_items(), body)
+        headers = {name: value for name, value in request.headers.items() if name != "content-length"}
         release = self._readers.take(caller.token_id)
         return await self._send(
-            components.mlflow_http, request.method, path, release,
-            query=request.url.query, headers=dict(request.headers), content=body,
-        )  # fmt: skip
+            components.mlflow_http, request.method, path, release, query=query, headers=headers, content=content
+        )
 
-    async def _forward_attempt(self, request: Request, mlflow: MlflowHttp, grant: Grant, path: str) -> Response:
+    async def _forward_attempt(
+        self, request: Request, mlflow: MlflowHttp, grant: Grant, path: str, charge: Charge
+    ) -> Response:
         is_upload = request.method == "PUT"
-        body = b"" if is_upload else await _read(request)
+        body = b"" if is_upload else await _read(request, MAX_JSON_BYTES)
         forwarded = await in_thread(of_attempt, grant, request.method, path, dict(request.query_params), body)
         if forwarded is None:
             raise HTTPException(403, f"{request.method} {path} is not open to the attempt of a job")
@@ -129,24 +149,41 @@ class MlflowProxy:
         headers = dict(request.headers)
         if not is_upload:
             headers = {name: value for name, value in headers.items() if not name.startswith("content-")}
-        content: bytes | AsyncIterator[bytes] | None = request.stream() if is_upload else None
+        content: bytes | AsyncIterator[bytes] | None = _counted(request, charge) if is_upload else None
         if forwarded.body is not None:  # as escapes of ASCII, for text may hold half a surrogate pair
             headers["content-type"], content = "application/json", json.dumps(forwarded.body).encode()
         release = self._uploads.take(grant.job_id) if is_upload else _nothing
         kind = Kind.UPLOAD if is_upload else Kind.METRICS
         return await self._send(
-            mlflow, request.method, path, release, query=forwarded.query, headers=headers, content=content, kind=kind
+            mlflow,
+            request.method,
+            path,
+            release,
+            query=forwarded.query.items(),
+            headers=headers,
+            content=content,
+            kind=kind,
         )
 
     async def _send(
         self, mlflow: MlflowHttp, method: str, path: str, release: Callable[[], None], **arguments: Any
     ) -> Response:
+        seconds = MAX_FILE_SECONDS if _is_artifact(path) else MAX_SECONDS
+        deadline = asyncio.get_running_loop().time() + seconds
         try:
-            answer = await mlflow.send(method, quote(path), **arguments)
+            async with asyncio.timeout_at(deadline):
+                answer = await mlflow.send(method, quote(path), **arguments)
+        except TimeoutError:
+            release()
+            raise Unavailable(f"MLflow did not answer within {seconds:.0f} s") from None
         except BaseException:
             release()
             raise
-        return ForwardedAnswer(answer, path, release)
+        return ForwardedAnswer(answer, path, deadline, release)
+
+    async def _charge(self, credentials: CredentialStore, secret: str, number: int) -> None:
+        if not await credentials.count_upload(secret, number, self._max_attempt_bytes):
+            raise HTTPException(413, f"an attempt may upload at most {self._max_attempt_bytes:,} bytes in all")
 
     async def _owns_model(self, mlflow: MlflowHttp, grant: Grant, model_id: str) -> bool:
         if (grant.run_id, model_id) not in self._owned:
@@ -162,11 +199,29 @@ def _nothing() -> None:
     return
 
 
-async def _read(request: Request) -> bytes:
-    """Read a body of at most MAX_JSON_BYTES."""
+def _is_artifact(path: str) -> bool:
+    return path.startswith(ARTIFACT_PATHS) or path.endswith("/artifacts/files")
+
+
+async def _counted(request: Request, charge: Charge) -> AsyncIterator[bytes]:
+    """Pass the body of an upload on, until no more bytes may be uploaded. Raises HTTPException with 413."""
+    counted = max(int(request.headers.get("content-length", 0)), MIN_COUNTED_BYTES)
+    await charge(counted)
+    uncounted = -counted
+    async for part in request.stream():
+        uncounted += len(part)
+        if uncounted >= COUNTED_BYTES:
+            await charge(uncounted)
+            uncounted = 0
+        yield part
+    if uncounted > 0:
+        await charge(uncounted)
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > MAX_JSON_BYTES:
-            raise HTTPException(413)
+        if len(body) > max_bytes:
+            raise HTTPException(413, problems.too_large(max_bytes))
     return bytes(body)

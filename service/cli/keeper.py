@@ -10,6 +10,7 @@ its parent is still found, and either of them can be killed without anything sur
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,16 @@ class Plan:
     parts: Sequence[Part]
     directory: str
     remove: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class VitalChild:
+    """A child of a part that the part cannot do without."""
+
+    part: str
+    name: str
+    end: int
+    """A pidfd, readable once the child has ended."""
 
 
 class Kept:
@@ -147,38 +158,40 @@ def keep(plan: Plan, lifeline: int) -> None:
             told = True
             break
     report(started={part.name: process.pid for process, part in running})
-    vital: dict[psutil.Process, tuple[Part, str]] = {}
+    vital: dict[psutil.Process, VitalChild] = {}
     while not told:
-        told = descendants.wait(lifeline=lifeline, timeout_seconds=VITAL_SECONDS)
+        ends = [child.end for child in vital.values()]
+        told = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
         if dead and not told:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
             told = True
-        elif not told and (lost := lost_child(running, vital)):
-            report(dead=lost[0].name, reason=f"{lost[0].name} lost its {lost[1]}")
+        elif not told and (lost := lost_child(vital)):
+            report(dead=lost.part, reason=f"{lost.part} lost its {lost.name}")
             told = True
+        note_children(running, vital)
     for process, part in reversed(running):
         descendants.stop(process.pid, part.stop_seconds)
     end_all(descendants)
 
 
-def lost_child(
-    running: Sequence[tuple[subprocess.Popen[bytes], Part]], vital: dict[psutil.Process, tuple[Part, str]]
-) -> tuple[Part, str] | None:
-    """Note the vital children that have come to life, and tell of one that has ended."""
+def note_children(
+    running: Sequence[tuple[subprocess.Popen[bytes], Part]], vital: dict[psutil.Process, VitalChild]
+) -> None:
+    """Note the vital children that have come to life."""
     for process, part in running:
         if part.vital_children:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 for child in psutil.Process(process.pid).children():
-                    if (name := child.name()) in part.vital_children:
-                        vital.setdefault(child, (part, name))
-    for child, lost in vital.items():
-        with suppress(psutil.NoSuchProcess):
-            if child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-                continue
-        return lost
-    return None
+                    if child not in vital and (name := child.name()) in part.vital_children:
+                        vital[child] = VitalChild(part.name, name, os.pidfd_open(child.pid))
+
+
+def lost_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
+    """Return a vital child that has ended. It is the first to end: its end is noticed before others can follow."""
+    ended, _, _ = select.select([child.end for child in vital.values()], [], [], 0)
+    return next((child for child in vital.values() if child.end in ended), None)
 
 
 def start(part: Part, directory: str) -> subprocess.Popen[bytes]:

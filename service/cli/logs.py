@@ -1,6 +1,8 @@
 """The command that prints a job's log, and follows it."""
 
 import json
+import shutil
+import sys
 from typing import Annotated
 
 import typer
@@ -10,7 +12,9 @@ from service.cli.client import Client
 from service.cli.config import with_client
 from service.cli.jobs import JobId
 from service.cli.printing import AsJson, errors, interruptible, print_json, visible
-from service.cli.streams import Ended
+from service.cli.streams import Ended, LogLine, UnfinishedLine
+
+CLEAR_LINE = "\r\x1b[K"
 
 app = typer.Typer()
 
@@ -44,11 +48,23 @@ def logs(
         else:
             typer.echo(shown(text), nl=False, color=colour)
         return
+    is_live = sys.stdout.isatty() and not as_json
+    events = client.follow_logs(job_id, attempt=attempt, rank=rank, level=level, unfinished=is_live)
     with interruptible(f"{job_id} goes on; `syncbn cancel {job_id}` ends it."):
-        for event in client.follow_logs(job_id, attempt=attempt, rank=rank, level=level):
+        for event in events:
             if as_json:
                 typer.echo(json.dumps(event.model_dump(mode="json")))
-            elif isinstance(event, Ended):
+                continue
+            if is_live:
+                typer.echo(CLEAR_LINE, nl=False)
+            if isinstance(event, Ended):
                 errors.print(f"{job_id}: {event.state}", markup=False)
+            elif isinstance(event, UnfinishedLine):
+                width = shutil.get_terminal_size().columns - 1  # a longer one would leave its first part on the screen
+                typer.echo(visible(_with_rank(event))[:width], nl=False)
             else:
-                typer.echo(shown(event.text if event.rank is None else f"[{event.rank}] {event.text}"), color=colour)
+                typer.echo(shown(_with_rank(event)), color=colour)
+
+
+def _with_rank(line: LogLine) -> str:
+    return line.text if line.rank is None else f"[{line.rank}] {line.text}"

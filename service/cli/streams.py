@@ -31,6 +31,10 @@ class LogLine(BaseModel):
     text: str
 
 
+class UnfinishedLine(LogLine):
+    """The present text of a line that a progress bar overwrites; it is replaced by the next one, and by the whole line at last."""
+
+
 class Ended(BaseModel):
     """The last event of every stream: the job has ended."""
 
@@ -86,11 +90,22 @@ class Following(Generic[E]):
 
 
 def follow_logs(
-    job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None
+    job_id: str,
+    *,
+    attempt: int | None = None,
+    rank: int | None = None,
+    level: Level | None = None,
+    unfinished: bool = False,
 ) -> Stream[LogLine | Ended]:
-    """Yield each line of a job's log as it is written, of all attempts from `attempt` on, and `Ended` at last."""
+    """Yield each line of a job's log as it is written, of all attempts from `attempt` on, and `Ended` at last.
+
+    With `unfinished` also `UnfinishedLine`, once a second at most.
+    """
+    kinds: dict[str, type[LogLine | Ended]] = {"line": LogLine, "end": Ended}
+    if unfinished:
+        kinds["unfinished"] = UnfinishedLine
     query = {"follow": True, "attempt": attempt, "rank": rank, "level": level}
-    return Stream(_call("/v1/jobs/{job_id}/logs", job_id, query), {"line": LogLine, "end": Ended})
+    return Stream(_call("/v1/jobs/{job_id}/logs", job_id, query), kinds)
 
 
 def follow_events(job_id: str) -> Stream[EventView | Progress | Ended]:

@@ -1,7 +1,7 @@
 """Jobs, their states, and which transitions are legal; pure."""
 
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -135,6 +135,24 @@ class Job(JobRecord):
         """How long its attempts ran, all together."""
         current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
         return self.ran_seconds + current
+
+    def after(self, step: "Transition", now: datetime) -> "Job":
+        """Return the job as a transition leaves it, but for its version."""
+        after = replace(self, state=step.state, reason=step.reason)
+        if step.state == JobState.RUNNING:
+            return replace(after, started_at=now)
+        if step.state == JobState.QUEUED:
+            return replace(
+                after,
+                attempt=self.attempt + 1,
+                failures=step.failures or self.failures,
+                ran_seconds=self.seconds_run(now),
+                progress=None,
+                started_at=None,
+                queued_at=now,
+                not_before=step.not_before,
+            )
+        return replace(after, ran_seconds=self.seconds_run(now), ended_at=now) if step.state.is_terminal else after
 
     def candidate(self) -> Candidate:
         """What the scheduler knows of it."""

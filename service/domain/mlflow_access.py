@@ -88,7 +88,7 @@ def of_attempt(grant: Grant, method: str, path: str, query: dict[str, str], body
         case "GET", "/api/2.0/mlflow/runs/get":
             return Forwarded({"run_id": grant.run_id}) if query.get("run_id") == grant.run_id else None
         case "POST", _ if path in WRITABLE_FIELDS:
-            return Forwarded({}, _of_run(grant, _read(body), WRITABLE_FIELDS[path]))
+            return Forwarded({}, _of_run(grant, read_object(body), WRITABLE_FIELDS[path]))
         case "POST", "/api/2.0/mlflow/logged-models/search":
             content = {
                 "experiment_ids": [grant.experiment_id],
@@ -100,13 +100,13 @@ def of_attempt(grant: Grant, method: str, path: str, query: dict[str, str], body
             content = {
                 "experiment_id": grant.experiment_id,
                 "source_run_id": grant.run_id,
-                "name": str(_read(body).get("name", "model")),
+                "name": str(read_object(body).get("name", "model")),
             }
             return Forwarded({}, content)
         case "GET", _ if found := re.fullmatch(rf"{API}/logged-models/([\w-]+)(/artifacts/directories)?", path):
             return Forwarded({}, model_id=found[1])
         case "PATCH", _ if found := re.fullmatch(rf"{API}/logged-models/([\w-]+)", path):
-            content = {"model_id": found[1], "status": _read(body).get("status", "")}
+            content = {"model_id": found[1], "status": read_object(body).get("status", "")}
             return Forwarded({}, content, model_id=found[1])
         case "PUT", _ if path.startswith(f"{API}-artifacts/artifacts/"):
             place = path.removeprefix(f"{API}-artifacts/artifacts/")
@@ -144,7 +144,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def _read(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """Read a body that is a JSON object. Raises InvalidField."""
     try:
         content = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

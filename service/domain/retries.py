@@ -30,6 +30,7 @@ BLAME: dict[Cause, Blame] = {
     "worker_lost": Blame.INFRASTRUCTURE,
     "preempted": Blame.PREEMPTED,
     "hang": Blame.HANG,
+    "export": Blame.UNKNOWN,
     "unknown": Blame.UNKNOWN,
 }
 """Who is to blame for each cause; to diverge is a result, and nobody's fault."""

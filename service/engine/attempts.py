@@ -77,7 +77,7 @@ class Attempts:
                 name=job.name,
                 folder=str(self._files.job_folder(job.id)),
                 mlflow_url=self._mlflow_url,
-                mlflow_token=await self._credentials.add_for_attempt(job),
+                mlflow_token=await self._mlflow_token(job),
                 mlflow_run_id=job.mlflow_run_id,
                 permissions=self._permissions,
                 secrets=self._secrets.paths(job.secrets),
@@ -89,6 +89,13 @@ class Attempts:
             await self._fail_if_refused_often(job, lease, error)
         else:
             self._refusals.pop(job.submission_id, None)
+
+    async def _mlflow_token(self, job: Job) -> str:
+        """Return the attempt's credential: that of its task file if it was handed over before, whose driver may have read it."""
+        task = await on_storage(self._files.task, job)
+        token = task.context.mlflow_token if task else None
+        grant = await self._credentials.find_grant(token) if token else None
+        return token if token and grant and grant.job_id == job.id else await self._credentials.add_for_attempt(job)
 
     async def _ancestors(self, job: Job) -> tuple[str, ...]:
         """The jobs whose checkpoints a job may go on from, newest first: one that was resumed may have saved none of its own."""

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -20,6 +21,8 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 CHUNK_BYTES = 65_536
 MAX_LINE_BYTES = 65_536
 """What is longer is cut into several."""
+TAIL_BYTES = 4_096
+"""Of a line that is not whole yet."""
 WORKER_FILE = re.compile(r"^log-rank-(?P<rank>\d+)\.txt$")
 INDEX_LINE = re.compile(rb"^(?P<name>log[a-z0-9-]*\.txt) (?P<end>\d{1,15})\n$")
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
@@ -93,6 +96,18 @@ class AttemptLog:
         if self.place < self._start:  # a place beyond the end is the end
             self._start = self.place
 
+    def unfinished(self) -> list[Line]:
+        """Return the present text of lines that carriage returns overwrite, such as progress bars, and that are not whole yet."""
+        lines = []
+        for path in self._files():
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                size = file.seek(0, SEEK_END)
+                file.seek(max(self._ends.get(path.name, 0), size - TAIL_BYTES))
+                content = file.read(TAIL_BYTES).rpartition(b"\n")[2]
+                if b"\r" in content:
+                    lines.append(self._make_line(path.name, content))
+        return lines
+
     def _segments(self) -> Iterator[tuple[str, int]]:
         """Yield the new entries of the index: a file, and up to where to read it."""
         try:
@@ -146,6 +161,9 @@ class AttemptLog:
 
     def _line(self, name: str, content: bytes, size: int) -> Line:
         self._move(name, size)
+        return self._make_line(name, content)
+
+    def _make_line(self, name: str, content: bytes) -> Line:
         # A progress bar goes back to the start of its line again and again: what a terminal would show at last is the line.
         text = content.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
         worker = WORKER_FILE.match(name)

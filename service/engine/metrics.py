@@ -7,8 +7,9 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from service.domain.jobs import JobState
-from service.store.jobs import JobStore, Totals
+from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
+from service.store.totals import Totals
 
 SECONDS_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
 

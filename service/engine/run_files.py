@@ -144,6 +144,10 @@ class RunFiles:
             file.write(task.model_dump_json())
         return Path(name).replace(path)
 
+    def task(self, job: Job) -> Task | None:
+        """Read the task file of the current attempt; None if it has not been handed over yet."""
+        return self._read(job, TASK_FILE, Task)
+
     def progress(self, job: Job) -> Progress | None:
         """Read how far the current attempt is; None if it has not said yet."""
         return self._read(job, PROGRESS_FILE, Progress)

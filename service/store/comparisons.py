@@ -10,7 +10,7 @@ from service.domain.comparisons import Comparison
 from service.domain.errors import NotFound
 from service.domain.jobs import Job
 from service.store.database import Database
-from service.store.jobs import insert_jobs
+from service.store.job_inserts import insert_jobs
 from service.store.tables import comparisons
 
 COLUMNS = [comparisons.c[field.name] for field in fields(Comparison)]

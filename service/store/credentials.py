@@ -3,7 +3,7 @@
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 
-from sqlalchemy import and_, delete, exists, insert, or_, select
+from sqlalchemy import and_, delete, exists, insert, or_, select, update
 
 from service.domain.access import Token, hash_secret, new_secret
 from service.domain.credentials import CredentialKind
@@ -27,7 +27,13 @@ class CredentialStore:
         return await self._add(kind, token_id=token_id, expires_at=datetime.now(UTC) + lifetime)
 
     async def add_for_attempt(self, job: Job) -> str:
-        """Store a new credential for the job's present attempt, and return its secret. It is valid while the attempt is active."""
+        """Store a new credential for the job's present attempt, and return its secret. It is valid while the attempt is active.
+
+        Those of its earlier attempts are deleted.
+        """
+        earlier = delete(credentials).where(credentials.c.job_id == job.id, credentials.c.attempt < job.attempt)
+        async with self._database.write() as connection:
+            await connection.execute(earlier)
         return await self._add(CredentialKind.ATTEMPT, job_id=job.id, attempt=job.attempt)
 
     async def _add(self, kind: CredentialKind, **values: object) -> str:
@@ -72,6 +78,17 @@ class CredentialStore:
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
         return None if row is None else Grant(*row)
+
+    async def count_upload(self, secret: str, number: int, max_bytes: int) -> bool:
+        """Count bytes that an attempt uploads; return False, and count nothing, if they would be more than `max_bytes` in all."""
+        counted = credentials.c.uploaded_bytes + number
+        query = (
+            update(credentials)
+            .where(credentials.c.hash == hash_secret(secret), counted <= max_bytes)
+            .values(uploaded_bytes=counted)
+        )
+        async with self._database.write() as connection:
+            return (await connection.execute(query)).rowcount == 1
 
     async def delete_expired(self) -> None:
         """Delete what opens nothing any more."""

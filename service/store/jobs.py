@@ -1,16 +1,14 @@
 """Jobs and their events in the database."""
 
 import asyncio
-import json
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import (
     Column,
-    Connection,
     Select,
     String,
     Text,
@@ -25,47 +23,36 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.comparisons import size_of
-from service.domain.errors import Changed, Conflict, NotFound, QuotaExceeded
-from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, Transition, is_legal, submission_id
-from service.domain.leases import Lease, shard_of
-from service.domain.retries import Blame, Failures, Retries
-from service.domain.scheduling import Candidate, Capacity
+from service.domain.errors import Changed, Conflict, NotFound
+from service.domain.jobs import Event, Job, JobState, JobSummary, Transition, is_legal
+from service.domain.leases import Lease
+from service.domain.scheduling import Candidate
 from service.store.database import Database
+from service.store.job_inserts import insert_jobs
+from service.store.job_rows import (
+    CANDIDATE_COLUMNS,
+    COLUMNS,
+    EVENT_COLUMNS,
+    SUMMARY_COLUMNS,
+    event_row,
+    job_row,
+    read_candidate,
+    read_event,
+    read_job,
+    read_progress,
+    read_summaries,
+)
 from service.store.leases import is_held
 from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
-from service.store.usage import Usage, add_stored_bytes, add_usage, read_usage
+from service.store.totals import Totals, read_totals
+from service.store.usage import add_usage
 from service.store.webhooks import announce_end
 from trainer.spec import JobSpec, Progress
 
-COLUMNS = [jobs.c[field.name] for field in fields(Job)]
-SUMMARY_COLUMNS = [
-    *[jobs.c[field.name] for field in fields(JobRecord)],
-    jobs.c.norm,
-    jobs.c.spec["seed"].as_integer().label("seed"),
-    jobs.c.spec["steps"].as_integer().label("steps"),
-]
-"""Of lists, which do not read specs: a page has up to 200 jobs."""
-CANDIDATE_COLUMNS = [
-    jobs.c[name]
-    for name in (
-        "id", "owner", "priority", "queued_at", "not_before", "attempt",
-        "least_cpus", "least_gpus", "most_cpus", "most_gpus",
-    )
-]  # fmt: skip
-INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
-    insert(jobs).returning(jobs.c.id, jobs.c.sequence),
-    insert(events),
-    insert(job_tags),
-)
-"""Made once, as each submission needs them: making a statement takes about as long as running it."""
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""
 JOBS_AT_ONCE = 500
-INSERTED_AT_ONCE, MADE_AT_ONCE = 32, 50
-BYTES_BESIDE_SPEC = 1_000
-"""What a job takes in the database besides its spec and variant, about."""
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 
@@ -99,18 +86,6 @@ class Pulse:
     state: JobState
     attempt: int
     progress: Progress | None
-
-
-@dataclass(frozen=True)
-class Totals:
-    """All jobs, summed up, and what they used."""
-
-    jobs: dict[JobState, int]
-    queued: dict[str, int]
-    """By owner."""
-    oldest_queued_at: datetime | None
-    usage: dict[str, Usage]
-    """By owner; of jobs that were deleted too."""
 
 
 class JobStore:
@@ -159,14 +134,14 @@ class JobStore:
             query = query.join(job_tags, place == jobs.c.sequence).where(job_tags.c.tag == wanted.tag)
         async with self._database.read() as connection:
             rows, more = await read_page(connection, query, place, size, before)
-        return await _summaries(rows), more
+        return await read_summaries(rows), more
 
     async def of_comparison(self, comparison_id: str) -> list[JobSummary]:
         """Read a comparison's jobs in the order of its matrix."""
         query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
-        return await _summaries(rows)
+        return await read_summaries(rows)
 
     async def specs_of(self, comparison_id: str) -> list[JobSpec]:
         """Read the specs of a comparison's jobs, in the order of its matrix."""
@@ -206,43 +181,30 @@ class JobStore:
                     waits, jobs.c.id.in_(new[first : first + JOBS_AT_ONCE])
                 )
                 for row in (await connection.execute(query)).all():
-                    found[row.key], reasons[row.id] = _candidate(row), row.reason
+                    found[row.key], reasons[row.id] = read_candidate(row), row.reason
             active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
-        return Queue(found, reasons, [_candidate(row) for row in active])
+        return Queue(found, reasons, [read_candidate(row) for row in active])
 
     async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
         """Read the pulses of these jobs, by id; of those there are."""
         query = select(jobs.c.id, jobs.c.version, jobs.c.state, jobs.c.attempt, jobs.c.progress)
         async with self._database.read() as connection:
             rows = (await connection.execute(query.where(jobs.c.id.in_(job_ids)))).all()
-        return {row.id: Pulse(row.version, JobState(row.state), row.attempt, _progress(row.progress)) for row in rows}
+        return {
+            row.id: Pulse(row.version, JobState(row.state), row.attempt, read_progress(row.progress)) for row in rows
+        }
 
     async def totals(self) -> Totals:
         """Sum up all jobs."""
-        states = select(jobs.c.state, func.count()).group_by(jobs.c.state)
-        queued = (
-            select(jobs.c.owner, func.count(), func.min(jobs.c.queued_at))
-            .where(jobs.c.state == JobState.QUEUED)
-            .group_by(jobs.c.owner)
-        )
         async with self._database.read() as connection:
-            by_state, by_owner = [(await connection.execute(query)).all() for query in (states, queued)]
-            used = await read_usage(connection)
-        return Totals(
-            {JobState(state): count for state, count in by_state},
-            {owner: count for owner, count, _ in by_owner},
-            min((oldest for _, _, oldest in by_owner), default=None),
-            used,
-        )
+            return await read_totals(connection)
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
         """Read a job's events in order, those after number `after`."""
-        query = select(*[events.c[field.name] for field in fields(Event)]).where(
-            events.c.job_id == job_id, events.c.sequence > after
-        )
+        query = select(*EVENT_COLUMNS).where(events.c.job_id == job_id, events.c.sequence > after)
         async with self._database.read() as connection:
             rows = (await connection.execute(query.order_by(events.c.sequence))).all()
-        return [Event(**(row._asdict() | {"state": JobState(row.state)})) for row in rows]
+        return [read_event(row) for row in rows]
 
     async def request_cancel(self, job_id: str, actor: str, version: int | None = None) -> Job:
         """Set the wish to cancel; asking twice changes nothing.
@@ -259,9 +221,9 @@ class JobStore:
             query = query.where(jobs.c.version == version)
         async with self._database.write() as connection:
             if (await connection.execute(query)).rowcount:
-                job = _job((await connection.execute(select(*COLUMNS).where(jobs.c.id == job_id))).one())
+                job = read_job((await connection.execute(select(*COLUMNS).where(jobs.c.id == job_id))).one())
                 wish = replace(job, reason="asked to cancel")
-                await connection.execute(insert(events).values(**_event(wish, datetime.now(UTC), actor)))
+                await connection.execute(insert(events).values(**event_row(wish, datetime.now(UTC), actor)))
                 return job
         job = await self.get(job_id)
         if version is not None and job.version != version:
@@ -277,26 +239,11 @@ class JobStore:
         if not is_legal(job.state, step.state):
             raise AssertionError(f"{job.id}: {job.state} -> {step.state} is no transition")
         now = datetime.now(UTC)
-        after = replace(job, state=step.state, reason=step.reason)
-        if step.state == JobState.RUNNING:
-            after = replace(after, started_at=now)
-        elif step.state == JobState.QUEUED:
-            after = replace(
-                after,
-                attempt=job.attempt + 1,
-                failures=step.failures or job.failures,
-                ran_seconds=job.seconds_run(now),
-                progress=None,
-                started_at=None,
-                queued_at=now,
-                not_before=step.not_before,
-            )
-        elif step.state.is_terminal:
-            after = replace(after, ran_seconds=job.seconds_run(now), ended_at=now)
+        after = job.after(step, now)
         async with self._database.write() as connection:
             if not await self._store(connection, job, after, lease):
                 return None
-            await connection.execute(insert(events).values(**_event(after, now, actor)))
+            await connection.execute(insert(events).values(**event_row(after, now, actor)))
             if after.state.is_terminal:
                 await announce_end(connection, after, now)
             if after.state == JobState.QUEUED or after.state.is_terminal:
@@ -320,114 +267,11 @@ class JobStore:
                 await connection.execute(query.values(reason=bindparam("words")), told[first : first + JOBS_AT_ONCE])
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
-        values = _row(replace(after, version=before.version + 1))
+        values = job_row(replace(after, version=before.version + 1))
         query = update(jobs).where(jobs.c.id == before.id, jobs.c.version == before.version).values(**values)
         result = await connection.execute(query if lease is None else query.where(is_held(lease)))
         return result.rowcount == 1
 
     async def _read(self, query: Select[Any]) -> list[Job]:
         async with self._database.read() as connection:
-            return [_job(row) for row in (await connection.execute(query)).all()]
-
-
-async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_stored_bytes: int | None = None) -> None:
-    """Store new jobs of one owner with their first events, inside the caller's transaction. Raises QuotaExceeded."""
-
-    def insert_some(connection: Connection, some: Sequence[Job]) -> int:
-        tags_of = {job.id: job.tags for job in some}
-        contents = [_row(job) | {"stored_bytes": _stored_bytes(job)} for job in some]
-        rows = connection.execute(INSERT_JOBS, contents).all()
-        connection.execute(INSERT_EVENTS, [_event(job, job.created_at, job.owner) for job in some])
-        tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
-        if tags:
-            connection.execute(INSERT_TAGS, tags)
-        return sum(int(content["stored_bytes"]) for content in contents)
-
-    size = 0
-    for first in range(0, len(new), INSERTED_AT_ONCE):  # other requests are answered in between
-        size += await connection.run_sync(insert_some, new[first : first + INSERTED_AT_ONCE])
-    stored = await add_stored_bytes(connection, new[0].owner, size)
-    if max_stored_bytes is not None and stored > max_stored_bytes:
-        raise QuotaExceeded(
-            f"the jobs of {new[0].owner} would take {stored:,} bytes in the database; at most {max_stored_bytes:,} are allowed. "
-            "Retention deletes ended jobs, and the operator sets SYNCBN_QUOTA_STORED_BYTES"
-        )
-
-
-def _stored_bytes(job: Job) -> int:
-    """Bytes that a job takes in the database, with its events, about."""
-    return len(job.spec.model_dump_json()) + size_of(job.variant) + BYTES_BESIDE_SPEC
-
-
-def _row(job: Job) -> dict[str, Any]:
-    row = {field.name: getattr(job, field.name) for field in fields(Job)}
-    row["spec"] = job.spec.model_dump(mode="json")
-    row["tags"] = list(job.tags)
-    row["retries"] = job.retries.model_dump()
-    row["failures"] = {blame.value: count for blame, count in job.failures.counts.items()}
-    row["state"] = job.state.value
-    row["progress"] = job.progress.model_dump() if job.progress else None
-    candidate = job.candidate()
-    return row | {
-        "norm": job.spec.norm,
-        "queue_until": job.queue_until,
-        "shard": shard_of(job.id),
-        "least_cpus": candidate.least.cpus,
-        "least_gpus": candidate.least.gpus,
-        "most_cpus": candidate.most.cpus,
-        "most_gpus": candidate.most.gpus,
-    }
-
-
-def _job(row: Any) -> Job:
-    return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
-
-
-async def _summaries(rows: Sequence[Any]) -> list[JobSummary]:
-    """Make summaries of rows: in a thread if there are many, so that other requests are answered meanwhile."""
-    if len(rows) <= MADE_AT_ONCE:
-        return [_summary(row) for row in rows]
-    return await asyncio.to_thread(lambda: [_summary(row) for row in rows])
-
-
-def _summary(row: Any) -> JobSummary:
-    return JobSummary(**_record(row), norm=row.norm, seed=row.seed, steps=row.steps)
-
-
-def _record(row: Any) -> dict[str, Any]:
-    values = {field.name: getattr(row, field.name) for field in fields(JobRecord)}
-    return values | {
-        "tags": tuple(row.tags),
-        "retries": Retries(**row.retries),
-        "failures": Failures({Blame(blame): count for blame, count in row.failures.items()}),
-        "state": JobState(row.state),
-        "progress": _progress(row.progress),
-    }
-
-
-def _progress(content: Any) -> Progress | None:
-    return Progress.model_validate(content) if content else None
-
-
-def _candidate(row: Any) -> Candidate:
-    return Candidate(
-        id=row.id,
-        owner=row.owner,
-        priority=row.priority,
-        queued_at=row.queued_at,
-        not_before=row.not_before,
-        least=Capacity(row.least_cpus, row.least_gpus),
-        most=Capacity(row.most_cpus, row.most_gpus),
-        submission_id=submission_id(row.id, row.attempt),
-    )
-
-
-def _event(job: Job, at: datetime, actor: str) -> dict[str, Any]:
-    return {
-        "job_id": job.id,
-        "at": at,
-        "state": job.state.value,
-        "reason": job.reason,
-        "actor": actor,
-        "attempt": job.attempt,
-    }
+            return [read_job(row) for row in (await connection.execute(query)).all()]

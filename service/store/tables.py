@@ -179,6 +179,7 @@ credentials = Table(
     # Of an attempt.
     Column("job_id", String(40)),
     Column("attempt", Integer),
+    Column("uploaded_bytes", BigInteger, nullable=False, server_default="0"),
     Column("expires_at", UtcDateTime, index=True),
 )
 """What opens something besides tokens; `service.domain.credentials` has the kinds."""

@@ -29,6 +29,8 @@ def settings(tmp_path, stack):
         poll_seconds=0.05,
         call_timeout_seconds=60,
         check_seconds=0,
+        max_artifact_bytes=4_000_000,
+        max_attempt_artifact_bytes=9_000_000,
         rate_per_second=100_000,
         rate_burst=100_000,
     )

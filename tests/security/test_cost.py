@@ -15,7 +15,7 @@ from trainer.spec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000
-AT_ONCE = 8
+AT_ONCE = 20
 """Requests of one token at the same time."""
 MODEL = "import:models:build"
 JUNK = {"junk": ["x" * 97] * 600}
@@ -44,7 +44,7 @@ class Watch:
     """Asks /livez all the time in a thread of its own, and keeps the longest time that an answer took."""
 
     def __init__(self, url):
-        self.longest, self._ended = 0.0, threading.Event()
+        self.longest, self._ended, self._answered = 0.0, threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, args=(url,))
 
     def _run(self, url):
@@ -52,11 +52,14 @@ class Watch:
             while not self._ended.is_set():
                 began = time.monotonic()
                 assert client.get(f"{url}/livez").is_success
-                self.longest = max(self.longest, time.monotonic() - began)
+                if self._answered.is_set():  # the first connects, and is not one of those that are measured
+                    self.longest = max(self.longest, time.monotonic() - began)
+                self._answered.set()
                 self._ended.wait(0.01)
 
     def __enter__(self):
         self._thread.start()
+        assert self._answered.wait(60)
         return self
 
     def __exit__(self, *_):
@@ -170,7 +173,6 @@ def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
         path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
     content, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
     with Watch(url) as watch, ThreadPoolExecutor(AT_ONCE) as threads:
-        time.sleep(0.1)
         sent = [threads.submit(client.request, method, path, content=content, headers=headers) for _ in range(AT_ONCE)]
         answers = [answer.result() for answer in sent]
     assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]

@@ -8,6 +8,8 @@ import httpx
 import pytest
 
 from service.adapters.mlflow_http import MAX_CONNECTIONS, Kind
+from service.api import mlflow_proxy
+from service.domain import mlflow_queries
 
 pytestmark = pytest.mark.ray
 
@@ -218,3 +220,136 @@ async def test_a_lost_mlflow_is_an_answer(settings, ray, connect, app):
         app.state.components.mlflow_http.__init__("http://127.0.0.1:9", None, 1)
         answer = await client.get("/mlflow/version")
         assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
+
+
+async def logged(connect, context, points):
+    """Let an attempt write points of a metric."""
+    metrics = [{"key": "accuracy", "value": 0.5, "timestamp": 1, "step": step} for step in range(points)]
+    async with connect(context.mlflow_token) as attempt:
+        assert (await attempt.post(f"/mlflow{API}/runs/log-batch", json={"metrics": metrics})).is_success
+
+
+async def test_what_a_reader_asks_for_is_bounded_and_pages_follow(start_job, connect, reader, monkeypatch):
+    context, other = await start_job(), await start_job()
+    await logged(connect, context, 30)
+    await logged(connect, other, 30)
+    for route in mlflow_queries.MAX_RESULTS:
+        monkeypatch.setitem(mlflow_queries.MAX_RESULTS, route, 20 if "history" in route else 1)
+    monkeypatch.setattr(mlflow_queries, "MAX_POINTS", 24)
+    run, runs = context.mlflow_run_id, [context.mlflow_run_id, other.mlflow_run_id]
+
+    async def get(route, **params):
+        return await reader.get(f"/mlflow/ajax-api/2.0/mlflow/{route}", params={"metric_key": "accuracy"} | params)
+
+    first = (await get("metrics/get-history", run_id=run)).json()
+    assert len(first["metrics"]) == 20
+    rest = (await get("metrics/get-history", run_id=run, page_token=first["next_page_token"])).json()
+    assert {point["step"] for point in first["metrics"] + rest["metrics"]} == set(range(30))
+    assert len((await get("metrics/get-history-bulk", run_id=runs, max_results=25_000)).json()["metrics"]) == 20
+    assert (await get("metrics/get-history-bulk", run_id=runs, max_results=-1)).status_code == 422
+    assert len((await get("metrics/get-history-bulk-interval", run_ids=runs, max_results=20)).json()["metrics"]) == 24
+
+    experiment = await experiment_of(reader, run)
+    search = {"experiment_ids": [experiment], "max_results": 50_000}
+    found = (await reader.post(f"/mlflow{API}/runs/search", json=search)).json()
+    assert len(found["runs"]) == 1
+    assert found["next_page_token"]
+    assert (await reader.post(f"/mlflow{API}/runs/search", json=search | {"filter": "x" * 100_000})).status_code == 413
+
+
+async def test_graphql_of_the_ui_is_answered_and_bounded(start_job, connect, reader, monkeypatch):
+    context, other = await start_job(), await start_job()
+    await logged(connect, context, 30)
+    monkeypatch.setitem(mlflow_queries.MAX_RESULTS, "runs/search", 1)
+    monkeypatch.setattr(mlflow_queries, "MAX_POINTS", 12)
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+
+    async def ask(field, selection, data):
+        kind = f"M{field[1:]}Input!"
+        query = f'query Q($data: {kind}) @component(name: "x") {{ {field}(input: $data) {{ __typename {selection} }} }}'
+        answer = await reader.post("/mlflow/graphql", json={"query": query, "variables": {"data": data}})
+        return answer.json()["data"][field]
+
+    run = await ask("mlflowGetRun", "run { info { runUuid } modelVersions { name } }", {"runId": context.mlflow_run_id})
+    assert run["run"]["info"]["runUuid"] == context.mlflow_run_id
+    data = {"experimentIds": [experiment], "maxResults": 50_000}
+    assert len((await ask("mlflowSearchRuns", "runs { info { runUuid } }", data))["runs"]) == 1
+    data = {"runIds": [context.mlflow_run_id, other.mlflow_run_id], "metricKey": "accuracy", "maxResults": 320}
+    assert len((await ask("mlflowGetMetricHistoryBulkInterval", "metrics { step }", data))["metrics"]) == 6
+
+
+async def parts(size, part=500_000):
+    """Yield a body without a declared length."""
+    for _ in range(size // part):
+        yield b"x" * part
+
+
+@pytest.mark.parametrize("body", [bytes, parts])
+async def test_uploads_of_an_attempt_are_bounded_in_bytes(start_job, connect, reader, monkeypatch, body):
+    monkeypatch.setattr(mlflow_proxy, "COUNTED_BYTES", 500_000)
+    context = await start_job()
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+    place = f"/mlflow/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/"
+    async with connect(context.mlflow_token) as attempt:
+        too_large = await attempt.put(f"{place}large", content=body(5_000_000))
+        statuses = [(await attempt.put(f"{place}{n}", content=body(2_500_000))).status_code for n in range(4)]
+        assert too_large.status_code == 413
+        # Without a declared length the bytes of the refused file were uploaded too.
+        assert statuses == ([200, 200, 200, 413] if body is bytes else [200, 200, 413, 413])
+        metric = {"metrics": [{"key": "accuracy", "value": 1.0, "timestamp": 1, "step": 1}]}
+        assert (await attempt.post(f"/mlflow{API}/runs/log-batch", json=metric)).status_code == 200
+    listed = await reader.get(f"/mlflow{API}/artifacts/list", params={"run_id": context.mlflow_run_id})
+    kept = [str(n) for n, status in enumerate(statuses) if status == 200]
+    assert [(file["path"], file["file_size"]) for file in listed.json()["files"]] == [(n, 2_500_000) for n in kept]
+
+
+async def test_small_files_count_too(start_job, connect, reader):
+    context = await start_job()
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+    place = f"/mlflow/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/"
+    async with connect(context.mlflow_token) as attempt:
+        statuses = [(await attempt.put(f"{place}{n}", content=b"x")).status_code for n in range(11)]
+    assert statuses == [200] * 9 + [413] * 2
+
+
+async def test_half_a_file_is_not_kept(stack, start_job, reader):
+    context = await start_job()
+    experiment = await experiment_of(reader, context.mlflow_run_id)
+    url, secret = stack.mlflow
+    place = f"/api/2.0/mlflow-artifacts/artifacts/{experiment}/{context.mlflow_run_id}/artifacts/"
+
+    async def broken():
+        yield b"x" * 100_000
+        raise ConnectionError("broken off")
+
+    async with httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {secret}"}) as mlflow:
+        for headers in ({}, {"Content-Length": "200000"}):
+            with pytest.raises(ConnectionError):
+                await mlflow.put(f"{place}half", content=broken(), headers=headers)
+        assert (await mlflow.put(f"{place}whole", content=b"x")).is_success
+    listed = await reader.get(f"/mlflow{API}/artifacts/list", params={"run_id": context.mlflow_run_id})
+    assert [file["path"] for file in listed.json()["files"]] == ["whole"]
+
+
+async def endless():
+    while True:
+        yield b"x"
+        await asyncio.sleep(0.05)
+
+
+async def never(*_, **__):
+    await asyncio.Event().wait()
+
+
+async def answer_without_end(*_, **__):
+    return httpx.Response(200, content=endless())
+
+
+@pytest.mark.parametrize(("send", "status"), [(never, 503), (answer_without_end, 200)])
+async def test_a_read_has_a_time_limit(app, reader, monkeypatch, send, status):
+    monkeypatch.setattr(mlflow_proxy, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(app.state.components.mlflow_http, "send", send)
+    for _ in range(2):  # of as many as may be under way, so that none keeps its slot
+        asked = [reader.get("/mlflow/version") for _ in range(mlflow_proxy.MAX_READS)]
+        async with asyncio.timeout(10):
+            assert {answer.status_code for answer in await asyncio.gather(*asked)} == {status}

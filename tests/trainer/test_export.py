@@ -16,13 +16,15 @@ from tests.trainer.data.making import write_images
 from tests.trainer.training import Notes, here, make_spec
 from trainer.checkpoint import Checkpoints
 from trainer.data import open_dataset
+from trainer.errors import ExportError
 from trainer.export import collect_models, export_model, write_onnx
-from trainer.loop import train
+from trainer.failures import read
+from trainer.loop import NoNotices, train
 from trainer.models import build_model
 from trainer.outbox import Outbox, read_lines
-from trainer.spec import ImageFolderSpec
+from trainer.spec import ImageFolderSpec, RunContext, Task, attempt_folder
 from trainer.state import Position
-from trainer.work import export, identity
+from trainer.work import _train, export, identity
 
 
 @dataclass
@@ -115,6 +117,57 @@ def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path,
     [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
     assert model.which == "last"
     assert "the last model is exported, not the best" in capsys.readouterr().out
+
+
+@pytest.fixture
+def run_attempt(tmp_path, monkeypatch):
+    """Run an attempt of a job in this process, but for Ray."""
+    monkeypatch.setattr("trainer.work.RayNotices", NoNotices)
+    monkeypatch.setattr("trainer.work.hide_credentials", lambda: None)  # of this process, which other tests need
+
+    def run(number):
+        folder = attempt_folder(tmp_path, number)
+        folder.mkdir()
+        context = RunContext(job_id="job-1", attempt=number, name="test", folder=str(tmp_path))
+        task = Task(spec=make_spec(checkpoint={"every": None}), context=context)
+        return _train(task, here(), Position(), None, folder)
+
+    return run
+
+
+def evaluations(folder):
+    lines = list(read_lines((folder / "metrics.jsonl").read_bytes()))
+    return [line for line in lines if line["kind"] == "evaluation"]
+
+
+def fail(*_, **__):
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")  # torch's, of a full disk
+
+
+@pytest.mark.parametrize("step", ["trainer.work.write_figures", "trainer.data.memory.InMemoryDataset.close"])
+def test_a_run_whose_last_report_fails_has_succeeded_with_a_warning(run_attempt, tmp_path, monkeypatch, capsys, step):
+    monkeypatch.setattr(step, fail)
+    assert run_attempt(1)["reason"] == "finished 20 steps"
+    assert (attempt_folder(tmp_path, 1) / "model.pt").exists()
+    assert "warning: could not" in capsys.readouterr().out
+
+
+def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
+    run_attempt, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.work.write_weights", fail)
+        with pytest.raises(ExportError, match=r"training is complete \(20 steps\), but its model could not be written"):
+            run_attempt(1)
+    [failure] = read(attempt_folder(tmp_path, 1))
+    assert (failure.cause, failure.step) == ("export", 20)
+    assert not (attempt_folder(tmp_path, 1) / "model.pt").exists()
+    measured = evaluations(tmp_path)
+    capsys.readouterr()
+    assert run_attempt(2)["reason"] == "finished 20 steps"
+    assert "step 20/20" not in capsys.readouterr().out  # nothing is trained or evaluated again
+    assert (attempt_folder(tmp_path, 2) / "model.pt").exists()
+    assert evaluations(tmp_path) == measured != []
 
 
 @pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")

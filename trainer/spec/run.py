@@ -47,6 +47,7 @@ Cause = Literal[
     "worker_lost",
     "preempted",
     "hang",
+    "export",
     "diverged",
     "unknown",
 ]

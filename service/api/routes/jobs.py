@@ -157,7 +157,7 @@ async def list_events(
     return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id, after)])
 
 
-@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line"))
+@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line", "unfinished"))
 async def read_logs(
     job_id: JobId,
     caller: Reader,

@@ -25,6 +25,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 """At a log's file; at a job the components look for all streams together."""
 SECONDS_BETWEEN_SIGNS = 15.0
 """Of life, for whatever lies in between and ends connections that are silent."""
+SECONDS_BETWEEN_STATES = 1.0
+"""Of a progress bar."""
 LINES_AT_ONCE = 200
 READERS = ThreadPoolExecutor(32, thread_name_prefix="log")
 """Threads that read logs: others' are left to others, should the storage hang."""
@@ -84,7 +86,8 @@ async def follow_log(
     with components.watch.watching(job.id):
         pulse = Pulse(job.version, job.state, job.attempt, job.progress)
         log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
-        spoke_at = time.monotonic()
+        spoke_at = looked_at = time.monotonic()
+        unfinished: list[Line] = []
         while not components.watch.is_over(caller.token_id):
             # What is over before the file is read grows no more after it.
             is_over = pulse.state.is_terminal or log.place.attempt < pulse.attempt
@@ -92,8 +95,7 @@ async def follow_log(
                 if components.watch.is_over(caller.token_id):
                     return
                 for line in filter(wanted.takes, lines):
-                    data = {"rank": line.rank, "level": line.level, "text": line.text}
-                    yield event(data, kind="line", place=line.place)
+                    yield event(_content(line), kind="line", place=line.place)
                     spoke_at = time.monotonic()
             if is_over and log.place.attempt < pulse.attempt:
                 start = Place(log.place.attempt + 1)
@@ -102,6 +104,13 @@ async def follow_log(
             if is_over:
                 yield event({"state": pulse.state}, kind="end", place=log.place)
                 return
+            if time.monotonic() - looked_at > SECONDS_BETWEEN_STATES:
+                before, looked_at = unfinished, time.monotonic()
+                unfinished = await on_threads(READERS, log.unfinished)
+                for line in unfinished:
+                    if wanted.takes(line) and line not in before:
+                        yield event(_content(line), kind="unfinished")
+                        spoke_at = looked_at
             if time.monotonic() - spoke_at > SECONDS_BETWEEN_SIGNS:
                 yield SIGN_OF_LIFE
                 spoke_at = time.monotonic()
@@ -127,6 +136,10 @@ async def follow_events(components: Components, caller: Caller, job: Job, after:
             if news == pulse:
                 yield SIGN_OF_LIFE
             pulse = news
+
+
+def _content(line: Line) -> dict[str, Any]:
+    return {"rank": line.rank, "level": line.level, "text": line.text}
 
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:

@@ -75,8 +75,9 @@ class RunningApi:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("a") as file:
             file.write(text)
+        end_of_lines = (folder / name).read_bytes().rfind(b"\n") + 1  # as the trainer does
         with (folder / LOG_INDEX_FILE).open("a") as index:
-            index.write(f"{name} {(folder / name).stat().st_size}\n")
+            index.write(f"{name} {end_of_lines}\n")
 
     async def _move(self, job_id, state, reason):
         jobs = self.app.state.components.jobs

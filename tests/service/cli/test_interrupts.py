@@ -1,10 +1,12 @@
 """Ctrl-C while a command waits: the command ends with 130 and a hint, and the job goes on."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 import yaml
@@ -18,9 +20,9 @@ def started(api, tmp_path):
     environment = os.environ | {"SYNCBN_URL": api.url, "SYNCBN_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
     processes = []
 
-    def start(*arguments):
+    def start(*arguments, stdout=-1):
         command = [sys.executable, "-m", "service.cli.app", *map(str, arguments)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True))
+        processes.append(subprocess.Popen(command, env=environment, stdout=stdout, stderr=-1, text=True))
         return processes[-1]
 
     yield start
@@ -64,6 +66,35 @@ def test_of_waiting_for_the_end(api, started, tmp_path, arguments):
     with api.client() as client:
         jobs = [client.job(made)] if made.startswith("job-") else client.comparison(made).jobs
     assert {(job.state, job.cancel_requested) for job in jobs} == {("queued", False)}
+
+
+def test_a_progress_bar_is_one_line_on_a_terminal_and_its_end_elsewhere(api, started):
+    job_id = api.submit()
+    api.move(job_id, "submitted")
+    api.write(job_id, "start\n\r 10%|#")
+    terminal, process_end = pty.openpty()
+    live, plain = started("logs", "-f", job_id, stdout=process_end), started("logs", "-f", job_id)
+    os.close(process_end)
+    seen = read_until(terminal, b"10%|#")
+    api.write(job_id, "\r 20%|##\x1b[31m")
+    seen += read_until(terminal, b"20%|##")
+    api.write(job_id, "\r100%\n")
+    api.move(job_id, "failed")
+    assert plain.communicate(timeout=20)[0] == "start\n100%\n"
+    live.communicate(timeout=20)
+    with suppress(OSError):  # the end, on Linux
+        while part := os.read(terminal, 4096):
+            seen += part
+    os.close(terminal)
+    parts = [part for part in seen.decode().split("\r\x1b[K") if part]
+    assert parts == ["start\r\n", " 10%|#", " 20%|##\\x1b[31m", "100%\r\n"]
+
+
+def read_until(terminal, text):
+    seen = b""
+    while text not in seen:
+        seen += os.read(terminal, 4096)
+    return seen
 
 
 def test_a_reader_that_goes_away_ends_the_command_without_a_word(api, started):

@@ -167,3 +167,21 @@ def test_the_end_of_a_vital_child_is_that_of_its_part(tmp_path):
         assert still_alive(children, STOP_LIMIT_SECONDS) == []
     finally:
         kept.stop()
+
+
+def test_the_child_that_ended_first_is_named_and_not_one_that_followed(tmp_path):
+    """As Ray's head does, the part ends the others once one has ended."""
+    command = ["bash", "-c", "sleep 300 & tail -f /dev/null & wait -n; sleep 0.2; kill %1 %2; sleep 301"]
+    vital = replace(part(tmp_path, "ray", ""), command=command, vital_children=["sleep", "tail"])
+    kept = Kept(plan(tmp_path, vital), log=tmp_path / "keeper.log")
+    try:
+        deadline = time.monotonic() + STOP_LIMIT_SECONDS
+        while not kept.process_ids or len(children := psutil.Process(kept.process_ids["ray"]).children()) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(1.5)  # see above
+        next(child for child in children if child.name() == "tail").kill()
+        assert kept.ended.wait(STOP_LIMIT_SECONDS)
+        assert kept.reason == "ray lost its tail"
+    finally:
+        kept.stop()

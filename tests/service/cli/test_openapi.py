@@ -25,7 +25,7 @@ VALUES = ID | {
     "name": "x", "spec": {}, "body": {}, "owner": "ann", "scopes": ["read"], "metric": "accuracy",
     "next": "/mlflow/", "curves": True, "rank": 0,
     "level": "info", "attempt": 1, "state": "failed", "comparison": "comparison-1", "norm": "sync", "tag": "a", "page_size": 7,
-    "key": "k", "if_match": '"1"', "overrides": {"steps": 1}, "expires_in_seconds": 1, "terms": None,
+    "key": "k", "if_match": '"1"', "overrides": {"steps": 1}, "expires_in_seconds": 1, "terms": None, "unfinished": True,
 }  # fmt: skip
 HANDLED_WITHIN = {"page_token", "If-None-Match", "Last-Event-ID", "follow"}
 """Paging, streams; and a client keeps no jobs, so it never asks whether one is still the same."""

@@ -67,6 +67,7 @@ def failed(cause):
         ("preempted", Blame.PREEMPTED),
         ("hang", Blame.HANG),
         ("unknown", Blame.UNKNOWN),
+        ("export", Blame.UNKNOWN),
     ],
 )
 def test_what_is_not_the_users_fault_is_tried_again_as_often_as_it_may(cause, blame):

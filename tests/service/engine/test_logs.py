@@ -135,6 +135,21 @@ def test_of_a_progress_bar_the_last_state_is_shown(tmp_path):
     assert [line.text for line in read(tmp_path)] == ["epoch 1: 100%", "windows"]
 
 
+def test_the_present_state_of_a_progress_bar_is_known_until_its_line_is_whole(tmp_path):
+    log = AttemptLog(tmp_path, Place())
+    write(tmp_path, LOG_FILE, "whole\nhalf")
+    assert log.unfinished() == []
+    write(tmp_path, worker_log_file(1), "before\n\r 10%|#\r 20%|##")
+    [line] = log.unfinished()
+    assert (line.rank, line.level, line.text) == (1, "info", " 20%|##")
+    write(tmp_path, worker_log_file(1), "\r" + "x" * 10_000 + "\r 30%|###\r")
+    assert [line.text for line in log.unfinished()] == [" 30%|###"]
+    write(tmp_path, worker_log_file(1), "\rdone\n")
+    assert log.unfinished() == []
+    assert [line.text for line in log.read(is_over=True)] == ["whole", "half", "before", "done"]
+    assert log.unfinished() == []
+
+
 def test_bytes_that_are_no_text_and_endless_lines_are_read_too(tmp_path):
     index = LogIndex(tmp_path)
     write(tmp_path, LOG_FILE, b"\xff\r\n" + b"x" * (2 * MAX_LINE_BYTES + 5))

@@ -15,7 +15,7 @@ from service.engine.run_files import RunFiles
 from service.store.credentials import CredentialStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore
-from service.store.jobs import insert_jobs
+from service.store.job_inserts import insert_jobs
 from service.store.retention import RetentionStore
 from service.store.tables import comparisons, deliveries, events, job_tags, jobs
 from service.store.webhooks import WebhookStore

@@ -1,0 +1,117 @@
+"""Conversion of jobs and their events to rows of the database, and back."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import datetime
+from typing import Any
+
+from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, submission_id
+from service.domain.leases import shard_of
+from service.domain.retries import Blame, Failures, Retries
+from service.domain.scheduling import Candidate, Capacity
+from service.store.tables import events, jobs
+from trainer.spec import JobSpec, Progress
+
+COLUMNS = [jobs.c[field.name] for field in fields(Job)]
+SUMMARY_COLUMNS = [
+    *[jobs.c[field.name] for field in fields(JobRecord)],
+    jobs.c.norm,
+    jobs.c.spec["seed"].as_integer().label("seed"),
+    jobs.c.spec["steps"].as_integer().label("steps"),
+]
+"""Of lists, which do not read specs: a page has up to 200 jobs."""
+CANDIDATE_COLUMNS = [
+    jobs.c[name]
+    for name in (
+        "id", "owner", "priority", "queued_at", "not_before", "attempt",
+        "least_cpus", "least_gpus", "most_cpus", "most_gpus",
+    )
+]  # fmt: skip
+EVENT_COLUMNS = [events.c[field.name] for field in fields(Event)]
+MADE_AT_ONCE = 50
+
+
+def job_row(job: Job) -> dict[str, Any]:
+    """Convert a job to the values of its row."""
+    row = {field.name: getattr(job, field.name) for field in fields(Job)}
+    row["spec"] = job.spec.model_dump(mode="json")
+    row["tags"] = list(job.tags)
+    row["retries"] = job.retries.model_dump()
+    row["failures"] = {blame.value: count for blame, count in job.failures.counts.items()}
+    row["state"] = job.state.value
+    row["progress"] = job.progress.model_dump() if job.progress else None
+    candidate = job.candidate()
+    return row | {
+        "norm": job.spec.norm,
+        "queue_until": job.queue_until,
+        "shard": shard_of(job.id),
+        "least_cpus": candidate.least.cpus,
+        "least_gpus": candidate.least.gpus,
+        "most_cpus": candidate.most.cpus,
+        "most_gpus": candidate.most.gpus,
+    }
+
+
+def read_job(row: Any) -> Job:
+    """Convert a row of COLUMNS to a job."""
+    return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
+
+
+async def read_summaries(rows: Sequence[Any]) -> list[JobSummary]:
+    """Convert rows of SUMMARY_COLUMNS to summaries: in a thread if there are many, so that other requests go on meanwhile."""
+    if len(rows) <= MADE_AT_ONCE:
+        return [_summary(row) for row in rows]
+    return await asyncio.to_thread(lambda: [_summary(row) for row in rows])
+
+
+def _summary(row: Any) -> JobSummary:
+    return JobSummary(**_record(row), norm=row.norm, seed=row.seed, steps=row.steps)
+
+
+def _record(row: Any) -> dict[str, Any]:
+    values = {field.name: getattr(row, field.name) for field in fields(JobRecord)}
+    return values | {
+        "tags": tuple(row.tags),
+        "retries": Retries(**row.retries),
+        "failures": Failures({Blame(blame): count for blame, count in row.failures.items()}),
+        "state": JobState(row.state),
+        "progress": read_progress(row.progress),
+    }
+
+
+def read_progress(content: Any) -> Progress | None:
+    """Convert a job's progress; None if there is none yet."""
+    return Progress.model_validate(content) if content else None
+
+
+def read_candidate(row: Any) -> Candidate:
+    """Convert a row of CANDIDATE_COLUMNS to what the scheduler decides on."""
+    return Candidate(
+        id=row.id,
+        owner=row.owner,
+        priority=row.priority,
+        queued_at=row.queued_at,
+        not_before=row.not_before,
+        least=Capacity(row.least_cpus, row.least_gpus),
+        most=Capacity(row.most_cpus, row.most_gpus),
+        submission_id=submission_id(row.id, row.attempt),
+    )
+
+
+def event_row(job: Job, at: datetime, actor: str) -> dict[str, Any]:
+    """Return the row of the event by which a job came to its state."""
+    return {
+        "job_id": job.id,
+        "at": at,
+        "state": job.state.value,
+        "reason": job.reason,
+        "actor": actor,
+        "attempt": job.attempt,
+    }
+
+
+def read_event(row: Any) -> Event:
+    """Convert a row of EVENT_COLUMNS to an event."""
+    return Event(**(row._asdict() | {"state": JobState(row.state)}))
