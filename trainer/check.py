@@ -32,9 +32,9 @@ def check(spec: JobSpec) -> ConfigurationError | None:
     """Find out whether the models, functions, optimisers and datasets that a spec names exist and take its arguments."""
     try:
         if isinstance(spec.data, TorchvisionDataSpec):
-            from trainer.data.library import find_dataset
+            from trainer.data.library import find_parts
 
-            find_dataset(spec.data.name)
+            find_parts(spec.data)
         if isinstance(spec.optimizer, TorchOptimizerSpec):
             from torch import nn
 

@@ -47,8 +47,17 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         with pytest.raises(InvalidField, match=message) as refused:
             await checker.check([spec(model)])
         assert refused.value.field == field
-    with pytest.raises(InvalidField, match="CIFAR10"):
-        await checker.check([spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"})])
+    for data, field, message in [
+        ({"name": "torchvision:CIFAR11"}, "spec.data.name", "CIFAR10"),
+        ({"name": "torchvision:EuroSAT"}, "spec.data.name", "EuroSAT has no such parts"),
+        ({"name": "torchvision:EMNIST"}, "spec.data.split", "must be one of balanced"),
+        ({"name": "torchvision:EMNIST", "split": "small"}, "spec.data.split", "must be one of balanced"),
+        ({"name": "torchvision:CIFAR10", "root": None}, "spec.data.root", "holds the files of torchvision:CIFAR10"),
+    ]:
+        with pytest.raises(InvalidField, match=message) as refused:
+            await checker.check([spec(data={"root": "/nowhere"} | data)])
+        assert refused.value.field == field
+    await checker.check([spec(data={"name": "torchvision:EMNIST", "split": "balanced", "root": "/nowhere"})])
     adam = {"name": "torch:Adam", "arguments": {"betas": [2, 3]}}
     with pytest.raises(InvalidField, match="Invalid beta parameter") as refused:
         await checker.check([spec(optimizer=adam)])
