@@ -210,4 +210,4 @@ def test_a_loader_process_reads_into_memory_that_it_shares(root, monkeypatch, in
     reader = Reader(open_folders(data), data, 0, None)
     monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: object() if in_process else None)
     loaded = reader[Request(0, np.array([0, 1]))]
-    assert loaded.images.is_shared() == in_process
+    assert (loaded.images.is_shared(), loaded.labels.is_shared()) == (in_process, in_process)
