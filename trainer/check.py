@@ -1,7 +1,8 @@
 """Checks of specs that need torch and its libraries: `python -m trainer.check`, which the service keeps running.
 
-Each line of standard input is a JobSpec as JSON; each is answered by one line of JSON: null, or the `field`, `value` and `message`
-of the first thing that would fail on a worker. Models of a library are made on the meta device, without memory for weights.
+Each line of standard input is a JobSpec as JSON; each is answered by one line of JSON: `error`, null or the `field`, `value` and
+`message` of the first thing that would fail on a worker; and `size`, null or the ModelSize of a library's model, which is made on
+the meta device, without memory for weights.
 """
 
 import contextlib
@@ -9,6 +10,7 @@ import json
 import os
 import resource
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from trainer.spec import (
     ImportedModelSpec,
     JobSpec,
     LibraryModelSpec,
+    ModelSize,
+    Norm,
     TorchOptimizerSpec,
     TorchvisionDataSpec,
     known_classes,
@@ -28,44 +32,47 @@ DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
 """Of data that has to be looked at for them."""
 
 
-def check(spec: JobSpec) -> ConfigurationError | None:
-    """Find out whether the models, functions, optimisers and datasets that a spec names exist and take its arguments."""
-    try:
-        if isinstance(spec.data, TorchvisionDataSpec):
-            from trainer.data.library import find_dataset
+def check(spec: JobSpec) -> ModelSize | None:
+    """Measure the size of a library's model, if that is what the spec names.
 
-            find_dataset(spec.data.name)
-        if isinstance(spec.optimizer, TorchOptimizerSpec):
-            from torch import nn
+    Raises ConfigurationError if a model, function, optimiser or dataset that it names does not exist, or does not take its
+    arguments.
+    """
+    if isinstance(spec.data, TorchvisionDataSpec):
+        from trainer.data.library import find_parts
 
-            from trainer.optim import build_optimizer
+        find_parts(spec.data)
+    if isinstance(spec.optimizer, TorchOptimizerSpec):
+        from torch import nn
 
-            build_optimizer(spec.optimizer, nn.Linear(2, 2))
-        if isinstance(spec.model, LibraryModelSpec):
-            _check_library_model(spec.model, spec)
-        elif isinstance(spec.model, ImportedModelSpec):
-            from trainer.models.imported import find_function
+        from trainer.optim import build_optimizer
 
-            find_function(spec.model)
-    except ConfigurationError as error:
-        return error
+        build_optimizer(spec.optimizer, nn.Linear(2, 2))
+    if isinstance(spec.model, LibraryModelSpec):
+        return _check_library_model(spec.model, spec)
+    if isinstance(spec.model, ImportedModelSpec):
+        from trainer.models.imported import find_function
+
+        find_function(spec.model)
     return None
 
 
-def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> None:
+def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | None:
     import torch
 
     from trainer.models.library import build_library_model
+    from trainer.models.size import measure_size
 
-    shape, classes = known_shape(spec.data) or DEFAULT_SHAPE, known_classes(spec.data) or DEFAULT_CLASSES
+    shape, classes = known_shape(spec.data), known_classes(spec.data) or DEFAULT_CLASSES
     try:
         with torch.device("meta"):
-            build_library_model(model, shape, classes)
+            built = build_library_model(model, shape or DEFAULT_SHAPE, classes)
     except ConfigurationError as error:
         # Some builders compute with weights, which the meta device has not; a worker will tell whether they work.
         if error.field == "model.arguments" and not isinstance(error.__cause__, TypeError):
-            return
+            return None
         raise
+    return measure_size(built, shape, has_norms=spec.norm != Norm.NONE)
 
 
 def main() -> None:
@@ -78,14 +85,15 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     for line in sys.stdin:
-        found: dict[str, Any] | None = None
+        found: dict[str, Any] = {"error": None, "size": None}
         try:
-            error = check(JobSpec.model_validate_json(line))
+            size = check(JobSpec.model_validate_json(line))
+        except ConfigurationError as error:
+            found["error"] = {"field": error.field, "value": error.value, "message": error.takes}
         except Exception as unexpected:  # a module that fails at its import, for one; the job's own log will say more
             print(f"a spec could not be checked: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
         else:
-            if error is not None:
-                found = {"field": error.field, "value": error.value, "message": error.takes}
+            found["size"] = None if size is None else asdict(size)
         with contextlib.suppress(BrokenPipeError):
             print(json.dumps(found, default=str), file=answers, flush=True)
 

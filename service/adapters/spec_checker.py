@@ -8,11 +8,20 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 from cachetools import TTLCache
 
 from service.domain.errors import InvalidField, shown
-from trainer.spec import ImportedModelSpec, JobSpec, LibraryModelSpec, TorchOptimizerSpec, TorchvisionDataSpec
+from trainer.spec import (
+    ImportedModelSpec,
+    JobSpec,
+    LibraryModelSpec,
+    ModelSize,
+    Norm,
+    TorchOptimizerSpec,
+    TorchvisionDataSpec,
+)
 
 logger = logging.getLogger(__name__)
 IDLE_SECONDS = 300.0
@@ -24,7 +33,15 @@ MAX_MESSAGE = 1_000
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
 """Environment variables that the process gets; the service's secrets are not among them."""
 
-Answer = tuple[str, object, str]
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a spec."""
+
+    error: tuple[str, object, str] | None = None
+    """Field, value and message."""
+    size: ModelSize | None = None
+    """Of a library's model."""
 
 
 def _needs_libraries(spec: JobSpec) -> bool:
@@ -35,7 +52,8 @@ def _needs_libraries(spec: JobSpec) -> bool:
 
 def _key(spec: JobSpec) -> str:
     """Name what is checked of a spec."""
-    content = " ".join(part.model_dump_json() for part in (spec.model, spec.data, spec.optimizer))
+    parts = [part.model_dump_json() for part in (spec.model, spec.data, spec.optimizer)]
+    content = " ".join([*parts, str(spec.norm == Norm.NONE)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -51,27 +69,30 @@ class SpecChecker:
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._end: asyncio.TimerHandle | None = None
-        self._known: TTLCache[str, Answer | None] = TTLCache(1_000, KNOWN_SECONDS)
+        self._known: TTLCache[str, Answer] = TTLCache(1_000, KNOWN_SECONDS)
 
-    async def check(self, specs: Sequence[JobSpec]) -> None:
-        """Raise InvalidField if one of the specs names something that does not exist, or does not take its arguments."""
+    async def check(self, specs: Sequence[JobSpec]) -> list[ModelSize | None]:
+        """Measure the models of libraries among those of the specs; None for others, and for what could not be measured.
+
+        Raises InvalidField if one of the specs names something that does not exist, or does not take its arguments.
+        """
         if not self._timeout_seconds:
-            return
+            return [None] * len(specs)
         wanted = {_key(spec): spec for spec in specs if _needs_libraries(spec)}
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 for key, spec in wanted.items():
                     if key not in self._known:
                         async with self._turn:
-                            self._known[key] = None  # if it is not checked in time, not again either, for a while
+                            self._known[key] = Answer()  # if it is not checked in time, not again either, for a while
                             self._known[key] = await self._ask(spec)
-                    if (found := self._known.get(key)) is not None:
-                        field, value, message = found
-                        raise InvalidField(f"spec.{field}", value, message)
+                    if (error := self._known.get(key, Answer()).error) is not None:
+                        raise InvalidField(*error)
         except (TimeoutError, OSError, ValueError) as error:
             logger.warning("a spec was not checked: %s", error or type(error).__name__)
+        return [self._known.get(_key(spec), Answer()).size for spec in specs]
 
-    async def _ask(self, spec: JobSpec) -> Answer | None:
+    async def _ask(self, spec: JobSpec) -> Answer:
         process = await self._started()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -88,8 +109,10 @@ class SpecChecker:
         if not is_answered:
             raise OSError(f"the process that checks specs ended with status {await process.wait()}")
         found = json.loads(line)
-        return (
-            None if found is None else (str(found["field"]), shown(found["value"]), str(found["message"])[:MAX_MESSAGE])
+        error, size = found["error"], found["size"]
+        return Answer(
+            error and (f"spec.{error['field']}", shown(error["value"]), str(error["message"])[:MAX_MESSAGE]),
+            size and ModelSize(**size),
         )
 
     async def _started(self) -> asyncio.subprocess.Process:

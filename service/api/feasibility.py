@@ -6,7 +6,7 @@ from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import InvalidField, Unavailable
 from service.domain.scheduling import Cluster
 from service.engine.ray_jobs import RayJobs
-from trainer.spec import JobSpec, min_worker_bytes
+from trainer.spec import JobSpec, ModelSize, min_worker_bytes
 
 SMALL_BYTES = 1 << 30
 """What needs less memory than this is not compared with the cluster's, which would take two calls to Ray."""
@@ -20,24 +20,29 @@ class Feasibility:
 
     async def check(self, specs: Sequence[JobSpec]) -> None:
         """Raise InvalidField naming the field that cannot work."""
-        await self._checker.check(specs)
-        largest = max(specs, key=min_worker_bytes)
-        if min_worker_bytes(largest) > SMALL_BYTES:
+        sizes = await self._checker.check(specs)
+        need, largest, size = max(
+            ((min_worker_bytes(spec, size), spec, size) for spec, size in zip(specs, sizes, strict=True)),
+            key=lambda found: found[0],
+        )
+        if need > SMALL_BYTES:
             try:
                 cluster = await self._ray.cluster()
             except Unavailable:
                 return
-            refuse_memory(largest, cluster)
+            refuse_memory(largest, size, cluster)
 
 
-def refuse_memory(spec: JobSpec, cluster: Cluster) -> None:
-    """Raise InvalidField if no node of the cluster has the memory that a worker needs at least."""
-    need = min_worker_bytes(spec)
-    if cluster.largest_node_bytes is not None and need > cluster.largest_node_bytes:
-        must = (
-            f"must fit into the memory of a node, {cluster.largest_node_bytes / 1e9:,.1f} GB at most; weights, gradients, "
-            f"optimiser state, one batch and generated data take a worker at least {need / 1e9:,.1f} GB"
-        )
-        raise InvalidField(
-            "spec", f"{spec.model.name} on {spec.data.name}, batches of {spec.global_batch_size:,}", must
-        )
+def refuse_memory(spec: JobSpec, size: ModelSize | None, cluster: Cluster) -> None:
+    """Raise InvalidField if no node of the cluster has the memory that a worker needs; if the batch is why, it is named."""
+    most, need = cluster.largest_node_bytes, min_worker_bytes(spec, size)
+    if most is None or need <= most:
+        return
+    must = (
+        f"must fit into the memory of a node, {most / 1e9:,.1f} GB at most; weights, gradients, optimiser state, "
+        f"one batch with what backward needs of it, and generated data take a worker at least {need / 1e9:,.1f} GB"
+    )
+    least = spec.model_copy(update={"global_batch_size": 1, "accumulate": 1})
+    if min_worker_bytes(least, size) <= most:
+        raise InvalidField("spec.global_batch_size", spec.global_batch_size, must)
+    raise InvalidField("spec", f"{spec.model.name} on {spec.data.name}, batches of {spec.global_batch_size:,}", must)

@@ -6,7 +6,7 @@ from typing import Any
 
 from service.domain.comparisons import Comparison, Variant, describe, warnings_of, without_seed
 from service.domain.jobs import JobState, JobSummary
-from service.domain.statistics import Curve, VariantResult, compare, default_target
+from service.domain.statistics import MIN_SEEDS, Curve, VariantResult, compare, default_target
 from trainer.spec import Direction, JobSpec, metric_direction
 
 
@@ -81,6 +81,11 @@ def make_report(
         finished=all(job.state.is_terminal for job in jobs),
         direction=direction,
         target=target,
-        warnings=warnings_of(specs),
+        warnings=[*warnings_of(specs), *_warnings_about_seeds(max(len(runs) for _, runs in groups.values()))],
         variants=variants,
     )
+
+
+def _warnings_about_seeds(seeds: int) -> list[str]:
+    """Say why several seeds that agree get no verdict; that of one seed says so itself."""
+    return [f"seed: faster and slower take at least {MIN_SEEDS} seeds (got {seeds})"] if 1 < seeds < MIN_SEEDS else []

@@ -1,10 +1,9 @@
 """From curves to a verdict: steps to a target, their spread over seeds, and ratios against the baseline; pure."""
 
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median, median_high, median_low
+from statistics import fmean, median, stdev
 from typing import Literal
 
 from trainer.spec import Direction, best_value, is_reached
@@ -14,8 +13,6 @@ Curve = Sequence[tuple[int, float]]
 
 MIN_SEEDS = 3
 """Fewer have no interval."""
-BOOTSTRAP_SAMPLES = 2000
-BOOTSTRAP_SEED = 0
 CONFIDENCE = 0.95
 
 Verdict = Literal[
@@ -72,25 +69,43 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(median=median(values), low=min(values), high=max(values)) if values else None
 
 
-def bootstrap_median(bounds: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the median over paired seeds; None for fewer than `MIN_SEEDS` or a bound that is NaN.
+def mean_interval(bounds: Sequence[tuple[float, float]], *, is_ratio: bool = False) -> tuple[float, float] | None:
+    """Student's t interval of the mean over paired seeds: mean ± t · s / √n with n - 1 degrees of freedom, level `CONFIDENCE`.
 
-    Each seed has a lower and an upper bound, which are equal for a number that is known. Seeds are resampled with replacement,
-    by a fixed random seed, so that equal runs get equal verdicts. Of up to six seeds the interval is their range, which
-    contains the median of all seeds with a probability of 1 - 2^(1 - n): 0.75 for three, 0.97 for six.
+    Of ratios it is that of the geometric mean, from their logarithms: a ratio and its inverse get the same verdict. Its level does
+    not depend on n, unlike that of the range; it assumes that seeds (of ratios, their logarithms) are about normal.
+    Each seed has a lower and an upper bound, which are equal for a number that is known. The lower end is that of the lower bounds,
+    whose mean is at most that of the numbers, and the upper end that of the upper bounds. An end that an infinite bound leaves open
+    is infinite. None for fewer than `MIN_SEEDS`, a bound that is NaN, or a negative ratio.
     """
-    if len(bounds) < MIN_SEEDS or any(math.isnan(end) for pair in bounds for end in pair):
+    ends = [end for pair in bounds for end in pair]
+    if len(bounds) < MIN_SEEDS or any(math.isnan(end) or (is_ratio and end < 0) for end in ends):
         return None
-    generator = random.Random(BOOTSTRAP_SEED)  # noqa: S311 - no secret
-    ordered = sorted(bounds)  # the order of the seeds has no effect
-    lows, highs = [], []
-    for _ in range(BOOTSTRAP_SAMPLES):
-        sample = generator.choices(ordered, k=len(ordered))
-        # Not the mean of the middle two of an even number, which two infinite bounds do not have.
-        lows.append(median_low([low for low, _ in sample]))
-        highs.append(median_high([high for _, high in sample]))
-    tail = round(BOOTSTRAP_SAMPLES * (1 - CONFIDENCE) / 2)
-    return sorted(lows)[tail], sorted(highs)[-1 - tail]
+    lows, highs = zip(*bounds, strict=True)
+    return _end_of_interval(lows, -1, is_ratio=is_ratio), _end_of_interval(highs, 1, is_ratio=is_ratio)
+
+
+def _end_of_interval(values: Sequence[float], sign: Literal[-1, 1], *, is_ratio: bool) -> float:
+    from scipy.special import stdtrit  # not at the top: only reports pay for its import
+
+    if min(values) == max(values):
+        return values[0]  # exactly, also if infinite
+    if is_ratio:
+        values = [math.log(value) if value > 0 else -math.inf for value in values]
+    n = len(values)
+    if all(map(math.isfinite, values)):
+        t = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+        end = fmean(values) + sign * t * stdev(values) / math.sqrt(n)
+    else:
+        end = sign * math.inf
+    return _exp(end) if is_ratio else end
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
@@ -116,16 +131,16 @@ def compare(
 ) -> VariantResult:
     """Measure a variant's `runs` (curve by seed) against the baseline's.
 
-    Ratios are taken seed by seed. "faster" and "slower" are said only if every run reached the target and the ratios of all
-    seeds agree. `failed` and `unfinished` count the runs in those states.
+    Ratios are taken seed by seed. "faster" and "slower" are said only if every run reached the target and the interval of the
+    ratio is above or below 1; of one seed, which has no interval, they are said as such. `failed` and `unfinished` count the runs
+    in those states.
     """
     curves = {seed: curve for seed, curve in runs.items() if curve}
     steps: dict[int, int | None] = {}
     if target is not None:
         steps = {seed: steps_to_target(curve, target, direction) for seed, curve in curves.items()}
     reached = {seed: step for seed, step in steps.items() if step is not None}
-    ratios, is_at_least = _ratios(reached, baseline, target, direction) if target is not None else ([], False)
-    ratio = spread(ratios)
+    ratios = _ratios(reached, baseline, target, direction) if target is not None else []
     return VariantResult(
         n=len(curves),
         reached=len(reached),
@@ -133,41 +148,44 @@ def compare(
         steps_to_target=spread(list(reached.values())),
         best=best_of(curves.values(), direction),
         final=spread([curve[-1][1] for curve in curves.values()]),
-        ratio=None if is_baseline else ratio,
-        ratio_is_at_least=is_at_least and not is_baseline,
+        ratio=None if is_baseline else spread([low for low, _ in ratios]),
+        ratio_is_at_least=any(low < high for low, high in ratios) and not is_baseline,
         verdict="baseline"
         if is_baseline
-        else _verdict(len(curves), len(reached), ratio, is_at_least=is_at_least, failed=failed, unfinished=unfinished),
+        else _verdict(len(curves), len(reached), ratios, failed=failed, unfinished=unfinished),
     )
 
 
 def _ratios(
     reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float, direction: Direction
-) -> tuple[list[float], bool]:
-    """Baseline's steps over the variant's for each seed that both have. Step 0 counts as 1: a ratio needs a divisor."""
-    ratios, is_at_least = [], False
+) -> list[tuple[float, float]]:
+    """Bounds of the baseline's steps over the variant's for each seed that both have.
+
+    Step 0 counts as 1, for a ratio needs a divisor. A baseline that never gets there would have taken its last step or more.
+    """
+    ratios = []
     for seed, steps in reached.items():
         curve = baseline.get(seed)
         if not curve:
             continue
         baseline_steps = steps_to_target(curve, target, direction)
-        if baseline_steps is None:
-            baseline_steps, is_at_least = curve[-1][0], True
-        ratios.append(max(baseline_steps, 1) / max(steps, 1))
-    return ratios, is_at_least
+        low = max(curve[-1][0] if baseline_steps is None else baseline_steps, 1) / max(steps, 1)
+        ratios.append((low, math.inf if baseline_steps is None else low))
+    return ratios
 
 
-def _verdict(n: int, reached: int, ratio: Spread | None, *, is_at_least: bool, failed: int, unfinished: int) -> Verdict:
+def _verdict(n: int, reached: int, ratios: Sequence[tuple[float, float]], *, failed: int, unfinished: int) -> Verdict:
     if failed:
         return "runs failed"
     if unfinished and (n == 0 or reached < n):
         return "not finished"
     if n == 0 or reached < n:
         return "target not reached"
-    if ratio is None:
+    if not ratios:
         return "not finished" if unfinished else "baseline without data"
-    if ratio.low > 1:
+    low, high = ratios[0] if n == 1 else mean_interval(ratios, is_ratio=True) or (-math.inf, math.inf)
+    if low > 1:
         return "faster" if n > 1 else "faster on one seed"
-    if ratio.high < 1 and not is_at_least:
+    if high < 1:
         return "slower" if n > 1 else "slower on one seed"
     return "no clear difference"

@@ -1,8 +1,9 @@
 """Verdict of a recipe's runs: holds, fails, cannot tell or not enough data, with the numbers used; pure.
 
 Each number is an interval, for not all is known of a run that never reached its level: it would have taken its own steps or more.
-A rule is judged by the bootstrap interval of the median over seeds: it holds (fails) if all of the interval keeps to (exceeds) the
-bound, and otherwise the runs cannot tell. A recipe fails if a rule fails in any case, and holds if all rules hold in all cases.
+A rule is judged by the 95 % t interval of the mean over seeds (of ratios, of the geometric mean): it holds (fails) if all of the
+interval keeps to (exceeds) the bound, and otherwise the runs cannot tell. A recipe fails if a rule fails in any case, and holds if
+all rules hold in all cases.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from service.domain.comparisons import Variant
 from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
-from service.domain.statistics import Curve, bootstrap_median, steps_to_target
+from service.domain.statistics import Curve, mean_interval, steps_to_target
 from trainer.spec import best_value, metric_direction
 
 Judgement = Literal["holds", "fails", "cannot tell", "not enough data"]
@@ -65,7 +66,7 @@ class Finding:
     judgement: Judgement | None
     """None for a figure that no rule is about."""
     interval: Interval | None = None
-    """Of the median over seeds (95 %); None if there are too few seeds, or runs are missing."""
+    """Of the mean over seeds, of ratios the geometric one (95 %); None if there are too few seeds, or runs are missing."""
 
     @property
     def shows_no_difference(self) -> bool:
@@ -113,7 +114,8 @@ def _find(figure: Figure, runs: Sequence[Run]) -> list[Finding]:
         values = [_value(figure, of, against, [run for run in runs if run.seed == seed], seed) for seed in seeds]
         numbers = [value.number for value in values if value.number is not None]
         is_complete = bool(values) and len(numbers) == len(values)
-        ends = bootstrap_median([(number.low, number.high) for number in numbers]) if is_complete else None
+        bounds = [(number.low, number.high) for number in numbers]
+        ends = mean_interval(bounds, is_ratio=figure.by == "ratio") if is_complete else None
         interval = None if ends is None else Interval(*ends)
         judgement = _judge(figure, interval, is_complete=is_complete) if isinstance(figure, Rule) else None
         findings.append(Finding(figure=figure, case=case, values=values, judgement=judgement, interval=interval))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import mlflow.models
 import mlflow.pytorch
+import onnx
 import pytest
 import torch
 import torch.distributed as dist
@@ -170,7 +171,7 @@ def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
     assert evaluations(tmp_path) == measured != []
 
 
-@pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
 def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_are(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.loading.count_processes", lambda _: 0)
     transform = {"resize": 9, "crop": 8, "flip": True, "mean": [0.1, 0.2, 0.3], "std": [0.5]}
@@ -180,10 +181,14 @@ def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_ar
     weights = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).state_dict()
     example = next(iter(dataset.test())).inputs
     assert export_model(spec, weights, dataset, example, tmp_path / "model")
-    assert mlflow.models.Model.load(str(tmp_path / "model")).metadata == {
+    expected = {
         "class_names": ["cat", "dog"],
         "transform": {"resize": 9, "crop": 8, "channels": None, "mean": [0.1, 0.2, 0.3], "std": [0.5]},
     }
+    assert mlflow.models.Model.load(str(tmp_path / "model")).metadata == expected
+    write_onnx(tmp_path / "model", tmp_path / "model.onnx")
+    properties = onnx.load(tmp_path / "model.onnx").metadata_props
+    assert {entry.key: json.loads(entry.value) for entry in properties} == expected
 
 
 def test_a_model_that_cannot_be_built_again_is_left_out_and_the_run_does_not_fail(tmp_path, capsys):
@@ -227,7 +232,6 @@ def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
 )
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
 def test_an_exported_model_becomes_onnx_for_any_number_of_samples(tmp_path, changes):
-    import onnx
     from onnx.reference import ReferenceEvaluator
 
     data = {"name": "synthetic", "shape": [3, 32, 32], "classes": 4, "train_samples": 16, "test_samples": 8}

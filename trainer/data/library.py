@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,51 @@ def find_dataset(full_name: str) -> type[VisionDataset]:
     return kind
 
 
+def find_parts(spec: TorchvisionDataSpec) -> dict[str, list[dict[str, Any]]]:
+    """List the arguments that may open a dataset's parts `train` and `test`, apart from its root; no file is read.
+
+    Raises ConfigurationError for what cannot be opened whatever its files.
+    """
+    kind = find_dataset(spec.name)
+    parameters = inspect.signature(kind).parameters
+    needed = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+    } - {"root"}
+    splits = sorted(getattr(kind, "splits", ()))
+    if spec.split is not None and "split" not in needed:
+        raise ConfigurationError(
+            "data.split", spec.split, f"must be null for {spec.name}, whose parts are found by themselves"
+        )
+    if "split" in needed and spec.split not in splits:
+        raise ConfigurationError("data.split", spec.split, f"must be one of {', '.join(splits)} for {spec.name}")
+    if issubclass(kind, FakeData):
+        test = {"size": FAKE_TEST_SAMPLES, "random_offset": FAKE_TRAIN_SAMPLES}
+        return {"train": [{"size": FAKE_TRAIN_SAMPLES, "random_offset": 0}], "test": [test]}
+    if spec.root is None:
+        raise ConfigurationError("data.root", None, f"takes the folder that holds the files of {spec.name}")
+    if needed == {"split"}:  # of EMNIST: which of its ways to divide the characters into classes
+        return {part: [{"split": spec.split, "train": part == "train"}] for part in ("train", "test")}
+    if not needed and "train" in parameters:
+        return {part: [{"train": part == "train"}] for part in ("train", "test")}
+    if not needed and "split" in parameters:
+        names = {"train": TRAIN_SPLITS, "test": TEST_SPLITS}
+        return {part: [{"split": split} for split in splits] for part, splits in names.items()}
+    raise _has_no_parts(spec.name, needed)
+
+
+def _has_no_parts(full_name: str, needed: Collection[str] = ()) -> ConfigurationError:
+    name = full_name.removeprefix("torchvision:")
+    why = f"needs {', '.join(sorted(needed))}, which a spec cannot give" if needed else "has no such parts"
+    return ConfigurationError(
+        "data.name",
+        full_name,
+        f"takes a dataset with labelled images to train and to test on; {name} {why}; "
+        "`imagefolder` reads its images once they are in folders `train` and `val`, with a folder per class below",
+    )
+
+
 def open_library(spec: TorchvisionDataSpec) -> Parts:
     """Open both parts of a dataset.
 
@@ -94,38 +139,23 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     test on; DataError if its files are missing or broken, or if a link below the root leads out of it. Since torchvision follows
     links, all folders below the root are listed before anything is read: once in each process that opens the dataset.
     """
-    name, kind = spec.name.removeprefix("torchvision:"), find_dataset(spec.name)
+    name, choices = spec.name.removeprefix("torchvision:"), find_parts(spec)
     if spec.root is not None:
         check_links(Path(spec.root))
     skip = spec.corrupt_images == "skip"
     training, testing = (
-        LibraryImages(_open(kind, spec, train=train), f"{name}, {part}", skip) for train, part in PARTS
+        LibraryImages(_open(spec, choices[part]), f"{name}, {part}", skip) for part in ("train", "test")
     )
     classes = _count_classes(training)
     samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
     return Parts(training, testing, classes, digest(name, classes, samples), _class_names(training, classes))
 
 
-PARTS = ((True, "train"), (False, "test"))
-
-
-def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) -> VisionDataset:
+def _open(spec: TorchvisionDataSpec, choices: Sequence[dict[str, Any]]) -> VisionDataset:
+    """Open one part by the first of `choices` of arguments that the dataset knows."""
+    kind = find_dataset(spec.name)
     if issubclass(kind, FakeData):
-        size, offset = (FAKE_TRAIN_SAMPLES, 0) if train else (FAKE_TEST_SAMPLES, FAKE_TRAIN_SAMPLES)
-        return FakeData(size=size, random_offset=offset)
-    if spec.root is None:
-        raise ConfigurationError("data.root", None, f"takes the folder that holds the files of {spec.name}")
-    parameters = inspect.signature(kind).parameters
-    needed = {
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
-    }
-    choices: list[dict[str, Any]] = []
-    if needed <= {"root"} and "train" in parameters:
-        choices = [{"train": train}]
-    elif needed <= {"root"} and "split" in parameters:
-        choices = [{"split": split} for split in (TRAIN_SPLITS if train else TEST_SPLITS)]
+        return FakeData(**choices[0])
     for choice in choices:
         try:
             dataset = kind(root=spec.root, **choice)
@@ -138,12 +168,7 @@ def _open(kind: type[VisionDataset], spec: TorchvisionDataSpec, *, train: bool) 
         if isinstance(dataset, DatasetFolder):
             dataset.loader = decode  # as images of other folders are read
         return dataset
-    takes = "takes a dataset with labelled images to train and to test on"
-    if arguments := sorted(needed - {"root"}):
-        takes += f"; {kind.__name__} needs {', '.join(arguments)}, which a spec cannot give"
-    elif not choices:
-        takes += f"; {kind.__name__} has no such parts"
-    raise ConfigurationError("data.name", spec.name, f"{takes}; `imagefolder` reads its images from folders")
+    raise _has_no_parts(spec.name)
 
 
 def _count_classes(images: LibraryImages) -> int:

@@ -154,6 +154,10 @@ class Reader(torch.utils.data.Dataset[Any]):
     def _load(self, request: Request) -> Loaded:
         images = torch.empty(len(request.indices), *self.shape, dtype=torch.uint8)
         labels = torch.empty(len(request.indices), dtype=torch.int64)
+        if torch.utils.data.get_worker_info() is not None:
+            # Else a thread copies them as they are sent, without the GIL, and a process that ends meanwhile is aborted.
+            for tensor in (images, labels):
+                tensor.share_memory_()  # type: ignore[no-untyped-call]
         count, skipped = 0, list[str]()
         for index in request.indices.tolist():
             sample = self._read(request.step, index)

@@ -17,7 +17,7 @@ from trainer.spec.data import (
 )
 from trainer.spec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
 from trainer.spec.job import SHAPING_FIELDS, JobSpec, Norm
-from trainer.spec.memory import min_worker_bytes
+from trainer.spec.memory import ModelSize, min_worker_bytes
 from trainer.spec.metrics import (
     DIRECTIONS,
     Direction,
@@ -103,6 +103,7 @@ __all__ = [
     "Metric",
     "MlpSpec",
     "Mnist5kSpec",
+    "ModelSize",
     "ModelSpec",
     "Norm",
     "OptimizerSpec",

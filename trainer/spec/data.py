@@ -98,6 +98,10 @@ class TorchvisionDataSpec(Frozen):
         description="`torchvision:CIFAR10`, `torchvision:FakeData` …"
     )
     root: str | None = Field(None, max_length=4_096, description="folder, under a root that the operator allows")
+    split: Annotated[str, Field(pattern=r"^[\w-]+$", max_length=60)] | None = Field(
+        None,
+        description="of EMNIST, which needs it: `balanced`, `byclass` …; parts to train and to test on are found without",
+    )
     corrupt_images: CorruptImages = "refuse"
     transform: ImageTransformSpec = ImageTransformSpec()
 

@@ -134,8 +134,8 @@ REPORT = Report(
         VariantReport(
             variant={"norm": "sync"},
             label="norm=sync",
-            n=2,
-            reached=2,
+            n=3,
+            reached=3,
             failed=0,
             steps_to_target=SpreadView(median=100, low=100, high=100),
             best=SpreadView(median=0.93, low=0.93, high=0.93),

@@ -54,7 +54,10 @@ class VariantReport(BaseModel):
     ratio_is_at_least: bool = Field(
         description="the baseline did not always reach the target, so the ratio is a lower bound"
     )
-    verdict: Verdict
+    verdict: Verdict = Field(
+        description="faster or slower: the ratio's 95 % t interval (geometric mean, over seeds) is above or below 1; "
+        "no clear difference: it contains 1, or there are only two seeds"
+    )
     curves: list[RunCurve] | None = Field(description="only with `curves=true`")
 
     @classmethod

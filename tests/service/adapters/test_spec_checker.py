@@ -9,7 +9,7 @@ import pytest
 
 from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import InvalidField
-from trainer.spec import JobSpec
+from trainer.spec import JobSpec, Norm
 
 
 def checkers():
@@ -47,8 +47,17 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         with pytest.raises(InvalidField, match=message) as refused:
             await checker.check([spec(model)])
         assert refused.value.field == field
-    with pytest.raises(InvalidField, match="CIFAR10"):
-        await checker.check([spec(data={"name": "torchvision:CIFAR11", "root": "/nowhere"})])
+    for data, field, message in [
+        ({"name": "torchvision:CIFAR11"}, "spec.data.name", "CIFAR10"),
+        ({"name": "torchvision:EuroSAT"}, "spec.data.name", "EuroSAT has no such parts"),
+        ({"name": "torchvision:EMNIST"}, "spec.data.split", "must be one of balanced"),
+        ({"name": "torchvision:EMNIST", "split": "small"}, "spec.data.split", "must be one of balanced"),
+        ({"name": "torchvision:CIFAR10", "root": None}, "spec.data.root", "holds the files of torchvision:CIFAR10"),
+    ]:
+        with pytest.raises(InvalidField, match=message) as refused:
+            await checker.check([spec(data={"root": "/nowhere"} | data)])
+        assert refused.value.field == field
+    await checker.check([spec(data={"name": "torchvision:EMNIST", "split": "balanced", "root": "/nowhere"})])
     adam = {"name": "torch:Adam", "arguments": {"betas": [2, 3]}}
     with pytest.raises(InvalidField, match="Invalid beta parameter") as refused:
         await checker.check([spec(optimizer=adam)])
@@ -63,6 +72,20 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
     assert "SYNCBN_TOKEN" not in process.environ()
     await checker.close()
     assert not process.is_running()
+
+
+async def test_models_of_libraries_are_measured(checker):
+    data = {"name": "imagefolder", "root": "/x", "transform": {"crop": 224}}
+    resnet = spec({"name": "torchvision:resnet50"}, data=data)
+    sizes = await checker.check([spec(), resnet, resnet.model_copy(update={"norm": Norm.NONE})])
+    assert sizes[0] is None
+    assert sizes[1].parameters == pytest.approx(
+        25.6e6 - 990 * 2_049, rel=0.002
+    )  # of 1,000 classes; those of a folder count as 10
+    assert sizes[1].sample_activations * 4 == pytest.approx(83.7e6, rel=0.001)
+    assert sizes[2].sample_activations < 0.5 * sizes[1].sample_activations
+    unknown = spec({"name": "torchvision:resnet50"}, data={"name": "torchvision:CIFAR10", "root": "/x"})
+    assert (await checker.check([unknown]))[0].sample_activations == 0  # the size of its images is not known
 
 
 async def test_what_the_spec_alone_tells_starts_no_process(checker):

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 SPEC = {"steps": 2000, "num_workers": 2, "eval_every": 100}
-BODY = {"name": "does BN help", "spec": SPEC, "matrix": {"norm": ["none", "sync"], "seed": [0, 1]}, "target": 0.8}
+BODY = {"name": "does BN help", "spec": SPEC, "matrix": {"norm": ["none", "sync"], "seed": [0, 1, 2]}, "target": 0.8}
 
 
 async def test_a_comparison_is_one_job_per_point(client, mlflow):
@@ -12,8 +12,8 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
     assert answer.status_code == 202
     assert answer.headers["Location"] == f"/v1/comparisons/{comparison['id']}"
     assert [job["name"] for job in comparison["jobs"]] == [
-        "norm=none seed=0", "norm=none seed=1", "norm=sync seed=0", "norm=sync seed=1",
-    ]  # fmt: skip
+        f"norm={norm} seed={seed}" for norm in ("none", "sync") for seed in (0, 1, 2)
+    ]
     assert comparison["baseline"] == {"norm": "none"}
     async with asyncio.timeout(10):
         while (seen := (await client.get(f"/v1/comparisons/{comparison['id']}")).json())["jobs"][0][
@@ -28,7 +28,7 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
 async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
     comparison = (await client.post("/v1/comparisons", json=BODY)).json()
     jobs = app.state.components.jobs
-    for job, steps in zip(comparison["jobs"], (1000, 1600, 100, 100), strict=True):
+    for job, steps in zip(comparison["jobs"], (1000, 1600, 1300, 100, 100, 100), strict=True):
         run_id = f"run-of-{job['id']}"
         mlflow.curves[run_id, "accuracy"] = [(0, 0.1), (steps, 0.85), (2000, 0.9)]
         async with asyncio.timeout(10):
@@ -38,7 +38,7 @@ async def test_the_report_compares_what_mlflow_holds(client, app, mlflow):
     none, sync = report["variants"]
     assert (none["verdict"], none["ratio"], none["steps_to_target"]["median"]) == ("baseline", None, 1300)
     assert (sync["verdict"], sync["ratio"]) == ("faster", {"median": 13.0, "low": 10.0, "high": 16.0})
-    assert sync["n"] == sync["reached"] == 2
+    assert sync["n"] == sync["reached"] == 3
     assert sync["curves"][0]["points"] == [[0, 0.1], [100, 0.85], [2000, 0.9]]
     assert not report["finished"]
     assert report["target_is_given"]

@@ -224,6 +224,29 @@ async def test_what_no_node_has_the_memory_for_is_refused(client, ray, spec):
     assert (await client.post("/v1/jobs", json=bodies["/v1/jobs"])).status_code == 202
 
 
+@pytest.mark.parametrize(
+    ("model", "batch", "least"),
+    [
+        ({"name": "torchvision:resnet50"}, 4_096, "350.3"),  # of which 4,096 · 83.7 MB for backward
+        ({"name": "cnn", "channels": [64]}, 4_096, "112.6"),  # of which 4,096 · 25.7 MB
+    ],
+)
+async def test_a_batch_that_is_too_large_for_every_node_is_named(client, app, ray, monkeypatch, model, batch, least):
+    monkeypatch.setattr(app.state.components.feasibility._checker, "_timeout_seconds", 120)
+    ray.largest_node_bytes = 16_000_000_000
+    shape = {"name": "synthetic", "shape": [3, 224, 224], "train_samples": 8_192, "test_samples": 8}
+    spec = {"steps": 1, "num_workers": 1, "model": model, "data": shape, "norm": "batch"}
+    body = {"name": "x", "spec": spec | {"global_batch_size": batch}}
+    for path in ("/v1/jobs", "/v1/jobs:validate"):
+        (error,) = (await refused(client, 422, "POST", path, json=body)).json()["errors"]
+        assert (error["field"], error["value"]) == ("spec.global_batch_size", batch)
+        assert error["takes"].startswith("must fit into the memory of a node, 16.0 GB at most; weights, gradients, ")
+        assert error["takes"].endswith(f"take a worker at least {least} GB")
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+    fitting = body | {"spec": spec | {"global_batch_size": 64}}
+    assert (await client.post("/v1/jobs:validate", json=fitting)).status_code == 200
+
+
 async def test_a_body_that_holds_too_much_is_refused_before_its_fields(client):
     for steps in ([1] * 30_000, json.loads("[" * 200 + "]" * 200), [[[]]] * 12_000):
         answer = await client.post("/v1/jobs", json={"name": "x", "spec": {"steps": steps}})

@@ -58,7 +58,7 @@ def ended_jobs():
             state=JobState.SUCCEEDED,
         )
         for norm in ("none", "sync")
-        for seed in (0, 1)
+        for seed in (0, 1, 2)
     ]
 
 
@@ -76,7 +76,7 @@ def test_a_report_on_a_metric_that_is_to_fall(tmp_path, metric):
     assert (report.direction, report.target) == ("min", 0.25)
     text = render(report_table(report))
     assert f"steps to {metric} ≤ 0.25 (the baseline's best)" in text
-    assert cells(text, "norm=sync") == ["norm=sync", "2 of 2", "100", "0.250", "0.250", "10.0×", "faster"]
+    assert cells(text, "norm=sync") == ["norm=sync", "3 of 3", "100", "0.250", "0.250", "10.0×", "faster"]
     save_plot(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
@@ -89,7 +89,7 @@ def test_a_report_is_a_row_per_variant_and_a_plot(tmp_path):
     assert "steps to accuracy ≥ 0.8" in text
     assert cells(text, "norm=sync") == [
         "norm=sync",
-        "2 of 2",
+        "3 of 3",
         "100",
         "0.850",
         "0.850",
@@ -110,6 +110,16 @@ def test_warnings_are_shown_below_a_report():
         with_curves=False,
     )
     assert "Warning: accumulate: under norm 'sync' the statistics are of each part" in render(report_table(report))
+
+
+@pytest.mark.parametrize(("seeds", "is_warned"), [(1, False), (2, True), (3, False)])
+def test_a_report_of_two_seeds_says_that_they_are_too_few(seeds, is_warned):
+    jobs = [job for job in ended_jobs() if job.variant["seed"] < seeds]
+    curves = {job.id: [(100 if job.variant["norm"] == "sync" else 1000, 0.85)] for job in jobs}
+    report = Report.of(make_report(make_comparison(), jobs, [job.spec for job in jobs], curves), with_curves=False)
+    assert ("seed: faster and slower take at least 3 seeds (got 2)" in report.warnings) == is_warned
+    verdict = {1: "faster on one seed", 2: "no clear difference", 3: "faster"}[seeds]
+    assert report.variants[1].verdict == verdict
 
 
 def test_failed_runs_are_counted_in_the_report():

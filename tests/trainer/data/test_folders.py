@@ -11,7 +11,7 @@ from PIL import Image
 from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, write_images
 from tests.trainer.training import here
 from trainer.data.folders import open_folders
-from trainer.data.loading import LoadedDataset, count_processes
+from trainer.data.loading import LoadedDataset, Reader, Request, count_processes
 from trainer.errors import ConfigurationError, DataError
 from trainer.outbox import Outbox, read_lines
 from trainer.spec import ImageFolderSpec, ImageTransformSpec
@@ -201,3 +201,13 @@ def test_workers_of_a_machine_share_its_cores(monkeypatch):
     assert [count_processes(workers) for workers in (1, 2, 3, 12, 100)] == [8, 6, 4, 1, 1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert count_processes(100) == 3
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_a_loader_process_reads_into_memory_that_it_shares(root, monkeypatch, in_process):
+    """A process that ends while its sending thread copies a tensor is aborted, and says so in the job's log."""
+    data = folder(root)
+    reader = Reader(open_folders(data), data, 0, None)
+    monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: object() if in_process else None)
+    loaded = reader[Request(0, np.array([0, 1]))]
+    assert (loaded.images.is_shared(), loaded.labels.is_shared()) == (in_process, in_process)

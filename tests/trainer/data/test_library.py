@@ -17,17 +17,22 @@ from trainer.spec import ImageTransformSpec, TorchvisionDataSpec
 MNIST = "torchvision:MNIST"
 
 
+def write_mnist(folder, parts, labels):
+    """Write files of the format that MNIST has."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for part, count in parts.items():
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 2049, count) + (np.arange(count) % labels).astype(np.uint8).tobytes()
+        )
+
+
 @pytest.fixture
 def mnist(tmp_path):
     """A folder with files of the format and the names that MNIST has: 30 images to train on, 10 to test on."""
-    folder = tmp_path / "MNIST" / "raw"
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for part, count in (("train", 30), ("t10k", 10)):
-        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+    write_mnist(tmp_path / "MNIST" / "raw", {"train": 30, "t10k": 10}, labels=10)
     return tmp_path
 
 
@@ -46,6 +51,40 @@ def test_a_dataset_of_files_that_the_user_has(mnist):
     workers = open_here(spec, 2)
     assert_same(take(workers, 1, 2), take(alone, 1, 2))
     assert workers[1].digest == alone[0].digest
+
+
+@pytest.mark.parametrize(("split", "classes"), [("balanced", 47), ("digits", 10), ("letters", 27)])
+def test_emnist_is_read_by_the_split_of_the_spec(tmp_path, split, classes):
+    write_mnist(
+        tmp_path / "EMNIST" / "raw", {f"emnist-{split}-train": 60, f"emnist-{split}-test": 20}, labels=min(classes, 47)
+    )
+    data = TorchvisionDataSpec(name="torchvision:EMNIST", root=str(tmp_path), split=split)
+    parts = open_library(data)
+    assert (len(parts.training), len(parts.testing), parts.classes) == (60, 20, classes)
+    assert len(parts.class_names) == classes
+    assert parts.training[9][1] == 9
+    (alone,) = open_here(make_spec(data))
+    assert (alone.shape, alone.classes) == ((1, 28, 28), classes)
+    with pytest.raises(DataError, match=r"data.root: takes the folder that holds the files of torchvision:EMNIST"):
+        open_library(data.model_copy(update={"split": "mnist"}))
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        (
+            "EMNIST",
+            "balance",
+            "must be one of balanced, byclass, bymerge, digits, letters, mnist for torchvision:EMNIST",
+        ),
+        ("MNIST", "balanced", "must be null for torchvision:MNIST, whose parts are found by themselves"),
+        ("SVHN", "train", "must be null for torchvision:SVHN"),
+        ("FakeData", "train", "must be null for torchvision:FakeData"),
+    ],
+)
+def test_a_split_that_a_dataset_does_not_have_is_refused(tmp_path, name, split, message):
+    with pytest.raises(ConfigurationError, match=f"data.split: {message}.*got '{split}'"):
+        open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path), split=split))
 
 
 def test_by_label_takes_the_labels_that_the_dataset_has(mnist):
@@ -89,8 +128,13 @@ def test_a_label_out_of_range_is_named_with_its_image():
         ("ImageFolder", "with labelled images to train and to test on"),
         ("SBU", "with labelled images to train and to test on"),
         ("Kinetics", "with labelled images to train and to test on"),
-        ("EMNIST", "with labelled images to train and to test on; EMNIST needs split, which a spec cannot give"),
-        ("EuroSAT", "EuroSAT has no such parts; `imagefolder` reads its images from folders"),
+        ("Kinetics", "Kinetics needs frames_per_clip, which a spec cannot give"),
+        ("EMNIST", "data.split: must be one of balanced, byclass, .* for torchvision:EMNIST"),
+        (
+            "EuroSAT",
+            "EuroSAT has no such parts; `imagefolder` reads its images once they are in folders `train` and `val`",
+        ),
+        ("Caltech101", "Caltech101 has no such parts; `imagefolder` reads"),
     ],
 )
 def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):
