@@ -35,7 +35,7 @@ from house import MOST_SECONDS, House
 from mlflow import MlflowClient
 
 from service.api.schemas.names import MAX_PAGE_SIZE
-from trainer.spec import DRIVER_FILE, worker_log_file
+from trainer.jobspec import DRIVER_FILE, worker_log_file
 
 MOST_SECONDS_TO_TRUTH = 10.0
 REPEATED = 0.2

@@ -16,14 +16,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.nn.functional as F
 
-from trainer.checkpoint import Checkpoints
-from trainer.files import to_disk
+from trainer.atomic import to_disk
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.state import Position, State
+from trainer.distributed import Worker
+from trainer.jobspec import CheckpointSpec, JobSpec, MlpSpec
 from trainer.models import build_model
-from trainer.optim import build_optimizer, build_schedule
 from trainer.probes import Probes
-from trainer.spec import CheckpointSpec, JobSpec, MlpSpec
-from trainer.state import Position, State
-from trainer.worker import Worker
+from trainer.training.optim import build_optimizer, build_schedule
 
 WIDTHS = {"100 MB": 3_000, "300 MB": 5_700}
 SHAPE, CLASSES, BATCH = (1, 28, 28), 10, 8

@@ -19,8 +19,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from service.cli.client import Client
-from service.cli.local import LocalStack
+from service.client import Client
+from service.local.stack import LocalStack
 
 MOST_SECONDS = 180
 SPEC = {

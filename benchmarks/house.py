@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import psutil
 
-from service.cli import parts
-from service.cli.keeper import Kept, Plan
-from service.cli.machine import choose_ports, keep_secret, short_folder, tail
-from trainer.spec import OUTCOME_FILE
+from service.local import processes
+from service.local.host import choose_ports, keep_secret, short_folder, tail
+from service.local.supervisor import Kept, Plan
+from trainer.jobspec import OUTCOME_FILE
 
 MOST_SECONDS = 300.0
 """For one thing that is waited for."""
@@ -29,7 +29,7 @@ class House:
         self.storage = data_dir / "storage"
         for folder in (self.storage, data_dir / "logs", data_dir / "mlflow-artifacts"):
             folder.mkdir(parents=True)
-        self.layout = parts.Layout(
+        self.layout = processes.Layout(
             data_dir=data_dir,
             ray_dir=short_folder(data_dir),
             ray_token_path=data_dir / "ray-token",
@@ -42,7 +42,7 @@ class House:
             ray_client_port=free[3],
         )
         keep_secret(self.layout.ray_token_path)
-        self._environment = parts.api_environment(self.layout) | {
+        self._environment = processes.api_environment(self.layout) | {
             "SYNCBN_RATE_PER_SECOND": "100000",
             "SYNCBN_RATE_BURST": "100000",
             "SYNCBN_MAX_ACTIVE_JOBS": str(os.cpu_count() or 1),
@@ -58,7 +58,7 @@ class House:
 
     def start(self) -> None:
         """Start all of it."""
-        part = parts.mlflow_server(self.layout)
+        part = processes.mlflow_server(self.layout)
         plan = Plan(parts=[part], directory=str(self.layout.data_dir))
         self._mlflow = Kept(plan, log=self.layout.log("keeper"))
         self.start_head()
@@ -68,7 +68,7 @@ class House:
     def start_head(self) -> None:
         """Start Ray's head, without waiting for it."""
         self.layout.ray_dir.mkdir(mode=0o700, exist_ok=True)
-        part = parts.ray_head(self.layout)
+        part = processes.ray_head(self.layout)
         with self.layout.log("ray").open("ab") as log:
             self._ray = psutil.Popen(
                 part.command,
@@ -148,7 +148,7 @@ class House:
     def until_ready(self, *names: str) -> None:
         """Wait until these parts are ready."""
         deadline = time.monotonic() + MOST_SECONDS
-        probes = parts.probes(self.layout, self._probes)
+        probes = processes.probes(self.layout, self._probes)
         waiting = list(names)
         while waiting:
             for name in list(waiting):

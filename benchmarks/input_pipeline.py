@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from trainer.data.dataloader import LoadedDataset
 from trainer.data.folders import open_folders
-from trainer.data.loading import LoadedDataset
-from trainer.spec import ImageFolderSpec, ImageTransformSpec, JobSpec
+from trainer.jobspec import ImageFolderSpec, ImageTransformSpec, JobSpec
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 WARM_UP_BATCHES = 3

@@ -13,8 +13,8 @@ import aiohttp
 import psutil
 from sqlalchemy import make_url, text
 
-from service.cli.local import LocalStack
-from service.cli.machine import tail
+from service.local.host import tail
+from service.local.stack import LocalStack
 from service.store.database import Database
 
 SPEC: dict[str, Any] = {

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from trainer.data.dataset import Batch
-from trainer.evaluate import Evaluator
-from trainer.spec import EvaluationSpec, Metric
-from trainer.worker import Worker
+from trainer.distributed import Worker
+from trainer.jobspec import EvaluationSpec, Metric
+from trainer.training.evaluate import Evaluator
 
 ALL = list(get_args(Metric))
 

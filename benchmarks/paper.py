@@ -27,15 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from service.cli.reports import FINDING_HEADINGS, finding_cells
+from service.cli.report_tables import FINDING_HEADINGS, finding_cells
 from service.domain.comparisons import Variant, expand, without_seed
 from service.domain.recipes import Recipe, read_recipe
 from service.domain.verdicts import RecipeVerdict, Run, judge
 from trainer.data import open_dataset
+from trainer.distributed import Worker
 from trainer.errors import Diverged
-from trainer.loop import train
-from trainer.spec import JobSpec
-from trainer.worker import Worker
+from trainer.jobspec import JobSpec
+from trainer.training.loop import train
 
 RECIPES = {path.stem: path for path in sorted((Path(str(files("trainer"))) / "recipes").glob("*.yaml"))}
 SHORTEST = "world-size-invariance"

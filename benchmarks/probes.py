@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.data import Batch
+from trainer.distributed import Worker
+from trainer.jobspec import CnnSpec, JobSpec, MlpSpec, ModelSpec, ProbesSpec
 from trainer.models import build_model
-from trainer.optim import build_optimizer
 from trainer.probes import Probes
-from trainer.spec import CnnSpec, JobSpec, MlpSpec, ModelSpec, ProbesSpec
-from trainer.worker import Worker
+from trainer.training.optim import build_optimizer
 
 WORKERS, BATCH, STEPS = 2, 60, 20
 """Steps: timed together in each round."""

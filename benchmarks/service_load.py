@@ -26,11 +26,11 @@ from typing import Any
 from loaded_service import SPEC, Load, p99, state_of, submit, submit_bare, told, until_ended
 from sqlalchemy import func, select, text
 
-from service.cli.local import LocalStack
 from service.domain.jobs import Job, JobState, new_id
+from service.local.stack import LocalStack
 from service.store.database import Database
 from service.store.job_inserts import insert_jobs
-from trainer.spec import LOG_FILE, JobSpec
+from trainer.jobspec import LOG_FILE, JobSpec
 
 SHORT = SPEC | {"steps": 5, "num_workers": 1, "log_model": False}
 POSTS_PER_SECOND, POST_SECONDS, POST_ROUNDS = 100, 30, 5

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from trainer.jobspec import MlpSpec, Norm, SgdSpec
 from trainer.models import build_model
-from trainer.optim import build_optimizer
-from trainer.spec import MlpSpec, Norm, SgdSpec
+from trainer.training.optim import build_optimizer
 
 WORKERS, BATCH = 2, 60
 NORMS = (Norm.NONE, Norm.BATCH, Norm.SYNC, Norm.GROUP, Norm.LAYER)

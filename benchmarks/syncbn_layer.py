@@ -36,8 +36,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from syncbn import SyncBatchNorm, kernels
-from syncbn.statistics import Statistics
+from syncbn import SyncBatchNorm
+from syncbn.kernels import cpu as kernels
+from syncbn.kernels.statistics import Statistics
 
 Shape = tuple[int, ...]
 Step = Callable[[], None]

@@ -33,17 +33,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from trainer.checkpoint import Checkpoints
-from trainer.control import Control
+from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data import Batch, Dataset, open_dataset
-from trainer.journal import Journal, RankZeroJournal, Silent
-from trainer.loop import train
+from trainer.distributed import Worker
+from trainer.jobspec import JobSpec
 from trainer.models import build_model
-from trainer.outbox import Outbox
-from trainer.progress import ProgressFile
-from trainer.spec import JobSpec
-from trainer.work import identity
-from trainer.worker import Worker
+from trainer.tracking.logger import Journal, RankZeroJournal, Silent
+from trainer.tracking.outbox import Outbox
+from trainer.tracking.progress_file import ProgressFile
+from trainer.training.loop import train
+from trainer.training.step_sync import Control
+from trainer.worker import identity
 
 WORKERS = 2
 NORMS = ("none", "sync")

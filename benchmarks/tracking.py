@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from mlflow import MlflowClient
 from torch import nn
 
-import trainer.tracking
-from service.cli.local import LocalStack
-from trainer.outbox import Outbox
-from trainer.tracking import Tracking, TrackingProcess
+import trainer.tracking.uploader
+from service.local.stack import LocalStack
+from trainer.tracking.outbox import Outbox
+from trainer.tracking.uploader import Tracking, TrackingProcess
 
 EVERY = 10
 METRICS = {"accuracy": 0.5, "test_loss": 1.0, "train_loss": 1.0, "learning_rate": 0.1}
@@ -58,7 +58,7 @@ def deaf_server() -> Iterator[str]:
 def serve(turns: Connection, folder: Path, url: str | None, run_id: str, steps: int) -> None:
     """Take a block of steps whenever it is this process's turn, and answer with their seconds."""
     torch.set_num_threads(1)
-    trainer.tracking.SECONDS_TO_FINISH = 10.0
+    trainer.tracking.uploader.SECONDS_TO_FINISH = 10.0
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs, labels = torch.rand(256, 784), torch.randint(10, (256,))

@@ -12,8 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.domain.access import Owner
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
-from trainer.spec import Frozen, Permissions
-from trainer.spec.permissions import IMPORT
+from trainer.jobspec import Frozen, Permissions
+from trainer.jobspec.permissions import IMPORT
 
 
 class OwnerQuota(Frozen):

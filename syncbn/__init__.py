@@ -6,7 +6,7 @@ from syncbn.functional import sync_batch_norm
 from syncbn.groups import new_sync_groups
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments
-from syncbn.population import update_population_statistics
+from syncbn.precise_bn import update_population_statistics
 
 __all__ = [
     "BatchNorm",

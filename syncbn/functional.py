@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.callsite import CallSite
-from syncbn.collective import group_size
+from syncbn.autograd import moments_of, normalise
+from syncbn.collectives.context import CallSite
+from syncbn.collectives.reduce import group_size
 from syncbn.errors import InputError
 from syncbn.moments import Moments
-from syncbn.operators import moments_of, normalise
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

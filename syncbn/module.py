@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.callsite import CallSite, next_layer_number
+from syncbn.autograd import moments_of, normalise, put_back, select
+from syncbn.collectives.context import CallSite, next_layer_number
 from syncbn.errors import InputError
 from syncbn.functional import check_input
+from syncbn.kernels.statistics import Statistics, at_least_one
 from syncbn.moments import Moments
-from syncbn.operators import moments_of, normalise, put_back, select
-from syncbn.statistics import Statistics, at_least_one
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncbn.kernels import measure
+from syncbn.kernels.cpu import measure
 
 
 @dataclass(frozen=True, eq=False)

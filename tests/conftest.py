@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
-from service.cli.local import LocalStack
+from service.local.stack import LocalStack
 
 
 @pytest.fixture

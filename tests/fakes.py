@@ -3,14 +3,14 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from service.adapters.mlflow import RunAddress
 from service.domain.comparisons import Comparison
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity, Cluster
 from service.domain.statistics import Curve
-from service.engine.mlflow_runs import RunAddress
-from trainer.spec import Task
+from trainer.jobspec import Task
 
 
 @dataclass

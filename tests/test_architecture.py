@@ -29,8 +29,8 @@ def modules_after(statement):
     ("module", "costs"),
     [
         ("service.api.app", {"torch", "ray", "mlflow"}),
-        ("service.cli.client", {"torch", "ray", "mlflow", "sqlalchemy"}),
-        ("trainer.spec", {"torch", "ray", "mlflow", "numpy"}),
+        ("service.client.client", {"torch", "ray", "mlflow", "sqlalchemy"}),
+        ("trainer.jobspec", {"torch", "ray", "mlflow", "numpy"}),
         ("trainer.__main__", {"torch", "ray", "mlflow"}),
         ("syncbn", {"ray", "mlflow", "pydantic"}),
     ],

@@ -10,12 +10,11 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
+from trainer.atomic import write_whole
+from trainer.driver.heartbeat import Presence
+from trainer.driver.supervisor import ProcessExit, supervise
 from trainer.failure_kinds import classify, classify_exit, message, printable
-from trainer.files import write_whole
-from trainer.logs import indexed_logs, redirect_output
-from trainer.presence import Presence
-from trainer.processes import Descendants, describe_status, die_with_parent
-from trainer.spec import (
+from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
@@ -30,7 +29,8 @@ from trainer.spec import (
     read_yaml,
     spec_warnings,
 )
-from trainer.supervisor import ProcessExit, supervise
+from trainer.logs import indexed_logs, redirect_output
+from trainer.processes import Descendants, describe_status, die_with_parent
 
 NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
 """Exit codes of a driver that has no outcome to write."""
@@ -117,7 +117,7 @@ def _run(task: Task, ray_address: str | None) -> int:
     for warning in spec_warnings(task.spec):
         print(f"warning: {warning}", flush=True)
     try:
-        from trainer.launch import run
+        from trainer.driver.launch import run
 
         outcome = run(task, ray_address=ray_address)
     except Exception as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import ConfigurationError
-from trainer.spec import (
+from trainer.jobspec import (
     ImportedModelSpec,
     JobSpec,
     LibraryModelSpec,
@@ -39,13 +39,13 @@ def check(spec: JobSpec) -> ModelSize | None:
     arguments.
     """
     if isinstance(spec.data, TorchvisionDataSpec):
-        from trainer.data.library import find_parts
+        from trainer.data.torchvision import find_parts
 
         find_parts(spec.data)
     if isinstance(spec.optimizer, TorchOptimizerSpec):
         from torch import nn
 
-        from trainer.optim import build_optimizer
+        from trainer.training.optim import build_optimizer
 
         build_optimizer(spec.optimizer, nn.Linear(2, 2))
     if isinstance(spec.model, LibraryModelSpec):
@@ -60,8 +60,8 @@ def check(spec: JobSpec) -> ModelSize | None:
 def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | None:
     import torch
 
-    from trainer.models.library import build_library_model
     from trainer.models.size import measure_size
+    from trainer.models.torchvision_timm import build_library_model
 
     shape, classes = known_shape(spec.data), known_classes(spec.data) or DEFAULT_CLASSES
     try:

@@ -12,7 +12,7 @@ RunError                       its message is the reason, for the user to read
 └── Preempted
 """
 
-from trainer.spec import Cause
+from trainer.jobspec import Cause
 
 
 class RunError(Exception):

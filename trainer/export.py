@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from syncbn import revert_sync_batchnorm
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.state import Position
+from trainer.checkpoint.state_dict import gather_model_state
 from trainer.data import Dataset
+from trainer.distributed import Worker
 from trainer.errors import StorageError
+from trainer.jobspec import ImportedModelSpec, JobSpec
 from trainer.models import build_model
-from trainer.spec import ImportedModelSpec, JobSpec
-from trainer.state import Position
-from trainer.state_dict import gather_model_state
-from trainer.worker import Worker
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import RunError
-from trainer.spec import Cause
+from trainer.jobspec import Cause
 
 MAX_MESSAGE_CHARS = 2_000
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from trainer.atomic import write_whole
+from trainer.driver.supervisor import ProcessExit
 from trainer.errors import Diverged, RunError
 from trainer.failure_kinds import classify, classify_exit, message, printable
-from trainer.files import write_whole
+from trainer.jobspec import Cause, Frozen, Outcome
 from trainer.processes import describe_status
-from trainer.spec import Cause, Frozen, Outcome
-from trainer.supervisor import ProcessExit
 
 if TYPE_CHECKING:  # the driver does without torch
-    from trainer.state import Position
+    from trainer.checkpoint.state import Position
 
 MAX_TRACEBACK_CHARS = 20_000
 """Of a longer one the end is kept, which names the error."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from trainer.spec import LOG_FILE, LOG_INDEX_FILE
+from trainer.jobspec import LOG_FILE, LOG_INDEX_FILE
 
 INDEX_SECONDS = 0.25
 """Between two looks at the files: what several of them got in between is in the order of their names."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cachetools import TTLCache
 
 from service.domain.errors import InvalidField, shown
-from trainer.spec import (
+from trainer.jobspec import (
     ImportedModelSpec,
     JobSpec,
     LibraryModelSpec,

@@ -12,20 +12,25 @@ from fastapi.responses import RedirectResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from service.adapters.mlflow import MlflowRuns, MlflowRunsOverHttp
 from service.adapters.mlflow_http import MlflowHttp
+from service.adapters.ray import RayJobs, RayJobsOverHttp
+from service.adapters.run_storage import RunFiles
+from service.adapters.secret_files import JobSecrets
 from service.adapters.spec_checker import SpecChecker
+from service.adapters.webhook_http import Outgoing
 from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
-from service.api.components import Components
 from service.api.compute import in_thread
 from service.api.deadlines import BODY_SECONDS, BodyDeadline
-from service.api.document import document, operation_id
+from service.api.dependencies import Components
 from service.api.feasibility import Feasibility
 from service.api.head import HeadAsGet
-from service.api.headers import Headers
 from service.api.health import Health
 from service.api.mlflow_proxy import PREFIX, UPLOADS, MlflowProxy
+from service.api.openapi import document, operation_id
+from service.api.prometheus import Metrics
 from service.api.routes import cluster as cluster_routes
 from service.api.routes import comparisons as comparison_routes
 from service.api.routes import jobs as job_routes
@@ -35,23 +40,18 @@ from service.api.routes import tokens as token_routes
 from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
 from service.api.schemas import Readiness
+from service.api.security_headers import Headers
+from service.api.subscriptions import Watch
 from service.domain.access import Scope
 from service.domain.mlflow_access import MAX_JSON_BYTES
 from service.domain.rates import RateLimit
 from service.engine.admission import Admission
-from service.engine.attempts import Attempts
 from service.engine.dispatcher import Dispatcher
-from service.engine.job_secrets import JobSecrets
-from service.engine.metrics import Metrics
-from service.engine.mlflow_runs import MlflowRuns, MlflowRunsOverHttp
-from service.engine.outgoing import Outgoing
-from service.engine.ray_jobs import RayJobs, RayJobsOverHttp
-from service.engine.replica import Replica
+from service.engine.lease_holder import Replica
+from service.engine.metric_alerts import Thresholds
 from service.engine.retention import Retention
-from service.engine.run_files import RunFiles
-from service.engine.thresholds import Thresholds
-from service.engine.watch import Watch
-from service.engine.webhooks import WebhookSender
+from service.engine.submitter import Attempts
+from service.engine.webhook_sender import WebhookSender
 from service.settings import Settings
 from service.store.audit import AuditStore
 from service.store.comparisons import ComparisonStore

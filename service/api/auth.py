@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-from service.api.components import Components, components_of
+from service.api.dependencies import Components, components_of
 from service.domain.access import Caller, Scope, Token
 from service.domain.credentials import CredentialKind
 from service.domain.errors import Unavailable

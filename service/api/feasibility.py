@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from service.adapters.ray import RayJobs
 from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import InvalidField, Unavailable
 from service.domain.scheduling import Cluster
-from service.engine.ray_jobs import RayJobs
-from trainer.spec import JobSpec, ModelSize, min_worker_bytes
+from trainer.jobspec import JobSpec, ModelSize, min_worker_bytes
 
 SMALL_BYTES = 1 << 30
 """What needs less memory than this is not compared with the cluster's, which would take two calls to Ray."""

@@ -5,11 +5,11 @@ import logging
 import time
 from collections.abc import Awaitable
 
+from service.adapters.run_storage import on_storage
 from service.api.background import Background
-from service.api.components import Components
+from service.api.dependencies import Components
 from service.api.schemas import Check, Readiness
 from service.domain.errors import StorageFull
-from service.engine.run_files import on_storage
 
 logger = logging.getLogger(__name__)
 SECONDS_TO_CHECK = 5.0

@@ -12,7 +12,7 @@ from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 
 from service.api.auth import authenticate
-from service.api.components import components_of
+from service.api.dependencies import components_of
 from service.api.json_body import JsonRequest
 from service.domain.access import Caller
 from service.domain.errors import InFlight, InvalidField

@@ -25,7 +25,7 @@ from service.domain.errors import (
     StorageFull,
     Unavailable,
 )
-from trainer.spec import Refusal, field_path
+from trainer.jobspec import Refusal, field_path
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {

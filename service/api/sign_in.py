@@ -13,7 +13,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 
 from service.api.auth import SESSION_COOKIE, limit_failure
-from service.api.components import Components, components_of
+from service.api.dependencies import Components, components_of
 from service.domain.access import Token
 from service.domain.credentials import SESSION_LIFETIME, CredentialKind, local_path
 

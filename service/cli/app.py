@@ -11,10 +11,10 @@ import typer
 from pydantic import ValidationError
 
 from service.cli import browser, cluster, comparisons, jobs, logs, tokens
-from service.cli.config import DEFAULT_DATA_DIR
-from service.cli.local import Connection, LocalStack, StackError, run_until_stopped
-from service.cli.printing import ExitCode, output, tell_error
-from service.cli.tries import ApiError
+from service.cli.connection import DEFAULT_DATA_DIR
+from service.cli.output import ExitCode, output, tell_error
+from service.client.retry import ApiError
+from service.local.stack import Connection, LocalStack, StackError, run_until_stopped
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -98,7 +98,7 @@ def serve() -> None:
     """Run the API and the dispatcher alone; database, Ray and MLflow are given by SYNCBN_* settings."""
     from service.api.app import make_app
     from service.api.server import Server
-    from service.engine.service_log import configure
+    from service.logging import configure
     from service.settings import Settings
 
     try:

@@ -6,9 +6,9 @@ from urllib.parse import urlsplit
 
 import typer
 
-from service.cli.client import Client
-from service.cli.config import with_client
-from service.cli.printing import AsJson, output, print_json
+from service.cli.connection import with_client
+from service.cli.output import AsJson, output, print_json
+from service.client import Client
 from service.domain.credentials import HOME
 
 app = typer.Typer()

@@ -2,10 +2,10 @@
 
 import typer
 
-from service.cli.client import Client
-from service.cli.config import with_client
-from service.cli.printing import AsJson, output, print_json
-from service.cli.show import cluster_view
+from service.cli.connection import with_client
+from service.cli.output import AsJson, output, print_json
+from service.cli.tables import cluster_view
+from service.client import Client
 
 app = typer.Typer()
 

@@ -6,15 +6,15 @@ from typing import Annotated
 import typer
 
 from service.api.schemas import ComparisonView
-from service.cli.client import Client
-from service.cli.config import with_client
-from service.cli.files import Preset, RecipeOrFile, find_file, read_comparison
-from service.cli.files import recipes as all_recipes
-from service.cli.printing import AsJson, ExitCode, output, print_json
-from service.cli.reports import report_table, save_plot, verdict_table
-from service.cli.show import recipes_table
-from service.cli.terms import Key, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
-from service.cli.waiting import wait_for_comparison
+from service.cli.connection import with_client
+from service.cli.inputs import Preset, RecipeOrFile, find_file, read_comparison
+from service.cli.inputs import recipes as all_recipes
+from service.cli.options import Key, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
+from service.cli.output import AsJson, ExitCode, output, print_json
+from service.cli.progress import wait_for_comparison
+from service.cli.report_tables import report_table, save_plot, verdict_table
+from service.cli.tables import recipes_table
+from service.client import Client
 from service.domain.comparisons import without_seed
 from service.domain.jobs import JobState
 from service.domain.recipes import Recipe

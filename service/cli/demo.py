@@ -9,11 +9,11 @@ from rich.console import Console
 
 from service.api.schemas import ComparisonView
 from service.cli.browser import sign_in_link
-from service.cli.client import Client
-from service.cli.local import LocalStack, StackError, first_signal_interrupts
-from service.cli.reports import report_table, save_plot
-from service.cli.waiting import JobBars
+from service.cli.progress import JobBars
+from service.cli.report_tables import report_table, save_plot
+from service.client import Client
 from service.domain.recipes import read_recipe
+from service.local.stack import LocalStack, StackError, first_signal_interrupts
 
 RECIPE = Path(str(files("trainer"))) / "recipes" / "fig1-activations.yaml"
 FEWEST_CPUS = 2

@@ -8,9 +8,8 @@ import typer
 
 from service.api.schemas import JobView
 from service.api.schemas.names import MAX_PAGE_SIZE
-from service.cli.client import Client
-from service.cli.config import with_client
-from service.cli.files import (
+from service.cli.connection import with_client
+from service.cli.inputs import (
     Preset,
     RecipeOrFile,
     Set,
@@ -21,12 +20,13 @@ from service.cli.files import (
     read_comparison,
     read_mapping,
 )
-from service.cli.printing import AsJson, ExitCode, errors, output, print_json, visible
-from service.cli.show import job_view, jobs_table, needs_view
-from service.cli.terms import Key, Name, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
-from service.cli.waiting import wait_for_job
+from service.cli.options import Key, Name, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
+from service.cli.output import AsJson, ExitCode, errors, output, print_json, visible
+from service.cli.progress import wait_for_job
+from service.cli.tables import job_view, jobs_table, needs_view
+from service.client import Client
 from service.domain.jobs import JobState
-from trainer.spec import Norm
+from trainer.jobspec import Norm
 
 app = typer.Typer()
 JobId = Annotated[str, typer.Argument(help="such as job-3f9c2b7a10de", show_default=False)]

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from service.cli.calls import Level
-from service.cli.client import Client
-from service.cli.config import with_client
+from service.cli.connection import with_client
 from service.cli.jobs import JobId
-from service.cli.printing import AsJson, errors, interruptible, print_json, visible
-from service.cli.streams import Ended, LogLine, UnfinishedLine
+from service.cli.output import AsJson, errors, interruptible, print_json, visible
+from service.client import Client
+from service.client.calls import Level
+from service.client.sse import Ended, LogLine, UnfinishedLine
 
 CLEAR_LINE = "\r\x1b[K"
 

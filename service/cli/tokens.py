@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from service.api.schemas.names import MAX_PAGE_SIZE
-from service.cli.client import Client
-from service.cli.config import with_client
-from service.cli.printing import AsJson, errors, output, print_json
-from service.cli.show import audit_table, tokens_table
+from service.cli.connection import with_client
+from service.cli.output import AsJson, errors, output, print_json
+from service.cli.tables import audit_table, tokens_table
+from service.client import Client
 from service.domain.access import Scope
 
 app = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens, for admins; and tell whose yours is.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from service.domain.retries import Failures, Retries
 from service.domain.scheduling import Candidate, least_needs, most_needs
-from trainer.spec import JobSpec, Progress
+from trainer.jobspec import JobSpec, Progress
 
 
 class JobState(StrEnum):

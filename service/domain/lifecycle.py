@@ -8,8 +8,8 @@ from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.retries import BLAME, Blame, pause
+from trainer.jobspec import Outcome
 from trainer.processes import describe_status
-from trainer.spec import Outcome
 
 EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d+)")
 OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

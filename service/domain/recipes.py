@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from service.domain.comparisons import ComparisonSpec
-from trainer.spec import Frozen, read_yaml
+from trainer.jobspec import Frozen, read_yaml
 
 Selection = dict[str, JsonValue]
 """Paths of the matrix with one value each."""

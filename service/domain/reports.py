@@ -7,7 +7,7 @@ from typing import Any
 from service.domain.comparisons import Comparison, Variant, describe, warnings_of, without_seed
 from service.domain.jobs import JobState, JobSummary
 from service.domain.statistics import MIN_SEEDS, Curve, VariantResult, compare, default_target
-from trainer.spec import Direction, JobSpec, metric_direction
+from trainer.jobspec import Direction, JobSpec, metric_direction
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from trainer.spec import Cause, Frozen
+from trainer.jobspec import Cause, Frozen
 
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=2), timedelta(minutes=5)
 """Before another attempt."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from trainer.spec import JobSpec
+from trainer.jobspec import JobSpec
 
 
 @dataclass(frozen=True)

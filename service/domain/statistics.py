@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 from typing import Literal
 
-from trainer.spec import Direction, best_value, is_reached
+from trainer.jobspec import Direction, best_value, is_reached
 
 Curve = Sequence[tuple[int, float]]
 """A metric by step, in the order of steps."""

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from service.domain.comparisons import Variant
 from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
 from service.domain.statistics import Curve, mean_interval, steps_to_target
-from trainer.spec import best_value, metric_direction
+from trainer.jobspec import best_value, metric_direction
 
 Judgement = Literal["holds", "fails", "cannot tell", "not enough data"]
 

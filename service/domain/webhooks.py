@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from service.domain.jobs import Job, JobState
-from trainer.spec import Frozen
+from trainer.jobspec import Frozen
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from service.adapters.ray import RayJobs
 from service.domain.errors import Unavailable
 from service.domain.leases import Lease
 from service.domain.scheduling import Candidate, Policy, plan
-from service.engine.attempts import Attempts
-from service.engine.ray_jobs import RayJobs
+from service.engine.submitter import Attempts
 from service.store.jobs import JobStore
 
 FORGET_SECONDS = 60.0

@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 
 from prometheus_client import Histogram
 
+from service.adapters.mlflow import MlflowRuns
+from service.adapters.ray import RayJobs
+from service.adapters.run_storage import RunFiles, on_storage
 from service.domain.comparisons import Comparison
 from service.domain.errors import Refused, Unavailable
 from service.domain.jobs import Job, JobState, Transition
@@ -22,16 +25,13 @@ from service.domain.leases import Lease
 from service.domain.lifecycle import RayStatus, Submission, after_failure, is_overtime, next_step
 from service.domain.retries import Blame
 from service.engine.admission import Admission
-from service.engine.attempts import ACTOR, Attempts
-from service.engine.mlflow_runs import MlflowRuns
-from service.engine.ray_jobs import RayJobs
-from service.engine.replica import Replica
-from service.engine.run_files import RunFiles, on_storage
-from service.engine.service_log import job_in_hand
-from service.engine.thresholds import Thresholds
+from service.engine.lease_holder import Replica
+from service.engine.metric_alerts import Thresholds
+from service.engine.submitter import ACTOR, Attempts
+from service.logging import job_in_hand
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
-from trainer.spec import Outcome, Progress
+from trainer.jobspec import Outcome, Progress
 
 logger = logging.getLogger(__name__)
 RUNNING = (RayStatus.PENDING, RayStatus.RUNNING)

@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Sequence
 
+from service.adapters.mlflow import MlflowRuns
 from service.domain.jobs import JobSummary
 from service.domain.statistics import Curve
-from service.engine.mlflow_runs import MlflowRuns
 
 READS_AT_ONCE = 8
 

@@ -5,9 +5,9 @@ import logging
 import shutil
 from datetime import UTC, datetime, timedelta
 
+from service.adapters.run_storage import RunFiles, on_storage
 from service.domain.errors import Unavailable
-from service.engine.replica import Replica
-from service.engine.run_files import RunFiles, on_storage
+from service.engine.lease_holder import Replica
 from service.store.credentials import CredentialStore
 from service.store.idempotency import IdempotencyStore
 from service.store.retention import RetentionStore

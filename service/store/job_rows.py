@@ -12,7 +12,7 @@ from service.domain.leases import shard_of
 from service.domain.retries import Blame, Failures, Retries
 from service.domain.scheduling import Candidate, Capacity
 from service.store.tables import events, jobs
-from trainer.spec import JobSpec, Progress
+from trainer.jobspec import JobSpec, Progress
 
 COLUMNS = [jobs.c[field.name] for field in fields(Job)]
 SUMMARY_COLUMNS = [

@@ -48,7 +48,7 @@ from service.store.tables import events, job_tags, jobs
 from service.store.totals import Totals, read_totals
 from service.store.usage import add_usage
 from service.store.webhooks import announce_end
-from trainer.spec import JobSpec, Progress
+from trainer.jobspec import JobSpec, Progress
 
 NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
 """What may change without a transition."""

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.engine.logs import AttemptLog, Place
-from service.engine.run_files import RunFiles
-from tests.trainer.training import train_here
-from trainer.spec import JOB_VARIABLE, OUTCOME_FILE, JobSpec, Outcome, Permissions, RunContext, Task
+from service.adapters.job_log import AttemptLog, Place
+from service.adapters.run_storage import RunFiles
+from tests.trainer.factories import train_here
+from trainer.jobspec import JOB_VARIABLE, OUTCOME_FILE, JobSpec, Outcome, Permissions, RunContext, Task
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
+from service.adapters.webhook_http import Outgoing
 from service.api.app import make_app
 from service.api.server import Server
 from service.domain.access import Caller, Token
@@ -16,11 +17,10 @@ from service.domain.errors import Conflict
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.rates import RateLimit
 from service.domain.scheduling import Capacity
-from service.engine.outgoing import Outgoing
 from service.settings import Settings
 from service.store.tokens import TokenStore
 from tests.fakes import FakeMlflow, FakeRay
-from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
+from trainer.jobspec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
 
 TOKEN = "0123456789abcdef-contract"
 

@@ -6,7 +6,7 @@ import time
 
 import httpx
 
-from service.cli.client import Client
+from service.client import Client
 
 
 class Service:

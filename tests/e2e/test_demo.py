@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 
 from service.cli.demo import RECIPE, run_demo
-from service.cli.local import StackError, read_connection
+from service.local.stack import StackError, read_connection
 
 pytestmark = pytest.mark.e2e
 

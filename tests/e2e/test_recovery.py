@@ -11,12 +11,12 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from service.cli.client import Client
-from service.cli.local import LocalStack
+from service.client import Client
+from service.local.stack import LocalStack
 from tests.dist import run_on_ranks
 from tests.processes import still_alive, working_in
-from tests.trainer.training import train_here
-from trainer.spec import JobSpec
+from tests.trainer.factories import train_here
+from trainer.jobspec import JobSpec
 
 pytestmark = [pytest.mark.e2e, pytest.mark.cluster]
 

@@ -8,8 +8,8 @@ import time
 import asyncpg
 import pytest
 
-from service.cli.machine import choose_ports
 from service.domain.leases import shard_of
+from service.local.host import choose_ports
 from tests.e2e.service import Service
 from tests.e2e.test_service import SPEC
 from tests.service.databases import postgresql_server

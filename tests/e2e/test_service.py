@@ -7,7 +7,7 @@ import time
 import pytest
 import yaml
 
-from service.cli.client import ApiError
+from service.client import ApiError
 from tests.e2e.service import Service
 
 pytestmark = pytest.mark.e2e

@@ -15,8 +15,8 @@ import httpx
 import psutil
 import pytest
 
-from service.cli.local import Connection, LocalStack, StackError, read_connection
-from service.cli.machine import short_folder
+from service.local.host import short_folder
+from service.local.stack import Connection, LocalStack, StackError, read_connection
 from tests.processes import still_alive, wait_for_file, working_in
 
 pytestmark = pytest.mark.e2e

@@ -11,7 +11,7 @@ import pytest
 from service.api.app import MAX_BODY_BYTES
 from service.domain.comparisons import MAX_COMPARISON_BYTES, MAX_SPEC_BYTES
 from tests.service.api.serving import TOKEN, serving_elsewhere
-from trainer.spec import LOG_FILE
+from trainer.jobspec import LOG_FILE
 
 MAX_SECONDS = 0.5
 MAX_ANSWER_BYTES = 9_000_000

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from service.api.app import make_app
 from service.api.server import Server
-from service.cli.machine import choose_ports
 from service.domain.mlflow_access import is_readable
+from service.local.host import choose_ports
 from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
-from trainer.spec import JobSpec, read_yaml
+from trainer.jobspec import JobSpec, read_yaml
 
 TOKEN = "0123456789abcdef-test"
 KEY = f"Authorization: Bearer {TOKEN}\r\n"

@@ -3,7 +3,9 @@
 import pytest
 
 from service.store.database import Database
+from tests.service.client.bad_network import BadNetwork
 from tests.service.databases import empty, postgresql_server
+from tests.service.running_api import RunningApi
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +26,23 @@ async def database(request, tmp_path):
     await database.migrate()
     yield database
     await database.close()
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory):
+    """One for all tests of a file."""
+    api = RunningApi(tmp_path_factory.mktemp("api"))
+    api.start()
+    yield api
+    api.stop()
+
+
+@pytest.fixture
+def url(api):
+    return api.url
+
+
+@pytest.fixture
+def network(api):
+    with BadNetwork(api.url).run() as network:
+        yield network

@@ -6,7 +6,7 @@ from typing import Any
 
 from service.domain.comparisons import Comparison
 from service.domain.jobs import Job, JobRecord, JobSummary, new_id
-from trainer.spec import JobSpec
+from trainer.jobspec import JobSpec
 
 
 def make_job(**changes: Any) -> Job:

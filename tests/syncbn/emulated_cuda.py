@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from syncbn import kernels
+from syncbn.kernels import cpu as kernels
 
 ACCUMULATOR = {
     torch.float16: torch.float32,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
 from tests.dist import run_on_ranks
-from tests.syncbn.counting import record_collectives
+from tests.syncbn.collective_recorder import record_collectives
 
 pytestmark = pytest.mark.dist
 CHANNELS = 4

@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncbn import DesyncError, SyncBatchNorm, collective
-from syncbn.callsite import CallSite
+from syncbn import DesyncError, SyncBatchNorm
+from syncbn.collectives import reduce
+from syncbn.collectives.context import CallSite
 from tests.dist import Pool, run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -160,7 +161,7 @@ def test_a_rank_that_dies_is_missed_at_once_and_also_where_the_launcher_then_des
 def destroy_and_tell():
     call = CallSite("norm0").next_call("forward")
     dist.destroy_process_group()
-    return collective._desync(call, "broken")
+    return reduce._desync(call, "broken")
 
 
 def test_a_call_whose_group_is_gone_is_still_named():

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from syncbn import GroupError, InputError, sync_batch_norm
 from tests.dist import run_on_ranks
-from tests.syncbn.counting import record_collectives
+from tests.syncbn.collective_recorder import record_collectives
 from tests.syncbn.reference import expect, make_case, relative_error
 
 WORLD_SIZES = [1, 2, 3, 4, 8]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import GroupError, SyncBatchNorm, new_sync_groups
-from syncbn.operators import _NormaliseCompiled
+from syncbn.autograd import _NormaliseCompiled
 from tests.dist import run_on_ranks
 
 

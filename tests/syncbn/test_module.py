@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import GroupError, InputError, SyncBatchNorm
 from tests.dist import run_on_ranks
-from tests.syncbn.counting import record_collectives
+from tests.syncbn.collective_recorder import record_collectives
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 OPTIONS = [

@@ -1,8 +1,8 @@
 """The main claim, in one process: a sigmoid network reaches 80 % in at least five times fewer steps with synchronised BN."""
 
 from service.cli.demo import RECIPE
-from tests.trainer.training import train_here
-from trainer.spec import JobSpec, read_yaml
+from tests.trainer.factories import train_here
+from trainer.jobspec import JobSpec, read_yaml
 
 
 def best_accuracy(norm, steps):

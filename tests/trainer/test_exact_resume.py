@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import InterruptedRunError, Interrupting, make_spec, run_here
-from trainer.spec.optimizers import TORCH_OPTIMIZERS
+from tests.trainer.factories import InterruptedRunError, Interrupting, make_spec, run_here
+from trainer.jobspec.optimizers import TORCH_OPTIMIZERS
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "sgd"},

@@ -13,19 +13,19 @@ import torch.nn.functional as F
 
 from syncbn import revert_sync_batchnorm
 from tests.dist import run_on_ranks
-from tests.trainer.data.making import write_images
-from tests.trainer.training import Notes, here, make_spec
-from trainer.checkpoint import Checkpoints
+from tests.trainer.data.image_files import write_images
+from tests.trainer.factories import Notes, here, make_spec
+from trainer.checkpoint.checkpoints import Checkpoints
+from trainer.checkpoint.state import Position
 from trainer.data import open_dataset
 from trainer.errors import ExportError
 from trainer.export import collect_models, export_model, write_onnx
 from trainer.failures import read
-from trainer.loop import NoNotices, train
+from trainer.jobspec import ImageFolderSpec, RunContext, Task, attempt_folder
 from trainer.models import build_model
-from trainer.outbox import Outbox, read_lines
-from trainer.spec import ImageFolderSpec, RunContext, Task, attempt_folder
-from trainer.state import Position
-from trainer.work import _train, export, identity
+from trainer.tracking.outbox import Outbox, read_lines
+from trainer.training.loop import NoNotices, train
+from trainer.worker import _train, export, identity
 
 
 @dataclass
@@ -123,8 +123,8 @@ def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path,
 @pytest.fixture
 def run_attempt(tmp_path, monkeypatch):
     """Run an attempt of a job in this process, but for Ray."""
-    monkeypatch.setattr("trainer.work.RayNotices", NoNotices)
-    monkeypatch.setattr("trainer.work.hide_credentials", lambda: None)  # of this process, which other tests need
+    monkeypatch.setattr("trainer.worker.RayNotices", NoNotices)
+    monkeypatch.setattr("trainer.worker.hide_credentials", lambda: None)  # of this process, which other tests need
 
     def run(number):
         folder = attempt_folder(tmp_path, number)
@@ -145,7 +145,7 @@ def fail(*_, **__):
     raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")  # torch's, of a full disk
 
 
-@pytest.mark.parametrize("step", ["trainer.work.write_figures", "trainer.data.memory.InMemoryDataset.close"])
+@pytest.mark.parametrize("step", ["trainer.worker.write_figures", "trainer.data.memory.InMemoryDataset.close"])
 def test_a_run_whose_last_report_fails_has_succeeded_with_a_warning(run_attempt, tmp_path, monkeypatch, capsys, step):
     monkeypatch.setattr(step, fail)
     assert run_attempt(1)["reason"] == "finished 20 steps"
@@ -157,7 +157,7 @@ def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
     run_attempt, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch:
-        patch.setattr("trainer.work.write_weights", fail)
+        patch.setattr("trainer.worker.write_weights", fail)
         with pytest.raises(ExportError, match=r"training is complete \(20 steps\), but its model could not be written"):
             run_attempt(1)
     [failure] = read(attempt_folder(tmp_path, 1))
@@ -173,7 +173,7 @@ def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
 
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
 def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_are(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.data.loading.count_processes", lambda _: 0)
+    monkeypatch.setattr("trainer.data.dataloader.count_processes", lambda _: 0)
     transform = {"resize": 9, "crop": 8, "flip": True, "mean": [0.1, 0.2, 0.3], "std": [0.5]}
     root = write_images(tmp_path / "data")
     spec = make_spec(data=ImageFolderSpec(root=str(root), transform=transform), precision="fp32", global_batch_size=4)

@@ -9,13 +9,13 @@ import torch.distributed as dist
 
 from syncbn import DesyncError
 from tests.dist import run_on_ranks
-from tests.trainer.training import make_spec, run_here
+from tests.trainer.factories import make_spec, run_here
 from trainer import failures
+from trainer.driver.supervisor import ProcessExit
 from trainer.errors import ConfigurationError, DataError, DataTimeoutError, Diverged, Preempted, StorageError
 from trainer.failure_kinds import MAX_MESSAGE_CHARS, classify, classify_exit, printable
 from trainer.failures import Death
-from trainer.spec import Outcome
-from trainer.supervisor import ProcessExit
+from trainer.jobspec import Outcome
 
 
 def gloo_error(kind):
@@ -231,7 +231,7 @@ def test_what_nobody_recorded_is_unknown(tmp_path):
 def test_an_error_is_recorded_before_what_is_around_it_is_left(tmp_path):
     from contextlib import ExitStack
 
-    from trainer.state import Position
+    from trainer.checkpoint.state import Position
 
     seen = []
 

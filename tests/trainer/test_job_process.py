@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from service.engine.logs import AttemptLog, Place
-from service.engine.run_files import RunFiles
+from service.adapters.job_log import AttemptLog, Place
+from service.adapters.run_storage import RunFiles
 from tests.processes import still_alive, wait_for_file, working_in
-from trainer.spec import (
+from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,

@@ -8,9 +8,9 @@ import psutil
 import pytest
 import yaml
 
-from service.engine.run_files import RunFiles
+from service.adapters.run_storage import RunFiles
 from tests.processes import wait_for_file
-from trainer.spec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
+from trainer.jobspec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
 
 SPEC = """
 model: {name: mlp, hidden: [16]}

@@ -4,11 +4,11 @@ import pytest
 import torch.distributed as dist
 
 from tests.dist import run_on_ranks
-from tests.trainer.training import InterruptedRunError, Interrupting, Notes, make_spec, run_here, train_here
+from tests.trainer.factories import InterruptedRunError, Interrupting, Notes, make_spec, run_here, train_here
+from trainer.checkpoint.state import Position
 from trainer.errors import Preempted
-from trainer.spec import EarlyStopSpec, MlpSpec
-from trainer.state import Position
-from trainer.stopping import is_enough, take_note
+from trainer.jobspec import EarlyStopSpec, MlpSpec
+from trainer.training.early_stopping import is_enough, take_note
 
 
 def state_of(result):

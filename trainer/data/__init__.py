@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from trainer.data.dataset import Batch, Dataset
-from trainer.data.order import batch_indices, shard
-from trainer.spec import (
+from trainer.data.sampler import batch_indices, shard
+from trainer.jobspec import (
     DigitsSpec,
     ImageFolderSpec,
     JobSpec,
@@ -40,13 +40,13 @@ def open_dataset(
 
             return SyntheticDataset(spec, data, *place)
         case ImageFolderSpec():
+            from trainer.data.dataloader import LoadedDataset
             from trainer.data.folders import open_folders
-            from trainer.data.loading import LoadedDataset
 
             return LoadedDataset(spec, data, open_folders(data), *place)
         case TorchvisionDataSpec():
-            from trainer.data.library import open_library
-            from trainer.data.loading import LoadedDataset
+            from trainer.data.dataloader import LoadedDataset
+            from trainer.data.torchvision import open_library
 
             return LoadedDataset(spec, data, open_library(data), *place)
         case RayDataSpec():

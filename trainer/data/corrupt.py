@@ -12,7 +12,7 @@ from PIL import Image
 
 from trainer.data.decoding import MAX_IMAGE_PIXELS, UnsupportedImage
 from trainer.data.images import Images
-from trainer.data.order import Indices
+from trainer.data.sampler import Indices
 from trainer.errors import CorruptImage, DataError
 
 MOST_IN_A_ROW = 100

@@ -22,9 +22,9 @@ from trainer.data.cache import cached
 from trainer.data.class_folders import class_of, is_ignored, path_below
 from trainer.data.decoding import IMAGE_SUFFIXES
 from trainer.data.digest import digest
-from trainer.data.order import Indices
+from trainer.data.sampler import Indices
 from trainer.errors import DataError
-from trainer.spec import RayDataSpec
+from trainer.jobspec import RayDataSpec
 
 SUFFIXES = {
     "parquet": (".parquet",),

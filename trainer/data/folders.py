@@ -13,9 +13,9 @@ from trainer.data.decoding import IMAGE_SUFFIXES, decode
 from trainer.data.digest import digest
 from trainer.data.images import Parts
 from trainer.data.links import check_link
-from trainer.data.order import Indices
+from trainer.data.sampler import Indices
 from trainer.errors import DataError
-from trainer.spec import ImageFolderSpec
+from trainer.jobspec import ImageFolderSpec
 
 
 @dataclass(frozen=True)

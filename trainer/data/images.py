@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from trainer.data.order import Indices
+from trainer.data.sampler import Indices
 
 
 class Images(Protocol):

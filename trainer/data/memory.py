@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.builtin import load_small
 from trainer.data.dataset import Batch
-from trainer.data.order import Indices, Order
-from trainer.data.small import load_small
+from trainer.data.sampler import Indices, Order
 from trainer.data.transforms import PixelTransform, is_random, normalize
-from trainer.spec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
+from trainer.jobspec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
 
 
 class InMemoryDataset:

@@ -27,13 +27,13 @@ from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, refuse_many, 
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
 from trainer.data.files import Files, is_broken, list_files
-from trainer.data.order import Indices, shard
-from trainer.data.row_order import Cursor, RowOrder, Rows
-from trainer.data.rows import Preparation
+from trainer.data.preprocess import Preparation
+from trainer.data.sampler import Indices, shard
+from trainer.data.shuffle import Cursor, RowOrder, Rows
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTimeoutError, RunError
+from trainer.jobspec import FEEDER_LOG_FILE, JobSpec, RayDataSpec
 from trainer.logs import redirect_output
-from trainer.spec import FEEDER_LOG_FILE, JobSpec, RayDataSpec
 
 PREFETCH = 2
 """Batches that a worker asks for ahead."""

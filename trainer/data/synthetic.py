@@ -9,8 +9,8 @@ from torch import Tensor
 
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
-from trainer.data.order import Indices, Order
-from trainer.spec import JobSpec, SyntheticSpec
+from trainer.data.sampler import Indices, Order
+from trainer.jobspec import JobSpec, SyntheticSpec
 
 POOL_SAMPLES = 1_024
 POOL_VALUES = 2**25

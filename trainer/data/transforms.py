@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.errors import ConfigurationError
-from trainer.spec import ImageTransformSpec
+from trainer.jobspec import ImageTransformSpec
 
 
 def is_random(spec: ImageTransformSpec) -> bool:

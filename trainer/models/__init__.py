@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from trainer.errors import ConfigurationError
-from trainer.models.alterations import refuse_functional_activations
+from trainer.jobspec import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec, Norm
 from trainer.models.imported import build_imported
 from trainer.models.networks import build_cnn, build_mlp
+from trainer.models.surgery import refuse_functional_activations
 from trainer.norms import Trace, switch_norms, trace_forward
-from trainer.spec import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpec, ModelSpec, Norm
 
 __all__ = ["build_model"]
 
@@ -57,7 +57,9 @@ def _build(spec: ModelSpec, shape: Sequence[int], classes: int, seed: int) -> nn
         case CnnSpec():
             return build_cnn(spec, shape, classes, seed)
         case LibraryModelSpec():
-            from trainer.models.library import build_library_model  # here, as the libraries take seconds to import
+            from trainer.models.torchvision_timm import (
+                build_library_model,  # here, as the libraries take seconds to import
+            )
 
             return build_library_model(spec, shape, classes)
         case ImportedModelSpec():

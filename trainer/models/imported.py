@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from trainer.errors import ConfigurationError
-from trainer.spec import ImportedModelSpec
+from trainer.jobspec import ImportedModelSpec
 
 
 def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:

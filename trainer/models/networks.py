@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trainer.errors import ConfigurationError
-from trainer.spec import CnnSpec, MlpSpec
+from trainer.jobspec import CnnSpec, MlpSpec
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainer.jobspec.memory import ModelSize
 from trainer.norms.layers import is_norm
-from trainer.spec.memory import ModelSize
 
 
 def measure_size(model: nn.Module, shape: Sequence[int] | None, *, has_norms: bool) -> ModelSize:

@@ -14,15 +14,15 @@ from torch import nn
 
 from syncbn import Moments
 from trainer.data import Batch
+from trainer.distributed import Worker
 from trainer.errors import ConfigurationError
+from trainer.jobspec import JobSpec, Norm
+from trainer.probes.hooks import Observer, Place, activation_inputs, named_modules, norm_inputs
 from trainer.probes.landscape import landscape
 from trainer.probes.layers import Gathered
 from trainer.probes.objective import Objective
-from trainer.probes.places import Observer, Place, activation_inputs, named_modules, norm_inputs
 from trainer.probes.statistics import discrepancy, drift, percentiles, variance_share
 from trainer.probes.weights import Shift, gradient_norms, layers_with_weights
-from trainer.spec import JobSpec, Norm
-from trainer.worker import Worker
 
 __all__ = ["Probes"]
 

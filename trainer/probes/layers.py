@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import Moments
-from trainer.probes.places import Observation
-from trainer.worker import Worker
+from trainer.distributed import Worker
+from trainer.probes.hooks import Observation
 
 
 class Gathered:

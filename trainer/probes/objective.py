@@ -14,8 +14,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trainer.data import Batch
-from trainer.evaluate import sum_over_workers
-from trainer.worker import Worker
+from trainer.distributed import Worker
+from trainer.training.evaluate import sum_over_workers
 
 
 class Objective:

@@ -41,7 +41,7 @@ from service.domain.access import Scope
 from service.domain.jobs import JobState
 from service.domain.retries import Retries
 from service.domain.webhooks import Threshold
-from trainer.spec import JobSpec, Progress
+from trainer.jobspec import JobSpec, Progress
 
 
 def _summary(job: JobView) -> JobSummaryView:

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from service.api.auth import Reader
-from service.api.components import GivenComponents
+from service.api.dependencies import GivenComponents
 from service.api.idempotency import KnownCaller
 from service.api.schemas.cluster import ClusterView, Resources
 from service.domain.errors import Unavailable

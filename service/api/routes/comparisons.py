@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Response
 
 from service.api.auth import Reader, Submitter
-from service.api.components import GivenComponents
 from service.api.compute import in_thread, respond
+from service.api.dependencies import GivenComponents
 from service.api.idempotency import Route
-from service.api.identifiers import ComparisonId
+from service.api.path_params import ComparisonId
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, new_id

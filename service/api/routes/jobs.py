@@ -9,23 +9,23 @@ from zlib import crc32
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
+from service.adapters.job_log import PLACE, Level, Line, Place, Selection
+from service.adapters.run_storage import on_storage
 from service.api.auth import Reader, Submitter
-from service.api.components import Components, GivenComponents
 from service.api.compute import respond
+from service.api.dependencies import Components, GivenComponents
 from service.api.idempotency import Route
-from service.api.identifiers import COMPARISON, JobId
-from service.api.pages import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
+from service.api.pagination import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
+from service.api.path_params import COMPARISON, JobId
 from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobSummaryView, JobView, SubmitJob
 from service.domain.access import Caller, Owner
 from service.domain.comparisons import check_size
 from service.domain.errors import Changed, InvalidField
 from service.domain.jobs import Job, JobState
-from service.domain.terms import Tag, clone, resume
-from service.engine.logs import PLACE, Level, Line, Place, Selection
-from service.engine.run_files import on_storage
+from service.domain.submission import Tag, clone, resume
 from service.store.jobs import Filter
-from trainer.spec import Norm
+from trainer.jobspec import Norm
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.api.auth import Admin
-from service.api.components import GivenComponents
+from service.api.dependencies import GivenComponents
 from service.api.idempotency import Route
 
 router = APIRouter(tags=["health"], route_class=Route)

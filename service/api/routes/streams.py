@@ -12,12 +12,12 @@ from fastapi.sse import format_sse_event
 from pydantic import TypeAdapter
 from starlette.types import Receive, Scope, Send
 
-from service.api.components import Components
+from service.adapters.job_log import AttemptLog, Line, Place, Selection
+from service.adapters.run_storage import on_threads
+from service.api.dependencies import Components
 from service.api.schemas import EventView
 from service.domain.access import Caller
 from service.domain.jobs import Job
-from service.engine.logs import AttemptLog, Line, Place, Selection
-from service.engine.run_files import on_threads
 from service.store.jobs import Pulse
 
 MEDIA_TYPE = "text/event-stream"

@@ -7,10 +7,10 @@ from fastapi import APIRouter, Request
 
 from service.api import problems
 from service.api.auth import Admin, Reader
-from service.api.components import GivenComponents
+from service.api.dependencies import GivenComponents
 from service.api.idempotency import Route, answer_repeats_with
-from service.api.identifiers import TokenId
-from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.pagination import PageSize, PageToken, place_of, token_of
+from service.api.path_params import TokenId
 from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, MakeToken, TokenList, TokenView
 from service.domain.access import RESERVED_OWNERS, Token, new_secret
 from service.domain.errors import InvalidField

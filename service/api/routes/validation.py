@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from service.api.auth import Submitter
-from service.api.components import Components, GivenComponents
 from service.api.compute import in_thread
+from service.api.dependencies import Components, GivenComponents
 from service.api.idempotency import KnownCaller
 from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
 from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
 from service.domain.errors import Unavailable
 from service.domain.scheduling import Capacity, least_needs, most_needs
-from service.domain.terms import Terms
-from trainer.spec import JobSpec
+from service.domain.submission import Terms
+from trainer.jobspec import JobSpec
 
 router = APIRouter(prefix="/v1", route_class=KnownCaller)
 

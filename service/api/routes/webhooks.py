@@ -5,10 +5,10 @@ from datetime import UTC, datetime
 from fastapi import APIRouter
 
 from service.api.auth import Reader, Submitter
-from service.api.components import GivenComponents
+from service.api.dependencies import GivenComponents
 from service.api.idempotency import Route
-from service.api.identifiers import WebhookId
-from service.api.pages import PageSize, PageToken, place_of, token_of
+from service.api.pagination import PageSize, PageToken, place_of, token_of
+from service.api.path_params import WebhookId
 from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
 from service.domain.jobs import new_id
 from service.domain.webhooks import Webhook, new_webhook_secret

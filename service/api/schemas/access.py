@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from service.api.schemas.names import Name
 from service.domain.access import AuditRecord, Owner, Scope, Token
 from service.domain.credentials import HOME
-from trainer.spec import Frozen
+from trainer.jobspec import Frozen
 
 
 class MakeToken(Frozen):

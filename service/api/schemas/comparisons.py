@@ -10,7 +10,7 @@ from service.api.schemas.jobs import JobSummaryView, run_url
 from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison, ComparisonSpec
 from service.domain.jobs import JobRecord
-from service.domain.terms import Terms
+from service.domain.submission import Terms
 
 
 class SubmitComparison(ComparisonSpec, Terms):

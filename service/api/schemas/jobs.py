@@ -9,8 +9,8 @@ from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison
 from service.domain.jobs import Event, JobRecord, JobState
 from service.domain.retries import Blame, Retries
-from service.domain.terms import Terms
-from trainer.spec import Frozen, JobSpec, Progress
+from service.domain.submission import Terms
+from trainer.jobspec import Frozen, JobSpec, Progress
 
 
 class SubmitJob(Terms):

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from service.domain import reports
 from service.domain.jobs import JobState
 from service.domain.statistics import Verdict
-from trainer.spec import Direction
+from trainer.jobspec import Direction
 
 
 class SpreadView(BaseModel):

@@ -6,9 +6,9 @@ from typing import Annotated
 from pydantic import BaseModel, Field, HttpUrl, field_validator
 
 from service.domain.jobs import JobState
-from service.domain.terms import Tag
+from service.domain.submission import Tag
 from service.domain.webhooks import Delivery, Threshold, Webhook
-from trainer.spec import Frozen
+from trainer.jobspec import Frozen
 
 ENDS = [state for state in JobState if state.is_terminal]
 

@@ -9,7 +9,7 @@ import pytest
 
 from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import InvalidField
-from trainer.spec import JobSpec, Norm
+from trainer.jobspec import JobSpec, Norm
 
 
 def checkers():

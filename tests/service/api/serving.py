@@ -10,7 +10,7 @@ import httpx
 
 from service.api.app import make_app
 from service.api.server import Server
-from service.cli.machine import choose_ports
+from service.local.host import choose_ports
 from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
 

@@ -90,7 +90,7 @@ def full_disk():
 
 
 async def test_on_a_full_disk_nothing_is_accepted(anyone, client, nothing_is_kept, monkeypatch):
-    monkeypatch.setattr("service.engine.run_files.SECONDS_BETWEEN_PROBES", 0.0)
+    monkeypatch.setattr("service.adapters.run_storage.SECONDS_BETWEEN_PROBES", 0.0)
     body = {"name": "mine", "spec": SPEC}
     with full_disk():
         answer = await anyone.get("/readyz")

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from service.api.background import Background
-from service.cli.machine import choose_ports
+from service.local.host import choose_ports
 
 SERVE = """
 import service.api.server

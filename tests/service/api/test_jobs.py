@@ -7,7 +7,7 @@ import pytest
 from service.domain.errors import Unavailable
 from service.domain.lifecycle import RayStatus
 from tests.service.api.conftest import ON_BOTH_DATABASES
-from trainer.spec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
+from trainer.jobspec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
 
 pytestmark = ON_BOTH_DATABASES
 SPEC = {"steps": 10, "num_workers": 2}
@@ -60,7 +60,7 @@ async def test_a_job_ends_and_its_timeline_tells_how(client, app, ray):
 @pytest.fixture
 async def hanging(client, app, monkeypatch):
     """A job's log on a storage that does not answer while this event is not set."""
-    monkeypatch.setattr("service.engine.run_files.STORAGE_SECONDS", 0.3)
+    monkeypatch.setattr("service.adapters.run_storage.STORAGE_SECONDS", 0.3)
     job = await submit(client)
     log = app.state.components.files.log_path(await app.state.components.jobs.get(job["id"]), 1)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ async def test_a_log_whose_lines_do_not_come_breaks_off(client, monkeypatch, han
         answers.wait(5)
         yield from ()
 
-    monkeypatch.setattr("service.engine.logs.AttemptLog.read", read)
+    monkeypatch.setattr("service.adapters.job_log.AttemptLog.read", read)
     async with asyncio.timeout(3):
         with pytest.raises(RuntimeError, match="already started") as broken:
             await client.get(path)

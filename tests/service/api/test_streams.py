@@ -14,7 +14,7 @@ from service.domain.jobs import JobState, Transition
 from service.settings import Settings
 from tests.service.api.conftest import TOKEN
 from tests.service.api.test_jobs import SPEC
-from trainer.spec import LOG_FILE, Progress, worker_log_file
+from trainer.jobspec import LOG_FILE, Progress, worker_log_file
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 

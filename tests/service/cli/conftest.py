@@ -1,30 +1,9 @@
-"""The API on a port, and a bad network before it."""
+"""The command line against the API on a port."""
 
 import pytest
 
 from service.cli.app import main
-from tests.service.cli.bad_network import BadNetwork
-from tests.service.cli.running import TOKEN, RunningApi
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    """One for all tests of a file."""
-    api = RunningApi(tmp_path_factory.mktemp("api"))
-    api.start()
-    yield api
-    api.stop()
-
-
-@pytest.fixture
-def url(api):
-    return api.url
-
-
-@pytest.fixture
-def network(api):
-    with BadNetwork(api.url).run() as network:
-        yield network
+from tests.service.running_api import TOKEN
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from tests.service.cli.running import TOKEN
+from tests.service.running_api import TOKEN
 
 
 def run(*arguments, stdin="", **environment):

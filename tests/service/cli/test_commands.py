@@ -11,11 +11,11 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from service.cli.config import default_config_path
+from service.cli.connection import default_config_path
 from service.domain.scheduling import Capacity
-from tests.service.cli.bad_network import DROP, Answer
-from tests.service.cli.running import SPEC, TOKEN
-from trainer.spec import JobSpec, worker_log_file
+from tests.service.client.bad_network import DROP, Answer
+from tests.service.running_api import SPEC, TOKEN
+from trainer.jobspec import JobSpec, worker_log_file
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_what_the_service_refuses_ends_with_1(syncbn, spec):
 
 def test_no_answer_ends_with_4_after_telling_of_its_tries(syncbn, network, monkeypatch):
     monkeypatch.setenv("SYNCBN_URL", network.url)
-    monkeypatch.setattr("service.cli.tries.PATIENT.__class__.tries", 3)
+    monkeypatch.setattr("service.client.retry.PATIENT.__class__.tries", 3)
     network.faults.extend([Answer(503, {"Retry-After": "3600"})])
     code, printed, error = syncbn("jobs")
     assert (code, printed) == (4, "")

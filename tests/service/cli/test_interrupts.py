@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import yaml
 
-from tests.service.cli.running import SPEC, TOKEN
+from tests.service.running_api import SPEC, TOKEN
 
 
 @pytest.fixture

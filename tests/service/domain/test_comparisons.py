@@ -2,7 +2,7 @@ import pytest
 
 from service.domain.comparisons import MOST_JOBS, ComparisonSpec, choose_baseline, describe, expand, without_seed
 from service.domain.errors import InvalidField
-from trainer.spec import JobSpec, Norm
+from trainer.jobspec import JobSpec, Norm
 
 SPEC = JobSpec(steps=10, num_workers=2)
 

@@ -6,7 +6,7 @@ from service.domain.jobs import JobState, is_legal
 from service.domain.lifecycle import RayStatus, Submission, is_overtime, next_step
 from service.domain.retries import LONGEST_PAUSE, Blame, Failures, Retries, pause
 from tests.service.examples import make_job
-from trainer.spec import Outcome
+from trainer.jobspec import Outcome
 
 NOW = datetime.now(UTC)
 GOOD = Outcome(state="succeeded", reason="finished 10 steps")

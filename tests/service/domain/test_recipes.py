@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.cli.reports import finding_cells
+from service.cli.report_tables import finding_cells
 from service.domain.comparisons import expand, without_seed
 from service.domain.errors import InvalidField
 from service.domain.recipes import Figure, Recipe, read_recipe

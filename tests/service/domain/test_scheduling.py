@@ -15,7 +15,7 @@ from service.domain.scheduling import (
     most_needs,
     plan,
 )
-from trainer.spec import JobSpec
+from trainer.jobspec import JobSpec
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 NUMBERS = itertools.count()

@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import pytest
 
-from tests.service.engine.house import House
+from tests.service.engine.replica_fixture import House
 
 
 @pytest.fixture(autouse=True)

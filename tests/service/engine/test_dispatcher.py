@@ -10,10 +10,10 @@ from service.domain.leases import SCHEDULER, SHARDS
 from service.domain.lifecycle import RayStatus
 from service.domain.retries import Retries
 from service.domain.scheduling import Capacity
-from service.engine.attempts import MOST_REFUSALS
+from service.engine.submitter import MOST_REFUSALS
 from service.store.leases import LeaseStore
 from tests.service.examples import make_comparison, make_job
-from trainer.spec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
+from trainer.jobspec import OUTCOME_FILE, PROGRESS_FILE, JobSpec, Outcome, Progress
 
 NO_RETRIES = Retries(infrastructure=0)
 SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
@@ -162,7 +162,7 @@ async def test_a_queued_job_whose_cancelling_came_first_does_not_go_to_ray(house
 
 
 async def test_a_storage_that_hangs_delays_its_job_and_no_other(house, monkeypatch):
-    monkeypatch.setattr("service.engine.run_files.STORAGE_SECONDS", 0.1)
+    monkeypatch.setattr("service.adapters.run_storage.STORAGE_SECONDS", 0.1)
     bad, good = await house.add(), await house.add()
     await house.round()
     read, ending = house.files.outcome, threading.Event()

@@ -6,12 +6,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import event, func, select, update
 
+from service.adapters.run_storage import RunFiles
 from service.domain.access import Caller, Scope
 from service.domain.errors import NotFound, Unavailable
 from service.domain.jobs import JobState, Transition
 from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
-from service.engine.run_files import RunFiles
 from service.store.credentials import CredentialStore
 from service.store.database import Database
 from service.store.idempotency import IdempotencyStore

@@ -3,7 +3,7 @@
 Two replicas share a database and a stand-in for Ray that has the real one's quirks: answers that are lost, calls that hang, a
 stop that is ignored while a submission pends, living drivers called failed, dead ones called running for ever, and a head that
 forgets all. Replicas are killed at any external call, and go on with leases that they have lost. Drivers keep to the rules of
-`trainer.presence`.
+`trainer.driver.heartbeat`.
 """
 
 import asyncio
@@ -36,9 +36,9 @@ from service.domain.scheduling import Capacity, Cluster
 from service.store.database import Database
 from service.store.leases import LeaseStore
 from tests.fakes import FakeMlflow, FakeRay
-from tests.service.engine.house import House
+from tests.service.engine.replica_fixture import House
 from tests.service.examples import make_job
-from trainer.spec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, JobSpec, Outcome, attempt_folder
+from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, JobSpec, Outcome, attempt_folder
 
 CPUS = 4
 CAUSES = ("user_code", "worker_lost", "preempted", "hang")
@@ -159,7 +159,7 @@ class Machine(RuleBasedStateMachine):
         self.clock = 0.0
         self.patches = [
             mock.patch("service.engine.dispatcher.time", SimpleNamespace(monotonic=lambda: self.clock)),
-            mock.patch("service.engine.replica.time", SimpleNamespace(monotonic=lambda: 0.0)),
+            mock.patch("service.engine.lease_holder.time", SimpleNamespace(monotonic=lambda: 0.0)),
             mock.patch("service.domain.lifecycle.pause", return_value=timedelta()),
             # Which of several calls comes first would be decided by threads, and a walk not be the same twice.
             mock.patch("service.engine.dispatcher.MOST_AT_ONCE", 1),

@@ -15,8 +15,8 @@ from service.domain.lifecycle import RayStatus
 from service.store.database import Database
 from service.store.tokens import TokenStore
 from tests.service.databases import find_programs
-from tests.service.engine.house import House
-from trainer.spec import OUTCOME_FILE, Outcome
+from tests.service.engine.replica_fixture import House
+from trainer.jobspec import OUTCOME_FILE, Outcome
 
 DOCS = Path(__file__).parents[3] / "docs" / "operations.md"
 

@@ -16,7 +16,7 @@ from service.store.tables import events
 from service.store.tables import jobs as table
 from service.store.usage import add_stored_bytes
 from tests.service.examples import make_comparison, make_job, summary_of
-from trainer.spec import JobSpec, Progress
+from trainer.jobspec import JobSpec, Progress
 
 
 @pytest.fixture

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 
 from tests.dist import run_on_ranks
-from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, truncate, write_images
-from tests.trainer.training import here, run_here
-from tests.trainer.training import make_spec as make_run
+from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test, truncate, write_images
+from tests.trainer.factories import here, run_here
+from tests.trainer.factories import make_spec as make_run
 from trainer.data import batch_indices, open_dataset
 from trainer.data.corrupt import MOST_IN_A_ROW, read, reading
+from trainer.data.dataloader import LoadedDataset
 from trainer.data.folders import open_folders
 from trainer.data.images import Parts
-from trainer.data.library import open_library
-from trainer.data.loading import LoadedDataset
+from trainer.data.torchvision import open_library
 from trainer.errors import CorruptImage, DataError
-from trainer.spec import ImageFolderSpec, ImageTransformSpec, RayDataSpec, TorchvisionDataSpec
-from trainer.work import count_skipped, identity
+from trainer.jobspec import ImageFolderSpec, ImageTransformSpec, RayDataSpec, TorchvisionDataSpec
+from trainer.worker import count_skipped, identity
 
 CROPPED = ImageTransformSpec(crop=6)
 
@@ -301,7 +301,7 @@ def test_workers_count_together_what_each_has_left_out(root, paths):
 
 def test_a_run_that_met_a_corrupt_image_goes_on_without_it(root, paths, tmp_path, monkeypatch):
     """Weights in the end are those of a run that skipped from the beginning, to the last bit."""
-    monkeypatch.setattr("trainer.data.loading.count_processes", lambda _: 0)
+    monkeypatch.setattr("trainer.data.dataloader.count_processes", lambda _: 0)
     run = partial(make_run, global_batch_size=2, steps=6, eval_every=6, checkpoint={"every": 1})
     truncate(paths[0][batch_indices(10, 2, 3, run().seed)[1]])
     refusing, skipping = (run(data=folder(root, corrupt_images=choice)) for choice in ("refuse", "skip"))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data.corrupt import MOST_IN_A_ROW, Prepared, refuse_many, replace_corrupt
-from trainer.data.row_order import RowOrder
+from trainer.data.shuffle import RowOrder
 from trainer.errors import DataError
 
 

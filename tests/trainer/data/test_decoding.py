@@ -11,10 +11,10 @@ from trainer.data import decoding
 from trainer.data.corrupt import CORRUPT, read
 from trainer.data.decoding import IMAGE_SUFFIXES, decode
 from trainer.data.folders import FolderImages
-from trainer.data.library import open_library
-from trainer.data.rows import Preparation
+from trainer.data.preprocess import Preparation
+from trainer.data.torchvision import open_library
 from trainer.errors import CorruptImage, DataError
-from trainer.spec import RayDataSpec, TorchvisionDataSpec
+from trainer.jobspec import RayDataSpec, TorchvisionDataSpec
 
 RAMP = np.arange(256).reshape(16, 16)
 

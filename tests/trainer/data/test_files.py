@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from tests.trainer.data.making import draw, encode, make_stream, truncate, write_images, write_parquet
+from tests.trainer.data.image_files import draw, encode, make_stream, truncate, write_images, write_parquet
 from trainer.data.class_folders import ClassFolders, path_below
 from trainer.data.corrupt import CORRUPT
 from trainer.data.files import is_broken, list_files
 from trainer.data.folders import open_folders
-from trainer.data.rows import Preparation
+from trainer.data.preprocess import Preparation
 from trainer.errors import DataError
-from trainer.spec import ImageFolderSpec, RayDataSpec
+from trainer.jobspec import ImageFolderSpec, RayDataSpec
 
 
 @pytest.fixture(autouse=True)

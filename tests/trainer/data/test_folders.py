@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.trainer.data.making import CPU, assert_same, make_spec, take, take_test, write_images
-from tests.trainer.training import here
+from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test, write_images
+from tests.trainer.factories import here
+from trainer.data.dataloader import LoadedDataset, Reader, Request, count_processes
 from trainer.data.folders import open_folders
-from trainer.data.loading import LoadedDataset, Reader, Request, count_processes
 from trainer.errors import ConfigurationError, DataError
-from trainer.outbox import Outbox, read_lines
-from trainer.spec import ImageFolderSpec, ImageTransformSpec
-from trainer.work import describe
+from trainer.jobspec import ImageFolderSpec, ImageTransformSpec
+from trainer.tracking.outbox import Outbox, read_lines
+from trainer.worker import describe
 
 AUGMENTED = ImageTransformSpec(resize=9, crop=8, flip=True, color_jitter=0.3, auto_augment="trivialaugment")
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from tests.trainer.data.making import CPU, assert_same, make_spec, open_all, take, take_test
+from tests.trainer.data.image_files import CPU, assert_same, make_spec, open_all, take, take_test
 from trainer.data import open_dataset
 from trainer.data.cache import CACHE_VERSION
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError
-from trainer.spec import DigitsSpec, ImageTransformSpec, Mnist5kSpec, SyntheticSpec, train_samples
+from trainer.jobspec import DigitsSpec, ImageTransformSpec, Mnist5kSpec, SyntheticSpec, train_samples
 
 AUGMENTED = ImageTransformSpec(
     resize=9,

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from tests.trainer.data.making import (
+from tests.trainer.data.image_files import (
     CPU,
     assert_same,
     damage_page,
@@ -25,14 +25,14 @@ from tests.trainer.data.making import (
 from trainer.data import open_dataset
 from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTimeoutError
 from trainer.failure_kinds import classify
-from trainer.spec import DigitsSpec
+from trainer.jobspec import DigitsSpec
 
 pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """A Ray of this machine's own, as `trainer.launch` starts it."""
+    """A Ray of this machine's own, as `trainer.driver.launch` starts it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trainer.data.transforms import normalize
-from trainer.spec import ImageTransformSpec
+from trainer.jobspec import ImageTransformSpec
 
 MEAN_AND_STD = ImageTransformSpec(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
 

@@ -1,0 +1,65 @@
+"""Secrets for jobs: files that the operator puts into one folder; only their names are stored and travel."""
+
+from pathlib import Path
+
+from service.adapters.run_storage import on_storage
+from service.domain.errors import InvalidField, Refused
+
+SHARED = "shared"
+"""The folder whose secrets all owners may use."""
+MOST_NAMES = 20
+"""That an error tells."""
+
+
+class JobSecrets:
+    """The secrets in `folder`, which the cluster's nodes mount at the same path: `<owner>/<name>` and `shared/<name>`."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder.absolute() if folder else None
+
+    async def resolve(self, owner: str, secrets: dict[str, str]) -> dict[str, str]:
+        """Write references in full, as `<owner>/<name>`.
+
+        Raises InvalidField for what the owner may not use, or is not there; Unavailable if the folder does not answer.
+        """
+        if not secrets:
+            return {}
+        return await on_storage(
+            lambda: {variable: self._resolve(owner, variable, name) for variable, name in secrets.items()}
+        )
+
+    def paths(self, secrets: dict[str, str]) -> dict[str, str]:
+        """Where the cluster's nodes find the values. Raises Refused if the operator has taken the folder away."""
+        if secrets and self._folder is None:
+            raise Refused(
+                f"the job needs secrets ({', '.join(secrets.values())}), and SYNCBN_SECRETS_FOLDER is not set"
+            )
+        return {variable: f"{self._folder}/{reference}" for variable, reference in secrets.items()}
+
+    def _resolve(self, owner: str, variable: str, name: str) -> str:
+        field = f"secrets.{variable}"
+        if self._folder is None:
+            raise InvalidField(field, name, "takes none: the operator allows secrets by SYNCBN_SECRETS_FOLDER")
+        reference = name if "/" in name else f"{owner}/{name}"
+        if reference.partition("/")[0] not in (owner, SHARED) or not self._is_there(reference):
+            raise InvalidField(field, name, f"takes one of {', '.join(self._names(owner)) or 'none; there are none'}")
+        return reference
+
+    def _is_there(self, reference: str) -> bool:
+        """Whether there is such a file, and links do not lead out of its owner's folder."""
+        assert self._folder is not None
+        path = self._folder / reference
+        try:
+            return path.is_file() and path.resolve().is_relative_to(path.parent.resolve())
+        except OSError:
+            return False
+
+    def _names(self, owner: str) -> list[str]:
+        assert self._folder is not None
+        found = [
+            f"{place}/{path.name}"
+            for place in (owner, SHARED)
+            for path in sorted((self._folder / place).glob("*"))
+            if not path.name.startswith(".") and self._is_there(f"{place}/{path.name}")
+        ]
+        return found[:MOST_NAMES]

@@ -1,0 +1,182 @@
+"""What the API answers of jobs, tokens and the cluster, as tables."""
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import yaml
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Column, Table
+from rich.text import Text
+
+from service.api.schemas import Check, EventView, JobSummaryView, JobView, Needs, Readiness, Validation
+from service.api.schemas.access import AuditView, TokenView
+from service.api.schemas.cluster import ClusterView, Resources
+from service.cli.output import visible
+from service.domain.comparisons import describe
+from service.domain.recipes import Recipe
+from trainer.jobspec import JobSpec
+
+COLOURS = {
+    "queued": "dim",
+    "submitted": "cyan",
+    "running": "blue",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+NOTHING = "–"
+
+
+def state_text(job: JobSummaryView) -> str:
+    """A job's state in its colour; with the reason where it waits or did not go well."""
+    text = _state(job.state)
+    return f"{text}: {escape(job.reason)}" if job.state in ("queued", "failed") else text
+
+
+def jobs_table(jobs: Sequence[JobSummaryView]) -> Table:
+    """A row per job."""
+    table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
+    for job in jobs:
+        step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else NOTHING
+        row = (job.id, escape(job.name), job.owner, _state(job.state), str(job.attempt), step, escape(job.reason))
+        table.add_row(*row)
+    return table
+
+
+def job_view(job: JobView, events: Sequence[EventView]) -> Group:
+    """A job, and its timeline."""
+    progress = job.progress
+    terms = {
+        "priority": job.priority or None,
+        "tags": ", ".join(job.tags),
+        "queue_seconds": job.queue_seconds,
+        "run_seconds": job.run_seconds,
+        "secrets": ", ".join(f"{variable}={name}" for variable, name in job.secrets.items()),
+    }
+    facts = {
+        "job": f"{job.id} {job.name!r} of {job.owner}",
+        "state": Text.from_markup(_state(job.state)) + Text(visible(f": {job.reason}")),
+        "wish": "cancel requested" if job.cancel_requested and not job.state.is_terminal else None,
+        "attempt": job.attempt,
+        "failures": ", ".join(f"{count} {blame}" for blame, count in job.failures.items()),
+        "step": progress and f"{progress.step}/{progress.total_steps}, {progress.samples_per_second:,.0f} samples/s",
+        "comparison": job.comparison_id and f"{job.comparison_id}, {describe(job.variant)}",
+        "resumed from": job.resumed_from,
+        "cloned from": job.cloned_from,
+        **terms,
+        "created": _time(job.created_at),
+        "started": job.started_at and _time(job.started_at),
+        "ended": job.ended_at and _time(job.ended_at),
+        "MLflow": job.mlflow_url,
+        "spec": _spec_text(job.spec),
+    }
+    timeline = _table("time", "attempt", "state", "by", "reason", whole=("time", "attempt", "state"))
+    for event in events:
+        row = (str(event.attempt), _state(event.state), escape(event.actor), escape(event.reason))
+        timeline.add_row(_time(event.at), *row)
+    return Group(_facts(facts), timeline)
+
+
+def needs_view(found: Validation) -> RenderableType:
+    """What a checked submission would take."""
+    fits = {True: "yes", False: "no; it would wait in the queue", None: "Ray does not answer"}[found.fits]
+    most = "" if found.most == found.least else f", {_resources(found.most)} at most"
+    return _facts(
+        {
+            "valid": f"{found.jobs} job{'s' if found.jobs > 1 else ''}",
+            "each takes": _resources(found.least) + most,
+            "cluster is large enough": fits,
+            "warnings": "\n".join(found.warnings),
+        }
+    )
+
+
+def tokens_table(tokens: Sequence[TokenView]) -> Table:
+    """Tokens, without their secrets."""
+    table = _table("token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes"))
+    for token in tokens:
+        times = [_time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)]
+        table.add_row(token.id, token.owner, ", ".join(token.scopes), escape(token.name), *times)
+    return table
+
+
+def audit_table(records: Sequence[AuditView]) -> Table:
+    """What was done with tokens."""
+    table = _table("time", "by", "action", "token", "what", whole=("time", "action", "token"))
+    for record in records:
+        table.add_row(_time(record.at), record.actor, record.action, record.subject, escape(record.detail))
+    return table
+
+
+def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
+    """What there is, what waits for it, and what answers."""
+    counts = ", ".join(f"{count} {state}" for state, count in cluster.jobs.items() if count)
+    checks = {
+        "database": readiness.database,
+        "Ray": readiness.ray,
+        "MLflow": readiness.mlflow,
+        "storage": readiness.storage,
+        "dispatcher": readiness.dispatcher,
+    }
+    return _facts(
+        {
+            "cluster": _resources(cluster.total) if cluster.total else "Ray does not answer",
+            "free": cluster.free and _resources(cluster.free),
+            "jobs": counts or "none",
+            "oldest in the queue": cluster.oldest_queued_at and f"since {_time(cluster.oldest_queued_at)}",
+            **{name: _check(check) for name, check in checks.items()},
+        }
+    )
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> Table:
+    """A row per recipe."""
+    table = _table("recipe", "claim", "presets", whole=("recipe",))
+    for recipe in recipes:
+        table.add_row(recipe.name, escape(recipe.claim), ", ".join(recipe.presets))
+    return table
+
+
+def _facts(facts: Mapping[str, Any]) -> Table:
+    """A row per fact; those that are not there are left out."""
+    table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
+    for name, value in facts.items():
+        if value not in (None, ""):
+            table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(visible(str(value))))
+    return table
+
+
+def _spec_text(spec: JobSpec) -> str:
+    """A spec as YAML: what is compared in any case, and of the rest what is not as by default."""
+    changed = spec.model_dump(mode="json", exclude_defaults=True)
+    named = {
+        "norm": spec.norm.value,
+        "model": {"name": spec.model.name} | changed.pop("model", {}),
+        "data": {"name": spec.data.name} | changed.pop("data", {}),
+    }
+    return yaml.safe_dump(named | changed, sort_keys=False, default_flow_style=None, width=1_000).strip()
+
+
+def _table(*headings: str, whole: Sequence[str]) -> Table:
+    """A table whose `whole` columns are not cut while others can be."""
+    columns = (Column(heading, no_wrap=heading in whole, overflow="fold") for heading in headings)
+    return Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+
+
+def _state(state: str) -> str:
+    return f"[{COLOURS[state]}]{state}[/]"
+
+
+def _time(at: datetime) -> str:
+    return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _resources(amount: Needs | Resources) -> str:
+    return f"{amount.cpus:g} CPUs" + (f" and {amount.gpus:g} GPUs" if amount.gpus else "")
+
+
+def _check(check: Check) -> Text:
+    return Text(check.detail, style="" if check.ok else "red")

@@ -1,0 +1,228 @@
+"""Each call of the API, described once for both clients: what is sent, and what the answer is read as."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel
+
+from service.api.schemas import (
+    ComparisonView,
+    Curves,
+    EventList,
+    JobList,
+    JobSummaryView,
+    JobView,
+    Readiness,
+    Report,
+    SubmitComparison,
+    Validation,
+)
+from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, SignInLink, TokenList, TokenView
+from service.api.schemas.cluster import ClusterView
+from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
+from service.client.call import Call, Content, Listing, get, given, post, read_text
+from service.domain.access import Scope
+from service.domain.credentials import HOME
+from service.domain.jobs import JobState
+from service.domain.submission import Terms
+from trainer.jobspec import JobSpec, Norm
+
+Level = Literal["debug", "info", "warning", "error"]
+
+
+class JobWithTag(NamedTuple):
+    """A job, and the `ETag` of its present form."""
+
+    job: JobView
+    etag: str
+
+
+def submit_job(
+    name: str, spec: JobSpec | Content, terms: Terms | None = None, *, key: str | None = None
+) -> Call[JobView]:
+    """Submit one job. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
+    return post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
+
+
+def validate_job(name: str, spec: JobSpec | Content, terms: Terms | None = None) -> Call[Validation]:
+    """Have a job checked, and nothing stored."""
+    return post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
+
+
+def job(job_id: str) -> Call[JobView]:
+    """Show one job."""
+    return get(JobView, "/v1/jobs/{job_id}", job_id=job_id)
+
+
+def job_with_etag(job_id: str) -> Call[JobWithTag]:
+    """Show one job with its `ETag`, for `cancel`."""
+    return Call(
+        method="GET",
+        route="/v1/jobs/{job_id}",
+        path={"job_id": job_id},
+        read=lambda answer: JobWithTag(JobView.model_validate_json(answer.content), answer.headers.get("ETag", "")),
+    )
+
+
+def jobs(
+    *,
+    owner: str | None = None,
+    state: JobState | None = None,
+    comparison: str | None = None,
+    norm: Norm | None = None,
+    tag: str | None = None,
+    page_size: int = 100,
+) -> Listing[JobList, JobSummaryView]:
+    """Go through the jobs that meet all conditions, newest first."""
+    query = {"owner": owner, "state": state, "comparison": comparison, "norm": norm, "tag": tag}
+    return Listing(get(JobList, "/v1/jobs", query | {"page_size": page_size}), lambda page: page.jobs)
+
+
+def cancel(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
+    """Ask for a job to be cancelled; with `if_match`, an `ETag`, only if it has not changed since."""
+    headers = {"If-Match": if_match} if if_match else {}
+    return post(JobView, "/v1/jobs/{job_id}:cancel", headers=headers, job_id=job_id)
+
+
+def resume(
+    job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
+) -> Call[JobView]:
+    """Submit a new job that goes on from the checkpoints of one that has ended; `overrides` are paths into its spec."""
+    return post(JobView, "/v1/jobs/{job_id}:resume", _change(name, overrides), key=key, job_id=job_id)
+
+
+def clone(
+    job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
+) -> Call[JobView]:
+    """Submit a new job like another one, from its beginning; `overrides` are paths into its spec."""
+    return post(JobView, "/v1/jobs/{job_id}:clone", _change(name, overrides), key=key, job_id=job_id)
+
+
+def events(job_id: str) -> Call[EventList]:
+    """List a job's transitions."""
+    return get(EventList, "/v1/jobs/{job_id}/events", job_id=job_id)
+
+
+def logs(job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None) -> Call[str]:
+    """Read the log of an attempt, by default the last: lines of one worker alone, or of a level or a more serious one."""
+    query = {"attempt": attempt, "rank": rank, "level": level}
+    return Call(method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=read_text)
+
+
+def submit_comparison(body: SubmitComparison | Content, *, key: str | None = None) -> Call[ComparisonView]:
+    """Submit a comparison. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
+    return post(ComparisonView, "/v1/comparisons", _content(body), key=key)
+
+
+def validate_comparison(body: SubmitComparison | Content) -> Call[Validation]:
+    """Have a comparison checked, and nothing stored."""
+    return post(Validation, "/v1/comparisons:validate", _content(body))
+
+
+def comparison(comparison_id: str) -> Call[ComparisonView]:
+    """Show a comparison and its jobs."""
+    return get(ComparisonView, "/v1/comparisons/{comparison_id}", comparison_id=comparison_id)
+
+
+def report(comparison_id: str, *, curves: bool = False) -> Call[Report]:
+    """Read a comparison's report, with each run's curve if asked for."""
+    return get(Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id)
+
+
+def curves(comparison_id: str, metric: str) -> Call[Curves]:
+    """Read one metric of all runs of a comparison."""
+    return get(Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id)
+
+
+def me() -> Call[CallerView]:
+    """Ask whose token this is, and what it allows."""
+    return get(CallerView, "/v1/me")
+
+
+def create_sign_in_link(next: str = HOME) -> Call[SignInLink]:  # noqa: A002 - as the API calls it
+    """Make a link that signs a browser in once, and leads to the path `next` of the service."""
+    return post(SignInLink, "/v1/sign-in-links", {"next": next})
+
+
+def create_token(
+    owner: str, scopes: Sequence[Scope | str], name: str = "token", expires_in_seconds: int | None = None
+) -> Call[MadeToken]:
+    """Make a token; the answer alone holds its secret. If that is lost on its way, ApiError names the token to revoke."""
+    body = {"owner": owner, "scopes": list(scopes), "name": name, "expires_in_seconds": expires_in_seconds}
+    return post(MadeToken, "/v1/tokens", body)
+
+
+def tokens(*, page_size: int = 100) -> Listing[TokenList, TokenView]:
+    """Go through all tokens, newest first."""
+    return Listing(get(TokenList, "/v1/tokens", {"page_size": page_size}), lambda page: page.tokens)
+
+
+def revoke_token(token_id: str) -> Call[TokenView]:
+    """Let a token open nothing from now on."""
+    return post(TokenView, "/v1/tokens/{token_id}:revoke", token_id=token_id)
+
+
+def audit(*, page_size: int = 100) -> Listing[AuditList, AuditView]:
+    """Go through all that was done with tokens, newest first."""
+    return Listing(get(AuditList, "/v1/audit", {"page_size": page_size}), lambda page: page.records)
+
+
+def create_webhook(body: MakeWebhook | Content, *, key: str | None = None) -> Call[MadeWebhook]:
+    """Have jobs told of by signed messages; the answer alone holds the secret that signs them."""
+    return post(MadeWebhook, "/v1/webhooks", _content(body), key=key)
+
+
+def webhooks(*, page_size: int = 100) -> Listing[WebhookList, WebhookView]:
+    """Go through the webhooks, newest first."""
+    return Listing(get(WebhookList, "/v1/webhooks", {"page_size": page_size}), lambda page: page.webhooks)
+
+
+def webhook(webhook_id: str) -> Call[WebhookView]:
+    """Show a webhook."""
+    return get(WebhookView, "/v1/webhooks/{webhook_id}", webhook_id=webhook_id)
+
+
+def delete_webhook(webhook_id: str) -> Call[None]:
+    """Delete a webhook. If the answer was lost on its way, the next try finds none, and ApiError says so."""
+    return Call(
+        method="DELETE", route="/v1/webhooks/{webhook_id}", path={"webhook_id": webhook_id}, read=lambda _: None
+    )
+
+
+def deliveries(webhook_id: str, *, page_size: int = 100) -> Listing[DeliveryList, DeliveryView]:
+    """Go through a webhook's messages and what became of them, newest first."""
+    first = get(DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id)
+    return Listing(first, lambda page: page.deliveries)
+
+
+def cluster() -> Call[ClusterView]:
+    """Ask what Ray has and has free, and how many jobs there are for it."""
+    return get(ClusterView, "/v1/cluster")
+
+
+def ready() -> Call[Readiness]:
+    """Ask what the service depends on; also when not all of it answers."""
+    return replace(get(Readiness, "/readyz"), takes=(503,))
+
+
+def alive() -> Call[None]:
+    """Ask whether the service answers at all."""
+    return Call(method="GET", route="/livez", read=lambda _: None)
+
+
+def metrics() -> Call[str]:
+    """Read what Prometheus reads."""
+    return Call(method="GET", route="/metrics", read=read_text)
+
+
+def _content(body: BaseModel | Content) -> Content:
+    return body.model_dump(mode="json", exclude_unset=True) if isinstance(body, BaseModel) else body
+
+
+def _submission(name: str, spec: JobSpec | Content, terms: Terms | None) -> Content:
+    return {"name": name, "spec": _content(spec), **_content(terms or {})}
+
+
+def _change(name: str | None, overrides: Content | None) -> Content:
+    return given({"name": name, "overrides": overrides})

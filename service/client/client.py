@@ -1,0 +1,200 @@
+"""Typed clients of the HTTP API, one that waits and one for asyncio; they know only HTTP and the schemas."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, closing
+from functools import cached_property
+from typing import Self, TypeVar
+
+import httpx
+from httpx_sse import EventSource
+from pydantic import BaseModel
+
+from service.api.schemas import ComparisonView
+from service.client.call import Call, Listing, Page
+from service.client.operations import Operations
+from service.client.retry import PATIENT, ApiError, Patience, Tries, refuse_errors, told_as_api_errors
+from service.client.sse import SECONDS_OF_SILENCE, Following, Stream
+
+A = TypeVar("A")
+E = TypeVar("E", bound=BaseModel)
+P = TypeVar("P", bound=Page)
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LOOKS = 0.5
+BROKEN_OFF = "the stream ended before the job did"
+
+
+class _Base(Operations):
+    """What both clients are made of.
+
+    `url` is the service's address, `token` a bearer token. A try of a call may wait for `timeout_seconds` on the network.
+    Where the connection fails, or the service is too busy or in trouble, the same request is sent again, as `patience` says and
+    under the same Idempotency-Key; `tell` hears of it. What remains is raised as ApiError.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout_seconds: float = 30,
+        patience: Patience = PATIENT,
+        tell: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        if not (token.isascii() and token.isprintable() and token):
+            raise ValueError("token: takes visible ASCII characters, at least one")
+        try:
+            address = httpx.URL(url.rstrip("/"))
+        except httpx.InvalidURL as error:
+            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 ({error}; got {url!r})") from None
+        if address.scheme not in ("http", "https") or not address.host:
+            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 (got {url!r})")
+        self.url = str(address)
+        self._headers = {"Authorization": f"Bearer {token}"}
+        self._timeout = httpx.Timeout(timeout_seconds)
+        self._stream_timeout = httpx.Timeout(timeout_seconds, read=SECONDS_OF_SILENCE)
+        self._patience, self._tell = patience, tell
+
+    def _tries(self) -> Tries:
+        return Tries(self._patience, self._tell)
+
+
+class Client(_Base):
+    """Calls the API and waits for its answers; also a context manager."""
+
+    @cached_property
+    def _http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=self._headers, trust_env=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def send(self, call: Call[A]) -> A:
+        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        tries = self._tries()
+        request = call.request(self._http, self._timeout)
+        while True:
+            try:
+                with told_as_api_errors(self.url):
+                    answer = self._http.send(request)
+                    refuse_errors(self.url, answer, call.takes)
+                    return call.read(answer)
+            except ApiError as error:
+                time.sleep(tries.pause_after(error))
+
+    def go_through(self, listing: Listing[P, Item]) -> Iterator[Item]:
+        """Yield the items of all pages, each page when it is needed."""
+        call: Call[P] | None = listing.first
+        while call is not None:
+            page = self.send(call)
+            yield from listing.items(page)
+            call = listing.after(page)
+
+    def follow(self, stream: Stream[E]) -> Iterator[E]:
+        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        following = Following(stream, self._tries())
+        while not following.is_over:
+            try:
+                with told_as_api_errors(self.url):
+                    request = following.call().request(self._http, self._stream_timeout)
+                    with closing(self._http.send(request, stream=True)) as answer:
+                        if not answer.is_success:
+                            answer.read()
+                        refuse_errors(self.url, answer)
+                        following.open(answer)
+                        for event in EventSource(answer).iter_sse():
+                            if (taken := following.take(event)) is not None:
+                                yield taken
+                            if following.is_over:
+                                return
+                raise ApiError(BROKEN_OFF, is_transient=True)
+            except ApiError as error:
+                time.sleep(following.pause_after(error))
+
+    def wait(
+        self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
+    ) -> ComparisonView:
+        """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_seconds
+        while not _has_ended(comparison := self.comparison(comparison_id), deadline, watch):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        return comparison
+
+
+class AsyncClient(_Base):
+    """The same for asyncio; an asynchronous context manager."""
+
+    @cached_property
+    def _http(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def send(self, call: Call[A]) -> A:
+        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        tries = self._tries()
+        request = call.request(self._http, self._timeout)
+        while True:
+            try:
+                with told_as_api_errors(self.url):
+                    answer = await self._http.send(request)
+                    refuse_errors(self.url, answer, call.takes)
+                    return call.read(answer)
+            except ApiError as error:
+                await asyncio.sleep(tries.pause_after(error))
+
+    async def go_through(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
+        """Yield the items of all pages, each page when it is needed."""
+        call: Call[P] | None = listing.first
+        while call is not None:
+            page = await self.send(call)
+            for item in listing.items(page):
+                yield item
+            call = listing.after(page)
+
+    async def follow(self, stream: Stream[E]) -> AsyncIterator[E]:
+        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        following = Following(stream, self._tries())
+        while not following.is_over:
+            try:
+                with told_as_api_errors(self.url):
+                    request = following.call().request(self._http, self._stream_timeout)
+                    async with aclosing(await self._http.send(request, stream=True)) as answer:
+                        if not answer.is_success:
+                            await answer.aread()
+                        refuse_errors(self.url, answer)
+                        following.open(answer)
+                        async for event in EventSource(answer).aiter_sse():
+                            if (taken := following.take(event)) is not None:
+                                yield taken
+                            if following.is_over:
+                                return
+                raise ApiError(BROKEN_OFF, is_transient=True)
+            except ApiError as error:
+                await asyncio.sleep(following.pause_after(error))
+
+    async def wait(
+        self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
+    ) -> ComparisonView:
+        """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
+        deadline = time.monotonic() + timeout_seconds
+        while not _has_ended(comparison := await self.comparison(comparison_id), deadline, watch):  # noqa: ASYNC110
+            await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        return comparison
+
+
+def _has_ended(comparison: ComparisonView, deadline: float, watch: Callable[[ComparisonView], None]) -> bool:
+    watch(comparison)
+    if all(job.state.is_terminal for job in comparison.jobs):
+        return True
+    if time.monotonic() > deadline:
+        raise TimeoutError(f"{comparison.id} has not ended in the time that was given")
+    return False

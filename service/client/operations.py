@@ -1,0 +1,113 @@
+"""The methods that both clients have: each is one call, list or stream, which a client sends in its own way."""
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+
+from pydantic import BaseModel
+
+from service.client import calls, sse
+from service.client.call import Call, Listing, Page
+from service.client.sse import Stream
+
+if TYPE_CHECKING:  # they are made of this
+    from service.client.client import AsyncClient, Client
+
+A = TypeVar("A")
+E = TypeVar("E", bound=BaseModel)
+P = TypeVar("P", bound=Page)
+Item = TypeVar("Item")
+Given = ParamSpec("Given")
+
+
+class Sent(Generic[Given, A]):
+    """A method that sends one call."""
+
+    def __init__(self, describe: Callable[Given, Call[A]]) -> None:
+        self._describe = describe
+
+    @overload
+    def __get__(self, client: "Client", kind: type) -> Callable[Given, A]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, Coroutine[Any, Any, A]]: ...
+    def __get__(self, client: "Client | AsyncClient", kind: type) -> Callable[Given, A | Coroutine[Any, Any, A]]:
+        @wraps(self._describe)
+        def method(*args: Given.args, **kwargs: Given.kwargs) -> A | Coroutine[Any, Any, A]:
+            return client.send(self._describe(*args, **kwargs))
+
+        return method
+
+
+class Listed(Generic[Given, P, Item]):
+    """A method that goes through a list."""
+
+    def __init__(self, describe: Callable[Given, Listing[P, Item]]) -> None:
+        self._describe = describe
+
+    @overload
+    def __get__(self, client: "Client", kind: type) -> Callable[Given, Iterator[Item]]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, AsyncIterator[Item]]: ...
+    def __get__(
+        self, client: "Client | AsyncClient", kind: type
+    ) -> Callable[Given, Iterator[Item] | AsyncIterator[Item]]:
+        @wraps(self._describe)
+        def method(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[Item] | AsyncIterator[Item]:
+            return client.go_through(self._describe(*args, **kwargs))
+
+        return method
+
+
+class Followed(Generic[Given, E]):
+    """A method that follows a stream."""
+
+    def __init__(self, describe: Callable[Given, Stream[E]]) -> None:
+        self._describe = describe
+
+    @overload
+    def __get__(self, client: "Client", kind: type) -> Callable[Given, Iterator[E]]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, AsyncIterator[E]]: ...
+    def __get__(self, client: "Client | AsyncClient", kind: type) -> Callable[Given, Iterator[E] | AsyncIterator[E]]:
+        @wraps(self._describe)
+        def method(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[E] | AsyncIterator[E]:
+            return client.follow(self._describe(*args, **kwargs))
+
+        return method
+
+
+class Operations:
+    """All that the API does."""
+
+    submit_job = Sent(calls.submit_job)
+    validate_job = Sent(calls.validate_job)
+    job = Sent(calls.job)
+    job_with_etag = Sent(calls.job_with_etag)
+    jobs = Listed(calls.jobs)
+    cancel = Sent(calls.cancel)
+    resume = Sent(calls.resume)
+    clone = Sent(calls.clone)
+    events = Sent(calls.events)
+    follow_events = Followed(sse.follow_events)
+    logs = Sent(calls.logs)
+    follow_logs = Followed(sse.follow_logs)
+    submit_comparison = Sent(calls.submit_comparison)
+    validate_comparison = Sent(calls.validate_comparison)
+    comparison = Sent(calls.comparison)
+    report = Sent(calls.report)
+    curves = Sent(calls.curves)
+    me = Sent(calls.me)
+    create_sign_in_link = Sent(calls.create_sign_in_link)
+    create_token = Sent(calls.create_token)
+    tokens = Listed(calls.tokens)
+    revoke_token = Sent(calls.revoke_token)
+    audit = Listed(calls.audit)
+    create_webhook = Sent(calls.create_webhook)
+    webhooks = Listed(calls.webhooks)
+    webhook = Sent(calls.webhook)
+    delete_webhook = Sent(calls.delete_webhook)
+    deliveries = Listed(calls.deliveries)
+    cluster = Sent(calls.cluster)
+    ready = Sent(calls.ready)
+    alive = Sent(calls.alive)
+    metrics = Sent(calls.metrics)

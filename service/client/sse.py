@@ -1,0 +1,118 @@
+"""A job's log and timeline as they come: server-sent events, gone on with after each break until the job has ended."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import httpx
+from httpx_sse import ServerSentEvent
+from pydantic import BaseModel
+
+from service.api.schemas import EventView
+from service.client.call import Call
+from service.client.calls import Level
+from service.client.retry import ApiError, Tries
+from service.domain.jobs import JobState
+from trainer.jobspec import Progress
+
+SECONDS_OF_SILENCE = 45.0
+"""After which a connection is dead: the service gives a sign of life every 15 seconds."""
+FRUITFUL_SECONDS = 15.0
+"""A connection that lived so long was a good one, though a job may have had nothing to say."""
+
+
+class LogLine(BaseModel):
+    """One line of a log."""
+
+    rank: int | None
+    """Of the worker that printed it; None for the driver."""
+    level: Level
+    text: str
+
+
+class UnfinishedLine(LogLine):
+    """The present text of a line that a progress bar overwrites; it is replaced by the next one, and by the whole line at last."""
+
+
+class Ended(BaseModel):
+    """The last event of every stream: the job has ended."""
+
+    state: JobState
+
+
+E = TypeVar("E", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Stream(Generic[E]):
+    """What is followed, and how its events are read."""
+
+    call: Call[None]
+    kinds: Mapping[str, type[E]]
+    """By their names; other events are passed over."""
+
+
+class Following(Generic[E]):
+    """How far a stream has come, over all its connections."""
+
+    def __init__(self, stream: Stream[E], tries: Tries) -> None:
+        self._stream, self._tries = stream, tries
+        self._last_id = ""
+        self._answer: httpx.Response | None = None
+        self._opened_at, self._has_taken = 0.0, False
+        self.is_over = False
+
+    def call(self) -> Call[None]:
+        """The call that goes on where the stream broke off."""
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
+        self._answer, self._opened_at, self._has_taken = None, time.monotonic(), False
+        return replace(self._stream.call, headers=headers)
+
+    def open(self, answer: httpx.Response) -> None:
+        """Begin with a connection."""
+        self._answer = answer
+
+    def take(self, event: ServerSentEvent) -> E | None:
+        """Read an event. Raises ValidationError if it is none of this stream."""
+        kind = self._stream.kinds.get(event.event)
+        taken = None if kind is None else kind.model_validate_json(event.data)
+        self._last_id, self._has_taken = event.id or self._last_id, True
+        self.is_over = isinstance(taken, Ended)
+        return taken
+
+    def pause_after(self, error: ApiError) -> float:
+        """Return the seconds to wait before the next connection; raises the error once too many have brought nothing."""
+        has_spoken = self._answer is not None and self._answer.num_bytes_downloaded > 0
+        if self._has_taken or (has_spoken and time.monotonic() - self._opened_at >= FRUITFUL_SECONDS):
+            self._tries.begin_anew()
+        return self._tries.pause_after(error)
+
+
+def follow_logs(
+    job_id: str,
+    *,
+    attempt: int | None = None,
+    rank: int | None = None,
+    level: Level | None = None,
+    unfinished: bool = False,
+) -> Stream[LogLine | Ended]:
+    """Yield each line of a job's log as it is written, of all attempts from `attempt` on, and `Ended` at last.
+
+    With `unfinished` also `UnfinishedLine`, once a second at most.
+    """
+    kinds: dict[str, type[LogLine | Ended]] = {"line": LogLine, "end": Ended}
+    if unfinished:
+        kinds["unfinished"] = UnfinishedLine
+    query = {"follow": True, "attempt": attempt, "rank": rank, "level": level}
+    return Stream(_call("/v1/jobs/{job_id}/logs", job_id, query), kinds)
+
+
+def follow_events(job_id: str) -> Stream[EventView | Progress | Ended]:
+    """Yield each transition of a job and its progress as they come, and `Ended` at last."""
+    call = _call("/v1/jobs/{job_id}/events", job_id, {"follow": True})
+    return Stream(call, {"transition": EventView, "progress": Progress, "end": Ended})
+
+
+def _call(route: str, job_id: str, query: Mapping[str, object]) -> Call[None]:
+    return Call(method="GET", route=route, path={"job_id": job_id}, query=query, read=lambda _: None)

@@ -1,0 +1,127 @@
+"""On what terms a job is run, beside what its spec says; pure."""
+
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from service.domain.comparisons import override
+from service.domain.errors import Conflict, InvalidField
+from service.domain.jobs import Job, JobState, new_id
+from service.domain.retries import Retries
+from trainer.jobspec import SHAPING_FIELDS, Frozen, JobSpec, depends_on_steps
+
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
+
+
+Variable = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        max_length=100,
+    ),
+]
+SecretName = Annotated[
+    str, Field(pattern=r"^([a-z0-9][a-z0-9._-]{0,79}/)?[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=200)
+]
+STEERING = re.compile(r"PATH|(LD_|PYTHON|RAY_|SYNCBN_).*")
+"""Variables that steer what programs are found and loaded, Python, Ray, and this project."""
+
+
+class Terms(Frozen):
+    """Place in the queue, limits and retries; the same for all jobs of a comparison."""
+
+    priority: int = Field(
+        0, ge=-100, le=100, description="jobs of a higher one go first; equal ones by their owners' shares, then by age"
+    )
+    tags: Annotated[list[Tag], Field(max_length=20)] = Field([], description="words to find the job by")
+    retries: Retries = Retries()
+    secrets: Annotated[dict[Variable, SecretName], Field(max_length=20)] = Field(
+        {},
+        description="environment variables of the workers, to the names of secrets that the operator keeps for the owner, "
+        'such as `{"HF_TOKEN": "hf-token"}`; `shared/<name>` is one that all may use',
+    )
+    queue_seconds: float | None = Field(
+        None, gt=0, le=31_536_000, description="how long to wait for the first attempt before the job fails"
+    )
+    run_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=31_536_000,
+        description="how long all attempts together may run before the job is stopped and fails",
+    )
+
+    @field_validator("tags")
+    @classmethod
+    def _once(cls, tags: list[str]) -> list[str]:
+        if len(set(tags)) < len(tags):
+            raise ValueError(f"takes each tag once (got {tags})")
+        return tags
+
+    @field_validator("secrets")
+    @classmethod
+    def _steer_nothing(cls, secrets: dict[str, str]) -> dict[str, str]:
+        for variable in secrets:
+            if STEERING.fullmatch(variable):
+                raise ValueError(
+                    f"takes no PATH, and none that begin with LD_, PYTHON, RAY_ or SYNCBN_ (got {variable})"
+                )
+        return secrets
+
+    def job(self, *, owner: str, name: str, spec: JobSpec, secrets: dict[str, str], **more: Any) -> Job:
+        """Make a new job on these terms; `secrets` are those of the terms, in full."""
+        now = datetime.now(UTC)
+        return Job(
+            id=new_id("job"),
+            name=name,
+            owner=owner,
+            spec=spec,
+            tags=tuple(self.tags),
+            priority=self.priority,
+            retries=self.retries,
+            secrets=secrets,
+            queue_seconds=self.queue_seconds,
+            run_seconds=self.run_seconds,
+            reason="submitted by the user",
+            created_at=now,
+            queued_at=now,
+            **more,
+        )
+
+
+def terms_of(job: Job) -> Terms:
+    """The terms that a job was submitted on."""
+    return Terms(**{name: getattr(job, name) for name in Terms.model_fields if name != "tags"}, tags=list(job.tags))
+
+
+def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
+    """Make a new job like another one, with some fields of its spec changed. Raises InvalidField."""
+    spec = override(job.spec, overrides)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, cloned_from=job.id)
+
+
+def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
+    """Make a new job that goes on from the checkpoints of one that has ended.
+
+    Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between, and for another
+    number of steps under a schedule that depends on it, without a choice.
+    """
+    if not job.state.is_terminal:
+        raise Conflict(f"job {job.id} is {job.state.value}; only jobs that have ended can be resumed")
+    for path, value in overrides.items():
+        if path == "checkpoint.address" or path == "checkpoint" or path.partition(".")[0] in SHAPING_FIELDS:
+            takes = f"takes fields that a checkpoint does not depend on: all but {', '.join(SHAPING_FIELDS)} and checkpoint.address"
+            raise InvalidField(f"overrides.{path}", value, takes)
+    if job.state == JobState.SUCCEEDED and not overrides:
+        raise Conflict(
+            f"job {job.id} has done all its steps; overrides, such as more `steps`, would give it something to do"
+        )
+    spec = override(job.spec, overrides)
+    if depends_on_steps(spec.schedule) and spec.steps != job.spec.steps and spec.on_extend is None:
+        takes = (
+            f"must be continue, restart or rescale: the {spec.schedule.name} schedule ran over {job.spec.steps} steps"
+        )
+        raise InvalidField("overrides.on_extend", None, takes)
+    return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, resumed_from=job.id)

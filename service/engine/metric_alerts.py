@@ -1,0 +1,60 @@
+"""Thresholds of webhooks: what running jobs measure is compared with them."""
+
+import time
+from dataclasses import dataclass
+
+from service.adapters.run_storage import RunFiles, on_storage
+from service.domain.jobs import Job
+from service.domain.webhooks import Webhook
+from service.store.webhooks import WebhookStore
+
+FORGET_SECONDS = 600.0
+"""After the last look at a job: it has ended, or another replica looks after it."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    byte: int
+    """In the job's metrics."""
+    looked_at: float
+
+
+NOWHERE = _Place(0, 0.0)
+
+
+class Thresholds:
+    """Reads on in the metrics of jobs that somebody has set a threshold for; after a restart anew, and nothing is told twice."""
+
+    def __init__(self, webhooks: WebhookStore, files: RunFiles) -> None:
+        self._store, self._files = webhooks, files
+        self._webhooks: list[Webhook] = []
+        self._places: dict[tuple[str, str], _Place] = {}
+        """How far each webhook has been told of each job: one that is made later is told of all that the job measured before."""
+
+    async def refresh(self) -> None:
+        """Read which thresholds there are, and forget the places of what is not looked at any more."""
+        self._webhooks = await self._store.with_thresholds()
+        since = time.monotonic() - FORGET_SECONDS
+        self._places = {key: place for key, place in self._places.items() if place.looked_at > since}
+
+    async def look(self, job: Job) -> None:
+        """Tell of what a job has met since the last look. Raises Unavailable, and then the next look is at the same again."""
+        wanted = [webhook for webhook in self._webhooks if webhook.is_about(job)]
+        if not wanted:
+            return
+        thresholds = [(webhook, threshold) for webhook in wanted for threshold in webhook.thresholds]
+        known = [self._places.get((webhook.id, job.id), NOWHERE) for webhook in wanted]
+        place = min(place.byte for place in known)  # what some have been told of is not told again
+        while True:
+            points, end = await on_storage(self._files.metrics, job, place)
+            if end == place:
+                break
+            for webhook, threshold in thresholds:
+                met = (
+                    p for p in points if threshold.metric in p.metrics and threshold.is_met(p.metrics[threshold.metric])
+                )
+                if (first := next(met, None)) is not None:
+                    await self._store.announce(webhook, job, threshold, first.step, first.metrics[threshold.metric])
+            place = end
+        now = time.monotonic()
+        self._places |= {(webhook.id, job.id): _Place(place, now) for webhook in wanted}

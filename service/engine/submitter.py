@@ -1,0 +1,136 @@
+"""Starting attempts: a run in MLflow, a mark in the database, and only then a submission in Ray."""
+
+import logging
+from collections import Counter
+from datetime import UTC, datetime
+
+from prometheus_client import Histogram
+
+from service.adapters.mlflow import MlflowRuns
+from service.adapters.ray import RayJobs
+from service.adapters.run_storage import RunFiles, on_storage
+from service.adapters.secret_files import JobSecrets
+from service.domain.errors import NotFound, Refused
+from service.domain.jobs import Job, JobState, Transition
+from service.domain.leases import Lease
+from service.domain.lifecycle import after_failure
+from service.domain.retries import Blame
+from service.store.comparisons import ComparisonStore
+from service.store.credentials import CredentialStore
+from service.store.jobs import JobStore
+from trainer.jobspec import Permissions, RunContext, Task
+
+logger = logging.getLogger(__name__)
+ACTOR = "dispatcher"
+MOST_REFUSALS = 5
+"""Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
+MOST_REFUSED = 10_000
+"""Submissions whose refusals are remembered; of those that are cancelled meanwhile, nobody tells."""
+MOST_ANCESTORS = 20
+
+
+class Attempts:
+    """Brings queued jobs to Ray. All of it may be repeated: after a crash in between, it is done again under the same names."""
+
+    def __init__(
+        self,
+        jobs: JobStore,
+        comparisons: ComparisonStore,
+        ray: RayJobs,
+        mlflow: MlflowRuns,
+        files: RunFiles,
+        dispatch_seconds: Histogram,
+        *,
+        mlflow_url: str,
+        credentials: CredentialStore,
+        permissions: Permissions,
+        secrets: JobSecrets,
+    ) -> None:
+        self._jobs, self._comparisons = jobs, comparisons
+        self._ray, self._mlflow, self._files, self._dispatch_seconds = ray, mlflow, files, dispatch_seconds
+        self._mlflow_url, self._credentials = mlflow_url, credentials
+        self._permissions, self._secrets = permissions, secrets
+        self._refusals: Counter[str] = Counter()
+
+    async def start(self, job: Job, lease: Lease) -> None:
+        """Mark a queued job as submitted, and only then hand it to Ray; nothing is done if it has changed meanwhile."""
+        if job.state != JobState.QUEUED or job.cancel_requested:
+            return
+        try:
+            started = await self._with_run(job, lease)
+        except Refused as error:
+            await self._fail_if_refused_often(job, lease, error)
+            return
+        step = Transition(state=JobState.SUBMITTED, reason=f"attempt {job.attempt} goes to Ray")
+        submitted = await self._jobs.advance(started, step, ACTOR, lease) if started else None
+        if submitted is not None:
+            self._dispatch_seconds.observe((datetime.now(UTC) - job.queued_at).total_seconds())
+            await self.hand_over(submitted, lease)
+
+    async def hand_over(self, job: Job, lease: Lease) -> None:
+        """Give a submitted job to Ray."""
+        await on_storage(self._files.close_attempts, job, job.attempt - 1)
+        try:
+            context = RunContext(
+                job_id=job.id,
+                attempt=job.attempt,
+                name=job.name,
+                folder=str(self._files.job_folder(job.id)),
+                mlflow_url=self._mlflow_url,
+                mlflow_token=await self._mlflow_token(job),
+                mlflow_run_id=job.mlflow_run_id,
+                permissions=self._permissions,
+                secrets=self._secrets.paths(job.secrets),
+                resumed_from=await self._ancestors(job),
+            )
+            task_file = await on_storage(self._files.write_task, Task(spec=job.spec, context=context))
+            await self._ray.submit(job.submission_id, task_file)
+        except Refused as error:
+            await self._fail_if_refused_often(job, lease, error)
+        else:
+            self._refusals.pop(job.submission_id, None)
+
+    async def _mlflow_token(self, job: Job) -> str:
+        """Return the attempt's credential: that of its task file if it was handed over before, whose driver may have read it."""
+        task = await on_storage(self._files.task, job)
+        token = task.context.mlflow_token if task else None
+        grant = await self._credentials.find_grant(token) if token else None
+        return token if token and grant and grant.job_id == job.id else await self._credentials.add_for_attempt(job)
+
+    async def _ancestors(self, job: Job) -> tuple[str, ...]:
+        """The jobs whose checkpoints a job may go on from, newest first: one that was resumed may have saved none of its own."""
+        found: list[str] = []
+        while job.resumed_from is not None and len(found) < MOST_ANCESTORS:
+            found.append(job.resumed_from)
+            try:
+                job = await self._jobs.get(job.resumed_from)
+            except NotFound:  # deleted since
+                break
+        return tuple(found)
+
+    async def _with_run(self, job: Job, lease: Lease) -> Job | None:
+        """See to it that MLflow has a run for the job, and for its comparison."""
+        comparison = await self._comparisons.get(job.comparison_id) if job.comparison_id else None
+        if comparison is not None and comparison.mlflow_run_id is None:
+            parent = await self._mlflow.start_comparison(comparison)
+            await self._comparisons.note(
+                comparison.id, mlflow_run_id=parent.run_id, mlflow_experiment_id=parent.experiment_id
+            )
+            comparison = await self._comparisons.get(comparison.id)
+        run = await self._mlflow.start_job(job, comparison)
+        return await self._jobs.note(job, lease, mlflow_run_id=run.run_id, mlflow_experiment_id=run.experiment_id)
+
+    async def _fail_if_refused_often(self, job: Job, lease: Lease, error: Refused) -> None:
+        self._refusals[job.submission_id] += 1
+        if len(self._refusals) > MOST_REFUSED:
+            del self._refusals[next(iter(self._refusals))]
+        logger.warning("%s: %s", job.id, error, extra={"job_id": job.id})
+        if self._refusals[job.submission_id] < MOST_REFUSALS:
+            return
+        del self._refusals[job.submission_id]
+        step = Transition(state=JobState.FAILED, reason=str(error))
+        if (
+            job.state == JobState.SUBMITTED
+        ):  # Ray's trouble, not the job's; and it may have taken one of them all the same
+            step = after_failure(job, Blame.INFRASTRUCTURE, str(error), datetime.now(UTC))
+        await self._jobs.advance(job, step, ACTOR, lease)

@@ -1,0 +1,104 @@
+"""The sender of webhooks' messages: at least once each, under one id, until the receiver takes it or it is given up."""
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+from prometheus_client import Counter
+
+from service.adapters.webhook_http import Outgoing
+from service.domain.errors import Unavailable
+from service.domain.webhooks import Delivery, Webhook, pause_after, signature
+from service.store.webhooks import WebhookStore
+
+logger = logging.getLogger(__name__)
+MOST_AT_ONCE = 100
+"""Messages on their way, each to another webhook."""
+GONE = 410
+"""The receiver wants no more of it."""
+
+
+class WebhookSender:
+    """Looks for messages that are due, and sends them; several replicas may do so side by side."""
+
+    def __init__(
+        self, webhooks: WebhookStore, outgoing: Outgoing, sent: Counter, *, poll_seconds: float, send_seconds: float
+    ) -> None:
+        self._webhooks, self._outgoing, self._sent = webhooks, outgoing, sent
+        self._poll_seconds, self._send_seconds = poll_seconds, send_seconds
+        self._on_their_way: dict[str, asyncio.Task[None]] = {}
+        """By webhook."""
+
+    async def run(self) -> None:
+        """Send until cancelled. What is cut off by the end is sent again, by whoever looks next."""
+        try:
+            while True:
+                try:
+                    await self.take()
+                except Exception as error:  # of whatever kind: messages wait for this
+                    logger.warning("messages wait: %s", error, exc_info=not isinstance(error, Unavailable))
+                    await asyncio.sleep(self._poll_seconds)
+                await self._pause()
+        finally:
+            tasks = list(self._on_their_way.values())
+            for task in tasks:
+                task.cancel()
+            # They use connections and the database, which are closed next.
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def take(self) -> int:
+        """Begin to send what is due, but for webhooks that a message is on its way to; return how much it is."""
+        free = MOST_AT_ONCE - len(self._on_their_way)
+        due = await self._webhooks.claim_due(free, 2 * self._send_seconds, self._on_their_way.keys()) if free else []
+        for webhook, delivery in due:
+            self._on_their_way[webhook.id] = asyncio.create_task(self._bring(webhook, delivery))
+        return len(due)
+
+    async def _pause(self) -> None:
+        """Wait until it may be that more is due, or can be sent."""
+        if self._on_their_way:
+            tasks = self._on_their_way.values()
+            await asyncio.wait(tasks, timeout=self._poll_seconds, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            await asyncio.sleep(self._poll_seconds)
+
+    async def _bring(self, webhook: Webhook, delivery: Delivery) -> None:
+        try:
+            await self._send(webhook, delivery)
+        except Exception as error:  # of whatever kind: it is sent again when its claim has ended
+            is_unexpected = not isinstance(error, Unavailable)
+            logger.warning("what became of %s could not be stored: %s", delivery.id, error, exc_info=is_unexpected)
+        finally:
+            del self._on_their_way[webhook.id]
+
+    async def _send(self, webhook: Webhook, delivery: Delivery) -> None:
+        timestamp = int(time.time())
+        headers = {
+            "webhook-id": delivery.id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": signature(webhook.secret, delivery.id, timestamp, delivery.body),
+        }
+        status: int | None = None
+        try:
+            status = await self._outgoing.post(webhook.url, delivery.body, headers)
+            answer = f"answered {status}"
+        except Exception as error:  # a receiver can fail in every way there is
+            answer = f"could not be reached: {type(error).__name__}"
+            logger.info("%s to %s: %s", delivery.id, webhook.id, error, extra={"job_id": delivery.job_id})
+        is_delivered = status is not None and 200 <= status < 300
+        now, tries = datetime.now(UTC), delivery.tries + 1
+        pause = None if status == GONE else pause_after(tries)
+        has_ended = is_delivered or pause is None
+        self._sent.labels("delivered" if is_delivered else "given up" if has_ended else "tried").inc()
+        await self._webhooks.note_try(
+            replace(
+                delivery,
+                tries=tries,
+                answer=answer,
+                is_delivered=is_delivered,
+                ended_at=now if has_ended else None,
+                due_at=now + timedelta(seconds=pause or 0),
+            )
+        )

@@ -1,0 +1,269 @@
+"""The embedded stack: Ray, MLflow and the API on this machine, with all state in one data folder, until it is told to stop."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+import httpx
+
+from service.local import processes
+from service.local.host import choose_ports, is_free, keep_secret, short_folder, tail, write_private
+from service.local.supervisor import Kept, Plan
+from trainer.processes import STOP_SIGNALS
+
+START_ATTEMPTS = 3
+MIN_FREE_BYTES = 100_000_000
+POLL_SECONDS = 0.1
+PORT_TAKEN_WORDS = ("already in use", "Failed to bind to")  # uvicorn's and Ray's; Ray may go on without its dashboard
+
+
+class StackError(Exception):
+    """The stack cannot start, or does not run; the message says which part, why, and what to do."""
+
+
+class PortTakenError(StackError):
+    """Somebody took a chosen port before the part could."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where a running stack is found, and the token its API asks for."""
+
+    url: str
+    token: str
+    mlflow_url: str
+    ray_address: str
+
+
+def read_connection(data_dir: Path) -> Connection:
+    """Return the connection of the stack that runs on this data folder, or raise StackError."""
+    try:
+        return Connection(**json.loads((data_dir / "connection.json").read_text()))
+    except FileNotFoundError:
+        raise StackError(f"no stack runs on {data_dir}; `syncbn up --data-dir {data_dir}` starts one") from None
+
+
+class LocalStack:
+    """One embedded stack; as a context manager it runs from `start` to `stop`.
+
+    Whatever happens to this process or to a part, all processes of the stack end within 15 seconds.
+    Without `api`, Ray and MLflow run alone, and `api_environment` is what `syncbn serve` needs to join them.
+    """
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        port: int | None = None,
+        cpus: int | None = None,
+        api: bool = True,
+        start_timeout_seconds: float = 120,
+    ) -> None:
+        self.data_dir = data_dir.resolve()
+        self.ready_seconds: dict[str, float] = {}
+        self._port = port
+        self._cpus = cpus or os.cpu_count() or 1
+        self._api = api
+        self._start_timeout_seconds = start_timeout_seconds
+        self._lock: int | None = None
+        self._layout: processes.Layout | None = None
+        self._kept: Kept | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def connection(self) -> Connection:
+        """Where this stack is found."""
+        layout = self._running()
+        return Connection(layout.api_url, layout.api_token, layout.mlflow_public_url, layout.ray_url)
+
+    @property
+    def mlflow(self) -> tuple[str, str]:
+        """The address of MLflow's own server, and the secret that it asks for."""
+        layout = self._running()
+        return layout.mlflow_url, layout.mlflow_secret
+
+    @property
+    def api_environment(self) -> dict[str, str]:
+        """The environment in which `syncbn serve` joins this stack."""
+        return processes.api_environment(self._running())
+
+    @property
+    def process_ids(self) -> dict[str, int]:
+        """The process that was started for each part."""
+        return dict(self._kept.process_ids) if self._kept else {}
+
+    def start(self) -> None:
+        """Start every part and return when all answer; raise StackError, with nothing left running, when one does not."""
+        self._take_data_dir()
+        try:
+            for attempt in range(1, START_ATTEMPTS + 1):
+                try:
+                    self._start_parts()
+                    self._wait_until_ready()
+                    break
+                except PortTakenError:
+                    if attempt == START_ATTEMPTS:
+                        raise
+                    self._stop_parts()
+            write_private(self.data_dir / "connection.json", json.dumps(asdict(self.connection), indent=2) + "\n")
+        except BaseException:
+            self.stop()
+            raise
+
+    def wait(self, timeout_seconds: float | None = None) -> str | None:
+        """Wait for the end and return its reason; None if the stack still runs after the timeout, or was told to stop."""
+        if self._kept is None or not self._kept.ended.wait(timeout_seconds) or self._kept.reason is None:
+            return None
+        log = self._running().log(self._kept.dead_part or "keeper")
+        return f"{self._kept.reason}; the end of {log}:\n{tail(log)}"
+
+    def stop(self) -> None:
+        """Stop every part and return when no process is left; harmless when nothing runs."""
+        self._stop_parts()
+        if self._lock is not None:
+            (self.data_dir / "connection.json").unlink(missing_ok=True)
+            os.close(self._lock)
+            self._lock = None
+
+    def _running(self) -> processes.Layout:
+        if self._layout is None:
+            raise StackError("the stack has not been started")
+        return self._layout
+
+    def _take_data_dir(self) -> None:
+        self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.data_dir.chmod(0o700)  # also one that was made by hand, or by an earlier version: it holds tokens and logs
+        if (free := shutil.disk_usage(self.data_dir).free) < MIN_FREE_BYTES:
+            raise StackError(
+                f"{self.data_dir}: its disk must have {MIN_FREE_BYTES // 10**6} MB free (got {free / 10**6:.1f} MB); "
+                "make room, or choose another folder by --data-dir"
+            )
+        for name in ("logs", "storage", "mlflow-artifacts"):
+            (self.data_dir / name).mkdir(exist_ok=True)
+        lock = os.open(self.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            where = self.data_dir / "connection.json"
+            raise StackError(
+                f"another stack runs on {self.data_dir} ({where} tells where), or is still stopping"
+            ) from None
+        self._lock = lock
+        (self.data_dir / "connection.json").unlink(missing_ok=True)
+
+    def _start_parts(self) -> None:
+        assert self._lock is not None
+        free = choose_ports(4)
+        if self._port is not None and not is_free(self._port):
+            raise StackError(f"port {self._port} is taken; choose another, or none to get a free one")
+        ray_dir = short_folder(self.data_dir)
+        shutil.rmtree(ray_dir, ignore_errors=True)  # left by a crash of the machine
+        ray_dir.mkdir(mode=0o700)
+        self._layout = layout = processes.Layout(
+            data_dir=self.data_dir,
+            ray_dir=ray_dir,
+            ray_token_path=self.data_dir / "ray-token",
+            api_token=keep_secret(self.data_dir / "token"),
+            mlflow_secret=keep_secret(self.data_dir / "mlflow-secret"),
+            cpus=self._cpus,
+            api_port=self._port or free[0],
+            mlflow_port=free[1],
+            ray_port=free[2],
+            ray_client_port=free[3],
+        )
+        keep_secret(layout.ray_token_path)
+        started = [processes.mlflow_server(layout), processes.ray_head(layout)]
+        if self._api:
+            started.append(processes.api_server(layout))
+        for log in (self.data_dir / "logs").glob("*.log"):
+            log.replace(log.with_suffix(".log.1"))
+        plan = Plan(
+            parts=started,
+            directory=str(self.data_dir),
+            remove=[str(self.data_dir / "connection.json"), str(layout.ray_dir)],
+        )
+        # The keeper shares the lock: the data folder is free again when the last process has ended, however this one ends.
+        self._kept = Kept(plan, log=layout.log("keeper"), pass_fds=[self._lock])
+
+    def _wait_until_ready(self) -> None:
+        assert self._kept is not None
+        begin = time.monotonic()
+        with httpx.Client(timeout=processes.PROBE_TIMEOUT_SECONDS, trust_env=False) as client:
+            waiting = processes.probes(self._running(), client)
+            if not self._api:
+                del waiting["api"]
+            names = set(waiting)
+            # A part can answer before its keeper has told which process it is.
+            while waiting or not names <= self._kept.process_ids.keys():
+                for name, is_ready in list(waiting.items()):
+                    with suppress(httpx.HTTPError):
+                        if is_ready():
+                            del waiting[name]
+                            self.ready_seconds[name] = time.monotonic() - begin
+                reason = self.wait(POLL_SECONDS)
+                for name in self._kept.process_ids:
+                    end = tail(self._running().log(name))
+                    if any(words in end for words in PORT_TAKEN_WORDS):
+                        raise PortTakenError(f"{name} found a port taken by somebody else; the end of its log:\n{end}")
+                if reason is not None:
+                    raise StackError(reason)
+                if time.monotonic() - begin > self._start_timeout_seconds:
+                    ends = "\n".join(f"the end of {log}:\n{tail(log)}" for log in map(self._running().log, waiting))
+                    raise StackError(
+                        f"not ready after {self._start_timeout_seconds:.0f} s: {', '.join(waiting)}; {ends}"
+                    )
+
+    def _stop_parts(self) -> None:
+        if self._kept is not None:
+            self._kept.stop()
+
+
+def run_until_stopped(stack: LocalStack, on_ready: Callable[[Connection], None]) -> str | None:
+    """Run the stack until SIGINT, SIGTERM or SIGHUP (returns None) or until a part dies (returns the reason)."""
+    with first_signal_interrupts():
+        try:
+            with stack:
+                on_ready(stack.connection)
+                return stack.wait()
+        except KeyboardInterrupt:
+            return None
+        finally:
+            stack.stop()
+
+
+@contextmanager
+def first_signal_interrupts() -> Iterator[None]:
+    """Make the first stop signal a KeyboardInterrupt and ignore the rest: stopping takes seconds, and must not be interrupted."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    # What the caller ignores (`nohup`) stays ignored.
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""Which service a command calls."""
+
+import json
+import os
+
+import pytest
+import typer
+
+from service.cli.connection import Place, default_config_path, find_service, read_config
+from service.local.stack import StackError
+
+OPTION = Place(url="http://option", token="of option")
+VARIABLES = {"SYNCBN_URL": "http://variable", "SYNCBN_TOKEN": "of variable"}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """Write the config file where it is looked for."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    path = default_config_path()
+
+    def write(text, mode=0o600):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(mode)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stack(tmp_path, monkeypatch):
+    """What a stack leaves on its data folder, the default one included."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        content = {"url": f"http://{name}", "token": f"of {name}", "mlflow_url": "", "ray_address": ""}
+        (tmp_path / name / "connection.json").write_text(json.dumps(content))
+        return tmp_path / name
+
+    make(".syncbn")
+    return make
+
+
+def test_options_go_before_variables_before_the_config_file_before_the_stack(config, stack):
+    assert find_service(Place(), {}) == ("http://.syncbn", "of .syncbn")
+    config('url = "http://file"\ntoken = "of file"\n')
+    assert find_service(Place(), {}) == ("http://file", "of file")
+    assert find_service(Place(), VARIABLES) == ("http://variable", "of variable")
+    assert find_service(OPTION, VARIABLES) == ("http://option", "of option")
+
+
+def test_a_data_folder_is_one_more_way_to_say_which(config, stack):
+    other = stack("other")
+    config(f'data_dir = "{other}"\n')
+    assert find_service(Place(), {}) == ("http://other", "of other")
+    assert find_service(Place(), {"SYNCBN_DATA_DIR": ".syncbn"}) == ("http://.syncbn", "of .syncbn")
+    assert find_service(Place(data_dir=other), VARIABLES) == ("http://other", "of other")
+    assert find_service(Place(data_dir=other, token="mine"), VARIABLES) == ("http://other", "mine")
+    assert find_service(Place(), {"SYNCBN_TOKEN": "mine"}) == ("http://other", "mine")
+    with pytest.raises(StackError, match=r"no stack runs on nowhere; `syncbn up --data-dir nowhere` starts one"):
+        find_service(Place(data_dir="nowhere"), {})
+
+
+def test_a_token_may_come_from_elsewhere_but_not_from_a_file_of_another_service(config):
+    config('url = "http://file"\ntoken = "of file"\n')
+    assert find_service(Place(token="other"), {}) == ("http://file", "other")
+    assert find_service(Place(), {"SYNCBN_TOKEN": " other\n"}) == ("http://file", "other")
+    assert find_service(Place(url="http://option"), {"SYNCBN_TOKEN": "other"}) == ("http://option", "other")
+    with pytest.raises(typer.BadParameter, match="http://option takes a token"):
+        find_service(Place(url="http://option"), {})
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_token_that_others_may_read_is_refused(config, mode):
+    path = config('url = "http://file"\ntoken = "secret"\n', mode)
+    with pytest.raises(typer.BadParameter, match="may be read by others; `chmod 600") as refused:
+        find_service(Place(), {})
+    assert "secret" not in str(refused.value)
+    path.write_text('url = "http://file"\n')
+    assert find_service(Place(token="t"), {}) == ("http://file", "t")
+    path.write_text("nonsense")
+    assert find_service(OPTION, {}) == ("http://option", "of option")  # it does not count, so it is not read
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("url = ", "holds no TOML"),
+        ('address = "x"', "address: takes url, token, data_dir"),
+        ("url = 5", "url: Input should be a valid string"),
+        ('token = "x"', "token: takes the url of its service beside it"),
+    ],
+)
+def test_what_is_no_config_file_is_refused(config, text, told):
+    with pytest.raises(typer.BadParameter, match=told):
+        read_config(config(text))
+
+
+def test_another_file_can_be_named(config, tmp_path):
+    config('url = "http://file"\ntoken = "of file"\n')
+    other = tmp_path / "other.toml"
+    with pytest.raises(OSError, match=r"other\.toml"):
+        find_service(Place(), {}, other)
+    os.close(os.open(other, os.O_CREAT, 0o600))
+    other.write_text('url = "http://other"\ntoken = "of other"\n')
+    assert find_service(Place(), {}, other) == ("http://other", "of other")
+    assert find_service(Place(), {"SYNCBN_CONFIG": str(other)}) == ("http://other", "of other")

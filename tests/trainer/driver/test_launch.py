@@ -1,0 +1,64 @@
+"""Parts of the driver that need no Ray."""
+
+import sys
+import threading
+import time
+from unittest import mock
+
+import pytest
+
+from tests.trainer.factories import make_spec
+from trainer.atomic import write_whole
+from trainer.driver.launch import _fit, wait_while_saving
+from trainer.errors import StorageError
+from trainer.jobspec import TASK_FILE, RunContext, Task
+from trainer.worker import read_task
+
+
+def test_a_driver_that_is_to_stop_waits_for_the_checkpoint_that_is_being_written(tmp_path):
+    marker = tmp_path / "saving"
+    began = time.monotonic()
+    wait_while_saving(marker, 30)
+    assert time.monotonic() - began < 1
+    for finish in (marker.unlink, lambda: marker.write_text("the next one")):
+        marker.write_text("this one")
+        threading.Timer(0.3, finish).start()
+        began = time.monotonic()
+        wait_while_saving(marker, 30)
+        assert 0.25 < time.monotonic() - began < 10
+    began = time.monotonic()
+    wait_while_saving(marker, 0.2)
+    assert 0.2 <= time.monotonic() - began < 10
+
+
+TOKEN = "0123456789abcdef-of-mlflow"
+
+
+def make_task(folder):
+    context = RunContext(job_id="a", attempt=1, name="a", folder=str(folder), mlflow_url="http://m", mlflow_token=TOKEN)
+    return Task(spec=make_spec(), context=context)
+
+
+def test_ray_train_gets_no_token(tmp_path, monkeypatch):
+    """Ray copies the configuration of a run into its state and its events."""
+    modules = ("ray", "ray.exceptions", "ray.train", "ray.train.torch", "ray.train.v2._internal.execution.callback")
+    fakes = {name: mock.MagicMock() for name in modules}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    fakes["ray.train.v2._internal.execution.callback"].WorkerGroupCallback = object
+    train = fakes["ray.train.torch"].TorchTrainer
+    train.return_value.fit.return_value.return_value = {"state": "succeeded", "reason": "finished"}
+    task = make_task(tmp_path)
+    _fit(task, 0, {"feeder": None, "logs": None})
+    given = str([train.mock_calls, *(fake.mock_calls for fake in fakes.values())])
+    assert TOKEN not in given
+    path = tmp_path / "attempt-1" / TASK_FILE
+    assert train.call_args.kwargs["train_loop_config"]["task"] == str(path)
+    write_whole(path, task)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_task(path) == task
+
+
+def test_a_task_file_that_a_node_does_not_have_is_named(tmp_path):
+    with pytest.raises(StorageError, match=r"task.json cannot be read on .*: No such file"):
+        read_task(tmp_path / TASK_FILE)

@@ -1,0 +1,85 @@
+import pytest
+
+from trainer.jobspec import JobSpec, Permissions, Refusal
+
+
+def spec(**changes):
+    return JobSpec.model_validate({"steps": 1} | changes)
+
+
+def folder(root):
+    return spec(data={"name": "imagefolder", "root": str(root)})
+
+
+def test_nothing_is_needed_by_what_reaches_nowhere():
+    Permissions().check(spec())
+    Permissions().check(spec(model={"name": "torchvision:resnet18"}, data={"name": "torchvision:FakeData"}))
+
+
+@pytest.mark.parametrize("allowed", ["models:build", "models:*", "other:x,models:build"])
+def test_a_function_is_allowed_by_its_name_or_with_its_whole_module(allowed):
+    Permissions(imports=tuple(allowed.split(","))).check(spec(model={"name": "import:models:build"}))
+
+
+@pytest.mark.parametrize(
+    "function",
+    ["models:other", "models:_build", "models.vision:build", "model:build", "models2:build", "other.models:build", "os:system"],
+)  # fmt: skip
+def test_other_functions_are_refused(function):
+    for allowed in (("models:build", "vision:*"), ("models.sub:*",), ("models",), ("*",), ()):
+        with pytest.raises(Refusal, match=r"model\.name: must be an allowed function: "):
+            Permissions(imports=allowed).check(spec(model={"name": f"import:{function}"}))
+    with pytest.raises(Refusal):
+        Permissions(imports=("models:*",)).check(spec(model={"name": "import:models:_private"}))
+
+
+def test_a_path_is_taken_by_where_it_leads(tmp_path):
+    allowed, other = tmp_path / "data", tmp_path / "data-of-others"
+    (allowed / "mine").mkdir(parents=True)
+    other.mkdir()
+    (allowed / "link").symlink_to(other)
+    permissions = Permissions(roots=(str(allowed),))
+    (allowed / "circle").symlink_to(allowed / "circle")
+    permissions.check(folder(allowed))
+    permissions.check(folder(allowed / "mine"))
+    permissions.check(folder(f"{other}/../data/mine"))
+    for refused in (other, allowed / "link", allowed / "circle", f"{allowed}/../data-of-others", "data", tmp_path, "/"):
+        with pytest.raises(Refusal, match=r"data\.root"):
+            permissions.check(folder(refused))
+
+
+@pytest.mark.parametrize(
+    ("address", "is_allowed"),
+    [
+        ("s3://bucket/mine/images", True),
+        ("s3://bucket/mine", True),
+        ("s3://bucket/mine2", False),
+        ("s3://bucket/mine/../others", False),
+        ("s3://other/mine", False),
+        ("gs://bucket/mine", False),
+        ("zip://x::s3://bucket/mine", False),
+        ("/bucket/mine", False),
+        ("file:///data/images", True),
+        ("file:///etc", False),
+        ("s3://bucket/mine/%2e%2e/others", False),
+        ("file:///data/x::zip", False),
+        ("/data/\0", False),
+    ],
+)
+def test_addresses_are_taken_under_their_root(address, is_allowed):
+    data = {"name": "ray", "format": "parquet", "train": address, "test": address, "classes": 2, "shape": [4]}
+    permissions = Permissions(roots=("s3://bucket/mine", "/data"))
+    if is_allowed:
+        permissions.check(spec(data=data))
+    else:
+        with pytest.raises(Refusal, match=r"data\.train"):
+            permissions.check(spec(data=data))
+
+
+def test_checkpoints_are_written_under_a_root_alone():
+    with pytest.raises(Refusal, match=r"checkpoint\.address: takes absolute paths and addresses under none"):
+        Permissions().check(spec(checkpoint={"address": "/anywhere"}))
+
+
+def test_by_hand_everything_is_allowed_that_the_user_is():
+    Permissions(everything=True).check(spec(model={"name": "import:models:build"}, checkpoint={"address": "/anywhere"}))

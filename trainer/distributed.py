@@ -1,0 +1,14 @@
+"""A process's place among the workers."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Worker:
+    """This process's place among the workers. With more than one, torch's default process group is initialised."""
+
+    rank: int
+    world_size: int
+    device: torch.device

@@ -1,0 +1,124 @@
+"""Parent of one process: records its exit status, and ends every process that it leaves behind.
+
+`python -m trainer.driver.supervisor COMMAND...` is how Ray starts each worker (Ray's `py_executable`): Ray itself does not
+say how a worker's process ended. Needs neither torch nor pydantic, since there is one supervisor for each worker.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from trainer.processes import Descendants, die_with_parent
+
+EXITS_VARIABLE = "SYNCBN_EXITS"
+"""Environment variable that names the folder of exit records."""
+POLL_SECONDS = 1.0
+WINDOW_POLLS = 10
+"""Polls that an out-of-memory kill counts for: a large process takes some seconds to end."""
+ROOT = Path("/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessExit:
+    """How one process ended."""
+
+    host: str
+    pid: int
+    status: int
+    """Exit code, or the negative of a signal."""
+    out_of_memory: bool = False
+    """Whether the kernel counted an out-of-memory kill in the process's control group just before."""
+    orphaned: bool = False
+    """Whether what had started the process, such as Ray's raylet, ended first."""
+    stopped: bool = False
+    """Whether the supervisor was sent a stop signal before the process ended."""
+    seconds: float
+    """When, in seconds since 1970."""
+
+
+def supervise(
+    descendants: Descendants, pid: int, started_by: psutil.Process | None, *, forward: bool = True
+) -> ProcessExit:
+    """Wait for the end of child `pid`, and kill it if this process's parent ends.
+
+    With `forward`, a stop signal is passed on to it, as SIGTERM.
+    """
+    parent = os.getppid()
+    kills = deque([count_oom_kills(pid)], maxlen=WINDOW_POLLS)
+    stopped = False
+    while pid not in descendants.ended:
+        is_asked = descendants.wait(timeout_seconds=POLL_SECONDS)
+        stopped |= is_asked
+        if pid not in descendants.ended:
+            kills.append(count_oom_kills(pid))
+            if os.getppid() != parent:
+                os.kill(pid, signal.SIGKILL)
+            elif is_asked and forward:
+                os.kill(pid, signal.SIGTERM)
+    status = descendants.ended[pid]
+    return ProcessExit(
+        host=socket.gethostname(),
+        pid=pid,
+        status=status,
+        out_of_memory=status == -signal.SIGKILL and count_oom_kills(os.getpid()) > kills[0],
+        orphaned=started_by is None or not _is_alive(started_by),
+        stopped=stopped,
+        seconds=time.time(),
+    )
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def count_oom_kills(pid: int, root: Path = ROOT) -> int:
+    """Count the out-of-memory kills that the kernel has reported for a process's memory control group, or for the whole machine."""
+    with suppress(OSError):
+        for line in (root / f"proc/{pid}/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            below, file = ("", "memory.events") if not controllers else ("memory", "memory.oom_control")
+            if not controllers or "memory" in controllers.split(","):
+                for group in (path, "/"):  # a container may see its own group as the root
+                    with suppress(OSError):
+                        return _oom_kills_of((root / "sys/fs/cgroup" / below / group.lstrip("/") / file).read_text())
+    with suppress(OSError):
+        return _oom_kills_of((root / "proc/vmstat").read_text())
+    return 0
+
+
+def _oom_kills_of(text: str) -> int:
+    found = re.search(r"^oom_kill (\d+)$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def main() -> int:
+    """Run a command as a child, record its end, and end like it."""
+    started_by = psutil.Process().parent()
+    descendants = Descendants()
+    # Ray kills the process group of a worker that has ended, so the worker has its own. Descriptors of Ray's pass through.
+    # `preexec_fn` is safe: there are no threads yet.
+    child = subprocess.Popen(sys.argv[1:], close_fds=False, process_group=0, preexec_fn=die_with_parent)
+    ended = supervise(descendants, child.pid, started_by)
+    with suppress(OSError, KeyError):
+        record = Path(os.environ[EXITS_VARIABLE]) / f"exit-{ended.host}-{ended.pid}.json"
+        record.with_suffix(".new").write_text(json.dumps(asdict(ended)))
+        record.with_suffix(".new").replace(record)
+    descendants.end()
+    return ended.status if ended.status >= 0 else 128 - ended.status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

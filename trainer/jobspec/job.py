@@ -1,0 +1,255 @@
+"""JobSpec: what to train, on what, and how."""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
+
+from trainer.jobspec.base import Frozen
+from trainer.jobspec.data import DataSpec, Mnist5kSpec, RayDataSpec, known_classes, known_shape, train_samples
+from trainer.jobspec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
+from trainer.jobspec.models import CnnSpec, MlpSpec, ModelSpec
+from trainer.jobspec.optimizers import ConstantSchedule, OptimizerSpec, ScheduleSpec, SgdSpec, TorchOptimizerSpec
+from trainer.jobspec.probes import ProbesSpec
+
+
+class Norm(StrEnum):
+    """Normalisation modes."""
+
+    NONE = "none"
+    BATCH = "batch"
+    """Each worker its own statistics."""
+    SYNC = "sync"
+    """One set of statistics for all workers."""
+    GROUP = "group"
+    LAYER = "layer"
+
+
+Count = Annotated[int, Field(ge=1, le=4_096)]
+
+
+def _count_or_range(value: Any) -> str:
+    return "range" if isinstance(value, list) else "count"
+
+
+Workers = Annotated[
+    Annotated[Count, Tag("count")] | Annotated[list[Count], Field(min_length=2, max_length=2), Tag("range")],
+    Discriminator(_count_or_range),
+]
+
+
+class JobSpec(Frozen):
+    """What to train, on what, and how. Two runs of one spec on one world size are equal bit for bit on one kind of machine."""
+
+    model: ModelSpec = MlpSpec()
+    data: DataSpec = Mnist5kSpec()
+    norm: Norm = Field(Norm.SYNC, strict=False, description="every normalisation layer of the model")
+    num_workers: Workers = Field(
+        1,
+        description="processes that share each batch; [least, most]: as many of them as the cluster has, changing as it does",
+    )
+    sync_group_size: int | None = Field(
+        None, ge=1, le=4_096, description="workers that share statistics under `sync` (ghost batches); null: all"
+    )
+    use_gpu: bool = Field(False, description="one GPU per worker (NCCL); otherwise one CPU per worker (gloo)")
+    sharding: Literal["iid", "by_label"] = Field(
+        "iid",
+        description="by_label: each worker sees a part of the classes alone, in an order that depends on their number",
+    )
+    global_batch_size: int = Field(60, ge=1, validate_default=True, description="samples per step over all workers")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        validate_default=True,
+        description="parts that a batch is worked through in, one after the other; under `batch` and `sync` the statistics are "
+        "those of each part, not of the whole batch",
+    )
+    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
+    eval_every: int = Field(
+        50, ge=1, le=100_000_000, description="steps between evaluations; the last step is always evaluated"
+    )
+    evaluation: EvaluationSpec = EvaluationSpec()
+    optimizer: OptimizerSpec = SgdSpec()
+    schedule: ScheduleSpec = ConstantSchedule()
+    on_extend: Literal["continue", "restart", "rescale"] | None = Field(
+        None,
+        description="what a cosine schedule does when a run is resumed with another number of `steps`: keep its end, and its last "
+        "rate after it; begin again at the step of the checkpoint, warm-up included; or run over all of the new steps, so that the "
+        "rate jumps. null: such a run is refused",
+    )
+    clip_norm: float | None = Field(None, gt=0, le=1e9, description="largest norm of the whole gradient")
+    early_stop: EarlyStopSpec | None = None
+    deadline_seconds: float | None = Field(
+        None,
+        gt=0,
+        le=1e9,
+        description="training time over all attempts after which the run saves, and ends with what it has",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of weights, data order, augmentation and dropout")
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32", description="bf16 and fp16: autocast around float32 weights; fp16 with a loss scale"
+    )
+    channels_last: bool = Field(False, description="memory format of images and kernels")
+    compile: bool = Field(False, description="torch.compile; on CPUs it needs g++")
+    activation_checkpointing: bool = Field(
+        False, description="forget activations within the model's blocks, and compute them anew for backward"
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="fsdp: parameters and optimiser state are shared out (FSDP2)"
+    )
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    probes: ProbesSpec = ProbesSpec()
+    log_model: bool = Field(True, description="bring the trained model to MLflow, with signature and input example")
+    collective_timeout_seconds: int = Field(
+        300, ge=5, le=86_400, description="time for all workers to come to a collective before the run ends as a hang"
+    )
+
+    @field_validator("early_stop", "checkpoint")
+    @classmethod
+    def _is_measured(cls, part: Any, info: ValidationInfo) -> Any:
+        evaluation = info.data.get("evaluation")
+        metric = getattr(part, "metric", None) or getattr(part, "keep_best", None)
+        if evaluation is not None and metric is not None and metric not in (*evaluation.metrics, "test_loss"):
+            raise ValueError(f"{metric!r} is not among evaluation.metrics, which are {', '.join(evaluation.metrics)}")
+        return part
+
+    @field_validator("data")
+    @classmethod
+    def _is_large_enough(cls, data: Any, info: ValidationInfo) -> Any:
+        """Refuse images that the levels of a `cnn` cannot halve."""
+        model, shape = info.data.get("model"), known_shape(data)
+        if isinstance(model, CnnSpec) and shape is not None:
+            if len(shape) != 3:
+                raise ValueError(f"must be images for model 'cnn' (got samples of shape {list(shape)})")
+            levels = min(shape[1:]).bit_length()
+            if len(model.channels) > levels:
+                size, given = f"{shape[1]}x{shape[2]}", len(model.channels)
+                raise ValueError(f"images of {size} must have at most {levels} levels in model.channels (got {given})")
+        return data
+
+    @field_validator("evaluation")
+    @classmethod
+    def _has_more_classes(cls, evaluation: EvaluationSpec, info: ValidationInfo) -> EvaluationSpec:
+        classes = known_classes(info.data.get("data"))
+        if "top5_accuracy" in evaluation.metrics and classes is not None and classes <= 5:
+            raise ValueError(f"top5_accuracy must have more than 5 classes (got {classes})")
+        return evaluation
+
+    @field_validator("activation_checkpointing")
+    @classmethod
+    def _has_blocks(cls, is_wanted: bool, info: ValidationInfo) -> bool:
+        model = info.data.get("model")
+        if is_wanted and isinstance(model, (MlpSpec, CnnSpec)):
+            raise ValueError(f"must be false for model {model.name!r}, which has no blocks (got true)")
+        return is_wanted
+
+    @field_validator("parallel")
+    @classmethod
+    def _can_be_sharded_out(cls, parallel: str, info: ValidationInfo) -> str:
+        optimizer = info.data.get("optimizer")
+        if parallel == "fsdp" and isinstance(optimizer, TorchOptimizerSpec) and not optimizer.can_be_sharded:
+            fused = " with fused" if optimizer.arguments.get("fused") else ""
+            raise ValueError(f"must be 'ddp' for optimizer {optimizer.name!r}{fused} (got 'fsdp')")
+        return parallel
+
+    @field_validator("probes")
+    @classmethod
+    def _are_modules(cls, probes: ProbesSpec, info: ValidationInfo) -> ProbesSpec:
+        model = info.data.get("model")
+        if isinstance(model, (MlpSpec, CnnSpec)):
+            missing = sorted(set(probes.layers) - set(model.module_paths))
+            if missing:
+                raise ValueError(f"layers must be among {', '.join(model.module_paths)} (got {', '.join(missing)})")
+        return probes
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that the job needs to run."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that the job can use."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @field_validator("num_workers")
+    @classmethod
+    def _least_first(cls, workers: int | list[int]) -> int | list[int]:
+        if not isinstance(workers, int) and workers[0] > workers[1]:
+            raise ValueError(f"takes [least, most] (got {workers})")
+        return workers
+
+    @field_validator("sync_group_size")
+    @classmethod
+    def _divides_the_workers(cls, size: int | None, info: ValidationInfo) -> int | None:
+        workers = info.data.get("num_workers")
+        if size is None or workers is None:
+            return size
+        if info.data.get("norm") not in (None, Norm.SYNC):
+            raise ValueError("takes norm 'sync'; other norms share no statistics")
+        if not isinstance(workers, int):
+            raise ValueError("takes a fixed number of workers: groups would change with it")
+        if workers % size:
+            raise ValueError(f"takes a divisor of the {workers} workers")
+        return size
+
+    @field_validator("sharding")
+    @classmethod
+    def _can_be_sharded(cls, sharding: str, info: ValidationInfo) -> str:
+        if sharding == "by_label" and isinstance(info.data.get("data"), RayDataSpec):
+            raise ValueError("'by_label' takes data that is indexed: Ray Data comes in a stream")
+        if sharding == "by_label" and isinstance(info.data.get("num_workers"), list):
+            raise ValueError("'by_label' takes a fixed number of workers: the shards would change with it")
+        return sharding
+
+    @field_validator("global_batch_size")
+    @classmethod
+    def _can_be_shared_out(cls, size: int, info: ValidationInfo) -> int:
+        """Refuse a batch that the workers cannot share, or that the data cannot fill; other fields' errors come first."""
+        if not {"num_workers", "norm", "data"} <= info.data.keys():
+            return size
+        workers, norm, data = info.data["num_workers"], info.data["norm"], info.data["data"]
+        most = workers if isinstance(workers, int) else workers[1]
+        least, samples = least_batch(most, norm, info.data.get("sync_group_size")), train_samples(data)
+        if size < least or (samples is not None and size > samples):
+            taken = f"{least} to {samples} samples" if samples is not None else f"{least} samples or more"
+            raise ValueError(f"{most} workers with norm {norm.value!r} on {data.name!r} take {taken}")
+        return size
+
+    @field_validator("accumulate")
+    @classmethod
+    def _parts_are_batches(cls, parts: int, info: ValidationInfo) -> int:
+        """Refuse parts that the workers cannot share: each of them is a batch of its own to the norm."""
+        if not {"num_workers", "norm", "global_batch_size"} <= info.data.keys():
+            return parts
+        workers, size = info.data["num_workers"], info.data["global_batch_size"]
+        most = workers if isinstance(workers, int) else workers[1]
+        least = least_batch(most, info.data["norm"], info.data.get("sync_group_size"))
+        if size // parts < least:
+            raise ValueError(f"{parts} parts of {size} samples leave {size // parts}; each part takes {least} or more")
+        return parts
+
+
+def least_batch(workers: int, norm: Any, sync_group_size: int | None) -> int:
+    """Samples that a batch needs, so that every worker has one and all statistics are over two or more."""
+    if norm == Norm.BATCH or (norm == Norm.SYNC and sync_group_size == 1):
+        return 2 * workers
+    return max(2, workers) if norm == Norm.SYNC else workers
+
+
+SHAPING_FIELDS = (
+    "model",
+    "data",
+    "norm",
+    "sync_group_size",
+    "sharding",
+    "global_batch_size",
+    "accumulate",
+    "optimizer",
+    "schedule",
+    "clip_norm",
+    "seed",
+    "precision",
+)
+"""Fields of the spec that the state of a run depends on. The others, such as `steps` or `num_workers`, may change in between."""

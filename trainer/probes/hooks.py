@@ -1,0 +1,125 @@
+"""Where in a network is measured, and what a forward pass brings there."""
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from syncbn import Moments
+from trainer.errors import ConfigurationError
+from trainer.models.surgery import ACTIVATION_NAMES
+from trainer.norms.layers import channels_last, is_norm
+
+NONLINEARITIES = ACTIVATION_NAMES | {"Sigmoid", "Tanh"}
+"""Classes of the modules whose inputs are pre-activations, the gates of library models among them."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The input or the output of a module."""
+
+    path: str
+    module: nn.Module
+    is_input: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one worker's share of a batch was in one place."""
+
+    moments: Moments
+    """Of each channel."""
+    unit: int
+    """The middle channel, C // 2."""
+    values: Tensor
+    """Its values (samples · positions,), on the worker's device, at least float32."""
+
+
+def activation_inputs(model: nn.Module) -> list[Place]:
+    """List the inputs of all activation modules."""
+    return [
+        Place(path, module, is_input=True)
+        for path, module in model.named_modules()
+        if type(module).__name__ in NONLINEARITIES and not module._modules
+    ]
+
+
+def norm_inputs(model: nn.Module) -> list[Place]:
+    """List the inputs of all normalisation layers."""
+    return [Place(path, module, is_input=True) for path, module in model.named_modules() if is_norm(module)]
+
+
+def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules at `probes.layers`; raises ConfigurationError for paths that the model does not have."""
+    modules = {path: module for path, module in model.named_modules() if path}
+    missing = [path for path in paths if path not in modules]
+    if missing:
+        close = difflib.get_close_matches(missing[0], modules, n=5) or list(modules)[:5]
+        takes = f"takes paths of the model's modules, such as {', '.join(close)}"
+        raise ConfigurationError("probes.layers", missing, takes)
+    return {path: modules[path] for path in paths}
+
+
+class Observer:
+    """Watches places while the model runs.
+
+    A module that is called more than once in a pass has one name for each call: `path`, `path:2`, `path:3` …
+    """
+
+    def __init__(self, places: Iterable[Place]) -> None:
+        self._places = list(places)
+        self.seen: list[dict[str, Observation]] = []
+        """By pass and name, in the order of the pass."""
+        self._channels_last: Any = WeakTensorKeyDictionary()
+        """Outputs of linear layers, and of norms, that have their channels in the last dimension."""
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        """Watch the passes within.
+
+        Raises ConfigurationError, in the pass, for a place without channels, and after it for an output that was not reached, or if
+        nothing was.
+        """
+        with ExitStack() as hooks:
+            hooks.enter_context(model.register_forward_pre_hook(lambda *_: self.seen.append({})))
+            for module in model.modules():
+                if isinstance(module, nn.Linear) or (is_norm(module) and channels_last(module)):
+                    hooks.enter_context(module.register_forward_hook(self._note_channels_last))
+            for place in self._places:
+                hooks.enter_context(self._hook(place))
+            yield
+        unseen = [place.path for place in self._places if place.path not in self.seen[0]]
+        # A model may have activations that it does not use; what a user has named must be there.
+        if any(place.path in unseen and not place.is_input for place in self._places) or not self.seen[0]:
+            raise ConfigurationError("probes.layers", unseen, "takes modules that the model calls in its forward pass")
+
+    def _hook(self, place: Place) -> torch.utils.hooks.RemovableHandle:
+        if place.is_input:
+            return place.module.register_forward_pre_hook(
+                lambda _, args, kwargs: self._observe(place.path, next(iter((*args, *kwargs.values())), None)),
+                with_kwargs=True,
+            )
+        return place.module.register_forward_hook(lambda _, __, output: self._observe(place.path, output))
+
+    def _note_channels_last(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self._channels_last[output] = True
+
+    def _observe(self, path: str, tensor: Any) -> None:
+        """Measure at once: an activation may work in place."""
+        if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not tensor.is_floating_point():
+            found = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            takes = f"takes modules with a floating tensor (samples, channels, ...), not {found}"
+            raise ConfigurationError("probes.layers", path, takes)
+        if tensor in self._channels_last:
+            tensor = tensor.movedim(-1, 1)
+        unit = tensor.shape[1] // 2
+        dtype = torch.promote_types(tensor.dtype, torch.float32)
+        values = tensor.select(1, unit).flatten().to(dtype, copy=True)
+        seen = self.seen[-1]
+        calls = sum(name.partition(":")[0] == path for name in seen)
+        seen[path if calls == 0 else f"{path}:{calls + 1}"] = Observation(Moments.measure(tensor), unit, values)

@@ -1,0 +1,78 @@
+"""What rank 0 tells the world while it trains: lines to read, the progress file, and all that goes to MLflow."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from trainer.checkpoint.checkpoints import Manifest
+from trainer.jobspec import Task, attempt_folder
+from trainer.tracking.outbox import Kind, Outbox
+from trainer.tracking.progress_file import ProgressFile
+from trainer.tracking.uploader import TrackingProcess
+
+
+class Journal(Protocol):
+    """Where the loop tells what happens."""
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
+        """Record metrics measured after `step` steps."""
+
+    def update(self, step: int) -> None:
+        """Tell that `step` steps are done."""
+
+
+class Silent:
+    """The journal of every rank but the first: says nothing."""
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Do nothing."""
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
+        """Do nothing."""
+
+    def update(self, step: int) -> None:
+        """Do nothing."""
+
+
+class RankZeroJournal:
+    """Prints metrics, appends them to the outbox and keeps the progress file."""
+
+    def __init__(self, total_steps: int, outbox: Outbox, progress: ProgressFile) -> None:
+        self._total_steps, self._progress = total_steps, progress
+        self.outbox = outbox
+
+    def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
+        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+        for reason in refused:
+            print(f"checkpoint refused: {reason}", flush=True)
+        if checkpoint is not None:
+            print(f"goes on from {checkpoint.name}, saved by {checkpoint.world_size} workers", flush=True)
+
+    def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
+        """Record metrics measured after `step` steps."""
+        if kind == "evaluation":
+            values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            print(f"step {step}/{self._total_steps}  {values}", flush=True)
+        self.outbox.log(step, metrics, kind)
+
+    def update(self, step: int) -> None:
+        """Tell that `step` steps are done."""
+        self._progress.update(step)
+
+
+@contextmanager
+def open_journal(task: Task, rank: int) -> Iterator[Journal]:
+    """Open this rank's journal; on leaving, what is still on its way to MLflow is sent (at most three minutes)."""
+    if rank != 0:
+        yield Silent()
+        return
+    context, spec = task.context, task.spec
+    folder = Path(context.folder)
+    progress = ProgressFile(attempt_folder(folder, context.attempt), spec.steps, spec.global_batch_size)
+    outbox = Outbox(folder)
+    with closing(outbox), TrackingProcess(folder, context.mlflow_url, context.mlflow_run_id, context.mlflow_token):
+        yield RankZeroJournal(spec.steps, outbox, progress)

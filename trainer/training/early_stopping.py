@@ -1,0 +1,38 @@
+"""What follows from an evaluation: whether the run has seen enough, and whether it is the best so far."""
+
+from trainer.checkpoint.state import Position
+from trainer.jobspec import CheckpointSpec, EarlyStopSpec, improvement, is_reached
+
+
+def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
+    """Count the newest evaluation in."""
+    if spec is None:
+        return
+    criterion, value = f"{spec.direction} {spec.metric}", position.metrics[spec.metric]
+    best = position.best.get(criterion)
+    if best is None or improvement(value, best, spec.direction) > spec.min_delta:
+        position.best, position.stale = {criterion: value}, 0
+    else:
+        position.stale += 1
+
+
+def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
+    """Whether to end the run now: the target is reached, or patience is at its end."""
+    if spec is None or f"{spec.direction} {spec.metric}" not in position.best:
+        return False
+    value = position.metrics[spec.metric]
+    if spec.target is not None and is_reached(value, spec.target, spec.direction):
+        return True
+    return position.stale >= spec.patience
+
+
+def is_new_best(spec: CheckpointSpec, position: Position) -> bool:
+    """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
+    if spec.keep_best is None or position.step == 0:  # an untrained model is not saved
+        return False
+    criterion, value = f"{spec.best_direction} {spec.keep_best}", position.metrics[spec.keep_best]
+    best = position.best_kept.get(criterion)
+    if best is None or improvement(value, best, spec.best_direction) > 0:
+        position.best_kept = {criterion: value}
+        return True
+    return False
