@@ -12,8 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.domain.access import Owner
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
-from trainer.jobspec import Frozen, Permissions
-from trainer.jobspec.permissions import IMPORT
+from trainer.jobspec import IMPORT_PATTERN, Frozen, Permissions
 
 
 class OwnerQuota(Frozen):
@@ -204,7 +203,7 @@ class Settings(BaseSettings):
     @classmethod
     def _names_functions(cls, text: str | None) -> str | None:
         for entry in _parted(text):
-            if not re.fullmatch(IMPORT, entry):
+            if not re.fullmatch(IMPORT_PATTERN, entry):
                 raise ValueError(f"must be `package.module:function` or `package.module:*` (got {entry!r})")
         return text
 

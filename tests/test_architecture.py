@@ -1,7 +1,8 @@
-"""What no import contract can see."""
+"""The import contracts, and what they cannot see."""
 
 import ast
 import importlib
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,27 @@ def modules_after(statement):
 )
 def test_importing_a_module_does_not_load_what_it_must_not_cost(module, costs):
     assert not costs & modules_after(f"import {module}")
+
+
+def test_the_import_contracts_see_a_forbidden_import_in_a_new_file(tmp_path):
+    for name in ("service", "trainer", "syncbn", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    planted = {
+        "service/engine/planted.py": "mlflow",
+        "trainer/data/planted.py": "ray",
+        "service/domain/planted.py": "torch",
+        "service/store/planted.py": "trainer.training.loop",
+        "service/local/planted.py": "service.domain.jobs",
+    }
+    for file, module in planted.items():
+        (tmp_path / file).write_text(f"import {module}\n")
+    lint = Path(sys.executable).with_name("lint-imports")
+    ended = subprocess.run([lint, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1
+    for file, module in planted.items():
+        importer = file.removesuffix(".py").replace("/", ".")
+        assert f"{importer} -> {module} (l.1)" in ended.stdout, ended.stdout
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)

@@ -42,7 +42,7 @@ from trainer.jobspec.optimizers import (
     depends_on_steps,
 )
 from trainer.jobspec.paths import field_path
-from trainer.jobspec.permissions import Permissions, Refusal
+from trainer.jobspec.permissions import IMPORT_PATTERN, Permissions, Refusal
 from trainer.jobspec.probes import ProbesSpec
 from trainer.jobspec.run import (
     CLOSED_FILE,
@@ -71,6 +71,7 @@ __all__ = [
     "DIRECTIONS",
     "DRIVER_FILE",
     "FEEDER_LOG_FILE",
+    "IMPORT_PATTERN",
     "JOB_VARIABLE",
     "LOG_FILE",
     "LOG_INDEX_FILE",

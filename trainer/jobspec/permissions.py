@@ -20,7 +20,7 @@ class Refusal(ValueError):  # noqa: N818 - names say what is the case
         self.field, self.value, self.takes = field, value, takes
 
 
-IMPORT = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
+IMPORT_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
 """Form of an allowed import."""
 
 
