@@ -24,7 +24,7 @@ class OwnerQuota(Frozen):
 
 
 class Settings(BaseSettings):
-    """One field per `SYNCBN_*` variable, and Ray's own two; a test keeps the README's table the same."""
+    """One field per `SYNCBN_*` variable, and Ray's own two; a test compares them with docs/configuration.md."""
 
     model_config = SettingsConfigDict(env_prefix="SYNCBN_", frozen=True)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ from service.local.host import choose_ports, is_free, keep_secret, short_folder,
 from service.local.supervisor import Kept, Plan
 from trainer.processes import STOP_SIGNALS
 
+REQUIRED_PACKAGES = ("fastapi", "mlflow", "ray", "torch", "torchvision", "uvicorn")
 START_ATTEMPTS = 3
 MIN_FREE_BYTES = 100_000_000
 POLL_SECONDS = 0.1
@@ -111,6 +113,8 @@ class LocalStack:
 
     def start(self) -> None:
         """Start every part and return when all answer; raise StackError, with nothing left running, when one does not."""
+        if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
+            raise StackError(f"not installed: {', '.join(missing)}; pip install 'syncbn[service,trainer]'")
         self._take_data_dir()
         try:
             for attempt in range(1, START_ATTEMPTS + 1):

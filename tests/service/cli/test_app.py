@@ -27,6 +27,13 @@ def test_the_version():
     assert run("--version").stdout == f"syncbn {metadata.version('syncbn')}\n"
 
 
+def test_a_package_that_is_not_installed_is_named_with_its_extra():
+    code = "import sys; sys.modules['typer'] = None; from service.__main__ import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("syncbn: the package typer is not installed; pip install 'syncbn[client]'")
+
+
 def test_a_spec_is_read_from_standard_input(api):
     options = ["--url", api.url, "--token", TOKEN]
     submitted = run("submit", "-", *options, stdin="{steps: 5, data: {name: digits}}")

@@ -94,6 +94,12 @@ def test_connection_is_written_privately_and_removed_at_stop(tmp_path, fake_part
     assert not any(psutil.pid_exists(process_id) for process_id in stack.process_ids.values())
 
 
+def test_a_missing_package_is_named_with_its_extra(tmp_path, fake_parts, monkeypatch):
+    monkeypatch.setattr("service.local.stack.REQUIRED_PACKAGES", ("torch", "no_such_package"))
+    with pytest.raises(StackError, match=r"not installed: no_such_package; pip install 'syncbn\[service,trainer\]'"):
+        LocalStack(tmp_path).start()
+
+
 def test_second_stack_on_the_same_data_is_refused(tmp_path, fake_parts):
     with LocalStack(tmp_path) as first:
         with pytest.raises(StackError, match=f"another stack runs on {tmp_path}"):
