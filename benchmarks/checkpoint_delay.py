@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from trainer.atomic import to_disk
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position, State
-from trainer.distributed import Worker
+from trainer.checkpoint.state import TrainProgress, TrainState
+from trainer.distributed import RankInfo
 from trainer.jobspec import CheckpointSpec, JobSpec, MlpSpec
 from trainer.models import build_model
 from trainer.probes import Probes
@@ -29,20 +29,20 @@ WIDTHS = {"100 MB": 3_000, "300 MB": 5_700}
 SHAPE, CLASSES, BATCH = (1, 28, 28), 10, 8
 
 
-def build_state(width: int) -> State:
+def build_state(width: int) -> TrainState:
     """Build a network and its optimiser, whose momentum is there."""
     spec = JobSpec(steps=1, norm="none", model=MlpSpec(hidden=[width, width]), optimizer={"momentum": 0.9, "lr": 1e-3})
-    worker, position = Worker(0, 1, torch.device("cpu")), Position(schedule_end=1)
+    worker, position = RankInfo(0, 1, torch.device("cpu")), TrainProgress(schedule_end=1)
     model = build_model(spec.model, spec.norm, SHAPE, CLASSES, 0)
     optimizer = build_optimizer(spec.optimizer, model)
     schedule = build_schedule(spec.schedule, optimizer, position)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = State(model, optimizer, schedule, scaler, Probes(spec, model, worker), position, worker)
+    state = TrainState(model, optimizer, schedule, scaler, Probes(spec, model, worker), position, worker)
     step(state)
     return state
 
 
-def step(state: State) -> None:
+def step(state: TrainState) -> None:
     """Make one optimiser step."""
     state.optimizer.zero_grad(set_to_none=True)
     inputs, labels = torch.rand(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
@@ -51,7 +51,7 @@ def step(state: State) -> None:
     state.position.step += 1
 
 
-def copy(state: State) -> list[torch.Tensor]:
+def copy(state: TrainState) -> list[torch.Tensor]:
     """Copy all parameters and momenta, and nothing else."""
     return [
         tensor.detach().clone()
@@ -60,7 +60,7 @@ def copy(state: State) -> list[torch.Tensor]:
     ]
 
 
-def save_blocking(state: State, path: Path) -> None:
+def save_blocking(state: TrainState, path: Path) -> None:
     """Write the state by torch.save, to the disk itself."""
     with path.open("wb") as file:
         torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, file)
@@ -88,7 +88,7 @@ def main() -> None:
             measure(name, build_state(width), Path(folder), arguments.rounds)
 
 
-def measure(name: str, state: State, folder: Path, rounds: int) -> None:
+def measure(name: str, state: TrainState, folder: Path, rounds: int) -> None:
     """Measure all kinds in turn, each followed by a step, and print them."""
     checkpoints = Checkpoints(str(folder / "checkpoints"), CheckpointSpec(), {}, state.worker)
     kinds: dict[str, Callable[[], object]] = {

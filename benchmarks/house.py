@@ -12,7 +12,7 @@ import psutil
 
 from service.local import processes
 from service.local.host import choose_ports, keep_secret, short_folder, tail
-from service.local.supervisor import Kept, Plan
+from service.local.supervisor import Plan, SupervisorHandle
 from trainer.jobspec import OUTCOME_FILE
 
 MOST_SECONDS = 300.0
@@ -52,7 +52,7 @@ class House:
         self.url = self.layout.api_url
         self.headers = {"Authorization": f"Bearer {self.layout.api_token}"}
         self._probes = httpx.Client(timeout=5, trust_env=False)
-        self._mlflow: Kept | None = None
+        self._mlflow: SupervisorHandle | None = None
         self._ray: psutil.Popen | None = None
         self._service: psutil.Popen | None = None
 
@@ -60,7 +60,7 @@ class House:
         """Start all of it."""
         part = processes.mlflow_server(self.layout)
         plan = Plan(parts=[part], directory=str(self.layout.data_dir))
-        self._mlflow = Kept(plan, log=self.layout.log("keeper"))
+        self._mlflow = SupervisorHandle(plan, log=self.layout.log("keeper"))
         self.start_head()
         self.start_service()
         self.until_ready("mlflow", "ray", "api")

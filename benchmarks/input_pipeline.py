@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from trainer.data.dataloader import LoadedDataset
+from trainer.data.dataloader import ImageDataset
 from trainer.data.folders import open_folders
 from trainer.jobspec import ImageFolderSpec, ImageTransformSpec, JobSpec
 
@@ -46,7 +46,7 @@ def ours(root: Path, crop: int, batch: int, processes: int) -> Iterator[Any]:
     spec = JobSpec.model_validate(
         {"data": data, "norm": "none", "global_batch_size": batch, "steps": 1, "num_workers": 1}
     )
-    dataset = LoadedDataset(spec, data, open_folders(data), 0, 1, torch.device("cpu"), torch.float32, processes)
+    dataset = ImageDataset(spec, data, open_folders(data), 0, 1, torch.device("cpu"), torch.float32, processes)
     return dataset.train(0)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from trainer.data.dataset import Batch
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.jobspec import EvaluationSpec, Metric
 from trainer.training.evaluate import Evaluator
 
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{os.cpu_count()} cores, torch {torch.__version__}; {vars(arguments)}; metrics {', '.join(ALL)}")
-    worker, data = Worker(0, 1, torch.device("cpu")), Logits(arguments.samples, arguments.classes)
+    worker, data = RankInfo(0, 1, torch.device("cpu")), Logits(arguments.samples, arguments.classes)
     evaluators = {
         title: Evaluator(EvaluationSpec(metrics=metrics), nn.Identity(), data, worker)  # type: ignore[arg-type]
         for title, metrics in (("accuracy alone", ["accuracy"]), ("all metrics", ALL))

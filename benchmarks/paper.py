@@ -32,7 +32,7 @@ from service.domain.comparisons import Variant, expand, without_seed
 from service.domain.recipes import Recipe, read_recipe
 from service.domain.verdicts import RecipeVerdict, Run, judge
 from trainer.data import open_dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import Diverged
 from trainer.jobspec import JobSpec
 from trainer.training.loop import train
@@ -75,13 +75,13 @@ def serve(channel: Connection) -> None:
             dist.init_process_group(
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=limit
             )
-        run = train_point(point, Worker(rank, world_size, torch.device("cpu")))
+        run = train_point(point, RankInfo(rank, world_size, torch.device("cpu")))
         channel.send(run if rank == 0 else None)
         if world_size > 1:
             dist.destroy_process_group()
 
 
-def train_point(point: Point, worker: Worker) -> Run:
+def train_point(point: Point, worker: RankInfo) -> Run:
     """Train one run by the service's own loop."""
     variant, spec = point
     curves, weights, diverged = Curves(), None, False

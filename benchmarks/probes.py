@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from trainer.data import Batch
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.jobspec import CnnSpec, JobSpec, MlpSpec, ModelSpec, ProbesSpec
 from trainer.models import build_model
 from trainer.probes import Probes
@@ -40,7 +40,7 @@ def work(rank: int, store: str, rounds: int) -> None:
     """Time one worker's steps and measurements; rank 0 prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
-    worker = Worker(rank, WORKERS, torch.device("cpu"))
+    worker = RankInfo(rank, WORKERS, torch.device("cpu"))
     for title, (model, shape) in NETWORKS.items():
         seconds = measure(model, shape, worker, rounds)
         if rank == 0:
@@ -48,7 +48,7 @@ def work(rank: int, store: str, rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def measure(model_spec: ModelSpec, shape: tuple[int, ...], worker: Worker, rounds: int) -> dict[str, list[float]]:
+def measure(model_spec: ModelSpec, shape: tuple[int, ...], worker: RankInfo, rounds: int) -> dict[str, list[float]]:
     """Return seconds of a training step, of each measurement, and of all together, by round."""
     spec = JobSpec(model=model_spec, num_workers=WORKERS, global_batch_size=BATCH, steps=1)
     model = build_model(spec.model, spec.norm, shape, 10, spec.seed)

@@ -38,7 +38,7 @@ from torch import nn
 
 from syncbn import SyncBatchNorm
 from syncbn.kernels import cpu as kernels
-from syncbn.kernels.statistics import Statistics
+from syncbn.kernels.statistics import BatchStats
 
 Shape = tuple[int, ...]
 Step = Callable[[], None]
@@ -92,7 +92,7 @@ def make_steps(case: Case) -> dict[str, Step]:
             dist.all_reduce(vector)
 
     one, moments = torch.ones(channels), torch.tensor([[case.mean], [1.0]], dtype=torch.float64).repeat(1, channels)
-    statistics = Statistics(1.0, 1.0, moments, None, 1e-5)
+    statistics = BatchStats(1.0, 1.0, moments, None, 1e-5)
 
     def passes() -> None:
         kernels.measure_sums(x)

@@ -35,14 +35,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data import Batch, Dataset, open_dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.jobspec import JobSpec
 from trainer.models import build_model
-from trainer.tracking.logger import Journal, RankZeroJournal, Silent
+from trainer.tracking.logger import MetricsLogger, NullLogger, RankZeroLogger
 from trainer.tracking.outbox import Outbox
 from trainer.tracking.progress_file import ProgressFile
 from trainer.training.loop import train
-from trainer.training.step_sync import Control
+from trainer.training.step_sync import StepSync
 from trainer.worker import identity
 
 WORKERS = 2
@@ -105,16 +105,16 @@ class Timed:
             self.seconds.append(time.perf_counter() - began)
 
 
-class Notices:
+class PreemptionNotice:
     """The cluster's notices, asked for as often and as dearly as in Ray, which tells of none."""
 
-    def node_is_about_to_go(self) -> bool:
+    def is_preempted(self) -> bool:
         """Take part in a collective, and say no."""
         dist.all_reduce(torch.zeros(1))
         return False
 
 
-def plain(spec: JobSpec, worker: Worker, dataset: Timed) -> None:
+def plain(spec: JobSpec, worker: RankInfo, dataset: Timed) -> None:
     """Train as people write it."""
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed)
     parallel = DistributedDataParallel(model, forward_sync_buffers=False)
@@ -142,31 +142,31 @@ def accounts(spent: dict[str, float]) -> Iterator[None]:
         return run
 
     with (
-        mock.patch.object(Control, "begin", timed("reading the loss and sending it", Control.begin)),
-        mock.patch.object(Control, "finish", timed("waiting for the others' losses", Control.finish)),
-        mock.patch.object(RankZeroJournal, "update", timed("progress file", RankZeroJournal.update)),
+        mock.patch.object(StepSync, "begin", timed("reading the loss and sending it", StepSync.begin)),
+        mock.patch.object(StepSync, "finish", timed("waiting for the others' losses", StepSync.finish)),
+        mock.patch.object(RankZeroLogger, "update", timed("progress file", RankZeroLogger.update)),
         mock.patch.object(LambdaLR, "step", timed("schedule", LambdaLR.step)),
     ):
         yield
 
 
-def ours(spec: JobSpec, worker: Worker, dataset: Timed, folder: Path) -> None:
+def ours(spec: JobSpec, worker: RankInfo, dataset: Timed, folder: Path) -> None:
     """Train by this project's loop, with all that it does beside training."""
     outbox = Outbox(folder)
-    journal: Journal = (
-        RankZeroJournal(spec.steps, outbox, ProgressFile(folder, spec.steps, spec.global_batch_size))
+    journal: MetricsLogger = (
+        RankZeroLogger(spec.steps, outbox, ProgressFile(folder, spec.steps, spec.global_batch_size))
         if worker.rank == 0
-        else Silent()
+        else NullLogger()
     )
     checkpoints = Checkpoints(str(folder / "checkpoints"), spec.checkpoint, identity(spec, dataset.digest), worker)
-    train(spec, worker, journal, dataset, checkpoints, Notices())
+    train(spec, worker, journal, dataset, checkpoints, PreemptionNotice())
     outbox.close()
 
 
 def work(steps: int, norm: str, first: int) -> dict[str, Any]:
     """Time both loops on one worker, the one of number `first` (0: plain, 1: the trainer's) being built and run first."""
     rank, turns = dist.get_rank(), Turns(first)
-    worker = Worker(rank, WORKERS, torch.device("cpu"))
+    worker = RankInfo(rank, WORKERS, torch.device("cpu"))
     spec = JobSpec.model_validate(SPEC | {"steps": steps, "norm": norm})
     datasets = [
         Timed(open_dataset(spec, rank, WORKERS, worker.device, torch.float32), turns, thread) for thread in (0, 1)

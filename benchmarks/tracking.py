@@ -29,7 +29,7 @@ from torch import nn
 import trainer.tracking.uploader
 from service.local.stack import LocalStack
 from trainer.tracking.outbox import Outbox
-from trainer.tracking.uploader import Tracking, TrackingProcess
+from trainer.tracking.uploader import MlflowUploader, TrackingProcess
 
 EVERY = 10
 METRICS = {"accuracy": 0.5, "test_loss": 1.0, "train_loss": 1.0, "learning_rate": 0.1}
@@ -131,7 +131,7 @@ def main(seconds: float, steps: int) -> None:
         print(f"up: MLflow holds each logged step once: {is_whole(client, runs['up'], taken['up'])}")
         outbox = Outbox(Path(name) / "down")
         outbox.close()
-        with Tracking(outbox.path, url, runs["down"]):
+        with MlflowUploader(outbox.path, url, runs["down"]):
             pass
         print(
             f"down, then up again: MLflow holds each logged step once: {is_whole(client, runs['down'], taken['down'])}"

@@ -12,10 +12,10 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.domain.access import Owner
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
-from trainer.jobspec import IMPORT_PATTERN, Frozen, Permissions
+from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
 
 
-class OwnerQuota(Frozen):
+class OwnerQuota(FrozenModel):
     """What one owner's jobs may hold at one time."""
 
     jobs: int | None = Field(None, ge=0)
@@ -166,9 +166,9 @@ class Settings(BaseSettings):
         description="or a file that holds it",
     )
 
-    def permissions(self) -> Permissions:
+    def permissions(self) -> Allowlist:
         """What the operator allows specs to reach."""
-        return Permissions(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+        return Allowlist(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
 
     def networks(self) -> tuple[IPNetwork, ...]:
         """Networks that webhooks may reach though they are not public."""

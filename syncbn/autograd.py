@@ -1,8 +1,8 @@
 """Forward and backward of the synchronised layer: the collectives between the passes, and what autograd sees of them.
 
-In eager use `_Normalise` calls `forward` and `backward` as they stand. The compiler must not look into them, as they wait
-for other ranks and look at values; to it they are the operators syncbn::forward and syncbn::backward, which run the same
-code. So a compiled layer issues the same collectives and computes the same bits.
+In eager mode `SyncBatchNormFunction` calls `forward` and `backward` directly. The compiler must not trace them, since they wait for
+other ranks and read values; for the compiler they are the operators syncbn::forward and syncbn::backward, which run the same code.
+A compiled layer issues the same collectives and computes the same bits.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from syncbn.collectives.context import CallSite
+from syncbn.collectives.context import LayerCollectives
 from syncbn.collectives.reduce import gather_from_ranks, group_size, sum_over_ranks
 from syncbn.errors import InputError
 from syncbn.kernels import cpu as kernels
-from syncbn.kernels.statistics import Statistics, at_least_one
+from syncbn.kernels.statistics import BatchStats, at_least_one
 from syncbn.moments import Moments
 
 
 def normalise(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, site: CallSite, mask: Tensor | None = None
-) -> tuple[Tensor, Statistics]:
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    site: LayerCollectives,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, BatchStats]:
     """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
 
     Where a mask, boolean and of the shape of x without channels, is False, a value counts nowhere and becomes 0.
@@ -32,18 +37,18 @@ def normalise(
     if torch.compiler.is_compiling():
         # The setting is an argument here, so that the compiler notices if it changes.
         output, totals = _NormaliseCompiled.apply(x, mask, weight, bias, eps, site.key, site.share_wanted)
-        return output, Statistics.unpack(totals, x.shape[1], eps, read=False)
-    output, statistics = _Normalise.apply(x, mask, weight, bias, eps, site, torch.is_grad_enabled())
+        return output, BatchStats.unpack(totals, x.shape[1], eps, read=False)
+    output, statistics = SyncBatchNormFunction.apply(x, mask, weight, bias, eps, site, torch.is_grad_enabled())
     return output, statistics
 
 
-def moments_of(statistics: Statistics) -> Moments:
+def moments_of(statistics: BatchStats) -> Moments:
     """Return count, mean and M2."""
     count = torch.as_tensor(statistics.count, dtype=torch.float64, device=statistics.moments.device)
     return Moments(count, statistics.mean, statistics.variance * count)
 
 
-class _Normalise(Function):
+class SyncBatchNormFunction(Function):
     """The layer in eager use."""
 
     @staticmethod
@@ -54,9 +59,10 @@ class _Normalise(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        site: CallSite,
+        site: LayerCollectives,
         with_graph: bool,
-    ) -> tuple[Tensor, Statistics]:
+    ) -> tuple[Tensor, BatchStats]:
+        """See `forward` of this module."""
         keep_record = not (with_graph and any(ctx.needs_input_grad))
         y, statistics = forward(x, mask, weight, bias, eps, site, keep_record)
         # The layer may be gone by the time of backward; what its collectives need must not be. And as long as the graph
@@ -70,6 +76,7 @@ class _Normalise(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        """See `backward` of this module."""
         x, mask, weight = ctx.saved_tensors
         differentiate = _differentiable_gradients if torch.is_grad_enabled() else backward
         gradients = differentiate(torch.zeros_like(x) if dy is None else dy, x, mask, weight, ctx.statistics, ctx.site)
@@ -137,9 +144,9 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    site: CallSite,
+    site: LayerCollectives,
     keep_record: bool,
-) -> tuple[Tensor, Statistics]:
+) -> tuple[Tensor, BatchStats]:
     """Measure, exchange, normalise."""
     if mask is not None:
         y, statistics = forward(select(x, mask), None, weight, bias, eps, site, keep_record)
@@ -148,7 +155,7 @@ def forward(
     return kernels.normalise(x, statistics, weight, bias), statistics
 
 
-def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) -> Statistics:
+def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record: bool) -> BatchStats:
     """Measure x and merge with the other ranks, in one collective; a rank alone needs none."""
     count = x.numel() // x.shape[1]
     # The branches depend on the group's size, the dtype and the layer's settings, which are the same on every rank, and
@@ -156,8 +163,8 @@ def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) 
     # can miss the collective that the others are in.
     in_float64 = x.dtype == torch.float64
     sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
-    if (recalled := site.recall(x, sums)) is not None:
-        return replace(recalled, news=0.0)
+    if (recalled := site.lookup(x, sums)) is not None:
+        return replace(recalled, update_count=0.0)
     exchange = _exchange_parts if in_float64 else _exchange_sums
     statistics = replace(exchange(count, *sums, eps, site), ranks=group_size(site.process_group))
     site.ranks = statistics.ranks
@@ -168,11 +175,11 @@ def _exchange_moments(x: Tensor, eps: float, site: CallSite, keep_record: bool) 
             f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
             "taken are 2 or more in training"
         )
-    site.remember(x, sums, statistics, keep_record)
+    site.store(x, sums, statistics, keep_record)
     return statistics
 
 
-def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site: CallSite) -> Statistics:
+def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
     """Add up [n, Σx, Σx²] of the ranks: mean = Σx / n, variance = Σx² / n - mean².
 
     The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values resolve.
@@ -186,10 +193,10 @@ def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site:
     mean, variance = moments.unbind()
     # Rounding can take the variance of a constant channel below zero, and the root of that would be NaN.
     variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
-    return Statistics(everyone, everyone, moments, sums[2 * channels :] if site.share_wanted else None, eps)
+    return BatchStats(everyone, everyone, moments, sums[2 * channels :] if site.share_wanted else None, eps)
 
 
-def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: CallSite) -> Statistics:
+def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
     """Gather [n, mean, M2] of the ranks and merge them.
 
     To add n·mean² and subtract it again would cost float64 values (mean/std)² units in the last place. A shift would
@@ -202,11 +209,11 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: Call
     merged = Moments.merge(parts)
     within = torch.stack([part.m2 for part in parts]).sum(0) if site.share_wanted else None
     everyone = merged.count if merged.count.is_cuda else merged.count.item()
-    return Statistics(everyone, everyone, torch.stack([merged.mean, merged.variance]), within, eps)
+    return BatchStats(everyone, everyone, torch.stack([merged.mean, merged.variance]), within, eps)
 
 
 def backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, site: CallSite
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
     if mask is not None:
@@ -230,7 +237,7 @@ class _SumOverRanks(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, site: CallSite, ranks: int, known: Tensor | None) -> Tensor:
+    def forward(ctx: Any, vector: Tensor, site: LayerCollectives, ranks: int, known: Tensor | None) -> Tensor:
         ctx.site, ctx.ranks = site, ranks
         return sum_over_ranks([], [vector], site, "backward", ranks)[1] if known is None else known.clone()
 
@@ -240,7 +247,7 @@ class _SumOverRanks(Function):
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: Statistics, site: CallSite
+    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
 ) -> tuple[Tensor, ...]:
     """Return the gradients that `backward` does, by operations that autograd can differentiate in their turn.
 
@@ -281,15 +288,15 @@ def _forward_operator(
     x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
 ) -> tuple[Tensor, Tensor]:
     # The graph holds no record; so the call site keeps some.
-    y, statistics = forward(_plain(x), mask, weight, bias, eps, CallSite.of(key), keep_record=True)
+    y, statistics = forward(_plain(x), mask, weight, bias, eps, LayerCollectives.of(key), keep_record=True)
     return y, statistics.pack()
 
 
 def _backward_operator(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    site = CallSite.of(key)
-    statistics = Statistics.unpack(totals, x.shape[1], eps, read=not x.is_cuda, ranks=site.ranks)
+    site = LayerCollectives.of(key)
+    statistics = BatchStats.unpack(totals, x.shape[1], eps, read=not x.is_cuda, ranks=site.ranks)
     dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, site)
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient

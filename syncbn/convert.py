@@ -67,7 +67,7 @@ def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | Non
         own_group = vars(layer).pop("process_group", None)
         vars(layer)[ORIGINAL] = type(layer)
         layer.__class__ = SyncBatchNorm
-        cast(SyncBatchNorm, layer).synchronise(path, process_group if own_group is None else own_group)
+        cast(SyncBatchNorm, layer)._init_collectives(path, process_group if own_group is None else own_group)
     return module
 
 
@@ -96,7 +96,7 @@ def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
         raise ConversionError("cannot revert " + "; ".join(refusals))
     for layer in layers.values():
         original = vars(layer).pop(ORIGINAL, nn.SyncBatchNorm)
-        layer.forget_ranks()
+        layer._drop_collectives()
         cast(nn.Module, layer).__class__ = BatchNorm if original is nn.SyncBatchNorm else original
     return module
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.autograd import moments_of, normalise
-from syncbn.collectives.context import CallSite
+from syncbn.collectives.context import LayerCollectives
 from syncbn.collectives.reduce import group_size
 from syncbn.errors import InputError
 from syncbn.moments import Moments
@@ -81,11 +81,11 @@ def sync_batch_norm(
     return output, moments_of(statistics)
 
 
-_sites: WeakKeyDictionary[ProcessGroup, CallSite] = WeakKeyDictionary()
-_alone = CallSite("sync_batch_norm")
+_sites: WeakKeyDictionary[ProcessGroup, LayerCollectives] = WeakKeyDictionary()
+_alone = LayerCollectives("sync_batch_norm")
 
 
-def _site_of(process_group: ProcessGroup | None) -> CallSite:
+def _site_of(process_group: ProcessGroup | None) -> LayerCollectives:
     """Return the call site that all calls of the function over a group share."""
     group_size(process_group)  # refuses a group that this rank is not in
     group = process_group
@@ -94,7 +94,7 @@ def _site_of(process_group: ProcessGroup | None) -> CallSite:
     if group is None:
         return _alone
     if group not in _sites:
-        _sites[group] = CallSite("sync_batch_norm", process_group)
+        _sites[group] = LayerCollectives("sync_batch_norm", process_group)
     return _sites[group]
 
 

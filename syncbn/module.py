@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.autograd import moments_of, normalise, put_back, select
-from syncbn.collectives.context import CallSite, next_layer_number
+from syncbn.collectives.context import LayerCollectives, next_layer_number
 from syncbn.errors import InputError
 from syncbn.functional import check_input
-from syncbn.kernels.statistics import Statistics, at_least_one
+from syncbn.kernels.statistics import BatchStats, at_least_one
 from syncbn.moments import Moments
 
 if TYPE_CHECKING:
@@ -88,15 +88,15 @@ class SyncBatchNorm(_BatchNorm):
         if not bias:
             # Not by the base class's keyword, which the older versions of torch that we run on do not have.
             self.register_parameter("bias", None)
-        self.synchronise("", process_group)
+        self._init_collectives("", process_group)
 
-    def synchronise(self, name: str, process_group: ProcessGroup | None) -> None:
+    def _init_collectives(self, name: str, process_group: ProcessGroup | None) -> None:
         """Begin to count this layer's calls, under a name that is the same on every rank; "" means a number."""
-        self._site = CallSite(name or f"SyncBatchNorm {next_layer_number()}", process_group)
+        self._site = LayerCollectives(name or f"SyncBatchNorm {next_layer_number()}", process_group)
         self._between_worker_variance_share: Tensor | None = None
         self._watchers: tuple[Callable[[Moments], None], ...] = ()
 
-    def watch_totals(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
+    def register_stats_hook(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
         """Have a function see the moments of all ranks in each training pass; return what ends it."""
         self._watchers = (*self._watchers, watcher)
 
@@ -105,7 +105,7 @@ class SyncBatchNorm(_BatchNorm):
 
         return end
 
-    def forget_ranks(self) -> None:
+    def _drop_collectives(self) -> None:
         """Drop what the layer has beside a torch.nn.BatchNorm."""
         del self._site, self._between_worker_variance_share, self._watchers
 
@@ -140,15 +140,15 @@ class SyncBatchNorm(_BatchNorm):
         self._site.timeout_seconds = float(seconds)
 
     @property
-    def measures_between_worker_variance(self) -> bool:
+    def track_between_rank_variance(self) -> bool:
         """Whether to measure `between_worker_variance_share`, which sends C more float64 numbers forward; at first no.
 
         It is the same on every rank.
         """
         return self._site.share_wanted
 
-    @measures_between_worker_variance.setter
-    def measures_between_worker_variance(self, wanted: bool) -> None:
+    @track_between_rank_variance.setter
+    def track_between_rank_variance(self, wanted: bool) -> None:
         self._site.share_wanted = bool(wanted)
 
     @property
@@ -158,7 +158,7 @@ class SyncBatchNorm(_BatchNorm):
             1 - Σᵢ M2ᵢ / M2,  with M2ᵢ = Σ(x - mean)² over rank i's values around its own mean, M2 over all
 
         Shape (C,), float64, between 0 and 1, and 0 where there is no variance. Near 0, synchronising changes nothing in
-        this layer. None unless `measures_between_worker_variance` is set and a batch was seen since.
+        this layer. None unless `track_between_rank_variance` is set and a batch was seen since.
         """
         return self._between_worker_variance_share
 
@@ -187,9 +187,9 @@ class SyncBatchNorm(_BatchNorm):
             watcher(moments_of(statistics))
         if self.track_running_stats:
             self._update_running_statistics(statistics)
-        if statistics.within is not None:
+        if statistics.within_rank_m2 is not None:
             m2 = statistics.variance * statistics.count
-            self._between_worker_variance_share = torch.where(m2 > 0, 1 - statistics.within / m2, 0).clamp(0, 1)
+            self._between_worker_variance_share = torch.where(m2 > 0, 1 - statistics.within_rank_m2 / m2, 0).clamp(0, 1)
         return output
 
     def _check(self, x: Tensor) -> None:
@@ -216,13 +216,13 @@ class SyncBatchNorm(_BatchNorm):
         return y if mask is None else y.where(mask.unsqueeze(1), 0)
 
     @torch.no_grad()
-    def _update_running_statistics(self, statistics: Statistics) -> None:
+    def _update_running_statistics(self, statistics: BatchStats) -> None:
         # Where no rank had a value, or none that was not seen before, the weight 0 keeps the buffers; a branch would make
         # the host wait for a device, and the compiler give up.
-        count, news = statistics.count, statistics.news
-        weight: Tensor | float = news / at_least_one(count)
+        count, update_count = statistics.count, statistics.update_count
+        weight: Tensor | float = update_count / at_least_one(count)
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(news > 0)
+            self.num_batches_tracked.add_(update_count > 0)
         if self.momentum is not None:
             weight = weight * self.momentum
         elif self.num_batches_tracked is not None:

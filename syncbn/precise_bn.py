@@ -46,7 +46,7 @@ def update_population_statistics(model: nn.Module, batches: Iterable[Any]) -> No
         buffer: buffer.clone() for buffer in model.buffers() if not any(buffer is own for own in _buffers_of(layers))
     }
     modes = {module: module.training for module in model.modules()}
-    handles = [layer.watch_totals(sums[layer].add) for layer in layers]
+    handles = [layer.register_stats_hook(sums[layer].add) for layer in layers]
     before = {buffer: buffer.clone() for buffer in _buffers_of(layers)}
     count, done = 0, False
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from service.adapters.mlflow import RunAddress
 from service.domain.comparisons import Comparison
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import Job, JobState
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity, Cluster
@@ -29,7 +29,7 @@ class FakeRay:
     async def submit(self, submission_id: str, task_file: Path) -> None:
         self._answer()
         if self.refuses:
-            raise Refused("Ray refused the submission with 500")
+            raise UpstreamRejected("Ray refused the submission with 500")
         if submission_id not in self.submissions:
             self.submissions[submission_id] = Submission(RayStatus.PENDING, "")
             task = Task.model_validate_json(task_file.read_text())  # noqa: ASYNC240 - a small local file
@@ -65,7 +65,7 @@ class FakeRay:
 
     def _answer(self) -> None:
         if self.is_down:
-            raise Unavailable("Ray did not answer")
+            raise UpstreamUnavailable("Ray did not answer")
 
 
 @dataclass
@@ -101,4 +101,4 @@ class FakeMlflow:
 
     def _answer(self) -> None:
         if self.is_down:
-            raise Unavailable("MLflow did not answer")
+            raise UpstreamUnavailable("MLflow did not answer")

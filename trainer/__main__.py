@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from trainer.atomic import write_whole
-from trainer.driver.heartbeat import Presence
+from trainer.atomic import atomic_write
+from trainer.driver.heartbeat import AttemptLock
 from trainer.driver.supervisor import ProcessExit, supervise
 from trainer.failure_kinds import classify, classify_exit, message, printable
 from trainer.jobspec import (
@@ -19,10 +19,10 @@ from trainer.jobspec import (
     LOG_FILE,
     OUTCOME_FILE,
     TASK_FILE,
+    Allowlist,
+    AttemptContext,
     JobSpec,
     Outcome,
-    Permissions,
-    RunContext,
     Task,
     attempt_folder,
     field_path,
@@ -50,7 +50,7 @@ def main() -> int:
     try:
         if arguments.spec is not None:
             task = _task_of_file(arguments.spec, arguments.output, resume=arguments.resume)
-            write_whole(_folder(task) / TASK_FILE, task)
+            atomic_write(_folder(task) / TASK_FILE, task)
             return _run(task, ray_address="local")
         if JOB_VARIABLE not in os.environ:
             parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
@@ -79,7 +79,7 @@ def _run_supervised(task: Task) -> int:
         outcome = _outcome_of_driver(ended)
         with (_folder(task) / LOG_FILE).open("a") as log:
             log.write(f"ERROR: {outcome.reason}\n")
-        write_whole(file, outcome)
+        atomic_write(file, outcome)
     descendants.end()
     return ended.status if ended.status >= 0 else 128 - ended.status
 
@@ -98,7 +98,7 @@ def _outcome_of_driver(ended: ProcessExit) -> Outcome:
 
 def _run_attempt(task: Task) -> int:
     folder = _folder(task)
-    presence = Presence(Path(task.context.folder), task.context.attempt)
+    presence = AttemptLock(Path(task.context.folder), task.context.attempt)
     if (reason := presence.claim()) is not None:
         print(reason, file=sys.stderr)
         return NOT_STARTED
@@ -126,7 +126,7 @@ def _run(task: Task, ray_address: str | None) -> int:
         reason, trace = f"driver: {type(error).__name__}: {message(error)}", printable(traceback.format_exc(), 20_000)
         cause, _ = classify(error, default="unknown")
         outcome = Outcome(state="failed", reason=reason, cause=cause, traceback=trace)
-    write_whole(folder / OUTCOME_FILE, outcome)
+    atomic_write(folder / OUTCOME_FILE, outcome)
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
 
@@ -153,8 +153,10 @@ def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
     elif folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds files already; --output takes a new folder, or --resume to go on in it")
     # By hand, everything is allowed that the user is.
-    permissions = Permissions(everything=True)
-    context = RunContext(job_id=path.stem, attempt=attempt, name=path.stem, folder=str(folder), permissions=permissions)
+    permissions = Allowlist(everything=True)
+    context = AttemptContext(
+        job_id=path.stem, attempt=attempt, name=path.stem, folder=str(folder), permissions=permissions
+    )
     return Task(spec=spec, context=context)
 
 

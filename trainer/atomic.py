@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 from pydantic import BaseModel
 
 
-def write_whole(path: Path, content: BaseModel, *, durable: bool = True) -> None:
+def atomic_write(path: Path, content: BaseModel, *, durable: bool = True) -> None:
     """Write `content` as JSON to `path`, so that a reader sees the old file or the new one, even if this process is killed."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w") as file:

@@ -6,7 +6,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Worker:
+class RankInfo:
     """This process's place among the workers. With more than one, torch's default process group is initialised."""
 
     rank: int

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from syncbn import revert_sync_batchnorm
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.checkpoint.state_dict import gather_model_state
 from trainer.data import Dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import StorageError
 from trainer.jobspec import ImportedModelSpec, JobSpec
 from trainer.models import build_model
@@ -32,7 +32,7 @@ class ExportedModel:
 
 
 def collect_models(
-    spec: JobSpec, model: nn.Module, position: Position, checkpoints: Checkpoints, worker: Worker
+    spec: JobSpec, model: nn.Module, position: TrainProgress, checkpoints: Checkpoints, worker: RankInfo
 ) -> list[ExportedModel]:
     """Collect the weights to export on rank 0, the chosen ones first; none on others. Collective if the model is sharded.
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from trainer.atomic import write_whole
+from trainer.atomic import atomic_write
 from trainer.driver.supervisor import ProcessExit
 from trainer.errors import Diverged, RunError
 from trainer.failure_kinds import classify, classify_exit, message, printable
-from trainer.jobspec import Cause, Frozen, Outcome
+from trainer.jobspec import Cause, FrozenModel, Outcome
 from trainer.processes import describe_status
 
 if TYPE_CHECKING:  # the driver does without torch
-    from trainer.checkpoint.state import Position
+    from trainer.checkpoint.state import TrainProgress
 
 MAX_TRACEBACK_CHARS = 20_000
 """Of a longer one the end is kept, which names the error."""
@@ -30,7 +30,7 @@ EXIT_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
 
-class Failure(Frozen):
+class Failure(FrozenModel):
     """What one worker met."""
 
     rank: int
@@ -82,7 +82,7 @@ def record(folder: Path, error: BaseException, rank: int, step: int) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / f"rank-{rank:05d}.json").exists():
-            write_whole(folder / f"rank-{rank:05d}.json", failure)
+            atomic_write(folder / f"rank-{rank:05d}.json", failure)
     except OSError as full:
         print(f"the failure record could not be written: {full}; {failure.reason}", flush=True)
     return failure.reason
@@ -97,7 +97,7 @@ def _traceback(error: BaseException) -> str:
 
 
 @contextmanager
-def recorded(folder: Path, rank: int, position: "Position") -> Iterator[None]:
+def recorded(folder: Path, rank: int, position: "TrainProgress") -> Iterator[None]:
     """Record what is raised inside, at once, and let it pass; to diverge is no failure."""
     try:
         yield

@@ -13,18 +13,18 @@ import torch.distributed as dist
 
 from trainer import failures
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.data import Dataset, open_dataset
 from trainer.data.class_folders import list_some
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.driver.history import checkpoint_folder
 from trainer.errors import Diverged, ExportError, StorageError
 from trainer.export import ExportedModel, collect_models, export_model, write_weights
 from trainer.failure_kinds import message
-from trainer.jobspec import SAVING_FILE, SHAPING_FIELDS, JobSpec, Norm, Task, attempt_folder
+from trainer.jobspec import RESUME_KEY_FIELDS, SAVING_FILE, JobSpec, Norm, Task, attempt_folder
 from trainer.secrets import hide_credentials, set_variables
 from trainer.tracking.figures import write_figures
-from trainer.tracking.logger import Journal, RankZeroJournal, open_journal
+from trainer.tracking.logger import MetricsLogger, RankZeroLogger, open_journal
 from trainer.tracking.outbox import Outbox
 from trainer.training.loop import train
 
@@ -40,9 +40,9 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     from ray.train.torch import get_device
 
     context = ray.train.get_context()
-    worker = Worker(context.get_world_rank(), context.get_world_size(), get_device())
+    worker = RankInfo(context.get_world_rank(), context.get_world_size(), get_device())
     print(f"worker {worker.rank} of {worker.world_size} on {socket.gethostname()}, process {os.getpid()}", flush=True)
-    position = Position()
+    position = TrainProgress()
     try:
         task = read_task(Path(config["task"]))
         # The layers' own time limit, which they read when they are made.
@@ -72,7 +72,7 @@ def read_task(path: Path) -> Task:
         ) from error
 
 
-def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures_folder: Path) -> dict[str, Any]:
+def _train(task: Task, worker: RankInfo, position: TrainProgress, feeder: Any, failures_folder: Path) -> dict[str, Any]:
     spec, context = task.spec, task.context
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
     folder = attempt_folder(Path(context.folder), context.attempt)
@@ -86,7 +86,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
         dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype, feeder)
         stack.callback(_try_to, "end the loading of data", dataset.close)
         is_what = identity(spec, dataset.digest)
-        if isinstance(journal, RankZeroJournal):
+        if isinstance(journal, RankZeroLogger):
             journal.outbox.belong_to(is_what)
             describe(journal.outbox, spec, worker, dataset, folder)
         checkpoints = Checkpoints(checkpoint_folder(task), spec.checkpoint, is_what, worker, folder / SAVING_FILE)
@@ -99,7 +99,7 @@ def _train(task: Task, worker: Worker, position: Position, feeder: Any, failures
             raise
         _conclude(spec, worker, journal, dataset, folder)
         models = collect_models(spec, result.model, position, checkpoints, worker)
-        if isinstance(journal, RankZeroJournal):
+        if isinstance(journal, RankZeroLogger):
             log_to_mlflow = context.mlflow_run_id is not None and spec.log_model
             export(spec, models, dataset, journal.outbox if log_to_mlflow else None, folder)
     return {
@@ -138,13 +138,13 @@ def log_models(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, out
             outbox.put("model", path=str(path), step=model.step, name=model.name)
 
 
-def _conclude(spec: JobSpec, worker: Worker, journal: Journal, dataset: Dataset, folder: Path) -> None:
+def _conclude(spec: JobSpec, worker: RankInfo, journal: MetricsLogger, dataset: Dataset, folder: Path) -> None:
     """Tell what training has shown beside its metrics; every worker calls it."""
     if getattr(spec.data, "corrupt_images", "refuse") == "skip":
         skipped = count_skipped(dataset, worker)
-        if isinstance(journal, RankZeroJournal):
+        if isinstance(journal, RankZeroLogger):
             _try_to("log the skipped images", journal.outbox.put, "tags", tags={"skipped_images": skipped})
-    if isinstance(journal, RankZeroJournal):
+    if isinstance(journal, RankZeroLogger):
         _try_to("draw the figures", log_figures, journal.outbox, folder / "figures")
 
 
@@ -162,7 +162,7 @@ def _try_to(what: str, call: Callable[P, object], *arguments: P.args, **options:
         print(f"warning: could not {what}: {type(error).__name__}: {message(error)}", flush=True)
 
 
-def describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset, folder: Path) -> None:
+def describe(outbox: Outbox, spec: JobSpec, worker: RankInfo, dataset: Dataset, folder: Path) -> None:
     """Log what the spec does not say."""
     tags = {"workers": worker.world_size, "device": worker.device.type, "torch": torch.__version__}
     outbox.put("tags", tags=tags)
@@ -176,7 +176,7 @@ def describe(outbox: Outbox, spec: JobSpec, worker: Worker, dataset: Dataset, fo
         outbox.put("artifact", path=str(path), folder="data")
 
 
-def count_skipped(dataset: Dataset, worker: Worker) -> int:
+def count_skipped(dataset: Dataset, worker: RankInfo) -> int:
     """Count the corrupt images that any worker has left out, each once. Every worker calls it: one collective."""
     names = [dataset.skipped_images] * worker.world_size
     if worker.world_size > 1:
@@ -187,7 +187,7 @@ def count_skipped(dataset: Dataset, worker: Worker) -> int:
 class RayNotices:
     """Ray's own notices of nodes that are drained or reclaimed."""
 
-    def node_is_about_to_go(self) -> bool:
+    def is_preempted(self) -> bool:
         """Ask Ray, by a collective of its own that hands every worker rank 0's answer."""
         import ray.train
 
@@ -199,6 +199,6 @@ def identity(spec: JobSpec, data_digest: str) -> dict[str, str]:
     content = spec.model_dump(mode="json")
     # So that a run that met a corrupt image can go on without it: what comes before is the same.
     content["data"].pop("corrupt_images", None)
-    return {field: json.dumps(content[field], sort_keys=True) for field in SHAPING_FIELDS} | {
+    return {field: json.dumps(content[field], sort_keys=True) for field in RESUME_KEY_FIELDS} | {
         "data's content": data_digest
     }

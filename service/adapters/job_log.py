@@ -31,7 +31,7 @@ PLACE = re.compile(r"^([1-9][0-9]{0,5}):([0-9]{1,15})$")
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class LogOffset:
     """Where a line ends, and so where to go on: the attempt, and bytes of its file."""
 
     attempt: int = 1
@@ -41,7 +41,7 @@ class Place:
         return f"{self.attempt}:{self.offset}"
 
     @classmethod
-    def parse(cls, field: str, text: str) -> "Place":
+    def parse(cls, field: str, text: str) -> "LogOffset":
         """Read what `str` made. Raises InvalidField."""
         if (found := PLACE.match(text)) is None:
             raise InvalidField(field, text, "takes the id of an event of this stream, such as 1:4096")
@@ -52,7 +52,7 @@ class Place:
 class Line:
     """One line of a log."""
 
-    place: Place
+    place: LogOffset
     """Its end."""
     rank: int | None
     """Of the worker that printed it; None for the driver."""
@@ -78,9 +78,9 @@ class Selection:
 class AttemptLog:
     """Reads the log files in an attempt's folder as one, from a place on, as far as they have been written."""
 
-    def __init__(self, folder: Path, place: Place) -> None:
+    def __init__(self, folder: Path, place: LogOffset) -> None:
         self._folder, self._start = folder, place
-        self.place = Place(place.attempt)
+        self.place = LogOffset(place.attempt)
         self._ends: dict[str, int] = {}
         """Bytes read of each file."""
         self._index_offset = 0
@@ -156,7 +156,7 @@ class AttemptLog:
             self._move(name, size)
 
     def _move(self, name: str, size: int) -> None:
-        self.place = Place(self.place.attempt, self.place.offset + size)
+        self.place = LogOffset(self.place.attempt, self.place.offset + size)
         self._ends[name] = self._ends.get(name, 0) + size
 
     def _line(self, name: str, content: bytes, size: int) -> Line:

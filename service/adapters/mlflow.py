@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from service.domain.comparisons import Comparison, describe
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import Job, JobState
 from service.domain.statistics import Curve
 
@@ -43,7 +43,7 @@ class RunAddress:
 
 
 class MlflowRuns(Protocol):
-    """Runs as the service needs them. All calls raise Unavailable if MLflow does not answer in time."""
+    """Runs as the service needs them. All calls raise UpstreamUnavailable if MLflow does not answer in time."""
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
         """Find or make a comparison's parent run, in the experiment named after it."""
@@ -183,7 +183,7 @@ class MlflowRunsOverHttp:
             async with asyncio.timeout(self._timeout_seconds):
                 return await asyncio.get_running_loop().run_in_executor(self._threads, self._try, work)
         except TimeoutError as error:
-            raise Unavailable(f"MLflow at {self._url} did not answer in time") from error
+            raise UpstreamUnavailable(f"MLflow at {self._url} did not answer in time") from error
 
     def _try(self, work: Callable[[], T]) -> T:
         _ = (
@@ -195,8 +195,8 @@ class MlflowRunsOverHttp:
             return work()
         except MlflowException as error:
             if error.error_code in REFUSALS:
-                raise Refused(f"MLflow refused: {error}") from error
-            raise Unavailable(f"MLflow at {self._url}: {error}") from error
+                raise UpstreamRejected(f"MLflow refused: {error}") from error
+            raise UpstreamUnavailable(f"MLflow at {self._url}: {error}") from error
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 
 MAX_CONNECTIONS = 32
 """For each kind of request: slow downloads and uploads must not keep metrics waiting."""
@@ -74,22 +74,22 @@ class MlflowHttp:
         content: bytes | AsyncIterator[bytes] | None = None,
         kind: Kind = Kind.READ,
     ) -> httpx.Response:
-        """Send a request and return the answer with its body unread. Raises Unavailable."""
+        """Send a request and return the answer with its body unread. Raises UpstreamUnavailable."""
         client, params = self._clients[kind], httpx.QueryParams(tuple(query))
         sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
         request = client.build_request(method, path, params=params or None, headers=sent, content=content)
         try:
             return await client.send(request, stream=True)
         except httpx.HTTPError as error:
-            raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
+            raise UpstreamUnavailable(f"MLflow did not answer: {type(error).__name__}") from error
 
     async def get_json(self, path: str) -> Any:
-        """Read a JSON answer; None unless it is a success. Raises Unavailable."""
+        """Read a JSON answer; None unless it is a success. Raises UpstreamUnavailable."""
         answer = await self.send("GET", path, kind=Kind.METRICS)
         try:
             return json.loads(await answer.aread()) if answer.is_success else None
         except (httpx.HTTPError, ValueError) as error:
-            raise Unavailable(f"MLflow did not answer: {type(error).__name__}") from error
+            raise UpstreamUnavailable(f"MLflow did not answer: {type(error).__name__}") from error
         finally:
             await answer.aclose()
 

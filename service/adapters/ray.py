@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import httpx
 
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.lifecycle import RayStatus, Submission
 from service.domain.scheduling import Capacity, Cluster
 from trainer.jobspec import JOB_VARIABLE
@@ -24,10 +24,10 @@ SECONDS_TO_STOP = 10
 
 
 class RayJobs(Protocol):
-    """Submissions as the dispatcher needs them. All calls raise Unavailable if Ray does not answer in time."""
+    """Submissions as the dispatcher needs them. All calls raise UpstreamUnavailable if Ray does not answer in time."""
 
     async def submit(self, submission_id: str, task_file: Path) -> None:
-        """Submit an attempt by its task file; a submission that Ray already has is left as it is. Raises Refused."""
+        """Submit an attempt by its task file; a submission that Ray already has is left as it is. Raises UpstreamRejected."""
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""
@@ -68,7 +68,9 @@ class RayJobsOverHttp:
         answer = await self._call("POST", "/api/jobs/", json=body)
         # Ray answers a repeated submission id with 500, like any other fault: look whether it has it.
         if answer.is_error and await self.find(submission_id) is None:
-            raise Refused(f"Ray refused the submission with {answer.status_code}: {answer.text.strip()[-200:]}")
+            raise UpstreamRejected(
+                f"Ray refused the submission with {answer.status_code}: {answer.text.strip()[-200:]}"
+            )
 
     async def find(self, submission_id: str) -> Submission | None:
         """Ask for a submission; None if Ray does not know it."""
@@ -138,14 +140,14 @@ class RayJobsOverHttp:
             async with asyncio.timeout(self._timeout_seconds):
                 return await self._http.request(method, path, **arguments)
         except (httpx.HTTPError, TimeoutError) as error:
-            raise Unavailable(
+            raise UpstreamUnavailable(
                 f"Ray at {self._http.base_url} did not answer: {error or type(error).__name__}"
             ) from error
 
     @staticmethod
     def _content(answer: httpx.Response) -> Any:
         if answer.is_error:
-            raise Unavailable(f"Ray answered {answer.status_code}: {answer.text.strip()[:200]}")
+            raise UpstreamUnavailable(f"Ray answered {answer.status_code}: {answer.text.strip()[:200]}")
         with _understood(answer.text):
             return answer.json()
 
@@ -161,4 +163,4 @@ def _understood(answer: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Unavailable(f"Ray answered what is not understood: {str(answer)[:200]}") from error
+        raise UpstreamUnavailable(f"Ray answered what is not understood: {str(answer)[:200]}") from error

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from service.domain.errors import StorageFull, Unavailable
+from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.domain.jobs import Job
 from trainer.jobspec import (
     CLOSED_FILE,
@@ -62,19 +62,19 @@ POINT = TypeAdapter(Point)
 
 
 async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Work on files in a thread, and wait for it so long at most. Raises Unavailable."""
+    """Work on files in a thread, and wait for it so long at most. Raises UpstreamUnavailable."""
     return await on_threads(STORAGE_THREADS, partial(copy_context().run, work, *arguments, **options))
 
 
 async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
-    """Work on files in one of these threads, and wait for it so long at most. Raises Unavailable."""
+    """Work on files in one of these threads, and wait for it so long at most. Raises UpstreamUnavailable."""
     try:
         async with asyncio.timeout(STORAGE_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(threads, work)
     except (TimeoutError, OSError) as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise StorageFull(f"the storage has no space left: {error.strerror}") from error
-        raise Unavailable(f"the storage did not answer: {error or type(error).__name__}") from error
+        raise UpstreamUnavailable(f"the storage did not answer: {error or type(error).__name__}") from error
 
 
 class RunFiles:
@@ -115,7 +115,7 @@ class RunFiles:
                 self._full = None
             except StorageFull as error:
                 self._full = error
-            except (Unavailable, TimeoutError):
+            except (UpstreamUnavailable, TimeoutError):
                 self._full = None
         if self._full is not None:
             raise StorageFull(str(self._full))

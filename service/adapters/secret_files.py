@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from service.adapters.run_storage import on_storage
-from service.domain.errors import InvalidField, Refused
+from service.domain.errors import InvalidField, UpstreamRejected
 
 SHARED = "shared"
 """The folder whose secrets all owners may use."""
@@ -20,7 +20,7 @@ class JobSecrets:
     async def resolve(self, owner: str, secrets: dict[str, str]) -> dict[str, str]:
         """Write references in full, as `<owner>/<name>`.
 
-        Raises InvalidField for what the owner may not use, or is not there; Unavailable if the folder does not answer.
+        Raises InvalidField for what the owner may not use, or is not there; UpstreamUnavailable if the folder does not answer.
         """
         if not secrets:
             return {}
@@ -29,9 +29,9 @@ class JobSecrets:
         )
 
     def paths(self, secrets: dict[str, str]) -> dict[str, str]:
-        """Where the cluster's nodes find the values. Raises Refused if the operator has taken the folder away."""
+        """Where the cluster's nodes find the values. Raises UpstreamRejected if the operator has taken the folder away."""
         if secrets and self._folder is None:
-            raise Refused(
+            raise UpstreamRejected(
                 f"the job needs secrets ({', '.join(secrets.values())}), and SYNCBN_SECRETS_FOLDER is not set"
             )
         return {variable: f"{self._folder}/{reference}" for variable, reference in secrets.items()}

@@ -23,7 +23,7 @@ class Forbidden(httpcore.ConnectError):
     """A name stands for an address where nothing is sent to."""
 
 
-class _Names:
+class Resolver:
     """Looks up names' addresses in threads of its own: a slow server of names keeps nothing else waiting."""
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class _Names:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-class _Guard(httpcore.AsyncNetworkBackend):
+class SsrfGuard(httpcore.AsyncNetworkBackend):
     """Connects to the addresses that it has looked at itself: a name that is asked for twice may get two answers."""
 
-    def __init__(self, names: _Names, may_be_reached: Callable[[IPAddress], bool]) -> None:
+    def __init__(self, names: Resolver, may_be_reached: Callable[[IPAddress], bool]) -> None:
         self._names, self._may_be_reached, self._backend = names, may_be_reached, httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -68,15 +68,15 @@ class _Guard(httpcore.AsyncNetworkBackend):
         raise httpcore.ConnectError(f"{host} has no address")
 
 
-class Outgoing:
+class WebhookHttp:
     """Sends messages; `allowed` are networks that are reached though they are not public."""
 
     def __init__(self, allowed: Sequence[IPNetwork], seconds: float) -> None:
-        self._allowed, self._seconds, self._names = allowed, seconds, _Names()
+        self._allowed, self._seconds, self._names = allowed, seconds, Resolver()
         # A pool for each scheme, as what is not encrypted may go to fewer places. The sender says how much goes on at once.
         self._pools = {
             scheme: httpcore.AsyncConnectionPool(
-                network_backend=_Guard(self._names, may), max_connections=None, keepalive_expiry=5
+                network_backend=SsrfGuard(self._names, may), max_connections=None, keepalive_expiry=5
             )
             for scheme, may in (
                 ("https", lambda address: may_be_reached(address, allowed)),

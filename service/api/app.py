@@ -18,7 +18,7 @@ from service.adapters.ray import RayJobs, RayJobsOverHttp
 from service.adapters.run_storage import RunFiles
 from service.adapters.secret_files import JobSecrets
 from service.adapters.spec_checker import SpecChecker
-from service.adapters.webhook_http import Outgoing
+from service.adapters.webhook_http import WebhookHttp
 from service.api import problems, sign_in
 from service.api.background import Background
 from service.api.body_limit import DeclaredLength
@@ -41,7 +41,7 @@ from service.api.routes import validation as validation_routes
 from service.api.routes import webhooks as webhook_routes
 from service.api.schemas import Readiness
 from service.api.security_headers import Headers
-from service.api.subscriptions import Watch
+from service.api.subscriptions import JobFeed
 from service.domain.access import Scope
 from service.domain.mlflow_access import MAX_JSON_BYTES
 from service.domain.rates import RateLimit
@@ -50,7 +50,7 @@ from service.engine.dispatcher import Dispatcher
 from service.engine.lease_holder import Replica
 from service.engine.metric_alerts import Thresholds
 from service.engine.retention import Retention
-from service.engine.submitter import Attempts
+from service.engine.submitter import Submitter
 from service.engine.webhook_sender import WebhookSender
 from service.settings import Settings
 from service.store.audit import AuditStore
@@ -208,7 +208,7 @@ async def _open_components(
         metrics = Metrics(jobs, leases)
         replica = Replica(leases, settings.replica_name(), settings.lease_seconds)
         secrets = JobSecrets(settings.secrets_folder)
-        attempts = Attempts(
+        attempts = Submitter(
             jobs,
             comparisons,
             ray,
@@ -221,7 +221,7 @@ async def _open_components(
             secrets=secrets,
         )
         webhooks = WebhookStore(database)
-        outgoing = Outgoing(settings.networks(), seconds)
+        outgoing = WebhookHttp(settings.networks(), seconds)
         stack.push_async_callback(outgoing.close)
         dispatcher = Dispatcher(
             replica,
@@ -265,7 +265,7 @@ async def _open_components(
             retention=Retention(
                 replica, RetentionStore(database), webhooks, keys, credentials, files, settings.retention()
             ),
-            watch=Watch(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
+            watch=JobFeed(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
             permissions=permissions,
             feasibility=Feasibility(ray, checker),

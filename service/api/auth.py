@@ -12,7 +12,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityS
 from service.api.dependencies import Components, components_of
 from service.domain.access import Caller, Scope, Token
 from service.domain.credentials import CredentialKind
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 
 logger = logging.getLogger(__name__)
 SESSION_COOKIE = "syncbn_session"
@@ -55,7 +55,7 @@ async def _admit(components: Components, token: Token) -> Caller:
     limit_rate(components, token.id)
     try:
         await components.tokens.note_use(token)
-    except Unavailable as error:  # no reason to turn anybody away
+    except UpstreamUnavailable as error:  # no reason to turn anybody away
         logger.warning("the use of token %s could not be noted: %s", token.id, error)
     return Caller(token.owner, token.scopes, token.id)
 

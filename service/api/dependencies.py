@@ -11,10 +11,10 @@ from service.adapters.mlflow_http import MlflowHttp
 from service.adapters.ray import RayJobs
 from service.adapters.run_storage import RunFiles
 from service.adapters.secret_files import JobSecrets
-from service.adapters.webhook_http import Outgoing
+from service.adapters.webhook_http import WebhookHttp
 from service.api.feasibility import Feasibility
 from service.api.prometheus import Metrics
-from service.api.subscriptions import Watch
+from service.api.subscriptions import JobFeed
 from service.domain.rates import RateLimit
 from service.engine.dispatcher import Dispatcher
 from service.engine.lease_holder import Replica
@@ -28,7 +28,7 @@ from service.store.idempotency import IdempotencyStore
 from service.store.jobs import JobStore
 from service.store.tokens import TokenStore
 from service.store.webhooks import WebhookStore
-from trainer.jobspec import Permissions
+from trainer.jobspec import Allowlist
 
 MAX_LARGE_REQUESTS = 2
 
@@ -44,7 +44,7 @@ class Components:
     credentials: CredentialStore
     audit: AuditStore
     webhooks: WebhookStore
-    outgoing: Outgoing
+    outgoing: WebhookHttp
     idempotency: IdempotencyStore
     ray: RayJobs
     mlflow: MlflowRuns
@@ -54,9 +54,9 @@ class Components:
     dispatcher: Dispatcher
     sender: WebhookSender
     retention: Retention
-    watch: Watch
+    watch: JobFeed
     metrics: Metrics
-    permissions: Permissions
+    permissions: Allowlist
     """What the operator allows specs to reach."""
     feasibility: Feasibility
     secrets: JobSecrets

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from service.adapters.ray import RayJobs
 from service.adapters.spec_checker import SpecChecker
-from service.domain.errors import InvalidField, Unavailable
+from service.domain.errors import InvalidField, UpstreamUnavailable
 from service.domain.scheduling import Cluster
 from trainer.jobspec import JobSpec, ModelSize, min_worker_bytes
 
@@ -28,7 +28,7 @@ class Feasibility:
         if need > SMALL_BYTES:
             try:
                 cluster = await self._ray.cluster()
-            except Unavailable:
+            except UpstreamUnavailable:
                 return
             refuse_memory(largest, size, cluster)
 

@@ -15,7 +15,7 @@ from service.api.auth import authenticate
 from service.api.dependencies import components_of
 from service.api.json_body import JsonRequest
 from service.domain.access import Caller
-from service.domain.errors import InFlight, InvalidField
+from service.domain.errors import InvalidField, RequestInProgress
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
 
 LARGE_BYTES, LARGE_PATH = 10_000, "/v1/comparisons"
@@ -138,7 +138,7 @@ async def _body_of(request: Request) -> bytes:
 @contextmanager
 def _in_flight(keys: set[tuple[str, str]], key: tuple[str, str]) -> Iterator[None]:
     if key in keys:
-        raise InFlight(IN_FLIGHT)
+        raise RequestInProgress(IN_FLIGHT)
     keys.add(key)
     try:
         yield

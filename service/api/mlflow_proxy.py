@@ -25,7 +25,7 @@ from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
 from service.api.compute import in_thread
 from service.api.dependencies import components_of
 from service.api.sign_in import sign_in_page
-from service.domain.errors import InvalidField, NotFound, Unavailable
+from service.domain.errors import InvalidField, NotFound, UpstreamUnavailable
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt
 from service.domain.mlflow_queries import MAX_QUERY_BYTES, bounded
 from service.store.credentials import CredentialStore
@@ -106,7 +106,7 @@ class MlflowProxy:
         """Run and model; a model's run never changes."""
 
     async def forward(self, request: Request) -> Response:
-        """Forward one request. Raises HTTPException with 401, 403, 413 or 429, InvalidField, NotFound and Unavailable."""
+        """Forward one request. Raises HTTPException with 401, 403, 413 or 429, InvalidField, NotFound and UpstreamUnavailable."""
         path = request.scope["path"].removeprefix(PREFIX)
         if not path:  # the page's own addresses are relative to the folder
             return RedirectResponse(f"{PREFIX}/")
@@ -175,7 +175,7 @@ class MlflowProxy:
                 answer = await mlflow.send(method, quote(path), **arguments)
         except TimeoutError:
             release()
-            raise Unavailable(f"MLflow did not answer within {seconds:.0f} s") from None
+            raise UpstreamUnavailable(f"MLflow did not answer within {seconds:.0f} s") from None
         except BaseException:
             release()
             raise

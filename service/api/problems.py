@@ -14,29 +14,29 @@ from starlette.routing import Match
 
 from service.api.schemas import FieldError, Problem
 from service.domain.errors import (
-    Changed,
     Conflict,
-    InFlight,
     InvalidField,
     NotFound,
     QuotaExceeded,
-    Refused,
+    RequestInProgress,
     ServiceError,
     StorageFull,
-    Unavailable,
+    UpstreamRejected,
+    UpstreamUnavailable,
+    VersionMismatch,
 )
-from trainer.jobspec import Refusal, field_path
+from trainer.jobspec import NotAllowed, field_path
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {
     InvalidField: HTTPStatus.UNPROCESSABLE_ENTITY,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
-    InFlight: HTTPStatus.CONFLICT,
+    RequestInProgress: HTTPStatus.CONFLICT,
     QuotaExceeded: HTTPStatus.FORBIDDEN,
-    Changed: HTTPStatus.PRECONDITION_FAILED,
-    Refused: HTTPStatus.BAD_GATEWAY,
-    Unavailable: HTTPStatus.SERVICE_UNAVAILABLE,
+    VersionMismatch: HTTPStatus.PRECONDITION_FAILED,
+    UpstreamRejected: HTTPStatus.BAD_GATEWAY,
+    UpstreamUnavailable: HTTPStatus.SERVICE_UNAVAILABLE,
     StorageFull: HTTPStatus.INSUFFICIENT_STORAGE,
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -65,7 +65,7 @@ def install(app: FastAPI) -> None:
     """Map every error of `app`."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
-    app.add_exception_handler(Refusal, _on_refusal)
+    app.add_exception_handler(NotAllowed, _on_refusal)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_mistake_of_ours)
 
@@ -93,12 +93,12 @@ def _on_service_error(_: Request, error: Exception) -> Response:
         if isinstance(error, InvalidField)
         else []
     )
-    headers = {"Retry-After": "1"} if isinstance(error, InFlight | Unavailable) else None
+    headers = {"Retry-After": "1"} if isinstance(error, RequestInProgress | UpstreamUnavailable) else None
     return answer(STATUS[type(error)], str(error), errors, headers)
 
 
 def _on_refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+    assert isinstance(error, NotAllowed)
     item = FieldError(field=f"spec.{error.field}", value=_short(error.value), takes=error.takes)
     return answer(HTTPStatus.UNPROCESSABLE_ENTITY, f"{item.field}: {error.takes}", [item])
 

@@ -38,7 +38,7 @@ class Metrics:
         )
 
     async def text(self) -> bytes:
-        """Write all of it as Prometheus reads it. Raises Unavailable."""
+        """Write all of it as Prometheus reads it. Raises UpstreamUnavailable."""
         totals, seen = await self._jobs.totals(), await self._leases.seconds_since_seen()
         registry = CollectorRegistry()
         registry.register(_Snapshot(totals, seen, datetime.now(UTC)))

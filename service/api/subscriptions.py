@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from service.domain.errors import Unavailable
-from service.store.jobs import JobStore, Pulse
+from service.domain.errors import UpstreamUnavailable
+from service.store.jobs import JobSnapshot, JobStore
 from service.store.tokens import TokenStore
 
 logger = logging.getLogger(__name__)
 
 
-class Watch:
+class JobFeed:
     """Keeps the newest pulse of every job that somebody watches, and knows whose token has ended meanwhile."""
 
     def __init__(self, jobs: JobStore, tokens: TokenStore, poll_seconds: float, most_streams: int) -> None:
@@ -23,7 +23,7 @@ class Watch:
         """By token."""
         self._ended_tokens: set[str] = set()
         self._watched: Counter[str] = Counter()
-        self._pulses: dict[str, Pulse] = {}
+        self._pulses: dict[str, JobSnapshot] = {}
         self._changed = asyncio.Condition()
         self.is_closing = False
 
@@ -34,14 +34,14 @@ class Watch:
             try:
                 await self.look()
             except Exception as error:  # of whatever kind: all streams wait for this
-                logger.warning("streams wait: %s", error, exc_info=not isinstance(error, Unavailable))
+                logger.warning("streams wait: %s", error, exc_info=not isinstance(error, UpstreamUnavailable))
 
     async def look(self) -> None:
         """Look once at all that is watched, and tell of what has changed."""
         if self._streams:
             asked = set(self._streams)
             ended = asked - await self._tokens.valid_among(asked)
-            found = await self._jobs.pulses(list(self._watched))
+            found = await self._jobs.snapshots(list(self._watched))
             async with self._changed:
                 has_news = ended or any(self._pulses.get(job_id) != pulse for job_id, pulse in found.items())
                 self._ended_tokens = ended
@@ -79,7 +79,7 @@ class Watch:
                 del self._watched[job_id]
                 self._pulses.pop(job_id, None)
 
-    async def next(self, job_id: str, seen: Pulse | None, token_id: str, seconds: float) -> Pulse | None:
+    async def next(self, job_id: str, seen: JobSnapshot | None, token_id: str, seconds: float) -> JobSnapshot | None:
         """Wait, so long at most, until a job's pulse is another than `seen` or the token's streams are over.
 
         Returns what the pulse is then, None if nobody has looked.

@@ -21,7 +21,7 @@ DEFAULT_DATA_DIR = Path(".syncbn")
 PANEL = "Which service"
 
 
-class Place(BaseModel):
+class ServiceTarget(BaseModel):
     """What one source says of the service; its `url` goes before its `data_dir`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,16 +36,20 @@ class Place(BaseModel):
         return self.url is not None or self.data_dir is not None
 
 
-def find_service(options: Place, environment: Mapping[str, str], config_path: Path | None = None) -> tuple[str, str]:
+def find_service(
+    options: ServiceTarget, environment: Mapping[str, str], config_path: Path | None = None
+) -> tuple[str, str]:
     """Return the address and the token of the service: by `options`, else `environment`, else the config file, else the stack.
 
     A token of an option or a variable goes to whichever service was chosen; that of the config file to its own alone, so that
     no address that is tried out gets it. Raises BadParameter, StackError and OSError.
     """
     variables = {
-        name: value for name in Place.model_fields if (value := environment.get(f"SYNCBN_{name.upper()}", "").strip())
+        name: value
+        for name in ServiceTarget.model_fields
+        if (value := environment.get(f"SYNCBN_{name.upper()}", "").strip())
     }
-    told = Place(**variables)
+    told = ServiceTarget(**variables)
     # What says less is not read where it would not count, so that a faulty config file is in nobody's way.
     place = next((source for source in (options, told) if source.names_one), None) or _config(environment, config_path)
     url, own = place.url, place.token
@@ -64,7 +68,7 @@ def default_config_path() -> Path:
     return Path(typer.get_app_dir("syncbn")) / "config.toml"
 
 
-def read_config(path: Path) -> Place:
+def read_config(path: Path) -> ServiceTarget:
     """Read a config file. Raises BadParameter naming the field, and OSError."""
 
     def refuse(message: str) -> typer.BadParameter:
@@ -73,12 +77,12 @@ def read_config(path: Path) -> Place:
     with path.open("rb") as file:
         may_be_read_by_others = stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
         try:
-            place = Place(**tomllib.load(file))
+            place = ServiceTarget(**tomllib.load(file))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise refuse(f"holds no TOML: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            field, takes = first["loc"][0], f"takes {', '.join(Place.model_fields)}"
+            field, takes = first["loc"][0], f"takes {', '.join(ServiceTarget.model_fields)}"
             raise refuse(f"{field}: {takes if first['type'] == 'extra_forbidden' else first['msg']}") from None
     if place.token is not None and place.url is None:
         raise refuse("token: takes the url of its service beside it")
@@ -87,10 +91,10 @@ def read_config(path: Path) -> Place:
     return place
 
 
-def _config(environment: Mapping[str, str], path: Path | None) -> Place:
+def _config(environment: Mapping[str, str], path: Path | None) -> ServiceTarget:
     named = path or (Path(found) if (found := environment.get("SYNCBN_CONFIG")) else None)
     if named is None and not default_config_path().exists():
-        return Place()
+        return ServiceTarget()
     return read_config(named or default_config_path())
 
 
@@ -121,7 +125,7 @@ def with_client(command: Callable[Concatenate[Client, Given], None]) -> Callable
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
-        place = Place(**{name: options.pop(name) for name in Place.model_fields})
+        place = ServiceTarget(**{name: options.pop(name) for name in ServiceTarget.model_fields})
         url, token = find_service(place, os.environ, options.pop("config"))
         try:
             client = Client(

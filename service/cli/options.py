@@ -6,9 +6,9 @@ import typer
 from pydantic import ValidationError
 
 from service.cli.inputs import parse_pairs
-from service.domain.submission import Terms
+from service.domain.submission import SubmitOptions
 
-PANEL = "Terms"
+PANEL = "SubmitOptions"
 
 Name = Annotated[str | None, typer.Option(help="default: the file's name")]
 Tags = Annotated[
@@ -55,7 +55,7 @@ def make_terms(
     queue_seconds: float | None,
     run_seconds: float | None,
     secrets: list[str] | None,
-) -> Terms:
+) -> SubmitOptions:
     """Make the terms of what was given; the rest is left to the service. Raises BadParameter naming the field."""
     values: dict[str, Any] = {
         "tags": tags or None,
@@ -66,7 +66,7 @@ def make_terms(
         "secrets": parse_pairs("--secret", secrets or ()) or None,
     }
     try:
-        return Terms.model_validate({name: value for name, value in values.items() if value is not None})
+        return SubmitOptions.model_validate({name: value for name, value in values.items() if value is not None})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])

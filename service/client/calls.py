@@ -25,7 +25,7 @@ from service.client.call import Call, Content, Listing, get, given, post, read_t
 from service.domain.access import Scope
 from service.domain.credentials import HOME
 from service.domain.jobs import JobState
-from service.domain.submission import Terms
+from service.domain.submission import SubmitOptions
 from trainer.jobspec import JobSpec, Norm
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -39,13 +39,13 @@ class JobWithTag(NamedTuple):
 
 
 def submit_job(
-    name: str, spec: JobSpec | Content, terms: Terms | None = None, *, key: str | None = None
+    name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None, *, key: str | None = None
 ) -> Call[JobView]:
     """Submit one job. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
     return post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
 
 
-def validate_job(name: str, spec: JobSpec | Content, terms: Terms | None = None) -> Call[Validation]:
+def validate_job(name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None) -> Call[Validation]:
     """Have a job checked, and nothing stored."""
     return post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
 
@@ -220,7 +220,7 @@ def _content(body: BaseModel | Content) -> Content:
     return body.model_dump(mode="json", exclude_unset=True) if isinstance(body, BaseModel) else body
 
 
-def _submission(name: str, spec: JobSpec | Content, terms: Terms | None) -> Content:
+def _submission(name: str, spec: JobSpec | Content, terms: SubmitOptions | None) -> Content:
     return {"name": name, "spec": _content(spec), **_content(terms or {})}
 
 

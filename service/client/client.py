@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from service.api.schemas import ComparisonView
 from service.client.call import Call, Listing, Page
 from service.client.operations import Operations
-from service.client.retry import PATIENT, ApiError, Patience, Tries, refuse_errors, told_as_api_errors
-from service.client.sse import SECONDS_OF_SILENCE, Following, Stream
+from service.client.retry import PATIENT, ApiError, Retrier, RetryPolicy, raise_for_status, wrap_http_errors
+from service.client.sse import SECONDS_OF_SILENCE, SseCursor, Stream
 
 A = TypeVar("A")
 E = TypeVar("E", bound=BaseModel)
@@ -39,7 +39,7 @@ class _Base(Operations):
         token: str,
         *,
         timeout_seconds: float = 30,
-        patience: Patience = PATIENT,
+        patience: RetryPolicy = PATIENT,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not (token.isascii() and token.isprintable() and token):
@@ -56,8 +56,8 @@ class _Base(Operations):
         self._stream_timeout = httpx.Timeout(timeout_seconds, read=SECONDS_OF_SILENCE)
         self._patience, self._tell = patience, tell
 
-    def _tries(self) -> Tries:
-        return Tries(self._patience, self._tell)
+    def _tries(self) -> Retrier:
+        return Retrier(self._patience, self._tell)
 
 
 class Client(_Base):
@@ -79,14 +79,14 @@ class Client(_Base):
         request = call.request(self._http, self._timeout)
         while True:
             try:
-                with told_as_api_errors(self.url):
+                with wrap_http_errors(self.url):
                     answer = self._http.send(request)
-                    refuse_errors(self.url, answer, call.takes)
+                    raise_for_status(self.url, answer, call.takes)
                     return call.read(answer)
             except ApiError as error:
-                time.sleep(tries.pause_after(error))
+                time.sleep(tries.next_delay(error))
 
-    def go_through(self, listing: Listing[P, Item]) -> Iterator[Item]:
+    def paginate(self, listing: Listing[P, Item]) -> Iterator[Item]:
         """Yield the items of all pages, each page when it is needed."""
         call: Call[P] | None = listing.first
         while call is not None:
@@ -96,15 +96,15 @@ class Client(_Base):
 
     def follow(self, stream: Stream[E]) -> Iterator[E]:
         """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
-        following = Following(stream, self._tries())
+        following = SseCursor(stream, self._tries())
         while not following.is_over:
             try:
-                with told_as_api_errors(self.url):
+                with wrap_http_errors(self.url):
                     request = following.call().request(self._http, self._stream_timeout)
                     with closing(self._http.send(request, stream=True)) as answer:
                         if not answer.is_success:
                             answer.read()
-                        refuse_errors(self.url, answer)
+                        raise_for_status(self.url, answer)
                         following.open(answer)
                         for event in EventSource(answer).iter_sse():
                             if (taken := following.take(event)) is not None:
@@ -113,7 +113,7 @@ class Client(_Base):
                                 return
                 raise ApiError(BROKEN_OFF, is_transient=True)
             except ApiError as error:
-                time.sleep(following.pause_after(error))
+                time.sleep(following.next_delay(error))
 
     def wait(
         self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
@@ -144,14 +144,14 @@ class AsyncClient(_Base):
         request = call.request(self._http, self._timeout)
         while True:
             try:
-                with told_as_api_errors(self.url):
+                with wrap_http_errors(self.url):
                     answer = await self._http.send(request)
-                    refuse_errors(self.url, answer, call.takes)
+                    raise_for_status(self.url, answer, call.takes)
                     return call.read(answer)
             except ApiError as error:
-                await asyncio.sleep(tries.pause_after(error))
+                await asyncio.sleep(tries.next_delay(error))
 
-    async def go_through(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
+    async def paginate(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
         """Yield the items of all pages, each page when it is needed."""
         call: Call[P] | None = listing.first
         while call is not None:
@@ -162,15 +162,15 @@ class AsyncClient(_Base):
 
     async def follow(self, stream: Stream[E]) -> AsyncIterator[E]:
         """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
-        following = Following(stream, self._tries())
+        following = SseCursor(stream, self._tries())
         while not following.is_over:
             try:
-                with told_as_api_errors(self.url):
+                with wrap_http_errors(self.url):
                     request = following.call().request(self._http, self._stream_timeout)
                     async with aclosing(await self._http.send(request, stream=True)) as answer:
                         if not answer.is_success:
                             await answer.aread()
-                        refuse_errors(self.url, answer)
+                        raise_for_status(self.url, answer)
                         following.open(answer)
                         async for event in EventSource(answer).aiter_sse():
                             if (taken := following.take(event)) is not None:
@@ -179,7 +179,7 @@ class AsyncClient(_Base):
                                 return
                 raise ApiError(BROKEN_OFF, is_transient=True)
             except ApiError as error:
-                await asyncio.sleep(following.pause_after(error))
+                await asyncio.sleep(following.next_delay(error))
 
     async def wait(
         self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]

@@ -53,7 +53,7 @@ class Listed(Generic[Given, P, Item]):
     ) -> Callable[Given, Iterator[Item] | AsyncIterator[Item]]:
         @wraps(self._describe)
         def method(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[Item] | AsyncIterator[Item]:
-            return client.go_through(self._describe(*args, **kwargs))
+            return client.paginate(self._describe(*args, **kwargs))
 
         return method
 

@@ -36,7 +36,7 @@ class ApiError(Exception):
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How often a request is sent, and for how long; a stream counts anew whenever it has brought something."""
 
     tries: int = 8
@@ -46,21 +46,21 @@ class Patience:
     longest_pause_seconds: float = 10
 
 
-PATIENT = Patience()
+PATIENT = RetryPolicy()
 
 
-class Tries:
+class Retrier:
     """The tries of one request: pauses grow twofold, at random so that clients part, and are as long as the service asks for."""
 
-    def __init__(self, patience: Patience, tell: Callable[[str], None]) -> None:
+    def __init__(self, patience: RetryPolicy, tell: Callable[[str], None]) -> None:
         self._patience, self._tell = patience, tell
-        self.begin_anew()
+        self.reset()
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget the tries before; of a stream, because it has brought something."""
         self._made, self._deadline = 0, time.monotonic() + self._patience.total_seconds
 
-    def pause_after(self, error: ApiError) -> float:
+    def next_delay(self, error: ApiError) -> float:
         """Return the seconds to wait before the next try; raises the error if there is none."""
         self._made += 1
         longest = min(self._patience.first_pause_seconds * 2 ** (self._made - 1), self._patience.longest_pause_seconds)
@@ -72,7 +72,7 @@ class Tries:
 
 
 @contextmanager
-def told_as_api_errors(url: str) -> Iterator[None]:
+def wrap_http_errors(url: str) -> Iterator[None]:
     """Raise ApiError for whatever httpx raises, and for answers that no service of this kind gives."""
     try:
         yield
@@ -83,7 +83,7 @@ def told_as_api_errors(url: str) -> Iterator[None]:
         raise ApiError(f"{url} did not answer as a syncbn service does: {error}") from error
 
 
-def refuse_errors(url: str, answer: httpx.Response, takes: tuple[int, ...] = ()) -> None:
+def raise_for_status(url: str, answer: httpx.Response, takes: tuple[int, ...] = ()) -> None:
     """Raise ApiError if an answer, which has been read, tells of an error."""
     status = answer.status_code
     if answer.is_success or status in takes:

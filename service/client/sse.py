@@ -12,13 +12,13 @@ from pydantic import BaseModel
 from service.api.schemas import EventView
 from service.client.call import Call
 from service.client.calls import Level
-from service.client.retry import ApiError, Tries
+from service.client.retry import ApiError, Retrier
 from service.domain.jobs import JobState
 from trainer.jobspec import Progress
 
 SECONDS_OF_SILENCE = 45.0
 """After which a connection is dead: the service gives a sign of life every 15 seconds."""
-FRUITFUL_SECONDS = 15.0
+MIN_HEALTHY_SECONDS = 15.0
 """A connection that lived so long was a good one, though a job may have had nothing to say."""
 
 
@@ -53,10 +53,10 @@ class Stream(Generic[E]):
     """By their names; other events are passed over."""
 
 
-class Following(Generic[E]):
+class SseCursor(Generic[E]):
     """How far a stream has come, over all its connections."""
 
-    def __init__(self, stream: Stream[E], tries: Tries) -> None:
+    def __init__(self, stream: Stream[E], tries: Retrier) -> None:
         self._stream, self._tries = stream, tries
         self._last_id = ""
         self._answer: httpx.Response | None = None
@@ -81,12 +81,12 @@ class Following(Generic[E]):
         self.is_over = isinstance(taken, Ended)
         return taken
 
-    def pause_after(self, error: ApiError) -> float:
+    def next_delay(self, error: ApiError) -> float:
         """Return the seconds to wait before the next connection; raises the error once too many have brought nothing."""
         has_spoken = self._answer is not None and self._answer.num_bytes_downloaded > 0
-        if self._has_taken or (has_spoken and time.monotonic() - self._opened_at >= FRUITFUL_SECONDS):
-            self._tries.begin_anew()
-        return self._tries.pause_after(error)
+        if self._has_taken or (has_spoken and time.monotonic() - self._opened_at >= MIN_HEALTHY_SECONDS):
+            self._tries.reset()
+        return self._tries.next_delay(error)
 
 
 def follow_logs(

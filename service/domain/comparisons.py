@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, JsonValue, ValidationError, ValidationInfo, field_validator
 
 from service.domain.errors import InvalidField
-from trainer.jobspec import SHARES_BATCH, Frozen, JobSpec, Measured, field_path, spec_warnings
+from trainer.jobspec import SHARES_BATCH, FrozenModel, JobSpec, Measured, field_path, spec_warnings
 
 MOST_JOBS = 256
 """Jobs that one comparison may have."""
@@ -32,7 +32,7 @@ Matrix = dict[str, list[Any]]
 Variant = dict[str, Any]
 
 
-class ComparisonSpec(Frozen):
+class ComparisonSpec(FrozenModel):
     """What to compare: one base spec under several variants, and by which metric."""
 
     spec: JobSpec

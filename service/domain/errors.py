@@ -27,11 +27,11 @@ class Conflict(ServiceError):  # noqa: N818
     """The request does not fit the state that the thing is in."""
 
 
-class InFlight(ServiceError):  # noqa: N818
+class RequestInProgress(ServiceError):  # noqa: N818
     """The same request came before, and has not been answered yet; its answer will be there soon."""
 
 
-class Changed(ServiceError):  # noqa: N818
+class VersionMismatch(ServiceError):  # noqa: N818
     """The thing is not any more what the request says that it is."""
 
 
@@ -39,15 +39,15 @@ class QuotaExceeded(ServiceError):  # noqa: N818
     """The request would take more than its owner may have."""
 
 
-class Unavailable(ServiceError):  # noqa: N818
+class UpstreamUnavailable(ServiceError):  # noqa: N818
     """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
 
 
-class StorageFull(Unavailable):
+class StorageFull(UpstreamUnavailable):
     """A disk that the service writes to is full."""
 
 
-class Refused(ServiceError):  # noqa: N818
+class UpstreamRejected(ServiceError):  # noqa: N818
     """Ray or MLflow answered that it does not take something; trying again helps only if the trouble was a passing one."""
 
 

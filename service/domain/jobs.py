@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from service.domain.retries import Failures, Retries
-from service.domain.scheduling import Candidate, least_needs, most_needs
+from service.domain.scheduling import SchedulableJob, least_needs, most_needs
 from trainer.jobspec import JobSpec, Progress
 
 
@@ -154,9 +154,9 @@ class Job(JobRecord):
             )
         return replace(after, ran_seconds=self.seconds_run(now), ended_at=now) if step.state.is_terminal else after
 
-    def candidate(self) -> Candidate:
+    def candidate(self) -> SchedulableJob:
         """What the scheduler knows of it."""
-        return Candidate(
+        return SchedulableJob(
             id=self.id,
             owner=self.owner,
             priority=self.priority,

@@ -87,7 +87,7 @@ def is_overtime(job: Job, now: datetime) -> bool:
 
 def after_failure(job: Job, blame: Blame, what: str, now: datetime) -> Transition:
     """Queue a job for another attempt, if it has one left for failures of this kind."""
-    failures = job.failures.and_one(blame)
+    failures = job.failures.increment(blame)
     count, allowed = failures.of(blame), job.retries.allowed(blame)
     if blame == Blame.USER:
         return Transition(state=JobState.FAILED, reason=what)

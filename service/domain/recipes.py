@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from service.domain.comparisons import ComparisonSpec
-from trainer.jobspec import Frozen, read_yaml
+from trainer.jobspec import FrozenModel, read_yaml
 
 Selection = dict[str, JsonValue]
 """Paths of the matrix with one value each."""
 
 
-class Window(Frozen):
+class Window(FrozenModel):
     """The values of one path at which a measure is large enough."""
 
     along: str = Field(description="path of the matrix")
@@ -35,7 +35,7 @@ class Window(Frozen):
     size: Literal["lowest", "highest", "count", "width"]
 
 
-class Measure(Frozen):
+class Measure(FrozenModel):
     """What one run's curve comes to; with a window, what the runs of one seed come to."""
 
     metric: str = "accuracy"
@@ -54,7 +54,7 @@ class Measure(Frozen):
         return self
 
 
-class Figure(Frozen):
+class Figure(FrozenModel):
     """A number that a recipe reports for each seed."""
 
     says: str = Field(description="what the number is, in words")
@@ -85,7 +85,7 @@ class Rule(Figure):
     bound: float
 
 
-class Recipe(Frozen):
+class Recipe(FrozenModel):
     """A ready comparison that tests one claim."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=60)]

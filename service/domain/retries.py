@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from trainer.jobspec import Cause, Frozen
+from trainer.jobspec import Cause, FrozenModel
 
 FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=2), timedelta(minutes=5)
 """Before another attempt."""
@@ -36,7 +36,7 @@ BLAME: dict[Cause, Blame] = {
 """Who is to blame for each cause; to diverge is a result, and nobody's fault."""
 
 
-class Retries(Frozen):
+class Retries(FrozenModel):
     """How many more attempts a job gets, by whom an end is blamed on. What is the user's own mistake would only recur."""
 
     infrastructure: int = Field(5, ge=0, le=1_000, description="after a lost worker, driver, node or cluster")
@@ -70,7 +70,7 @@ class Failures:
 
     counts: dict[Blame, int] = field(default_factory=dict)
 
-    def and_one(self, blame: Blame) -> "Failures":
+    def increment(self, blame: Blame) -> "Failures":
         """These and one more."""
         return Failures(self.counts | {blame: self.counts.get(blame, 0) + 1})
 

@@ -67,7 +67,7 @@ class Quota:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
+class SchedulableJob:
     """What the scheduler knows of a job that waits, or that is with Ray."""
 
     id: str
@@ -104,7 +104,7 @@ class Policy:
 class Plan:
     """What to do now."""
 
-    admitted: list[Candidate]
+    admitted: list[SchedulableJob]
     """In the order in which they go to Ray."""
     reasons: dict[str, str]
     """Why each of the others waits, by id."""
@@ -125,7 +125,7 @@ def _resources(spec: JobSpec, workers: int) -> Capacity:
 
 
 def plan(
-    waiting: Iterable[Candidate], active: Sequence[Candidate], cluster: Cluster, policy: Policy, now: datetime
+    waiting: Iterable[SchedulableJob], active: Sequence[SchedulableJob], cluster: Cluster, policy: Policy, now: datetime
 ) -> Plan:
     """Choose the jobs to submit now.
 
@@ -136,7 +136,7 @@ def plan(
     admitted in the end, as long as others end.
     """
     queue = {job.id: job for job in waiting}
-    running, admitted, reasons = list(active), list[Candidate](), dict[str, str]()
+    running, admitted, reasons = list(active), list[SchedulableJob](), dict[str, str]()
     for job in list(queue.values()):
         if job.not_before is not None and job.not_before > now:
             reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
@@ -159,13 +159,13 @@ def plan(
 
 
 def _next(
-    queue: Iterable[Candidate],
-    running: Sequence[Candidate],
+    queue: Iterable[SchedulableJob],
+    running: Sequence[SchedulableJob],
     cluster: Cluster,
     policy: Policy,
     now: datetime,
     reasons: dict[str, str],
-) -> Candidate | None:
+) -> SchedulableJob | None:
     """Find the first in order that may start; the reasons of all that it passes, or of all, are set."""
     held: dict[str, Capacity] = {}
     counts: dict[str, int] = {}
@@ -173,15 +173,15 @@ def _next(
         held[job.owner] = held.get(job.owner, Capacity()) + job.most
         counts[job.owner] = counts.get(job.owner, 0) + 1
 
-    def rank(job: Candidate) -> tuple[object, ...]:
+    def rank(job: SchedulableJob) -> tuple[object, ...]:
         if now - job.queued_at >= policy.patience:
             return (0, job.queued_at, job.id)
         share = held.get(job.owner, Capacity()).share_of(cluster.total)
         return (1, -job.priority, share, job.queued_at, job.id)
 
     free = _free(running, cluster)
-    kept_for: Candidate | None = None
-    quota_kept_for: dict[str, Candidate] = {}
+    kept_for: SchedulableJob | None = None
+    quota_kept_for: dict[str, SchedulableJob] = {}
     for job in sorted(queue, key=rank):
         owners = held.get(job.owner, Capacity()) + job.most
         first = quota_kept_for.get(job.owner)
@@ -202,7 +202,7 @@ def _next(
     return None
 
 
-def _free(running: Sequence[Candidate], cluster: Cluster) -> Capacity:
+def _free(running: Sequence[SchedulableJob], cluster: Cluster) -> Capacity:
     """What is free by our own count, and by Ray's less what Ray has not yet given to those that were submitted."""
     ours, not_placed = Capacity(), Capacity()
     for job in running:
@@ -212,5 +212,5 @@ def _free(running: Sequence[Candidate], cluster: Cluster) -> Capacity:
     return (cluster.total - ours).at_most(cluster.free - not_placed)
 
 
-def _quota(policy: Policy, job: Candidate) -> Quota:
+def _quota(policy: Policy, job: SchedulableJob) -> Quota:
     return policy.quotas.get(job.owner, policy.default_quota)

@@ -11,7 +11,7 @@ from service.domain.comparisons import override
 from service.domain.errors import Conflict, InvalidField
 from service.domain.jobs import Job, JobState, new_id
 from service.domain.retries import Retries
-from trainer.jobspec import SHAPING_FIELDS, Frozen, JobSpec, depends_on_steps
+from trainer.jobspec import RESUME_KEY_FIELDS, FrozenModel, JobSpec, depends_on_steps
 
 Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:=/-]*$", max_length=80)]
 
@@ -30,7 +30,7 @@ STEERING = re.compile(r"PATH|(LD_|PYTHON|RAY_|SYNCBN_).*")
 """Variables that steer what programs are found and loaded, Python, Ray, and this project."""
 
 
-class Terms(Frozen):
+class SubmitOptions(FrozenModel):
     """Place in the queue, limits and retries; the same for all jobs of a comparison."""
 
     priority: int = Field(
@@ -91,9 +91,11 @@ class Terms(Frozen):
         )
 
 
-def terms_of(job: Job) -> Terms:
+def terms_of(job: Job) -> SubmitOptions:
     """The terms that a job was submitted on."""
-    return Terms(**{name: getattr(job, name) for name in Terms.model_fields if name != "tags"}, tags=list(job.tags))
+    return SubmitOptions(
+        **{name: getattr(job, name) for name in SubmitOptions.model_fields if name != "tags"}, tags=list(job.tags)
+    )
 
 
 def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
@@ -111,8 +113,9 @@ def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, An
     if not job.state.is_terminal:
         raise Conflict(f"job {job.id} is {job.state.value}; only jobs that have ended can be resumed")
     for path, value in overrides.items():
-        if path == "checkpoint.address" or path == "checkpoint" or path.partition(".")[0] in SHAPING_FIELDS:
-            takes = f"takes fields that a checkpoint does not depend on: all but {', '.join(SHAPING_FIELDS)} and checkpoint.address"
+        if path == "checkpoint.address" or path == "checkpoint" or path.partition(".")[0] in RESUME_KEY_FIELDS:
+            fields = ", ".join(RESUME_KEY_FIELDS)
+            takes = f"takes fields that a checkpoint does not depend on: all but {fields} and checkpoint.address"
             raise InvalidField(f"overrides.{path}", value, takes)
     if job.state == JobState.SUCCEEDED and not overrides:
         raise Conflict(

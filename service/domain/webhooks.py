@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import Field
 
 from service.domain.jobs import Job, JobState
-from trainer.jobspec import Frozen
+from trainer.jobspec import FrozenModel
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
@@ -47,7 +47,7 @@ NOT_PUBLIC = tuple(
 """What is called global by some versions of Python's tables, or by all."""
 
 
-class Threshold(Frozen):
+class Threshold(FrozenModel):
     """A value of a metric at which the owner is told of a job, once."""
 
     metric: Annotated[str, Field(min_length=1, max_length=200)]

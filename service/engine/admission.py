@@ -7,10 +7,10 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from service.adapters.ray import RayJobs
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import Lease
-from service.domain.scheduling import Candidate, Policy, plan
-from service.engine.submitter import Attempts
+from service.domain.scheduling import Policy, SchedulableJob, plan
+from service.engine.submitter import Submitter
 from service.store.jobs import JobStore
 
 FORGET_SECONDS = 60.0
@@ -20,17 +20,17 @@ FORGET_SECONDS = 60.0
 class Admission:
     """Looks at the queue and starts what fits."""
 
-    def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Attempts, policy: Callable[[], Policy]) -> None:
+    def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Submitter, policy: Callable[[], Policy]) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
         self._lease: Lease | None = None
         """Under which the following were learnt: another replica may tell jobs otherwise meanwhile."""
         self._learnt_at = 0.0
-        self._known: dict[str, Candidate] = {}
+        self._known: dict[str, SchedulableJob] = {}
         self._told: dict[str, str] = {}
         """Why jobs wait, by id."""
 
     async def admit(self, lease: Lease) -> None:
-        """Start the jobs that the plan admits, and tell the others why they wait. Raises Unavailable."""
+        """Start the jobs that the plan admits, and tell the others why they wait. Raises UpstreamUnavailable."""
         now = time.monotonic()
         if lease != self._lease or now - self._learnt_at > FORGET_SECONDS:
             self._lease, self._learnt_at, self._known, self._told = lease, now, {}, {}
@@ -42,7 +42,7 @@ class Admission:
             return
         try:
             cluster = await self._ray.cluster()
-        except Unavailable as error:
+        except UpstreamUnavailable as error:
             await self._explain(dict.fromkeys(self._told, f"waits for Ray: {error}"), lease)
             raise
         active = [replace(job, has_workers=job.submission_id in cluster.placed) for job in queue.active]
@@ -55,7 +55,7 @@ class Admission:
             *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True
         )
         for candidate, result in zip(chosen.admitted, results, strict=True):
-            if isinstance(result, Unavailable):
+            if isinstance(result, UpstreamUnavailable):
                 await self._explain({candidate.id: f"waits: {result}"}, lease)
         for result in results:
             if isinstance(result, BaseException):

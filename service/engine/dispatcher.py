@@ -19,7 +19,7 @@ from service.adapters.mlflow import MlflowRuns
 from service.adapters.ray import RayJobs
 from service.adapters.run_storage import RunFiles, on_storage
 from service.domain.comparisons import Comparison
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
 from service.domain.lifecycle import RayStatus, Submission, after_failure, is_overtime, next_step
@@ -27,7 +27,7 @@ from service.domain.retries import Blame
 from service.engine.admission import Admission
 from service.engine.lease_holder import Replica
 from service.engine.metric_alerts import Thresholds
-from service.engine.submitter import ACTOR, Attempts
+from service.engine.submitter import ACTOR, Submitter
 from service.logging import job_in_hand
 from service.store.comparisons import ComparisonStore
 from service.store.jobs import JobStore
@@ -62,7 +62,7 @@ class Dispatcher:
         ray: RayJobs,
         mlflow: MlflowRuns,
         files: RunFiles,
-        attempts: Attempts,
+        attempts: Submitter,
         admission: Admission,
         thresholds: Thresholds,
         round_seconds: Histogram,
@@ -118,7 +118,7 @@ class Dispatcher:
             except Exception as error:  # one round's trouble, of whatever kind, must not end all the others
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
                 # What does not answer is told by readiness as that, and a new process would not mend it; any other trouble is ours.
-                has_failed = not isinstance(error, Unavailable)
+                has_failed = not isinstance(error, UpstreamUnavailable)
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
             self._ended_at = time.monotonic()
             self._failing_since = (self._failing_since or began) if has_failed else None
@@ -132,12 +132,12 @@ class Dispatcher:
     async def round(self, seconds: float = WAIT_SECONDS) -> None:
         """Do all that can be done now, by the leases that this replica holds, and wait for its end so long at most.
 
-        Raises Unavailable if the database or Ray is; the trouble with one job is logged.
+        Raises UpstreamUnavailable if the database or Ray is; the trouble with one job is logged.
         """
         await self._thresholds.refresh()
-        for job in await self._jobs.unsettled(self._replica.shards()):
+        for job in await self._jobs.open_jobs(self._replica.shards()):
             if job.id not in self._work:
-                self._work[job.id] = asyncio.create_task(self._look_after(job))
+                self._work[job.id] = asyncio.create_task(self._reconcile(job))
         await self._wait(seconds)
         if (lease := self._replica.scheduler()) is not None and ADMISSION not in self._work:
             self._work[ADMISSION] = asyncio.create_task(self._admit(lease))
@@ -157,7 +157,7 @@ class Dispatcher:
         }
         for name, error in troubles.items():
             if name != ADMISSION and isinstance(error, Exception):
-                known = isinstance(error, Unavailable)
+                known = isinstance(error, UpstreamUnavailable)
                 logger.warning("%s: %s", name, error, exc_info=None if known else error, extra={"job_id": name})
         for name, error in troubles.items():
             if name == ADMISSION or not isinstance(error, Exception):
@@ -166,13 +166,13 @@ class Dispatcher:
     async def _admit(self, lease: Lease) -> None:
         with self._working_on(ADMISSION):
             await self._admission.admit(lease)
-            for comparison in await self._comparisons.unsettled():
+            for comparison in await self._comparisons.open_jobs():
                 try:
                     await self._settle_comparison(comparison)
-                except Refused as error:  # it keeps nobody else waiting
+                except UpstreamRejected as error:  # it keeps nobody else waiting
                     logger.warning("%s: %s", comparison.id, error)
 
-    async def _look_after(self, job: Job) -> None:
+    async def _reconcile(self, job: Job) -> None:
         # What waits in the queue takes a statement, and does not wait for those that wait for others.
         async with nullcontext() if job.state == JobState.QUEUED else self._slots:
             lease = self._replica.of_job(job.id)
@@ -180,7 +180,7 @@ class Dispatcher:
                 return
             job_in_hand.set(job.id)
             with self._working_on(job.id):
-                await self._bring_on(job, lease)
+                await self._advance(job, lease)
 
     @contextmanager
     def _working_on(self, name: str) -> Iterator[None]:
@@ -190,9 +190,9 @@ class Dispatcher:
         finally:
             del self._began[name]
 
-    async def _bring_on(self, job: Job, lease: Lease) -> None:
+    async def _advance(self, job: Job, lease: Lease) -> None:
         if job.state.is_terminal:
-            await self._settle(job, lease)
+            await self._finalize(job, lease)
         elif job.state != JobState.QUEUED:
             await self._observe(job, lease)
         elif job.cancel_requested:
@@ -216,7 +216,7 @@ class Dispatcher:
             await self._cancel_before_it_starts(job, lease)
             return
         now = datetime.now(UTC)
-        silent_seconds = self._silent_seconds(job, submission, sign)
+        silent_seconds = self._heartbeat_age(job, submission, sign)
         has_begun = outcome is not None or job.state == JobState.RUNNING
         is_silent = silent_seconds > (self._silence_seconds if outcome is None else self._grace_seconds)
         if has_begun and is_silent and submission is not None and submission.status in RUNNING:
@@ -226,7 +226,7 @@ class Dispatcher:
         if submission is not None and submission.status == RayStatus.PENDING and silent_seconds > self._start_seconds:
             what = f"Ray has not started it within {self._start_seconds:g} s"
             step = after_failure(job, Blame.INFRASTRUCTURE, what, now)
-        if step is not None and outcome is None and self._may_still_speak(submission, silent_seconds):
+        if step is not None and outcome is None and self._in_grace_period(submission, silent_seconds):
             if job.cancel_requested or is_overtime(job, now):  # Ray would not stop it: it finds this, and stops itself
                 await on_storage(self._files.close_attempts, job)
             return
@@ -243,7 +243,7 @@ class Dispatcher:
                     logger.info("%s: Ray's message: %s", job.id, submission.message, extra={"job_id": job.id})
                 self.wake()
         elif submission is None:
-            await self._attempts.hand_over(job, lease)
+            await self._attempts.submit(job, lease)
         elif job.cancel_requested or is_overtime(job, now):
             await self._ray.stop(job.submission_id)
 
@@ -261,7 +261,7 @@ class Dispatcher:
     def _read_files(self, job: Job) -> tuple[Outcome | None, Progress | None, float | None]:
         return self._files.outcome(job), self._files.progress(job), self._files.sign_of_life(job)
 
-    def _silent_seconds(self, job: Job, submission: Submission | None, sign: float | None) -> float:
+    def _heartbeat_age(self, job: Job, submission: Submission | None, sign: float | None) -> float:
         """How long neither Ray nor the driver has said anything new; by this process's clock, since others may be wrong."""
         now, seen = time.monotonic(), (submission, sign)
         since = self._last_seen.setdefault(job.submission_id, (seen, now))
@@ -269,7 +269,7 @@ class Dispatcher:
             self._last_seen[job.submission_id] = since = (seen, now)
         return now - since[1]
 
-    def _may_still_speak(self, submission: Submission | None, silent_seconds: float) -> bool:
+    def _in_grace_period(self, submission: Submission | None, silent_seconds: float) -> bool:
         """Whether an end that only Ray tells of, or concludes nothing from, is to be given time.
 
         Ray can call a living driver failed after trouble of its own, files can arrive late on shared storage, and a submission
@@ -278,7 +278,7 @@ class Dispatcher:
         is_certain = submission is not None and submission.status in (*RUNNING, RayStatus.STOPPED)
         return not is_certain and silent_seconds < self._grace_seconds
 
-    async def _settle(self, job: Job, lease: Lease) -> None:
+    async def _finalize(self, job: Job, lease: Lease) -> None:
         """Tell MLflow how a job ended."""
         if job.mlflow_run_id is not None:
             await on_storage(self._files.close_attempts, job)
@@ -287,7 +287,7 @@ class Dispatcher:
 
     async def _settle_comparison(self, comparison: Comparison) -> None:
         """Tell MLflow that a comparison has ended, once all of its jobs have there: as failed if any of them did."""
-        jobs = await self._jobs.of_comparison(comparison.id)
+        jobs = await self._jobs.list_by_comparison(comparison.id)
         if not all(job.mlflow_closed for job in jobs):
             return
         states = {job.state for job in jobs}

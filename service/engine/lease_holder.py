@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import SCHEDULER, Lease, shard_of
 from service.store.leases import LeaseStore
 
@@ -24,7 +24,7 @@ class Replica:
 
     async def start(self) -> None:
         """Take what a process of this name held before, under new tokens, and the share of the rest."""
-        await self._leases.give_back(self.name)
+        await self._leases.release(self.name)
         await self.renew()
 
     @property
@@ -45,13 +45,13 @@ class Replica:
                 except (
                     Exception
                 ) as error:  # of whatever kind: without leases this replica would do nothing, and say nothing
-                    known = isinstance(error, Unavailable)
+                    known = isinstance(error, UpstreamUnavailable)
                     logger.warning("leases could not be renewed: %s", error, exc_info=not known)
         finally:
             self._held = {}
             try:
-                await self._leases.give_back(self.name)
-            except Unavailable as error:
+                await self._leases.release(self.name)
+            except UpstreamUnavailable as error:
                 logger.warning("leases could not be given back, and run out by themselves: %s", error)
 
     async def renew(self) -> None:

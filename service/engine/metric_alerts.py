@@ -38,7 +38,7 @@ class Thresholds:
         self._places = {key: place for key, place in self._places.items() if place.looked_at > since}
 
     async def look(self, job: Job) -> None:
-        """Tell of what a job has met since the last look. Raises Unavailable, and then the next look is at the same again."""
+        """Report what a job has met since the last look. Raises UpstreamUnavailable; the next look is then at the same again."""
         wanted = [webhook for webhook in self._webhooks if webhook.is_about(job)]
         if not wanted:
             return

@@ -6,7 +6,7 @@ import shutil
 from datetime import UTC, datetime, timedelta
 
 from service.adapters.run_storage import RunFiles, on_storage
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.engine.lease_holder import Replica
 from service.store.credentials import CredentialStore
 from service.store.idempotency import IdempotencyStore
@@ -46,7 +46,7 @@ class Retention:
             try:
                 await self.round()
             except Exception as error:  # what could not be deleted is looked at again
-                logger.warning("retention broken off: %s", error, exc_info=not isinstance(error, Unavailable))
+                logger.warning("retention broken off: %s", error, exc_info=not isinstance(error, UpstreamUnavailable))
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def round(self) -> int:
@@ -73,7 +73,7 @@ class Retention:
         for job_id in left:
             try:
                 await on_storage(_delete, self._files, job_id)
-            except Unavailable as error:  # it keeps no other waiting, and is tried again in the next round
+            except UpstreamUnavailable as error:  # it keeps no other waiting, and is tried again in the next round
                 logger.warning("the folder of %s could not be deleted: %s", job_id, error, extra={"job_id": job_id})
             else:
                 await self._store.forget_folder(job_id)

@@ -10,7 +10,7 @@ from service.adapters.mlflow import MlflowRuns
 from service.adapters.ray import RayJobs
 from service.adapters.run_storage import RunFiles, on_storage
 from service.adapters.secret_files import JobSecrets
-from service.domain.errors import NotFound, Refused
+from service.domain.errors import NotFound, UpstreamRejected
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.leases import Lease
 from service.domain.lifecycle import after_failure
@@ -18,7 +18,7 @@ from service.domain.retries import Blame
 from service.store.comparisons import ComparisonStore
 from service.store.credentials import CredentialStore
 from service.store.jobs import JobStore
-from trainer.jobspec import Permissions, RunContext, Task
+from trainer.jobspec import Allowlist, AttemptContext, Task
 
 logger = logging.getLogger(__name__)
 ACTOR = "dispatcher"
@@ -29,7 +29,7 @@ MOST_REFUSED = 10_000
 MOST_ANCESTORS = 20
 
 
-class Attempts:
+class Submitter:
     """Brings queued jobs to Ray. All of it may be repeated: after a crash in between, it is done again under the same names."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Attempts:
         *,
         mlflow_url: str,
         credentials: CredentialStore,
-        permissions: Permissions,
+        permissions: Allowlist,
         secrets: JobSecrets,
     ) -> None:
         self._jobs, self._comparisons = jobs, comparisons
@@ -58,20 +58,20 @@ class Attempts:
             return
         try:
             started = await self._with_run(job, lease)
-        except Refused as error:
+        except UpstreamRejected as error:
             await self._fail_if_refused_often(job, lease, error)
             return
         step = Transition(state=JobState.SUBMITTED, reason=f"attempt {job.attempt} goes to Ray")
         submitted = await self._jobs.advance(started, step, ACTOR, lease) if started else None
         if submitted is not None:
             self._dispatch_seconds.observe((datetime.now(UTC) - job.queued_at).total_seconds())
-            await self.hand_over(submitted, lease)
+            await self.submit(submitted, lease)
 
-    async def hand_over(self, job: Job, lease: Lease) -> None:
+    async def submit(self, job: Job, lease: Lease) -> None:
         """Give a submitted job to Ray."""
         await on_storage(self._files.close_attempts, job, job.attempt - 1)
         try:
-            context = RunContext(
+            context = AttemptContext(
                 job_id=job.id,
                 attempt=job.attempt,
                 name=job.name,
@@ -85,7 +85,7 @@ class Attempts:
             )
             task_file = await on_storage(self._files.write_task, Task(spec=job.spec, context=context))
             await self._ray.submit(job.submission_id, task_file)
-        except Refused as error:
+        except UpstreamRejected as error:
             await self._fail_if_refused_often(job, lease, error)
         else:
             self._refusals.pop(job.submission_id, None)
@@ -120,7 +120,7 @@ class Attempts:
         run = await self._mlflow.start_job(job, comparison)
         return await self._jobs.note(job, lease, mlflow_run_id=run.run_id, mlflow_experiment_id=run.experiment_id)
 
-    async def _fail_if_refused_often(self, job: Job, lease: Lease, error: Refused) -> None:
+    async def _fail_if_refused_often(self, job: Job, lease: Lease, error: UpstreamRejected) -> None:
         self._refusals[job.submission_id] += 1
         if len(self._refusals) > MOST_REFUSED:
             del self._refusals[next(iter(self._refusals))]

@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 from prometheus_client import Counter
 
-from service.adapters.webhook_http import Outgoing
-from service.domain.errors import Unavailable
+from service.adapters.webhook_http import WebhookHttp
+from service.domain.errors import UpstreamUnavailable
 from service.domain.webhooks import Delivery, Webhook, pause_after, signature
 from service.store.webhooks import WebhookStore
 
@@ -24,7 +24,7 @@ class WebhookSender:
     """Looks for messages that are due, and sends them; several replicas may do so side by side."""
 
     def __init__(
-        self, webhooks: WebhookStore, outgoing: Outgoing, sent: Counter, *, poll_seconds: float, send_seconds: float
+        self, webhooks: WebhookStore, outgoing: WebhookHttp, sent: Counter, *, poll_seconds: float, send_seconds: float
     ) -> None:
         self._webhooks, self._outgoing, self._sent = webhooks, outgoing, sent
         self._poll_seconds, self._send_seconds = poll_seconds, send_seconds
@@ -38,7 +38,7 @@ class WebhookSender:
                 try:
                     await self.take()
                 except Exception as error:  # of whatever kind: messages wait for this
-                    logger.warning("messages wait: %s", error, exc_info=not isinstance(error, Unavailable))
+                    logger.warning("messages wait: %s", error, exc_info=not isinstance(error, UpstreamUnavailable))
                     await asyncio.sleep(self._poll_seconds)
                 await self._pause()
         finally:
@@ -68,7 +68,7 @@ class WebhookSender:
         try:
             await self._send(webhook, delivery)
         except Exception as error:  # of whatever kind: it is sent again when its claim has ended
-            is_unexpected = not isinstance(error, Unavailable)
+            is_unexpected = not isinstance(error, UpstreamUnavailable)
             logger.warning("what became of %s could not be stored: %s", delivery.id, error, exc_info=is_unexpected)
         finally:
             del self._on_their_way[webhook.id]

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from service.local.host import HOST
-from service.local.supervisor import Part
+from service.local.supervisor import ProcessSpec
 
 OBJECT_STORE_BYTES = 200_000_000
 PROBE_TIMEOUT_SECONDS = 3.0
@@ -68,7 +68,7 @@ class Layout:
         return self.data_dir / "logs" / f"{part}.log"
 
 
-def ray_head(layout: Layout) -> Part:
+def ray_head(layout: Layout) -> ProcessSpec:
     """Return Ray's head node; every port but two is left to the operating system."""
     options = {
         "node-ip-address": HOST,
@@ -93,18 +93,18 @@ def ray_head(layout: Layout) -> Part:
         "TMPDIR": str(layout.ray_dir),
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    return Part(
+    return ProcessSpec(
         name="ray",
         command=[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *arguments],
         # Jobs inherit it, and the service's settings are none of theirs.
         environment={name: value for name, value in base_environment(layout).items() if not name.startswith("SYNCBN_")}
         | environment,
         log=str(layout.log("ray")),
-        vital_children=["gcs_server", "raylet"],
+        required_children=["gcs_server", "raylet"],
     )
 
 
-def mlflow_server(layout: Layout) -> Part:
+def mlflow_server(layout: Layout) -> ProcessSpec:
     """Return MLflow's server on SQLite, through which artifacts go too, behind a secret of the stack."""
     options = {
         "backend-store-uri": f"sqlite:///{layout.data_dir}/mlflow.db",
@@ -115,7 +115,7 @@ def mlflow_server(layout: Layout) -> Part:
         "allowed-hosts": f"localhost:*,{HOST}:*",
         "app-name": "syncbn",
     }
-    return Part(
+    return ProcessSpec(
         name="mlflow",
         command=[sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
         environment=base_environment(layout)
@@ -124,9 +124,9 @@ def mlflow_server(layout: Layout) -> Part:
     )
 
 
-def api_server(layout: Layout) -> Part:
+def api_server(layout: Layout) -> ProcessSpec:
     """Return the API with its dispatcher."""
-    return Part(
+    return ProcessSpec(
         name="api",
         command=[sys.executable, "-m", "service.cli.app", "serve"],
         environment=api_environment(layout),

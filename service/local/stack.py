@@ -18,7 +18,7 @@ import httpx
 
 from service.local import processes
 from service.local.host import choose_ports, is_free, keep_secret, short_folder, tail, write_private
-from service.local.supervisor import Kept, Plan
+from service.local.supervisor import Plan, SupervisorHandle
 from trainer.processes import STOP_SIGNALS
 
 REQUIRED_PACKAGES = ("fastapi", "mlflow", "ray", "torch", "torchvision", "uvicorn")
@@ -78,7 +78,7 @@ class LocalStack:
         self._start_timeout_seconds = start_timeout_seconds
         self._lock: int | None = None
         self._layout: processes.Layout | None = None
-        self._kept: Kept | None = None
+        self._kept: SupervisorHandle | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -205,7 +205,7 @@ class LocalStack:
             remove=[str(self.data_dir / "connection.json"), str(layout.ray_dir)],
         )
         # The keeper shares the lock: the data folder is free again when the last process has ended, however this one ends.
-        self._kept = Kept(plan, log=layout.log("keeper"), pass_fds=[self._lock])
+        self._kept = SupervisorHandle(plan, log=layout.log("keeper"), pass_fds=[self._lock])
 
     def _wait_until_ready(self) -> None:
         assert self._kept is not None

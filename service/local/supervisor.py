@@ -2,9 +2,9 @@
 
     asker --pipe--> guard --pipe--> keeper --> the parts, each in a session of its own, writing to a log of its own
 
-`Kept` is the asker's end. Guard and keeper are `python -m service.local.supervisor`: the plan is one line of JSON on standard
-input, which then stays open, and whose end means stop; standard output carries events, and its end means that no process is
-left.
+`SupervisorHandle` is the asker's end. Guard and keeper are `python -m service.local.supervisor`: the plan is one line of JSON on
+standard input, which then stays open, and whose end means stop; standard output carries events, and its end means that no process
+is left.
 Each of the two adopts what its descendants leave behind (a Linux "child subreaper"), so a daemon that left its session and
 its parent is still found, and either of them can be killed without anything surviving it.
 """
@@ -30,10 +30,10 @@ VITAL_SECONDS = 1.0  # between two looks at the vital children
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class ProcessSpec:
     """One program to keep running.
 
-    `stop_seconds` is what it gets between SIGTERM and SIGKILL; the end of a child that runs one of the programs `vital_children`
+    `stop_seconds` is what it gets between SIGTERM and SIGKILL; the end of a child that runs one of the programs `required_children`
     counts as its own, for it may take long to notice, or never do.
     """
 
@@ -42,14 +42,14 @@ class Part:
     environment: dict[str, str]
     log: str
     stop_seconds: float = 3
-    vital_children: Sequence[str] = ()
+    required_children: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What to keep: parts in their order of start (stopped in reverse), and the paths to remove when all have ended."""
 
-    parts: Sequence[Part]
+    parts: Sequence[ProcessSpec]
     directory: str
     remove: Sequence[str] = ()
 
@@ -64,7 +64,7 @@ class VitalChild:
     """A pidfd, readable once the child has ended."""
 
 
-class Kept:
+class SupervisorHandle:
     """The asker's end of a keeper: `ended` is set once a part has died (`reason` says how) or everything has stopped."""
 
     def __init__(self, plan: Plan, *, log: Path, pass_fds: Sequence[int] = ()) -> None:
@@ -118,7 +118,7 @@ def main() -> None:
     if not line:
         return
     fields = json.loads(line)
-    plan = Plan(**fields | {"parts": [Part(**part) for part in fields["parts"]]})
+    plan = Plan(**fields | {"parts": [ProcessSpec(**part) for part in fields["parts"]]})
     lifeline, guard_end = os.pipe()
     keeper = os.fork()
     if keeper == 0:
@@ -149,7 +149,7 @@ def guard(plan: Plan, keeper: int, lifeline: int) -> None:
 def keep(plan: Plan, lifeline: int) -> None:
     """Start the parts, wait until one dies or the lifeline closes, then stop them all, the last started first."""
     descendants = Descendants()
-    running: list[tuple[subprocess.Popen[bytes], Part]] = []
+    running: list[tuple[subprocess.Popen[bytes], ProcessSpec]] = []
     told = False
     for part in plan.parts:
         try:
@@ -168,7 +168,7 @@ def keep(plan: Plan, lifeline: int) -> None:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
             told = True
-        elif not told and (lost := lost_child(vital)):
+        elif not told and (lost := dead_child(vital)):
             report(dead=lost.part, reason=f"{lost.part} lost its {lost.name}")
             told = True
         note_children(running, vital)
@@ -178,24 +178,24 @@ def keep(plan: Plan, lifeline: int) -> None:
 
 
 def note_children(
-    running: Sequence[tuple[subprocess.Popen[bytes], Part]], vital: dict[psutil.Process, VitalChild]
+    running: Sequence[tuple[subprocess.Popen[bytes], ProcessSpec]], vital: dict[psutil.Process, VitalChild]
 ) -> None:
     """Note the vital children that have come to life."""
     for process, part in running:
-        if part.vital_children:
+        if part.required_children:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 for child in psutil.Process(process.pid).children():
-                    if child not in vital and (name := child.name()) in part.vital_children:
+                    if child not in vital and (name := child.name()) in part.required_children:
                         vital[child] = VitalChild(part.name, name, os.pidfd_open(child.pid))
 
 
-def lost_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
+def dead_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
     """Return a vital child that has ended. It is the first to end: its end is noticed before others can follow."""
     ended, _, _ = select.select([child.end for child in vital.values()], [], [], 0)
     return next((child for child in vital.values() if child.end in ended), None)
 
 
-def start(part: Part, directory: str) -> subprocess.Popen[bytes]:
+def start(part: ProcessSpec, directory: str) -> subprocess.Popen[bytes]:
     """Start one part. `Descendants` collects its end, not the `Popen`, which must stay referenced for as long."""
     with Path(part.log).open("wb") as log:
         return subprocess.Popen(

@@ -40,7 +40,7 @@ class ComparisonStore:
             raise NotFound(f"there is no comparison {comparison_id!r}")
         return Comparison(**row._asdict())
 
-    async def unsettled(self) -> list[Comparison]:
+    async def open_jobs(self) -> list[Comparison]:
         """Read the comparisons whose parent run MLflow does not yet know the end of."""
         async with self._database.read() as connection:
             rows = (await connection.execute(select(*COLUMNS).where(comparisons.c.mlflow_closed.is_(False)))).all()

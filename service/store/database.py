@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, Opera
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from service.domain.errors import StorageFull, Unavailable
+from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.domain.leases import SCHEDULER
 from service.store import sqlite
 from service.store.tables import leases
@@ -55,7 +55,7 @@ class Transaction:
 
 
 class Database:
-    """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets Unavailable."""
+    """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets UpstreamUnavailable."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self._engine, self._timeout_seconds = _open(url, timeout_seconds), timeout_seconds
@@ -73,7 +73,7 @@ class Database:
         """Make all writes of this task, and the reads after the first of them, one transaction.
 
         It is committed at the end and rolled back on an error. It begins with the first write, and with `first` in it: so what is
-        asked of others before anything is stored, such as a name's address, keeps no writer waiting. Raises Unavailable.
+        asked of others before anything is stored, such as a name's address, keeps no writer waiting. Raises UpstreamUnavailable.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -99,7 +99,7 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for queries. Raises Unavailable."""
+        """Lend a connection for queries. Raises UpstreamUnavailable."""
         if (transaction := self._joined()) is not None and transaction.connection is not None:
             with _unavailable():
                 yield transaction.connection
@@ -110,7 +110,7 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises Unavailable.
+        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises UpstreamUnavailable.
 
         Inside `transaction()` it is that one, and so is what an error rolls back: it must be let through.
         """
@@ -141,7 +141,9 @@ class Database:
                     async with asyncio.timeout(self._timeout_seconds):
                         await stack.enter_async_context(self._writer)
                 except TimeoutError:
-                    raise Unavailable("the database did not answer: others have written to it all the time") from None
+                    raise UpstreamUnavailable(
+                        "the database did not answer: others have written to it all the time"
+                    ) from None
             yield await stack.enter_async_context(self._writing.connect())
 
     def _joined(self) -> Transaction | None:
@@ -159,11 +161,11 @@ class Database:
             command.upgrade(config, "head")
 
         async with self.write() as connection:
-            await take_turns(connection, MIGRATION_LOCK)  # replicas may start together
+            await advisory_lock(connection, MIGRATION_LOCK)  # replicas may start together
             await connection.run_sync(upgrade)
 
     async def check(self) -> None:
-        """Write, commit and read. Raises Unavailable."""
+        """Write, commit and read. Raises UpstreamUnavailable."""
         async with self.write() as connection:
             if connection.dialect.name == "sqlite":  # which does not write a row that does not change
                 await connection.exec_driver_sql(f"PRAGMA user_version={randbelow(2**31)}")
@@ -177,13 +179,13 @@ class Database:
         await self._engine.dispose()
 
 
-async def take_turns(connection: AsyncConnection, lock: int) -> None:
+async def advisory_lock(connection: AsyncConnection, lock: int) -> None:
     """Let transactions that name the same `lock`, any number, go one after the other; on SQLite all that write do."""
     if connection.dialect.name == "postgresql":
         await connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
-def insert_into(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite_dialect.Insert:
+def upsert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite_dialect.Insert:
     """Begin an INSERT that may say what a conflict is to do, as both kinds of database can, each by a class of its own."""
     return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite_dialect.insert)(table)
 
@@ -198,7 +200,7 @@ def _unavailable() -> Iterator[None]:
             raise
         if "database or disk is full" in str(error) or _sqlstate(error) == DISK_FULL:
             raise StorageFull("the database has no space left on its disk") from error
-        raise Unavailable(
+        raise UpstreamUnavailable(
             f"the database did not answer: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
 

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, bindparam, delete, func, insert, literal, select, true
 from sqlalchemy.exc import IntegrityError
 
-from service.domain.errors import InFlight
+from service.domain.errors import RequestInProgress
 from service.store.database import Database
 from service.store.tables import idempotency_keys as keys
 
@@ -52,21 +52,21 @@ class IdempotencyStore:
         return None if row is None else StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
 
     async def take(self, owner: str, key: str) -> None:
-        """Hold a key until the end of the transaction. Raises InFlight if another replica's holds it, or it has been answered."""
+        """Hold a key until the end of the transaction. Raises RequestInProgress if another replica holds it or it is answered."""
         async with self._database.write() as connection:
             named = {"owner": owner, "key": key, "name": f"{owner} {key}"}
             is_ours, before = (await connection.execute(TAKE[connection.dialect.name], named)).one()
             if not is_ours or before is not None:
-                raise InFlight(IN_FLIGHT)
+                raise RequestInProgress(IN_FLIGHT)
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
-        """Keep the answer to a request. Raises InFlight if its key has got one meanwhile: what else was stored is to be undone."""
+        """Keep the answer to a request. Raises RequestInProgress if its key has got one; then roll back."""
         row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
             try:
                 await connection.execute(KEEP, row)
             except IntegrityError:
-                raise InFlight(IN_FLIGHT) from None
+                raise RequestInProgress(IN_FLIGHT) from None
 
     async def forget_before(self, time: datetime) -> int:
         """Delete the keys that are older; return how many. Clients may count on a key for 24 hours."""

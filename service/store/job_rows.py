@@ -10,7 +10,7 @@ from typing import Any
 from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, submission_id
 from service.domain.leases import shard_of
 from service.domain.retries import Blame, Failures, Retries
-from service.domain.scheduling import Candidate, Capacity
+from service.domain.scheduling import Capacity, SchedulableJob
 from service.store.tables import events, jobs
 from trainer.jobspec import JobSpec, Progress
 
@@ -86,9 +86,9 @@ def read_progress(content: Any) -> Progress | None:
     return Progress.model_validate(content) if content else None
 
 
-def read_candidate(row: Any) -> Candidate:
+def read_candidate(row: Any) -> SchedulableJob:
     """Convert a row of CANDIDATE_COLUMNS to what the scheduler decides on."""
-    return Candidate(
+    return SchedulableJob(
         id=row.id,
         owner=row.owner,
         priority=row.priority,

@@ -23,10 +23,10 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.domain.errors import Changed, Conflict, NotFound
+from service.domain.errors import Conflict, NotFound, VersionMismatch
 from service.domain.jobs import Event, Job, JobState, JobSummary, Transition, is_legal
 from service.domain.leases import Lease
-from service.domain.scheduling import Candidate
+from service.domain.scheduling import SchedulableJob
 from service.store.database import Database
 from service.store.job_inserts import insert_jobs
 from service.store.job_rows import (
@@ -71,15 +71,15 @@ class Filter:
 class Queue:
     """What the scheduler decides on."""
 
-    waiting: dict[str, Candidate]
+    waiting: dict[str, SchedulableJob]
     """By job and attempt, as "id:1"."""
     reasons: dict[str, str]
     """Why those of them wait that were not known, as it is told now; by the job's id."""
-    active: list[Candidate]
+    active: list[SchedulableJob]
 
 
 @dataclass(frozen=True)
-class Pulse:
+class JobSnapshot:
     """What changes of a job while it goes on."""
 
     version: int
@@ -136,7 +136,7 @@ class JobStore:
             rows, more = await read_page(connection, query, place, size, before)
         return await read_summaries(rows), more
 
-    async def of_comparison(self, comparison_id: str) -> list[JobSummary]:
+    async def list_by_comparison(self, comparison_id: str) -> list[JobSummary]:
         """Read a comparison's jobs in the order of its matrix."""
         query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
@@ -151,7 +151,7 @@ class JobStore:
             found = (await connection.execute(query)).scalars().all()
         return await asyncio.to_thread(lambda: [JobSpec.model_validate_json(text) for text in found])
 
-    async def unsettled(self, shards: Collection[int]) -> list[Job]:
+    async def open_jobs(self, shards: Collection[int]) -> list[Job]:
         """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
         waits = jobs.c.state == JobState.QUEUED
         has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_until <= datetime.now(UTC))
@@ -160,7 +160,7 @@ class JobStore:
         )
         return await self._read(query.order_by(jobs.c.sequence))
 
-    async def queue(self, known: Mapping[str, Candidate] = MappingProxyType({})) -> Queue:
+    async def queue(self, known: Mapping[str, SchedulableJob] = MappingProxyType({})) -> Queue:
         """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray.
 
         What is known already, by job and attempt, is not read again: while a job waits, nothing that counts changes.
@@ -185,13 +185,14 @@ class JobStore:
             active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
         return Queue(found, reasons, [read_candidate(row) for row in active])
 
-    async def pulses(self, job_ids: Collection[str]) -> dict[str, Pulse]:
+    async def snapshots(self, job_ids: Collection[str]) -> dict[str, JobSnapshot]:
         """Read the pulses of these jobs, by id; of those there are."""
         query = select(jobs.c.id, jobs.c.version, jobs.c.state, jobs.c.attempt, jobs.c.progress)
         async with self._database.read() as connection:
             rows = (await connection.execute(query.where(jobs.c.id.in_(job_ids)))).all()
         return {
-            row.id: Pulse(row.version, JobState(row.state), row.attempt, read_progress(row.progress)) for row in rows
+            row.id: JobSnapshot(row.version, JobState(row.state), row.attempt, read_progress(row.progress))
+            for row in rows
         }
 
     async def totals(self) -> Totals:
@@ -227,7 +228,7 @@ class JobStore:
                 return job
         job = await self.get(job_id)
         if version is not None and job.version != version:
-            raise Changed(f"job {job_id} has changed since: it is {job.state.value}, {job.reason}")
+            raise VersionMismatch(f"job {job_id} has changed since: it is {job.state.value}, {job.reason}")
         if job.state.is_terminal and job.state != JobState.CANCELLED:
             raise Conflict(
                 f"job {job_id} has already {job.state.value}; only jobs that have not ended can be cancelled"

@@ -46,7 +46,7 @@ class LeaseStore:
                 await connection.execute(update(leases).where(leases.c.name == row.name).values(**values))
         return held
 
-    async def give_back(self, replica: str) -> None:
+    async def release(self, replica: str) -> None:
         """Let others take over at once."""
         async with self._database.write() as connection:
             # In the order of `keep`, or the two could wait for each other.

@@ -13,7 +13,7 @@ from service.domain.access import Caller, Scope, Token, hash_secret, new_secret
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import ADMIN, new_id
 from service.store.audit import record
-from service.store.database import Database, take_turns
+from service.store.database import Database, advisory_lock
 from service.store.pages import read_page
 from service.store.tables import tokens
 
@@ -97,7 +97,7 @@ class TokenStore:
         """
         now = datetime.now(UTC)
         async with self._database.write() as connection:
-            await take_turns(connection, ADMINS_LOCK)
+            await advisory_lock(connection, ADMINS_LOCK)
             rows = (await connection.execute(select(*COLUMNS).where(tokens.c.revoked_at.is_(None)))).all()
             live = {row.id: read_token(row) for row in rows}
             token = live.pop(token_id, None)
@@ -126,7 +126,7 @@ class TokenStore:
         between leaves a useless secret, not a closed service.
         """
         async with self._database.write() as connection:
-            await take_turns(connection, ADMINS_LOCK)
+            await advisory_lock(connection, ADMINS_LOCK)
             if given is not None:
                 known = select(tokens.c.id).where(tokens.c.hash == hash_secret(given))
                 if (await connection.execute(known)).one_or_none() is None:

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.scheduling import Capacity
-from service.store.database import insert_into
+from service.store.database import upsert
 from service.store.tables import usage
 
 
@@ -21,14 +21,14 @@ class Usage:
 async def add_usage(connection: AsyncConnection, owner: str, seconds: float, held: Capacity) -> None:
     """Add that an attempt has ended, inside the caller's transaction; the last of it, for others of the owner wait from here on."""
     values = {"owner": owner, "gpu_seconds": seconds * held.gpus, "cpu_seconds": seconds * held.cpus}
-    query = insert_into(connection, usage).values(**values)
+    query = upsert(connection, usage).values(**values)
     sums = {name: usage.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
     await connection.execute(query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums))
 
 
 async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) -> int:
     """Add to the bytes that an owner's jobs take, inside the caller's transaction; return their sum."""
-    query = insert_into(connection, usage).values(owner=owner, gpu_seconds=0.0, cpu_seconds=0.0, stored_bytes=count)
+    query = upsert(connection, usage).values(owner=owner, gpu_seconds=0.0, cpu_seconds=0.0, stored_bytes=count)
     sums = {"stored_bytes": usage.c.stored_bytes + query.excluded.stored_bytes}
     query = query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums)
     return int((await connection.execute(query.returning(usage.c.stored_bytes))).scalar_one())

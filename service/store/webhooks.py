@@ -13,7 +13,7 @@ from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import Job, JobState, new_id
 from service.domain.webhooks import Delivery, Threshold, Webhook, write_message
 from service.store.audit import record
-from service.store.database import Database, take_turns
+from service.store.database import Database, advisory_lock
 from service.store.pages import read_page
 from service.store.tables import deliveries, jobs, webhooks
 
@@ -39,7 +39,7 @@ class WebhookStore:
         }
         count = select(func.count()).where(webhooks.c.owner == webhook.owner)
         async with self._database.write() as connection:
-            await take_turns(connection, COUNT_LOCK)
+            await advisory_lock(connection, COUNT_LOCK)
             if (await connection.execute(count)).scalar_one() >= MOST_OF_AN_OWNER:
                 raise Conflict(
                     f"{webhook.owner} has {MOST_OF_AN_OWNER} webhooks, the most there may be; delete one before"

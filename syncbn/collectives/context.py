@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.errors import GroupError
-from syncbn.kernels.statistics import Statistics
+from syncbn.kernels.statistics import BatchStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,10 +25,10 @@ KEPT_RECORDS = 16
 
 
 @dataclass(frozen=True)
-class Call:
+class CollectiveId:
     """One collective of one call site, as the ranks compare it."""
 
-    site: CallSite
+    site: LayerCollectives
     phase: str
     number: int
 
@@ -37,14 +37,14 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
-class Record:
+class RecomputeCache:
     """What a forward pass measured here and got from all ranks, for activation checkpointing to find again."""
 
     number: int
     dtype: torch.dtype
     count: int
     sums: tuple[Tensor, ...]
-    statistics: Statistics
+    statistics: BatchStats
 
     def distance(self, x: Tensor, sums: tuple[Tensor, ...]) -> float | None:
         """Return how far sums over a tensor's values are from these, or None if they are those of other values."""
@@ -65,15 +65,15 @@ class PickledGroup:
     ranks: tuple[int, ...]
 
 
-class CallSite:
+class LayerCollectives:
     """What a layer's collectives need to know beside their tensors.
 
-    A custom operator takes numbers and tensors alone, so it names its call site by `key`, and `CallSite.of` finds it
+    A custom operator takes numbers and tensors alone, so it names its call site by `key`, and `LayerCollectives.of` finds it
     again as long as the layer lives. The key is a tensor, since the compiler makes a graph of its own for each number.
     """
 
     _keys = itertools.count()
-    _sites: ClassVar[WeakValueDictionary[int, CallSite]] = WeakValueDictionary()
+    _sites: ClassVar[WeakValueDictionary[int, LayerCollectives]] = WeakValueDictionary()
 
     def __init__(self, name: str, process_group: ProcessGroup | None = None) -> None:
         self.name = name
@@ -90,13 +90,13 @@ class CallSite:
         self._sites[number] = self
         self._counts: dict[str, int] = {}
         self._numbers = itertools.count()
-        self._live: WeakSet[Record] = WeakSet()
-        self._recalled: WeakSet[Record] = WeakSet()
-        self.newest: Record | None = None
-        self._kept: deque[Record] = deque(maxlen=KEPT_RECORDS)
+        self._live: WeakSet[RecomputeCache] = WeakSet()
+        self._recalled: WeakSet[RecomputeCache] = WeakSet()
+        self.newest: RecomputeCache | None = None
+        self._kept: deque[RecomputeCache] = deque(maxlen=KEPT_RECORDS)
 
     @classmethod
-    def of(cls, key: Tensor) -> CallSite:
+    def of(cls, key: Tensor) -> LayerCollectives:
         """Return the call site that has this key."""
         return cls._sites[int(key)]
 
@@ -111,23 +111,23 @@ class CallSite:
             self.group = _find_group(self.group.ranks)
         return self.group
 
-    def next_call(self, phase: str) -> Call:
+    def next_call(self, phase: str) -> CollectiveId:
         """Count one more collective of a phase."""
         number = self._counts[phase] = self._counts.get(phase, 0) + 1
-        return Call(self, phase, number)
+        return CollectiveId(self, phase, number)
 
-    def remember(self, x: Tensor, sums: tuple[Tensor, ...], statistics: Statistics, keep: bool) -> None:
+    def store(self, x: Tensor, sums: tuple[Tensor, ...], statistics: BatchStats, keep: bool) -> None:
         """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
 
         The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
         the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
         """
-        self.newest = Record(next(self._numbers), x.dtype, x.numel() // x.shape[1], sums, statistics)
+        self.newest = RecomputeCache(next(self._numbers), x.dtype, x.numel() // x.shape[1], sums, statistics)
         self._live.add(self.newest)
         if keep:
             self._kept.append(self.newest)
 
-    def recall(self, x: Tensor, sums: tuple[Tensor, ...]) -> Statistics | None:
+    def lookup(self, x: Tensor, sums: tuple[Tensor, ...]) -> BatchStats | None:
         """Return what the ranks exchanged when this rank last measured this, or None if it never did.
 
         Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
@@ -168,7 +168,7 @@ class CallSite:
         self.__dict__.update(state)
         self._begin()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallSite:
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerCollectives:
         # A process group is a handle on this process's connections: the copy shares it, and counts its own calls.
         copied = self.__class__.__new__(self.__class__)
         copied.__setstate__({"group": self.group, **self._settings()})

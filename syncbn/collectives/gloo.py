@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives.timeout import run_within
+from syncbn.collectives.timeout import run_with_timeout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _lanes: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], Any]] = WeakKeyDictionary()
 
 
-def lane_of(
+def channel_for(
     group: ProcessGroup, kind: str, vector: Tensor, remaining: Callable[[], float], on_opening: Callable[[], None]
 ) -> Any:
     """Return what to issue a collective of a group on: its lane, or the group itself if its backend needs none.
@@ -60,5 +60,5 @@ def lane_of(
         options._timeout = timedelta(seconds=remaining())
         options._threads = 1  # a layer waits for its collective before it issues another
         # gloo's own limit holds for each rank that it connects to, one after the other.
-        lanes[key] = run_within(remaining(), lambda: gloo(store, group.rank(), group.size(), options))
+        lanes[key] = run_with_timeout(remaining(), lambda: gloo(store, group.rank(), group.size(), options))
     return lanes[key]

@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.collectives.context import Call, CallSite
-from syncbn.collectives.gloo import lane_of
-from syncbn.collectives.timeout import run_within
+from syncbn.collectives.context import CollectiveId, LayerCollectives
+from syncbn.collectives.gloo import channel_for
+from syncbn.collectives.timeout import run_with_timeout
 from syncbn.collectives.watchdog import watch
 from syncbn.errors import DesyncError, GroupError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-GIVE_WAY_SECONDS = 0.002
+SPIN_SECONDS = 0.002
 """How long a rank lets other threads run before it sleeps until its collective is done."""
-PATIENCE_SECONDS = 1.0
+GRACE_SECONDS = 1.0
 """How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
 ENQUIRY_SECONDS = 1.0
 """How long a rank whose call failed waits for the others to tell where they are."""
@@ -71,7 +71,7 @@ def group_size(process_group: ProcessGroup | None) -> int:
 
 
 def sum_over_ranks(
-    numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str, ranks: int | None = None
+    numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str, ranks: int | None = None
 ) -> tuple[Sequence[Tensor | float], Tensor]:
     """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
 
@@ -113,7 +113,7 @@ def sum_over_ranks(
     return summed, vector[ahead:]
 
 
-def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: CallSite, phase: str) -> Tensor:
+def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str) -> Tensor:
     """Collect the ranks' vectors in the order of their ranks: one all_gather; nothing is rounded on the way.
 
     Args and errors as in `sum_over_ranks`.
@@ -134,11 +134,11 @@ def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: C
     return gathered[:, 2:]
 
 
-def _group(call: Call) -> ProcessGroup:
+def _group(call: CollectiveId) -> ProcessGroup:
     return call.site.process_group or dist.distributed_c10d._get_default_group()
 
 
-def _stamp(call: Call) -> list[float]:
+def _stamp(call: CollectiveId) -> list[float]:
     """Hash a call into two integers below 2^40, whose sum over 8,192 ranks float64 still counts exactly."""
     digest = hashlib.blake2b(str(call).encode(), digest_size=10).digest()
     return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
@@ -150,18 +150,18 @@ def _to_device(numbers: Sequence[float], beside: Tensor) -> Tensor:
     return vector.to(beside.device, non_blocking=True) if beside.is_cuda else vector
 
 
-def _is_queued(call: Call, tensor: Tensor) -> bool:
+def _is_queued(call: CollectiveId, tensor: Tensor) -> bool:
     """Tell whether the collective runs on the device's stream, where the host does not wait for it."""
     return tensor.is_cuda and dist.get_backend(call.site.process_group) != "gloo"
 
 
-def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vector: Tensor) -> None:
+def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: CollectiveId, vector: Tensor) -> None:
     """Issue a collective and wait for it, at most as long as the call's layer allows."""
     limit = call.site.timeout_seconds
     started = time.monotonic()
     group = _group(call)
     # The backend gives up too, a moment later: or its thread would go on waiting for the rank that does not come.
-    options.timeout = timedelta(seconds=limit + PATIENCE_SECONDS)
+    options.timeout = timedelta(seconds=limit + GRACE_SECONDS)
     if _is_queued(call, vector):
         watch.raise_failure()
         begin(group).wait()  # makes the stream wait, and not the host
@@ -171,15 +171,15 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vec
     def tell() -> None:
         nonlocal told
         told = True
-        _tell(call, str(call))
+        _publish_position(call, str(call))
 
     def remaining() -> float:
         return max(0.001, limit - (time.monotonic() - started))
 
     try:
-        work = begin(lane_of(group, kind, vector, remaining, tell))
-        _give_way_until_done(work)
-        patience = min(PATIENCE_SECONDS, remaining() / 2)
+        work = begin(channel_for(group, kind, vector, remaining, tell))
+        _spin(work)
+        patience = min(GRACE_SECONDS, remaining() / 2)
         asleep = time.monotonic()
         try:
             work.wait(timedelta(seconds=patience))
@@ -193,18 +193,18 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Call, vec
         how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
         raise _desync(call, how) from error
     if told:
-        _tell(call, "")
+        _publish_position(call, "")
 
 
-def _give_way_until_done(work: Any) -> None:
+def _spin(work: Any) -> None:
     """Offer the core to other threads for a moment, rather than sleep at once: who sleeps is woken late, on a cold core."""
     give_way = getattr(os, "sched_yield", lambda: time.sleep(0))
-    end = time.monotonic() + GIVE_WAY_SECONDS
+    end = time.monotonic() + SPIN_SECONDS
     while not work.is_completed() and time.monotonic() < end:
         give_way()
 
 
-def _check(ahead: Tensor, expected: list[float], call: Call) -> Sequence[Tensor | float]:
+def _check(ahead: Tensor, expected: list[float], call: CollectiveId) -> Sequence[Tensor | float]:
     """Compare the stamps that lead a sum with those expected; return what follows them."""
     if _is_queued(call, ahead):
         watch.add(call, ahead[:2], expected, _desync, _group(call).abort)
@@ -215,14 +215,14 @@ def _check(ahead: Tensor, expected: list[float], call: Call) -> Sequence[Tensor 
     return numbers[2:]
 
 
-def _desync(call: Call, how: str) -> DesyncError:
+def _desync(call: CollectiveId, how: str) -> DesyncError:
     """Ask the other ranks where they are, and say who is elsewhere."""
     try:
         own_rank, ranks = dist.get_rank(), dist.get_process_group_ranks(_group(call))
     except ValueError:
         message = f"layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}; the process group is gone"
         return DesyncError(message, call.site.name, call.phase, call.number, ())
-    places = _enquire(call, own_rank, ranks)
+    places = _query_peers(call, own_rank, ranks)
     missing = tuple(rank for rank in ranks if places.get(rank) != str(call))
     message = (
         f"rank {own_rank} in layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}. "
@@ -234,32 +234,34 @@ def _desync(call: Call, how: str) -> DesyncError:
     return DesyncError(message, call.site.name, call.phase, call.number, missing)
 
 
-def _enquire(call: Call, own_rank: int, ranks: list[int]) -> dict[int, str]:
+def _query_peers(call: CollectiveId, own_rank: int, ranks: list[int]) -> dict[int, str]:
     """Tell where this rank is and read where the others are, waiting a moment for those who are about to tell."""
     places = {own_rank: str(call)}
     deadline = time.monotonic() + ENQUIRY_SECONDS
 
     def ask() -> None:
-        _store().set(_place(call, own_rank), str(call))
+        _store().set(_store_key(call, own_rank), str(call))
         while len(places) < len(ranks) and time.monotonic() < deadline:
             for rank in ranks:
-                if _store().check([_place(call, rank)]) and (place := _store().get(_place(call, rank)).decode()):
+                if _store().check([_store_key(call, rank)]) and (
+                    place := _store().get(_store_key(call, rank)).decode()
+                ):
                     places[rank] = place
             time.sleep(0.02)
 
     with contextlib.suppress(*_STORE_ERRORS):
-        run_within(ENQUIRY_SECONDS + 0.5, ask)
+        run_with_timeout(ENQUIRY_SECONDS + 0.5, ask)
     return dict(places)
 
 
-def _tell(call: Call, place: str) -> None:
+def _publish_position(call: CollectiveId, place: str) -> None:
     with contextlib.suppress(*_STORE_ERRORS):
-        run_within(ENQUIRY_SECONDS, lambda: _store().set(_place(call, dist.get_rank()), place))
+        run_with_timeout(ENQUIRY_SECONDS, lambda: _store().set(_store_key(call, dist.get_rank()), place))
 
 
 def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def _place(call: Call, rank: int) -> str:
+def _store_key(call: CollectiveId, rank: int) -> str:
     return f"syncbn/{_group(call).group_name}/{rank}"

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 Result = TypeVar("Result")
 
 
-def run_within(seconds: float, function: Callable[[], Result]) -> Result:
+def run_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
     """Return what a function returns, or raise what it raises; it goes on in its thread if that takes longer.
 
     Raises:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from syncbn.collectives.context import Call
+from syncbn.collectives.context import CollectiveId
 from syncbn.errors import DesyncError
 
 INTERVAL_SECONDS = 0.2
@@ -31,16 +31,16 @@ _log = logging.getLogger(__name__)
 class Pending:
     """A collective that the device has been told to do."""
 
-    call: Call
+    call: CollectiveId
     arrived: torch.cuda.Event
     stamps: Tensor
     expected: list[float]
     deadline: float
-    desync: Callable[[Call, str], DesyncError]
+    desync: Callable[[CollectiveId, str], DesyncError]
     abort: Callable[[], None]
 
 
-class Watch:
+class CollectiveWatchdog:
     """Looks after pending collectives, in the order in which they were queued."""
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class Watch:
 
     def add(
         self,
-        call: Call,
+        call: CollectiveId,
         stamps: Tensor,
         expected: list[float],
-        desync: Callable[[Call, str], DesyncError],
+        desync: Callable[[CollectiveId, str], DesyncError],
         abort: Callable[[], None],
     ) -> None:
         """Look after a collective whose summed stamps are in a tensor on a device, once the stream has come that far."""
@@ -120,4 +120,4 @@ class Watch:
         self._failure = self._failure or failure
 
 
-watch = Watch()
+watch = CollectiveWatchdog()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import cuda
-from syncbn.kernels.statistics import Statistics, far_channels
+from syncbn.kernels.statistics import BatchStats, far_channels
 
 SMALL = 1 << 13
 """Elements below which a pass in float64 costs less than the calls that a faster one takes."""
@@ -69,7 +69,7 @@ def _is_native(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def _is_plain(x: Tensor, statistics: Statistics | None = None) -> bool:
+def _is_plain(x: Tensor, statistics: BatchStats | None = None) -> bool:
     """Tell whether the formula in float64 is the way to go, as where many channels are far, which are copied otherwise."""
     if _is_native(x):
         return x.numel() == 0
@@ -77,7 +77,11 @@ def _is_plain(x: Tensor, statistics: Statistics | None = None) -> bool:
         return True
     if not is_columns(x) and pieces(x.numel() // (x.shape[0] * x.shape[1])) is None:
         return True  # rows of a prime length, say
-    return statistics is not None and statistics.far is not None and 4 * statistics.far.numel() > x.shape[1]
+    return (
+        statistics is not None
+        and statistics.ill_conditioned_channels is not None
+        and 4 * statistics.ill_conditioned_channels.numel() > x.shape[1]
+    )
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -209,7 +213,7 @@ def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) 
     return total, product
 
 
-def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalise(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return weight·x̂ + bias in the dtype and memory format of x.
 
     Args:
@@ -223,11 +227,11 @@ def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Te
     if _is_native(x):
         return cuda.normalise(x, statistics, weight, bias)
     columns = is_columns(x)
-    mean, variance = statistics.rounded
+    mean, variance = statistics.as_float32
     values = arrange(x, columns)
     y = rearrange(_evaluate(values, _rounded(weight), _rounded(bias), mean, variance, statistics.eps), x, columns)
-    if (far := statistics.far) is not None:
-        some = statistics.some(far), _some(weight, far), _some(bias, far)
+    if (far := statistics.ill_conditioned_channels) is not None:
+        some = statistics.select(far), _some(weight, far), _some(bias, far)
         y.index_copy_(1, far, _normalise_plainly(x[:, far], *some))
     return y
 
@@ -247,12 +251,12 @@ def _some(vector: Tensor | None, channels: Tensor) -> Tensor | None:
     return None if vector is None else vector[channels]
 
 
-def _inverse(statistics: Statistics) -> Tensor:
+def _inverse(statistics: BatchStats) -> Tensor:
     """Return 1 / √(variance + eps)."""
     return (statistics.variance + statistics.eps).rsqrt_()
 
 
-def _normalise_plainly(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _normalise_plainly(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     scale = _inverse(statistics)
     if weight is not None:
         scale = scale.mul_(weight)
@@ -264,7 +268,7 @@ def _normalise_plainly(x: Tensor, statistics: Statistics, weight: Tensor | None,
     return y
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+def reduce_gradient(dy: Tensor, x: Tensor, statistics: BatchStats) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
     if _is_plain(x, statistics):
         return _reduce_plainly(dy, x, statistics)
@@ -272,16 +276,16 @@ def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tens
         return cuda.reduce_gradient(dy, x, statistics)
     columns = is_columns(x)
     reduce = _reduce_columns if columns else _reduce_rows
-    mean, variance = statistics.rounded
+    mean, variance = statistics.as_float32
     inverse = (variance + statistics.eps).rsqrt_()
     total, product = reduce(arrange(dy, columns), arrange(x, columns), mean, inverse)
-    if (far := statistics.far) is not None:
+    if (far := statistics.ill_conditioned_channels) is not None:
         # Their mean, rounded to float32 as the kernel takes it, is off by a part of a deviation that counts.
-        product[far] = _reduce_plainly(dy[:, far], x[:, far], statistics.some(far))[1].to(product.dtype)
+        product[far] = _reduce_plainly(dy[:, far], x[:, far], statistics.select(far))[1].to(product.dtype)
     return total, product
 
 
-def _reduce_plainly(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+def _reduce_plainly(dy: Tensor, x: Tensor, statistics: BatchStats) -> tuple[Tensor, Tensor]:
     dimensions = reduced_dimensions(x)
     centre = along_channels(statistics.mean, x)
     total = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(dy))
@@ -292,7 +296,7 @@ def _reduce_plainly(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tens
 
 
 def combine_gradient(
-    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
+    dy: Tensor, x: Tensor, statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
     """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂) in the dtype and memory format of x.
 
@@ -308,7 +312,7 @@ def combine_gradient(
     if _is_native(x):
         return cuda.combine_gradient(dy, x, statistics, weight, gradient_means)
     columns = is_columns(x)
-    mean, variance = statistics.rounded
+    mean, variance = statistics.as_float32
     mean_dy, mean_dy_normalised = gradient_means.to(torch.float32).unbind()
     scale = _rounded(weight)
     factor = mean_dy_normalised / (variance + statistics.eps)
@@ -318,14 +322,14 @@ def combine_gradient(
     dx = _evaluate(arrange(dy, columns), scale, factor * mean, mean_dy, variance, statistics.eps)
     values = arrange(x, columns)
     dx = rearrange(dx.addcmul_(values, along_channels(factor, values), value=-1), x, columns)
-    if (far := statistics.far) is not None:
-        some = statistics.some(far), _some(weight, far), gradient_means[:, far]
+    if (far := statistics.ill_conditioned_channels) is not None:
+        some = statistics.select(far), _some(weight, far), gradient_means[:, far]
         dx.index_copy_(1, far, _combine_plainly(dy[:, far], x[:, far], *some))
     return dx
 
 
 def _combine_plainly(
-    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
+    dy: Tensor, x: Tensor, statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
     mean_dy, mean_dy_normalised = gradient_means.unbind()
     inverse = _inverse(statistics)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.statistics import Statistics
+from syncbn.kernels.statistics import BatchStats
 
 
 def _accumulator(x: Tensor) -> torch.dtype:
@@ -25,7 +25,7 @@ def measure(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean.to(torch.float64), variance.to(torch.float64).mul_(x.numel() // x.shape[1])
 
 
-def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def normalise(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """Return weight·(x - mean) / √(variance + eps) + bias."""
     mean, variance, eps = statistics.mean, statistics.variance, statistics.eps
     dtype = _accumulator(x)
@@ -33,7 +33,7 @@ def normalise(x: Tensor, statistics: Statistics, weight: Tensor | None, bias: Te
     return torch.batch_norm_elemt(x, weight, bias, mean.to(dtype), _inverse(variance, eps).to(dtype), eps)
 
 
-def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
+def reduce_gradient(dy: Tensor, x: Tensor, statistics: BatchStats) -> tuple[Tensor, Tensor]:
     """Return Σdy and Σdy·x̂ of each channel, in float64."""
     mean, variance, eps = statistics.mean, statistics.variance, statistics.eps
     dtype = _accumulator(x)
@@ -49,7 +49,7 @@ def reduce_gradient(dy: Tensor, x: Tensor, statistics: Statistics) -> tuple[Tens
 
 
 def combine_gradient(
-    dy: Tensor, x: Tensor, statistics: Statistics, weight: Tensor | None, gradient_means: Tensor
+    dy: Tensor, x: Tensor, statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
     """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂).
 

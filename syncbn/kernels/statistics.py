@@ -13,7 +13,7 @@ FAR = 4.0
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class BatchStats:
     """Count, mean and variance of all ranks' values, with what follows from them, computed once.
 
     Numbers are Python's where the values lie on the CPU, and tensors where reading them would make the host wait for a
@@ -22,11 +22,11 @@ class Statistics:
 
     count: Tensor | float
     """Values of all ranks in each channel."""
-    news: Tensor | float
+    update_count: Tensor | float
     """The count again, or 0 in a recomputation, whose statistics no running average shall see twice."""
     moments: Tensor
     """Mean and biased variance, shape (2, C), float64."""
-    within: Tensor | None
+    within_rank_m2: Tensor | None
     """Σᵢ M2ᵢ over the ranks, shape (C,), float64, where the share of the variance between ranks is wanted."""
     eps: float
     """Added to the variance."""
@@ -44,32 +44,34 @@ class Statistics:
         return self.moments[1]
 
     @functools.cached_property
-    def rounded(self) -> tuple[Tensor, Tensor]:
+    def as_float32(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance in float32."""
         mean, variance = self.moments.to(torch.float32).unbind()
         return mean, variance
 
     @functools.cached_property
-    def far(self) -> Tensor | None:
+    def ill_conditioned_channels(self) -> Tensor | None:
         """Indices of the channels that float32 does not hold well enough, or None if there are none; on the CPU."""
         return far_channels(self.mean, self.variance, self.eps)
 
-    def some(self, channels: Tensor) -> Statistics:
+    def select(self, channels: Tensor) -> BatchStats:
         """Return the statistics of some channels."""
-        return Statistics(self.count, self.news, self.moments[:, channels], None, self.eps)
+        return BatchStats(self.count, self.update_count, self.moments[:, channels], None, self.eps)
 
     def pack(self) -> Tensor:
-        """Return one vector [n, news, mean, variance] of 2C + 2 elements, and C more if `within` is there."""
-        numbers = torch.stack([torch.as_tensor(number, dtype=torch.float64) for number in (self.count, self.news)])
+        """Return one vector [n, news, mean, variance] of 2C + 2 elements, and C more if `within_rank_m2` is there."""
+        numbers = torch.stack(
+            [torch.as_tensor(number, dtype=torch.float64) for number in (self.count, self.update_count)]
+        )
         parts = [numbers.to(self.moments.device), self.moments.flatten()]
-        return torch.cat(parts if self.within is None else [*parts, self.within])
+        return torch.cat(parts if self.within_rank_m2 is None else [*parts, self.within_rank_m2])
 
     @classmethod
-    def unpack(cls, vector: Tensor, channels: int, eps: float, read: bool, ranks: int = 1) -> Statistics:
+    def unpack(cls, vector: Tensor, channels: int, eps: float, read: bool, ranks: int = 1) -> BatchStats:
         """Return the statistics that `pack` made a vector of, with the numbers read from it or as tensors; `ranks` is not in it."""
-        count, news = vector[:2].tolist() if read else vector[:2].unbind()
-        moments, within = vector[2 : 2 * channels + 2].view(2, channels), vector[2 * channels + 2 :]
-        return cls(count, news, moments, within if within.numel() else None, eps, ranks)
+        count, update_count = vector[:2].tolist() if read else vector[:2].unbind()
+        moments, within_rank_m2 = vector[2 : 2 * channels + 2].view(2, channels), vector[2 * channels + 2 :]
+        return cls(count, update_count, moments, within_rank_m2 if within_rank_m2.numel() else None, eps, ranks)
 
 
 def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:

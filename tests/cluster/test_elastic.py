@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from service.adapters.job_log import AttemptLog, Place
+from service.adapters.job_log import AttemptLog, LogOffset
 from service.adapters.run_storage import RunFiles
 from tests.trainer.factories import train_here
-from trainer.jobspec import JOB_VARIABLE, OUTCOME_FILE, JobSpec, Outcome, Permissions, RunContext, Task
+from trainer.jobspec import JOB_VARIABLE, OUTCOME_FILE, Allowlist, AttemptContext, JobSpec, Outcome, Task
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def cluster_of(monkeypatch):
 
 
 def read_log(folder):
-    return "\n".join(line.text for line in AttemptLog(folder / "attempt-1", Place()).read(is_over=True))
+    return "\n".join(line.text for line in AttemptLog(folder / "attempt-1", LogOffset()).read(is_over=True))
 
 
 def wait_for(folder, pattern, seconds=120):
@@ -75,8 +75,8 @@ def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatc
         cluster.add_node(num_cpus=2)
         leaving = cluster.add_node(num_cpus=2)
         cluster.wait_for_nodes()
-        permissions = Permissions(imports=("tests.trainer.networks:*",))
-        context = RunContext(
+        permissions = Allowlist(imports=("tests.trainer.networks:*",))
+        context = AttemptContext(
             job_id=tmp_path.name, attempt=1, name="elastic", folder=str(tmp_path), permissions=permissions
         )
         task = Task(spec=JobSpec.model_validate(SPEC), context=context)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-from service.adapters.webhook_http import Outgoing
+from service.adapters.webhook_http import WebhookHttp
 from service.api.app import make_app
 from service.api.server import Server
 from service.domain.access import Caller, Token
@@ -54,7 +54,7 @@ class Tokens(TokenStore):
         return await super().revoke(token_id, actor)
 
 
-class Outbox(Outgoing):
+class Outbox(WebhookHttp):
     """Takes webhooks of all addresses, and sends nothing: made-up ones may be somebody's."""
 
     async def check(self, url: str) -> None:
@@ -87,7 +87,7 @@ def running_service(folder: Path) -> Iterator[str]:
     server = Server(app, settings)
     ended = threading.Thread(target=lambda: asyncio.run(server.serve()), name="the service")
     try:
-        with patch("service.api.app.Outgoing", Outbox):
+        with patch("service.api.app.WebhookHttp", Outbox):
             ended.start()
             while not server.started and ended.is_alive():
                 ended.join(0.05)

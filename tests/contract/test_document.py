@@ -30,7 +30,7 @@ async def client(tmp_path):
     )
     app = make_app(settings, QuickRay(), FakeMlflow())
     async with AsyncExitStack() as stack:
-        with patch("service.api.app.Outgoing", Outbox):
+        with patch("service.api.app.WebhookHttp", Outbox):
             await stack.enter_async_context(app.router.lifespan_context(app))
         client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app),

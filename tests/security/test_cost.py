@@ -40,7 +40,7 @@ def client(url):
         yield client
 
 
-class Watch:
+class JobFeed:
     """Asks /livez all the time in a thread of its own, and keeps the longest time that an answer took."""
 
     def __init__(self, url):
@@ -172,7 +172,7 @@ def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
         jobs = client.post("/v1/comparisons", json=comparison()).json()
         path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
     content, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
-    with Watch(url) as watch, ThreadPoolExecutor(AT_ONCE) as threads:
+    with JobFeed(url) as watch, ThreadPoolExecutor(AT_ONCE) as threads:
         sent = [threads.submit(client.request, method, path, content=content, headers=headers) for _ in range(AT_ONCE)]
         answers = [answer.result() for answer in sent]
     assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]
@@ -189,7 +189,7 @@ def test_whoever_reads_a_large_log_keeps_nobody_waiting(url, client, folder, que
     log = folder / "storage" / job / "attempt-1" / LOG_FILE
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes((b"x" * 99 + b"\n") * 100_000 + b"\r" * 1_000_000 + b"y" * 20_000_000 + b"\n")
-    with Watch(url) as watch:
+    with JobFeed(url) as watch:
         size = 0
         with client.stream("GET", f"/v1/jobs/{job}/logs{query}") as answer:
             for part in answer.iter_bytes():

@@ -345,7 +345,7 @@ def test_the_share_may_be_asked_for_after_compiling():
     layer = SyncBatchNorm(3)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for wanted in (False, True, False, True):
-        layer.measures_between_worker_variance = wanted
+        layer.track_between_rank_variance = wanted
         compiled(torch.randn(4, 3, 5)).sum().backward()
         assert (layer.between_worker_variance_share is not None) or not wanted
     torch.testing.assert_close(

@@ -90,7 +90,7 @@ def test_a_mask_of_another_shape_or_dtype_is_refused(mask):
 
 def measure_share(dtype):
     layer = SyncBatchNorm(2)
-    layer.measures_between_worker_variance = True
+    layer.track_between_rank_variance = True
     x = torch.tensor([[0.0, 0.0], [2.0, 0.0]], dtype=dtype)
     x[:, 0] += 10 * dist.get_rank()
     with record_collectives() as issued:

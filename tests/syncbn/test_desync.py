@@ -9,7 +9,7 @@ from torch import nn
 
 from syncbn import DesyncError, SyncBatchNorm
 from syncbn.collectives import reduce
-from syncbn.collectives.context import CallSite
+from syncbn.collectives.context import LayerCollectives
 from tests.dist import Pool, run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -159,7 +159,7 @@ def test_a_rank_that_dies_is_missed_at_once_and_also_where_the_launcher_then_des
 
 
 def destroy_and_tell():
-    call = CallSite("norm0").next_call("forward")
+    call = LayerCollectives("norm0").next_call("forward")
     dist.destroy_process_group()
     return reduce._desync(call, "broken")
 

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data import open_dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.jobspec import DigitsSpec, JobSpec, MlpSpec, SgdSpec
 from trainer.training.loop import train
 from trainer.worker import identity
@@ -71,7 +71,7 @@ def make_spec(**changes):
 def here():
     """This process's place: one of the ranks, or alone."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return Worker(rank, world_size, torch.device("cpu"))
+    return RankInfo(rank, world_size, torch.device("cpu"))
 
 
 def run_here(spec, folder=None, *, journal=None, notices=None):

@@ -16,12 +16,12 @@ from tests.dist import run_on_ranks
 from tests.trainer.data.image_files import write_images
 from tests.trainer.factories import Notes, here, make_spec
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.data import open_dataset
 from trainer.errors import ExportError
 from trainer.export import collect_models, export_model, write_onnx
 from trainer.failures import read
-from trainer.jobspec import ImageFolderSpec, RunContext, Task, attempt_folder
+from trainer.jobspec import AttemptContext, ImageFolderSpec, Task, attempt_folder
 from trainer.models import build_model
 from trainer.tracking.outbox import Outbox, read_lines
 from trainer.training.loop import NoNotices, train
@@ -37,7 +37,7 @@ class Run:
 
 
 def run_and_export(spec, folder):
-    worker, position, notes = here(), Position(), Notes()
+    worker, position, notes = here(), TrainProgress(), Notes()
     dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, torch.float64)
     checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker)
     result = train(spec, worker, notes, dataset, checkpoints, position=position)
@@ -113,7 +113,7 @@ def test_statistics_of_the_evaluation_survive_a_resumption(tmp_path):
 def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoints, "manifests", lambda _: iter([][0]))
     spec = make_spec(checkpoint=CHECKPOINT)
-    worker, position = here(), Position()
+    worker, position = here(), TrainProgress()
     checkpoints = Checkpoints(str(tmp_path), spec.checkpoint, {}, worker)
     [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
     assert model.which == "last"
@@ -129,9 +129,9 @@ def run_attempt(tmp_path, monkeypatch):
     def run(number):
         folder = attempt_folder(tmp_path, number)
         folder.mkdir()
-        context = RunContext(job_id="job-1", attempt=number, name="test", folder=str(tmp_path))
+        context = AttemptContext(job_id="job-1", attempt=number, name="test", folder=str(tmp_path))
         task = Task(spec=make_spec(checkpoint={"every": None}), context=context)
-        return _train(task, here(), Position(), None, folder)
+        return _train(task, here(), TrainProgress(), None, folder)
 
     return run
 

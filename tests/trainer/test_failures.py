@@ -231,14 +231,14 @@ def test_what_nobody_recorded_is_unknown(tmp_path):
 def test_an_error_is_recorded_before_what_is_around_it_is_left(tmp_path):
     from contextlib import ExitStack
 
-    from trainer.checkpoint.state import Position
+    from trainer.checkpoint.state import TrainProgress
 
     seen = []
 
     def fail():
         with ExitStack() as stack:
             stack.callback(lambda: seen.extend(failures.read(tmp_path)))
-            stack.enter_context(failures.recorded(tmp_path, 1, Position(step=3)))
+            stack.enter_context(failures.recorded(tmp_path, 1, TrainProgress(step=3)))
             raise KeyError("weights")
 
     with pytest.raises(KeyError):

@@ -11,17 +11,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from service.adapters.job_log import AttemptLog, Place
+from service.adapters.job_log import AttemptLog, LogOffset
 from service.adapters.run_storage import RunFiles
 from tests.processes import still_alive, wait_for_file, working_in
 from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
+    Allowlist,
+    AttemptContext,
     JobSpec,
     Outcome,
-    Permissions,
-    RunContext,
     Task,
     attempt_folder,
 )
@@ -70,12 +70,12 @@ def start(folder, model, **context):
     spec = SPEC | {"model": {"name": f"import:models:{model}", "arguments": {"classes": 10}}}
     task = Task(
         spec=JobSpec.model_validate(spec),
-        context=RunContext(
+        context=AttemptContext(
             job_id="job-1",
             attempt=1,
             name="test",
             folder=str(folder / "job-1"),
-            permissions=Permissions(everything=True),
+            permissions=Allowlist(everything=True),
             **context,
         ),
     )
@@ -95,7 +95,7 @@ def outcome_in(folder):
 
 
 def lines_in(folder):
-    return list(AttemptLog(attempt_folder(folder / "job-1", 1), Place()).read(is_over=True))
+    return list(AttemptLog(attempt_folder(folder / "job-1", 1), LogOffset()).read(is_over=True))
 
 
 def text_in(folder):

@@ -10,7 +10,7 @@ import yaml
 
 from service.adapters.run_storage import RunFiles
 from tests.processes import wait_for_file
-from trainer.jobspec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, JobSpec, Outcome, RunContext, Task, attempt_folder
+from trainer.jobspec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, AttemptContext, JobSpec, Outcome, Task, attempt_folder
 
 SPEC = """
 model: {name: mlp, hidden: [16]}
@@ -67,7 +67,7 @@ sys.exit(driver.main())
 @pytest.mark.parametrize("is_asked", [True, False])
 def test_a_driver_that_is_stopped_has_no_outcome_of_its_own(tmp_path, is_asked):
     """Ray stops a job by signals to the driver's parent and then to the driver; any other signal to it is a failure."""
-    context = RunContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path / "job-1"))
+    context = AttemptContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path / "job-1"))
     task = RunFiles(tmp_path).write_task(Task(spec=JobSpec.model_validate(yaml.safe_load(SPEC)), context=context))
     with subprocess.Popen(
         [sys.executable, "-c", SLEEPING_DRIVER], cwd=tmp_path, env=os.environ | {JOB_VARIABLE: str(task)}

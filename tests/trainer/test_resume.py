@@ -5,10 +5,10 @@ import torch.distributed as dist
 
 from tests.dist import run_on_ranks
 from tests.trainer.factories import InterruptedRunError, Interrupting, Notes, make_spec, run_here, train_here
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.errors import Preempted
 from trainer.jobspec import EarlyStopSpec, MlpSpec
-from trainer.training.early_stopping import is_enough, take_note
+from trainer.training.early_stopping import should_stop, update
 
 
 def state_of(result):
@@ -124,7 +124,7 @@ class NodeGoes:
     def __init__(self):
         self.looks = 0
 
-    def node_is_about_to_go(self):
+    def is_preempted(self):
         self.looks += 1
         return self.looks == 2
 
@@ -186,30 +186,30 @@ def test_an_early_stop_by_another_metric_does_not_count_on_the_old_ones_best(tmp
     ],
 )
 def test_patience_ends_the_run_by_the_direction_of_the_metric(metric, mode, ends):
-    spec, position, found = EarlyStopSpec(metric=metric, mode=mode, patience=1), Position(), []
+    spec, position, found = EarlyStopSpec(metric=metric, mode=mode, patience=1), TrainProgress(), []
     for value in (0.9, 0.5, 0.4, 0.45):
         position.metrics = {metric: value}
-        take_note(spec, position)
-        found.append(is_enough(spec, position))
+        update(spec, position)
+        found.append(should_stop(spec, position))
     assert found == ends
 
 
 def test_a_loss_as_target_is_reached_from_above():
-    spec, position, ends = EarlyStopSpec(metric="test_loss", target=0.5), Position(), []
+    spec, position, ends = EarlyStopSpec(metric="test_loss", target=0.5), TrainProgress(), []
     for value in (0.9, 0.6, 0.5):
         position.metrics = {"test_loss": value}
-        take_note(spec, position)
-        ends.append(is_enough(spec, position))
+        update(spec, position)
+        ends.append(should_stop(spec, position))
     assert ends == [False, False, True]
 
 
 def test_a_target_ends_the_run_though_it_is_reached_by_less_than_counts_as_improvement():
-    spec, position = EarlyStopSpec(target=0.8, min_delta=0.01), Position()
+    spec, position = EarlyStopSpec(target=0.8, min_delta=0.01), TrainProgress()
     ends = []
     for accuracy in (0.795, 0.799, 0.803):
         position.metrics = {"accuracy": accuracy}
-        take_note(spec, position)
-        ends.append(is_enough(spec, position))
+        update(spec, position)
+        ends.append(should_stop(spec, position))
     assert ends == [False, False, True]
 
 

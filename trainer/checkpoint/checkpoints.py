@@ -23,8 +23,8 @@ from fsspec.implementations.local import LocalFileSystem
 from trainer.atomic import HashingWriter, to_disk
 from trainer.checkpoint.background import BackgroundTask
 from trainer.checkpoint.copy_latest import MANIFEST, NAME
-from trainer.checkpoint.state import State
-from trainer.distributed import Worker
+from trainer.checkpoint.state import TrainState
+from trainer.distributed import RankInfo
 from trainer.errors import StorageError
 from trainer.jobspec import CheckpointSpec
 
@@ -42,11 +42,11 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the message says which, and why."""
 
 
-class TornError(CheckpointError):
+class CorruptCheckpointError(CheckpointError):
     """It was never finished, or has been damaged since."""
 
 
-class ForeignError(CheckpointError):
+class CheckpointMismatchError(CheckpointError):
     """It is whole, but another run's."""
 
 
@@ -72,7 +72,7 @@ class Checkpoints:
         folder: str,
         spec: CheckpointSpec,
         identity: dict[str, str],
-        worker: Worker,
+        worker: RankInfo,
         marker: Path | None = None,
     ) -> None:
         """`marker` is a file that is there as long as a checkpoint is being written."""
@@ -89,7 +89,7 @@ class Checkpoints:
         self.refused: list[str] = []
         """Why newer checkpoints than the one loaded were not taken; on rank 0."""
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainState) -> None:
         """Copy the state to host memory, and write it in the background; every worker calls it at the same step.
 
         Waits for the checkpoint before, if that is still being written, and raises what `wait` does. A checkpoint exists once all
@@ -170,7 +170,7 @@ class Checkpoints:
         if failure:
             raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
 
-    def load(self, state: State) -> Manifest | None:
+    def load(self, state: TrainState) -> Manifest | None:
         """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
 
         What is torn, or was written for another spec, is named in `refused`, and the one before it is taken. Raises StorageError,
@@ -217,7 +217,7 @@ class Checkpoints:
                 yield self._verify(name)
             except CheckpointError as error:
                 self.refused.append(str(error))
-                self._torn |= {name} if isinstance(error, TornError) else set()
+                self._torn |= {name} if isinstance(error, CorruptCheckpointError) else set()
 
     def _names(self) -> list[str]:
         if not self._files.exists(self._root):
@@ -237,7 +237,7 @@ class Checkpoints:
         try:
             content = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
             if content["format"] != FORMAT:
-                raise ForeignError(f"{name}: has format {content['format']}; taken is {FORMAT}")
+                raise CheckpointMismatchError(f"{name}: has format {content['format']}; taken is {FORMAT}")
             manifest = Manifest(
                 name=name,
                 step=content["step"],
@@ -251,11 +251,11 @@ class Checkpoints:
                 key for key in self._identity.keys() | theirs.keys() if self._identity.get(key) != theirs.get(key)
             )
         except FileNotFoundError:
-            raise TornError(f"{name}: torn: it has no {MANIFEST}") from None
+            raise CorruptCheckpointError(f"{name}: torn: it has no {MANIFEST}") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise TornError(f"{name}: torn: {MANIFEST} is not one of ours") from None
+            raise CorruptCheckpointError(f"{name}: torn: {MANIFEST} is not one of ours") from None
         if differing:
-            raise ForeignError(f"{name}: foreign: it was written for another {', '.join(differing)}")
+            raise CheckpointMismatchError(f"{name}: foreign: it was written for another {', '.join(differing)}")
         return manifest
 
     def _compare(self, name: str, file: str, expected: tuple[int, str]) -> None:
@@ -266,9 +266,9 @@ class Checkpoints:
                     digest.update(chunk)
                     size += len(chunk)
         except FileNotFoundError:
-            raise TornError(f"{name}: torn: {file} is missing") from None
+            raise CorruptCheckpointError(f"{name}: torn: {file} is missing") from None
         if (size, digest.hexdigest()) != expected:
-            raise TornError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
+            raise CorruptCheckpointError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
         with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
@@ -318,11 +318,11 @@ class Checkpoints:
         for name in sorted(self._names(), reverse=True):
             try:
                 if name in self._torn:
-                    raise TornError(name)
+                    raise CorruptCheckpointError(name)
                 whole.append(self._read_manifest(name))
-            except TornError:
+            except CorruptCheckpointError:
                 removed += [name] if name < newest else []
-            except ForeignError:
+            except CheckpointMismatchError:
                 continue
         kept = {manifest.name for manifest in whole[: self._spec.keep_last]} | {newest}
         if (best := best_of(whole, self._spec)) is not None:

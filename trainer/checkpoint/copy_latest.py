@@ -14,7 +14,7 @@ MANIFEST = "manifest.json"
 """Written last: what has none was never finished."""
 
 
-def adopt(task: Task) -> str | None:
+def copy_latest_checkpoint(task: Task) -> str | None:
     """Copy the newest finished checkpoint of the newest of `resumed_from` that has one, and the best one; return the newest's name.
 
     Nothing is done if the job has it, or a newer one, already. Whether the copy is whole and fits the spec is up to `Checkpoints`.

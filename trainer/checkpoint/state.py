@@ -15,12 +15,12 @@ from trainer.checkpoint.state_dict import (
     load_model_state,
     load_optimizer_state,
 )
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.probes import Probes
 
 
 @dataclass
-class Position:
+class TrainProgress:
     """How far a run is; the same on every worker, but for `seconds`, which rank 0 counts."""
 
     step: int = 0
@@ -48,7 +48,7 @@ class Position:
 
 
 @dataclass
-class State:
+class TrainState:
     """The parts of a run that change: a worker's own view of them."""
 
     model: nn.Module
@@ -57,8 +57,8 @@ class State:
     schedule: LambdaLR
     scaler: torch.amp.GradScaler
     probes: Probes
-    position: Position
-    worker: Worker
+    position: TrainProgress
+    worker: RankInfo
 
     def shared(self) -> dict[str, Any] | None:
         """Collect what all workers have in common; the dictionary on rank 0, None on others. With shards, a collective."""
@@ -109,7 +109,7 @@ class State:
         random.setstate(own["python"])
 
 
-def seed_everything(worker: Worker, seed: int, step: int = 0) -> None:
+def seed_everything(worker: RankInfo, seed: int, step: int = 0) -> None:
     """Seed all sources of random numbers, differently for each worker, so that dropout differs between them."""
     number = int(np.random.SeedSequence([seed, worker.rank, step]).generate_state(1)[0])
     torch.manual_seed(number)

@@ -40,15 +40,15 @@ def open_dataset(
 
             return SyntheticDataset(spec, data, *place)
         case ImageFolderSpec():
-            from trainer.data.dataloader import LoadedDataset
+            from trainer.data.dataloader import ImageDataset
             from trainer.data.folders import open_folders
 
-            return LoadedDataset(spec, data, open_folders(data), *place)
+            return ImageDataset(spec, data, open_folders(data), *place)
         case TorchvisionDataSpec():
-            from trainer.data.dataloader import LoadedDataset
+            from trainer.data.dataloader import ImageDataset
             from trainer.data.torchvision import open_library
 
-            return LoadedDataset(spec, data, open_library(data), *place)
+            return ImageDataset(spec, data, open_library(data), *place)
         case RayDataSpec():
             from trainer.data.stream import StreamedDataset
 

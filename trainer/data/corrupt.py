@@ -89,7 +89,7 @@ def _circle(images: Images, index: int, among: Indices | None) -> Iterator[int]:
         yield int(order[number % len(order)])
 
 
-class Prepared(NamedTuple):
+class Preprocessed(NamedTuple):
     """Rows of a stream: inputs (n, *shape), labels (n,), and of each the name of its image if that is corrupt, else nothing."""
 
     inputs: NDArray[Any]
@@ -98,7 +98,7 @@ class Prepared(NamedTuple):
 
 
 def replace_corrupt(
-    batches: Iterable[Prepared], from_start: Iterable[Prepared]
+    batches: Iterable[Preprocessed], from_start: Iterable[Preprocessed]
 ) -> Iterator[tuple[NDArray[Any], Indices]]:
     """Put the next readable row in the place of each corrupt one, so that all others keep their places; yield inputs and labels.
 
@@ -126,7 +126,7 @@ def replace_corrupt(
         raise _too_many(skipped)
 
 
-def refuse_many(batches: Iterable[Prepared]) -> Iterator[Prepared]:
+def refuse_many(batches: Iterable[Preprocessed]) -> Iterator[Preprocessed]:
     """Hand batches on as they are; raises DataError if too many rows are corrupt in a row."""
     skipped: list[str] = []
     for batch in batches:

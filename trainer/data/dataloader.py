@@ -41,7 +41,7 @@ class Loaded(NamedTuple):
     skipped: list[str]
 
 
-class LoadedDataset:
+class ImageDataset:
     """Images read and transformed by loader processes, and scaled on the worker's device."""
 
     def __init__(

@@ -23,7 +23,7 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from trainer.data.class_folders import ClassFolders, list_some
-from trainer.data.corrupt import CORRUPT, Prepared, SkippedImages, refuse_many, replace_corrupt
+from trainer.data.corrupt import CORRUPT, Preprocessed, SkippedImages, refuse_many, replace_corrupt
 from trainer.data.dataset import Batch
 from trainer.data.digest import digest
 from trainer.data.files import Files, is_broken, list_files
@@ -208,7 +208,7 @@ class _Feeder:
 
             field, address = ("data.train", data.train) if training else ("data.test", data.test)
 
-            def prepared(paths: list[str]) -> Iterator[Prepared]:
+            def prepared(paths: list[str]) -> Iterator[Preprocessed]:
                 with _reading(field, address):
                     yield from _read(data, files, paths, prepare, self._tasks, self._skipped)
 
@@ -258,7 +258,7 @@ def _read(
     preparation: Preparation,
     tasks: int,
     skipped: SkippedImages,
-) -> Iterator[Prepared]:
+) -> Iterator[Preprocessed]:
     """Read and prepare the rows of files, in the order of `paths`; raise what is wrong with them, unless it is to be skipped."""
     options: dict[str, Any] = {"include_paths": True, "num_cpus": 0, "concurrency": tasks}
     if not isinstance(files.filesystem, LocalFileSystem):
@@ -292,7 +292,7 @@ def _read(
         done += len(corrupt)
         skipped.add(filter(None, corrupt))
         # A copy, since what Ray hands out keeps whole blocks in its shared memory.
-        yield Prepared(np.array(batch["input"]), np.array(batch["label"]), corrupt)
+        yield Preprocessed(np.array(batch["input"]), np.array(batch["label"]), corrupt)
 
 
 def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:

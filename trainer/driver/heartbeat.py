@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, attempt_folder
 
 SECONDS_BETWEEN_SIGNS = 1.0
-SECONDS_UNTIL_DEAD = 10.0
+HEARTBEAT_TIMEOUT_SECONDS = 10.0
 """Without a sign, the driver of an attempt before this one."""
 SECONDS_TO_END = 20.0
 """Between the word that the attempt is over, which interrupts the driver, and its end by force."""
@@ -25,7 +25,7 @@ ENDED = b"ended\n"
 """Content of the file of a driver that has ended by itself."""
 
 
-class Presence:
+class AttemptLock:
     """Of the driver of one attempt, in the attempt's folder."""
 
     def __init__(self, job_folder: Path, attempt: int) -> None:
@@ -90,7 +90,7 @@ class Presence:
     def _wait_for_those_before(self) -> None:
         """Wait until the drivers of all attempts before have ended, or given no sign for so long, by this machine's clock alone."""
         seen, since = self._signs_before(), time.monotonic()
-        while any(sign is not None for sign in seen) and time.monotonic() - since < SECONDS_UNTIL_DEAD:
+        while any(sign is not None for sign in seen) and time.monotonic() - since < HEARTBEAT_TIMEOUT_SECONDS:
             time.sleep(SECONDS_BETWEEN_SIGNS / 4)
             if (signs := self._signs_before()) != seen:
                 seen, since = signs, time.monotonic()

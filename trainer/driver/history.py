@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 from pydantic import ValidationError
 
-from trainer.jobspec import Frozen, Outcome, Task
+from trainer.jobspec import FrozenModel, Outcome, Task
 
 MANIFEST_FILE = "run.json"
 
@@ -19,7 +19,7 @@ def checkpoint_folder(task: Task, job_id: str | None = None) -> str:
     return f"{address.rstrip('/')}/{job_id or task.context.job_id}" if address else str(folder / "checkpoints")
 
 
-class Try(Frozen):
+class Try(FrozenModel):
     """One start of the workers: an attempt of the job, or a restart within it."""
 
     attempt: int
@@ -30,14 +30,14 @@ class Try(Frozen):
     """None while it runs, or if the driver was killed."""
 
 
-class RunContent(Frozen):
+class RunContent(FrozenModel):
     """The file's content."""
 
     job_id: str
     tries: tuple[Try, ...] = ()
 
 
-class RunManifest:
+class RunHistory:
     """Keeps `run.json`, written anew as a whole at each start and end."""
 
     def __init__(self, folder: str, task: Task) -> None:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint.copy_latest import adopt
-from trainer.driver.history import MANIFEST_FILE, RunManifest, checkpoint_folder
+from trainer.checkpoint.copy_latest import copy_latest_checkpoint
+from trainer.driver.history import MANIFEST_FILE, RunHistory, checkpoint_folder
 from trainer.driver.supervisor import EXITS_VARIABLE
 from trainer.errors import InvalidInput
 from trainer.failure_kinds import classify, message, printable
@@ -23,9 +23,9 @@ from trainer.jobspec import (
     SAVING_FILE,
     TASK_FILE,
     JobSpec,
+    NotAllowed,
     Outcome,
     RayDataSpec,
-    Refusal,
     Task,
     attempt_folder,
     worker_log_file,
@@ -52,7 +52,7 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
     """
     try:
         task.context.permissions.check(task.spec)
-    except Refusal as error:
+    except NotAllowed as error:
         return Outcome(state="failed", reason=str(error), cause="configuration")
     os.environ.update(
         RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="60",
@@ -83,8 +83,8 @@ def run(task: Task, *, ray_address: str | None = None) -> Outcome:
             reason = f"use_gpu: {spec.min_workers} workers need a GPU each, this machine has {gpus}"
             return Outcome(state="failed", reason=reason, cause="configuration")
         try:
-            adopt(task)
-            manifest = RunManifest(checkpoint_folder(task), task)
+            copy_latest_checkpoint(task)
+            manifest = RunHistory(checkpoint_folder(task), task)
         except (ImportError, ValueError) as error:  # of fsspec: no such protocol, or its package is not installed
             reason = f"checkpoint.address: {error} (got {spec.checkpoint.address!r})"
             return Outcome(state="failed", reason=reason, cause="configuration")
@@ -118,7 +118,7 @@ def _feeder(spec: JobSpec, logs: Path | None) -> Iterator[Any]:
         stop_feeder(feeder)
 
 
-def _run_until_it_stays(task: Task, manifest: RunManifest, given: dict[str, Any]) -> Outcome:
+def _run_until_it_stays(task: Task, manifest: RunHistory, given: dict[str, Any]) -> Outcome:
     furthest, restarts = -1, 0
     for number in range(1_000_000):
         if not _has_room(task.spec):

@@ -1,7 +1,7 @@
 """JobSpec and the files of a run: the contract between the service and the trainer. Imports neither torch, ray nor mlflow."""
 
 from trainer.jobspec.advice import SHARES_BATCH, spec_warnings
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.data import (
     DataSpec,
     DigitsSpec,
@@ -16,7 +16,7 @@ from trainer.jobspec.data import (
     train_samples,
 )
 from trainer.jobspec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
-from trainer.jobspec.job import SHAPING_FIELDS, JobSpec, Norm
+from trainer.jobspec.job import RESUME_KEY_FIELDS, JobSpec, Norm
 from trainer.jobspec.memory import ModelSize, min_worker_bytes
 from trainer.jobspec.metrics import (
     DIRECTIONS,
@@ -42,7 +42,7 @@ from trainer.jobspec.optimizers import (
     depends_on_steps,
 )
 from trainer.jobspec.paths import field_path
-from trainer.jobspec.permissions import IMPORT_PATTERN, Permissions, Refusal
+from trainer.jobspec.permissions import IMPORT_PATTERN, Allowlist, NotAllowed
 from trainer.jobspec.probes import ProbesSpec
 from trainer.jobspec.run import (
     CLOSED_FILE,
@@ -56,10 +56,10 @@ from trainer.jobspec.run import (
     PROGRESS_FILE,
     SAVING_FILE,
     TASK_FILE,
+    AttemptContext,
     Cause,
     Outcome,
     Progress,
-    RunContext,
     Task,
     attempt_folder,
     worker_log_file,
@@ -78,11 +78,13 @@ __all__ = [
     "OUTBOX_FILE",
     "OUTCOME_FILE",
     "PROGRESS_FILE",
+    "RESUME_KEY_FIELDS",
     "SAVING_FILE",
-    "SHAPING_FIELDS",
     "SHARES_BATCH",
     "TASK_FILE",
     "AdamWSpec",
+    "Allowlist",
+    "AttemptContext",
     "Cause",
     "CheckpointSpec",
     "CnnSpec",
@@ -94,7 +96,7 @@ __all__ = [
     "EarlyStopSpec",
     "EvaluationSpec",
     "ExponentialSchedule",
-    "Frozen",
+    "FrozenModel",
     "ImageFolderSpec",
     "ImageTransformSpec",
     "ImportedModelSpec",
@@ -107,14 +109,12 @@ __all__ = [
     "ModelSize",
     "ModelSpec",
     "Norm",
+    "NotAllowed",
     "OptimizerSpec",
     "Outcome",
-    "Permissions",
     "ProbesSpec",
     "Progress",
     "RayDataSpec",
-    "Refusal",
-    "RunContext",
     "ScheduleSpec",
     "SgdSpec",
     "StepSchedule",

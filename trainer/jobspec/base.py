@@ -10,7 +10,7 @@ MAX_ARGUMENT_VALUES = 10_000
 """Numbers, texts, lists and objects of all arguments together, the keys of objects included."""
 
 
-class Frozen(BaseModel):
+class FrozenModel(BaseModel):
     """Base of every part of a spec: immutable, and strict about names, types and finite numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

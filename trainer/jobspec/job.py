@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.data import DataSpec, Mnist5kSpec, RayDataSpec, known_classes, known_shape, train_samples
 from trainer.jobspec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
 from trainer.jobspec.models import CnnSpec, MlpSpec, ModelSpec
@@ -38,7 +38,7 @@ Workers = Annotated[
 ]
 
 
-class JobSpec(Frozen):
+class JobSpec(FrozenModel):
     """What to train, on what, and how. Two runs of one spec on one world size are equal bit for bit on one kind of machine."""
 
     model: ModelSpec = MlpSpec()
@@ -238,7 +238,7 @@ def least_batch(workers: int, norm: Any, sync_group_size: int | None) -> int:
     return max(2, workers) if norm == Norm.SYNC else workers
 
 
-SHAPING_FIELDS = (
+RESUME_KEY_FIELDS = (
     "model",
     "data",
     "norm",

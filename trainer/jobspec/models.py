@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator
 
-from trainer.jobspec.base import Arguments, Frozen, kind_of
+from trainer.jobspec.base import Arguments, FrozenModel, kind_of
 
 Activation = Literal["sigmoid", "tanh", "relu", "gelu", "silu"]
 Width = Annotated[int, Field(ge=1, le=65_536)]
@@ -29,7 +29,7 @@ OWN_ARGUMENTS = frozenset({"num_classes", "in_chans", "aux_logits"})
 """Arguments that the trainer gives itself."""
 
 
-class MlpSpec(Frozen):
+class MlpSpec(FrozenModel):
     """Fully connected network; by default that of Ioffe & Szegedy 2015, Figure 1."""
 
     name: Literal["mlp"] = "mlp"
@@ -50,7 +50,7 @@ class MlpSpec(Frozen):
         return ["flatten", *(f"{kind}{level}" for level in levels for kind in kinds), "output"]
 
 
-class CnnSpec(Frozen):
+class CnnSpec(FrozenModel):
     """Small convolutional network: at each level 3x3 convolution, norm, activation, 2x2 pooling; then mean and linear layer."""
 
     name: Literal["cnn"] = "cnn"
@@ -76,7 +76,7 @@ class CnnSpec(Frozen):
         return [*paths, *(f"{kind}{last}" for kind in kinds), "mean", "flatten", *dropout, "output"]
 
 
-class LibraryModelSpec(Frozen):
+class LibraryModelSpec(FrozenModel):
     """A model of torchvision or timm, untrained, for the dataset's channels and classes."""
 
     name: Annotated[str, Field(pattern=r"^(torchvision|timm):[A-Za-z0-9][A-Za-z0-9_.]*$", max_length=120)] = Field(
@@ -99,7 +99,7 @@ class LibraryModelSpec(Frozen):
         return arguments
 
 
-class ImportedModelSpec(Frozen):
+class ImportedModelSpec(FrozenModel):
     """A model that a function of an installed module builds; the operator allows functions by SYNCBN_ALLOWED_IMPORTS."""
 
     name: Annotated[str, Field(pattern=r"^import:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$", max_length=300)] = Field(

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, ValidationInfo, field_validator
 
-from trainer.jobspec.base import Arguments, Frozen, kind_of
+from trainer.jobspec.base import Arguments, FrozenModel, kind_of
 
 TORCH_OPTIMIZERS: dict[str, frozenset[str]] = {
     "ASGD": frozenset({"lambd", "alpha", "t0", "maximize", "foreach"}),
@@ -31,7 +31,7 @@ WeightDecay = Annotated[
 DecayAll = Annotated[bool, Field(description="whether norm parameters and biases decay too")]
 
 
-class SgdSpec(Frozen):
+class SgdSpec(FrozenModel):
     """Stochastic gradient descent."""
 
     name: Literal["sgd"] = "sgd"
@@ -49,7 +49,7 @@ class SgdSpec(Frozen):
         return nesterov
 
 
-class AdamWSpec(Frozen):
+class AdamWSpec(FrozenModel):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
     name: Literal["adamw"] = "adamw"
@@ -60,7 +60,7 @@ class AdamWSpec(Frozen):
     decay_all: DecayAll = False
 
 
-class TorchOptimizerSpec(Frozen):
+class TorchOptimizerSpec(FrozenModel):
     """An optimiser of torch.optim by its class."""
 
     name: Annotated[str, Field(pattern=r"^torch:[A-Za-z]+$", max_length=60)] = Field(
@@ -115,7 +115,7 @@ OptimizerSpec = Annotated[
 ]
 
 
-class _Schedule(Frozen):
+class _Schedule(FrozenModel):
     warmup_steps: int = Field(
         0, ge=0, le=100_000_000, description="steps in which the rate grows linearly to its first value"
     )

@@ -4,7 +4,7 @@ import posixpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.data import ImageFolderSpec, RayDataSpec, TorchvisionDataSpec
 from trainer.jobspec.models import ImportedModelSpec
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trainer.jobspec.job import JobSpec
 
 
-class Refusal(ValueError):  # noqa: N818 - names say what is the case
+class NotAllowed(ValueError):  # noqa: N818 - names say what is the case
     """A field of a spec reaches for something that the operator does not allow."""
 
     def __init__(self, field: str, value: str, takes: str) -> None:
@@ -24,7 +24,7 @@ IMPORT_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
 """Form of an allowed import."""
 
 
-class Permissions(Frozen):
+class Allowlist(FrozenModel):
     """Functions that build models, and roots of paths and fsspec addresses; nothing else is allowed."""
 
     everything: bool = False
@@ -39,7 +39,7 @@ class Permissions(Frozen):
     """Absolute folders and fsspec addresses such as `s3://bucket/folder`, with all below them; `/` allows every local path."""
 
     def check(self, spec: "JobSpec") -> None:
-        """Raise Refusal, naming the field, if a spec reaches for anything else."""
+        """Raise NotAllowed, naming the field, if a spec reaches for anything else."""
         if self.everything:
             return
         if isinstance(spec.model, ImportedModelSpec):
@@ -59,13 +59,13 @@ class Permissions(Frozen):
         exact, whole = f"{model.module}:{model.function}", f"{model.module}:*"
         if not (exact in self.imports or (whole in self.imports and not model.function.startswith("_"))):
             allowed = ", ".join(self.imports) or "none; the operator allows them by SYNCBN_ALLOWED_IMPORTS"
-            raise Refusal(field, model.name, f"must be an allowed function: {allowed}")
+            raise NotAllowed(field, model.name, f"must be an allowed function: {allowed}")
 
     def check_path(self, field: str, value: str) -> None:
-        """Raise Refusal if a path or address does not lie below a root; links are followed."""
+        """Raise NotAllowed if a path or address does not lie below a root; links are followed."""
         if not any(_is_below(value, root) for root in self.roots):
             allowed = ", ".join(self.roots) or "none; the operator allows them by SYNCBN_ALLOWED_ROOTS"
-            raise Refusal(field, value, f"takes absolute paths and addresses under {allowed}")
+            raise NotAllowed(field, value, f"takes absolute paths and addresses under {allowed}")
 
 
 def _is_below(value: str, root: str) -> bool:

@@ -4,12 +4,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 
 Probe = Literal["percentiles", "drift", "discrepancy", "variance_share", "gradient_norm", "landscape", "shift"]
 
 
-class ProbesSpec(Frozen):
+class ProbesSpec(FrozenModel):
     """Measurements of layers and of the loss around a step; docs/probes.md states what each one is and costs."""
 
     measure: list[Probe] = Field(

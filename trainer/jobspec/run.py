@@ -5,12 +5,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.jobspec.base import Frozen
+from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.job import JobSpec
-from trainer.jobspec.permissions import Permissions
+from trainer.jobspec.permissions import Allowlist
 
 
-class RunContext(Frozen):
+class AttemptContext(FrozenModel):
     """What the service tells the trainer about one attempt of a job, beside its spec."""
 
     job_id: str
@@ -20,7 +20,7 @@ class RunContext(Frozen):
     mlflow_url: str | None = None
     mlflow_token: str | None = Field(None, repr=False, description="what this attempt writes to its MLflow run with")
     mlflow_run_id: str | None = None
-    permissions: Permissions = Permissions()
+    permissions: Allowlist = Allowlist()
     secrets: dict[str, str] = Field(
         {}, description="environment variables of the workers, to the files with their values"
     )
@@ -30,7 +30,7 @@ class RunContext(Frozen):
     )
 
 
-class Progress(Frozen):
+class Progress(FrozenModel):
     """How far an attempt is; rank 0 keeps it in `progress.json`."""
 
     step: int
@@ -54,7 +54,7 @@ Cause = Literal[
 """Why an attempt ended before its time, as classified where it happened."""
 
 
-class Outcome(Frozen):
+class Outcome(FrozenModel):
     """The true end of an attempt as the trainer saw it, in `outcome.json`. To diverge is a result: such a run has succeeded."""
 
     state: Literal["succeeded", "failed"]
@@ -75,11 +75,11 @@ TASK_FILE = "task.json"
 """In the attempt's folder: its `Task`. A file, since one environment variable holds 128 KiB at most."""
 
 
-class Task(Frozen):
+class Task(FrozenModel):
     """One attempt of a job: the spec and its context."""
 
     spec: JobSpec
-    context: RunContext
+    context: AttemptContext
 
 
 def attempt_folder(job_folder: Path, attempt: int) -> Path:

@@ -11,7 +11,7 @@ from trainer.jobspec import CnnSpec, ImportedModelSpec, LibraryModelSpec, MlpSpe
 from trainer.models.imported import build_imported
 from trainer.models.networks import build_cnn, build_mlp
 from trainer.models.surgery import refuse_functional_activations
-from trainer.norms import Trace, switch_norms, trace_forward
+from trainer.norms import Trace, replace_norms, trace_forward
 
 __all__ = ["build_model"]
 
@@ -31,7 +31,7 @@ def build_model(
 
     Args:
         spec: which network.
-        norm: of every normalisation layer in it; see `trainer.norms.switch_norms`.
+        norm: of every normalisation layer in it; see `trainer.norms.replace_norms`.
         shape: of a sample, channels first, or (features,).
         classes: number of classes.
         seed: of the initial weights.
@@ -47,7 +47,7 @@ def build_model(
         model = _build(spec, shape, classes, seed)
         sample = _sample(model, shape)
         trace = _trace(model, sample, spec, classes)
-        return switch_norms(model, norm, trace, sample, process_group)
+        return replace_norms(model, norm, trace, sample, process_group)
 
 
 def _build(spec: ModelSpec, shape: Sequence[int], classes: int, seed: int) -> nn.Module:

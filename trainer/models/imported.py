@@ -12,7 +12,7 @@ from trainer.jobspec import ImportedModelSpec
 
 
 def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:
-    """Import the function, and check that it takes the arguments; `Permissions.check` has checked that it may be imported.
+    """Import the function, and check that it takes the arguments; `Allowlist.check` has checked that it may be imported.
 
     Raises:
         ConfigurationError: there is no such module or function, or it does not take the arguments.

@@ -32,7 +32,7 @@ def is_of_mode(layer: nn.Module, norm: Norm) -> bool:
             return isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1)
 
 
-def build_successor(layer: nn.Module, norm: Norm, dimensions: int) -> nn.Module:
+def build_replacement(layer: nn.Module, norm: Norm, dimensions: int) -> nn.Module:
     """Build what takes the place of a normalisation layer: input and output are the layer's, (N, C, *) or (N, *, C).
 
     Channels, eps, momentum, scale and shift, running statistics, device and dtype are the layer's own where both have them. An

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from syncbn import convert_sync_batchnorm
 from trainer.errors import ConfigurationError
 from trainer.jobspec import Norm
-from trainer.norms.factory import build_successor, is_of_mode, makes_bias_redundant
+from trainer.norms.factory import build_replacement, is_of_mode, makes_bias_redundant
 from trainer.norms.layers import is_norm, is_unknown_norm
 from trainer.norms.trace import Trace, trace_forward
 
@@ -35,7 +35,7 @@ FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
 """Normalisation without a layer, which nothing can be put in place of."""
 
 
-def switch_norms(
+def replace_norms(
     model: nn.Module, norm: Norm, trace: Trace, sample: Tensor, process_group: ProcessGroup | None = None
 ) -> nn.Module:
     """Replace every normalisation layer of a model, in place, and return the model.
@@ -60,7 +60,7 @@ def switch_norms(
     successors: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
         try:
-            successors[layer] = build_successor(layer, norm, _dimensions(layer, trace))
+            successors[layer] = build_replacement(layer, norm, _dimensions(layer, trace))
         except ValueError as error:
             raise refusal(norm, path, layer, str(error)) from None
     for module in trace.feeds_norms_alone():

@@ -14,12 +14,12 @@ from torch import nn
 
 from syncbn import Moments
 from trainer.data import Batch
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import ConfigurationError
 from trainer.jobspec import JobSpec, Norm
-from trainer.probes.hooks import Observer, Place, activation_inputs, named_modules, norm_inputs
+from trainer.probes.hooks import HookPoint, Observer, activation_inputs, named_modules, norm_inputs
 from trainer.probes.landscape import landscape
-from trainer.probes.layers import Gathered
+from trainer.probes.layers import GatheredStats
 from trainer.probes.objective import Objective
 from trainer.probes.statistics import discrepancy, drift, percentiles, variance_share
 from trainer.probes.weights import Shift, gradient_norms, layers_with_weights
@@ -44,7 +44,7 @@ class Probes:
         self,
         spec: JobSpec,
         model: nn.Module,
-        worker: Worker,
+        worker: RankInfo,
         autocast: AbstractContextManager[object] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
@@ -96,8 +96,8 @@ class Probes:
         """Take over what `state_dict` gave."""
         self._before = {name: Moments.unpack(vector) for name, vector in state.items()}
 
-    def _choose_places(self, named: dict[str, nn.Module]) -> tuple[list[Place], list[Place]]:
-        activations = norms = [Place(path, module, is_input=False) for path, module in named.items()]
+    def _choose_places(self, named: dict[str, nn.Module]) -> tuple[list[HookPoint], list[HookPoint]]:
+        activations = norms = [HookPoint(path, module, is_input=False) for path, module in named.items()]
         if not named:
             activations = activation_inputs(self._model)
             norms = norm_inputs(self._model) or activations
@@ -115,13 +115,13 @@ class Probes:
         observer = Observer({place.path: place for place in (*self._of_activations, *self._of_norms)}.values())
         with observer.watch(self._model):
             objective.forward()
-        gathered = Gathered(observer.seen, self._worker)
+        gathered = GatheredStats(observer.seen, self._worker)
         names = list(observer.seen[0])
         return self._of_the_batch(gathered, [name for name in names if _is_of(name, self._of_activations)]) | (
             self._of_the_workers(gathered, [name for name in names if _is_of(name, self._of_norms)])
         )
 
-    def _of_the_batch(self, gathered: Gathered, names: list[str]) -> dict[str, float]:
+    def _of_the_batch(self, gathered: GatheredStats, names: list[str]) -> dict[str, float]:
         values: dict[str, float] = {}
         if "percentiles" in self._wanted:
             for name, (unit, numbers) in gathered.units(names).items():
@@ -136,7 +136,7 @@ class Probes:
             self._before = after
         return values
 
-    def _of_the_workers(self, gathered: Gathered, names: list[str]) -> dict[str, float]:
+    def _of_the_workers(self, gathered: GatheredStats, names: list[str]) -> dict[str, float]:
         values: dict[str, float] = {}
         for name in names:
             if "discrepancy" in self._wanted:
@@ -165,7 +165,7 @@ class Probes:
         return values
 
 
-def _is_of(name: str, places: Sequence[Place]) -> bool:
+def _is_of(name: str, places: Sequence[HookPoint]) -> bool:
     return any(place.path == name.partition(":")[0] for place in places)
 
 

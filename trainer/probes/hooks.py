@@ -20,7 +20,7 @@ NONLINEARITIES = ACTIVATION_NAMES | {"Sigmoid", "Tanh"}
 
 
 @dataclass(frozen=True)
-class Place:
+class HookPoint:
     """The input or the output of a module."""
 
     path: str
@@ -40,18 +40,18 @@ class Observation:
     """Its values (samples · positions,), on the worker's device, at least float32."""
 
 
-def activation_inputs(model: nn.Module) -> list[Place]:
+def activation_inputs(model: nn.Module) -> list[HookPoint]:
     """List the inputs of all activation modules."""
     return [
-        Place(path, module, is_input=True)
+        HookPoint(path, module, is_input=True)
         for path, module in model.named_modules()
         if type(module).__name__ in NONLINEARITIES and not module._modules
     ]
 
 
-def norm_inputs(model: nn.Module) -> list[Place]:
+def norm_inputs(model: nn.Module) -> list[HookPoint]:
     """List the inputs of all normalisation layers."""
-    return [Place(path, module, is_input=True) for path, module in model.named_modules() if is_norm(module)]
+    return [HookPoint(path, module, is_input=True) for path, module in model.named_modules() if is_norm(module)]
 
 
 def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
@@ -71,7 +71,7 @@ class Observer:
     A module that is called more than once in a pass has one name for each call: `path`, `path:2`, `path:3` …
     """
 
-    def __init__(self, places: Iterable[Place]) -> None:
+    def __init__(self, places: Iterable[HookPoint]) -> None:
         self._places = list(places)
         self.seen: list[dict[str, Observation]] = []
         """By pass and name, in the order of the pass."""
@@ -98,7 +98,7 @@ class Observer:
         if any(place.path in unseen and not place.is_input for place in self._places) or not self.seen[0]:
             raise ConfigurationError("probes.layers", unseen, "takes modules that the model calls in its forward pass")
 
-    def _hook(self, place: Place) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, place: HookPoint) -> torch.utils.hooks.RemovableHandle:
         if place.is_input:
             return place.module.register_forward_pre_hook(
                 lambda _, args, kwargs: self._observe(place.path, next(iter((*args, *kwargs.values())), None)),

@@ -7,17 +7,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import Moments
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.probes.hooks import Observation
 
 
-class Gathered:
+class GatheredStats:
     """The moments of each place, by part of the batch and worker; on the CPU, float64, the same on every worker.
 
     Collectives: one all_gather of 8·(2C + 1) bytes for each place and part.
     """
 
-    def __init__(self, seen: Sequence[Mapping[str, Observation]], worker: Worker) -> None:
+    def __init__(self, seen: Sequence[Mapping[str, Observation]], worker: RankInfo) -> None:
         """`seen` is this worker's, by part of the batch and place."""
         self._seen, self._worker = seen, worker
         packed = [observation.moments.pack() for part in seen for observation in part.values()]
@@ -60,7 +60,7 @@ class Gathered:
         return {place: (self._seen[0][place].unit, torch.cat(pieces)) for place, pieces in found.items()}
 
 
-def _gather(vector: Tensor, worker: Worker) -> list[Tensor]:
+def _gather(vector: Tensor, worker: RankInfo) -> list[Tensor]:
     """Return every worker's vector; all have the same length and dtype."""
     if worker.world_size == 1:
         return [vector]

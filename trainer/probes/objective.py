@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from trainer.data import Batch
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.training.evaluate import sum_over_workers
 
 
@@ -32,7 +32,7 @@ class Objective:
         model: nn.Module,
         parts: Sequence[Batch],
         batch_size: int,
-        worker: Worker,
+        worker: RankInfo,
         autocast: AbstractContextManager[object],
         scale: float,
     ) -> None:

@@ -12,7 +12,7 @@ from trainer.tracking.progress_file import ProgressFile
 from trainer.tracking.uploader import TrackingProcess
 
 
-class Journal(Protocol):
+class MetricsLogger(Protocol):
     """Where the loop tells what happens."""
 
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
@@ -25,7 +25,7 @@ class Journal(Protocol):
         """Tell that `step` steps are done."""
 
 
-class Silent:
+class NullLogger:
     """The journal of every rank but the first: says nothing."""
 
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ class Silent:
         """Do nothing."""
 
 
-class RankZeroJournal:
+class RankZeroLogger:
     """Prints metrics, appends them to the outbox and keeps the progress file."""
 
     def __init__(self, total_steps: int, outbox: Outbox, progress: ProgressFile) -> None:
@@ -65,14 +65,14 @@ class RankZeroJournal:
 
 
 @contextmanager
-def open_journal(task: Task, rank: int) -> Iterator[Journal]:
+def open_journal(task: Task, rank: int) -> Iterator[MetricsLogger]:
     """Open this rank's journal; on leaving, what is still on its way to MLflow is sent (at most three minutes)."""
     if rank != 0:
-        yield Silent()
+        yield NullLogger()
         return
     context, spec = task.context, task.spec
     folder = Path(context.folder)
     progress = ProgressFile(attempt_folder(folder, context.attempt), spec.steps, spec.global_batch_size)
     outbox = Outbox(folder)
     with closing(outbox), TrackingProcess(folder, context.mlflow_url, context.mlflow_run_id, context.mlflow_token):
-        yield RankZeroJournal(spec.steps, outbox, progress)
+        yield RankZeroLogger(spec.steps, outbox, progress)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from trainer.atomic import write_whole
+from trainer.atomic import atomic_write
 from trainer.jobspec import PROGRESS_FILE, Progress
 
 SECONDS_BETWEEN_WRITES = 0.5
@@ -30,7 +30,7 @@ class ProgressFile:
         self._step, self._time = step, now
         left = (self._total_steps - step) / self._steps_per_second if self._steps_per_second else 0.0
         speed = self._steps_per_second * self._batch_size
-        write_whole(
+        atomic_write(
             self._path,
             Progress(
                 step=step, total_steps=self._total_steps, samples_per_second=round(speed, 1), eta_seconds=round(left, 1)

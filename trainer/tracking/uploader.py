@@ -62,7 +62,7 @@ class TrackingProcess:
         self._process.wait()
 
 
-class Tracking:
+class MlflowUploader:
     """Drains one outbox to a run in a thread, from where the last attempt came to, as a context manager.
 
     Leaving it waits until all is sent, at most for `seconds_to_finish`. `unsent_bytes` of the file then are not in MLflow; another
@@ -84,7 +84,7 @@ class Tracking:
         """Bytes of the outbox that MLflow does not have yet."""
         return (self._path.stat().st_size if self._path.exists() else 0) - self._sent
 
-    def __enter__(self) -> "Tracking":
+    def __enter__(self) -> "MlflowUploader":
         self._thread.start()
         return self
 
@@ -241,7 +241,7 @@ def main() -> None:
     system = Outbox(arguments.folder, SYSTEM_FILE)
     with ExitStack() as stack:
         drains = [
-            stack.enter_context(Tracking(path, arguments.url, arguments.run_id))
+            stack.enter_context(MlflowUploader(path, arguments.url, arguments.run_id))
             for path in (arguments.folder / OUTBOX_FILE, system.path)
         ]
         with SystemMetrics(system):

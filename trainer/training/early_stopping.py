@@ -1,10 +1,10 @@
 """What follows from an evaluation: whether the run has seen enough, and whether it is the best so far."""
 
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.jobspec import CheckpointSpec, EarlyStopSpec, improvement, is_reached
 
 
-def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
+def update(spec: EarlyStopSpec | None, position: TrainProgress) -> None:
     """Count the newest evaluation in."""
     if spec is None:
         return
@@ -16,7 +16,7 @@ def take_note(spec: EarlyStopSpec | None, position: Position) -> None:
         position.stale += 1
 
 
-def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
+def should_stop(spec: EarlyStopSpec | None, position: TrainProgress) -> bool:
     """Whether to end the run now: the target is reached, or patience is at its end."""
     if spec is None or f"{spec.direction} {spec.metric}" not in position.best:
         return False
@@ -26,7 +26,7 @@ def is_enough(spec: EarlyStopSpec | None, position: Position) -> bool:
     return position.stale >= spec.patience
 
 
-def is_new_best(spec: CheckpointSpec, position: Position) -> bool:
+def update_best(spec: CheckpointSpec, position: TrainProgress) -> bool:
     """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
     if spec.keep_best is None or position.step == 0:  # an untrained model is not saved
         return False

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 from syncbn import SyncBatchNorm, update_population_statistics
 from trainer.data import Dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import ConfigurationError, DataError
 from trainer.jobspec import EvaluationSpec
 
@@ -23,7 +23,7 @@ from trainer.jobspec import EvaluationSpec
 class Evaluator:
     """Measures a model on a dataset's test samples."""
 
-    def __init__(self, spec: EvaluationSpec, model: nn.Module, dataset: Dataset, worker: Worker) -> None:
+    def __init__(self, spec: EvaluationSpec, model: nn.Module, dataset: Dataset, worker: RankInfo) -> None:
         if "top5_accuracy" in spec.metrics and dataset.classes <= 5:
             takes = f"top5_accuracy takes more than 5 classes; there are {dataset.classes}"
             raise ConfigurationError("evaluation.metrics", spec.metrics, takes)
@@ -171,7 +171,7 @@ class Evaluator:
                         sum_over_workers(buffer, self._worker.world_size).div_(self._worker.world_size)
 
 
-def share_buffers(norms: list[_BatchNorm], worker: Worker) -> None:
+def share_buffers(norms: list[_BatchNorm], worker: RankInfo) -> None:
     """Give every worker rank 0's statistics, where they are a worker's own or those of a group of workers."""
     for norm in norms:
         agrees = isinstance(norm, SyncBatchNorm) and norm.process_group is None

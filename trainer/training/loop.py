@@ -11,19 +11,19 @@ from torch import nn
 
 from syncbn import new_sync_groups
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position, State, seed_everything
+from trainer.checkpoint.state import TrainProgress, TrainState, seed_everything
 from trainer.data import Dataset
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import Diverged, Preempted
 from trainer.jobspec import JobSpec
 from trainer.models import build_model
 from trainer.probes import Probes
-from trainer.tracking.logger import Journal
-from trainer.training.early_stopping import is_enough, is_new_best, take_note
+from trainer.tracking.logger import MetricsLogger
+from trainer.training.early_stopping import should_stop, update, update_best
 from trainer.training.evaluate import Evaluator
 from trainer.training.optim import build_optimizer, build_schedule, extend_schedule
-from trainer.training.parallel import clip, gradients_stay_local, parallelise, warm_up, without_checkpointing
-from trainer.training.step_sync import Control, NoNotices, Notices, Wishes
+from trainer.training.parallel import clip, no_sync, parallelise, remove_activation_checkpointing, warm_up_ddp_buckets
+from trainer.training.step_sync import NoNotices, PreemptionNotice, Requests, StepSync
 
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 SECONDS_BETWEEN_LOOKS = 2.0
@@ -45,12 +45,12 @@ class Result:
 
 def train(
     spec: JobSpec,
-    worker: Worker,
-    journal: Journal,
+    worker: RankInfo,
+    journal: MetricsLogger,
     dataset: Dataset,
     checkpoints: Checkpoints | None = None,
-    notices: Notices | None = None,
-    position: Position | None = None,
+    notices: PreemptionNotice | None = None,
+    position: TrainProgress | None = None,
 ) -> Result:
     """Train by `spec` and return the model and its last metrics; every worker calls it and gets the same metrics.
 
@@ -61,7 +61,7 @@ def train(
     Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
     saved, if `notices` tell that a node is about to go.
     """
-    notices, position = notices or NoNotices(), position or Position()
+    notices, position = notices or NoNotices(), position or TrainProgress()
     seed_everything(worker, spec.seed)
     group = new_sync_groups(spec.sync_group_size) if spec.sync_group_size else None
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed, group)
@@ -73,11 +73,11 @@ def train(
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
     probes = Probes(spec, model, worker, autocast, scaler)
-    state = State(model, optimizer, schedule, scaler, probes, position, worker)
+    state = TrainState(model, optimizer, schedule, scaler, probes, position, worker)
     evaluator = Evaluator(spec.evaluation, model, dataset, worker)
-    control = Control(worker, spec.collective_timeout_seconds)
+    control = StepSync(worker, spec.collective_timeout_seconds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    warm_up(parallel, spec, dataset.shape, worker)
+    warm_up_ddp_buckets(parallel, spec, dataset.shape, worker)
     if checkpoints is not None:
         journal.resume(checkpoints.load(state), checkpoints.refused)
         if (note := extend_schedule(spec, schedule, position)) is not None and worker.rank == 0:
@@ -100,12 +100,12 @@ def train(
                 raise Diverged(step, f"the evaluation is not finite ({metrics})")
             position.metrics, position.statistics, position.evaluated = metrics, evaluator.statistics, step
             position.loss_sum, position.samples = 0.0, 0
-            take_note(spec.early_stop, position)
-            save_now |= is_new_best(spec.checkpoint, position)
+            update(spec.early_stop, position)
+            save_now |= update_best(spec.checkpoint, position)
             journal.log(step, metrics)
         journal.update(step)
 
-        is_done = step >= spec.steps or is_late or is_enough(spec.early_stop, position)
+        is_done = step >= spec.steps or is_late or should_stop(spec.early_stop, position)
         is_due = save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
         if checkpoints is not None and (is_due or node_goes) and saved < step:
             position.seconds = time.monotonic() - began
@@ -125,19 +125,19 @@ def train(
         loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
         for number, part in enumerate(parts, start=1):
             is_last_part = number == len(parts)
-            with gradients_stay_local(parallel, unless=is_last_part):
+            with no_sync(parallel, unless=is_last_part):
                 with autocast:
                     loss = F.cross_entropy(parallel(part.inputs), part.labels, reduction="sum")
                 loss_sum += loss.detach()
                 if is_last_part:
                     now = time.monotonic()
-                    wishes = Wishes(
+                    wishes = Requests(
                         save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
                         stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
                         look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
                         report=checkpoints is not None and checkpoints.has_failed,
                     )
-                    control.begin(loss_sum, wishes if worker.rank == 0 else Wishes())
+                    control.begin(loss_sum, wishes if worker.rank == 0 else Requests())
                 share = loss * (worker.world_size / spec.global_batch_size)
                 scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         agreed = control.finish()
@@ -156,9 +156,9 @@ def train(
         position.samples += spec.global_batch_size
         save_now, is_late, failed_to_save = agreed.wishes.save, agreed.wishes.stop, agreed.wishes.report
         if agreed.wishes.look:
-            looked_at, node_goes = time.monotonic(), notices.node_is_about_to_go()
+            looked_at, node_goes = time.monotonic(), notices.is_preempted()
 
-    without_checkpointing(model)
+    remove_activation_checkpointing(model)
     if position.step >= spec.steps:
         return Result(model, position.metrics, position.step, "finished")
     return Result(model, position.metrics, position.step, "deadline" if is_late else "stopped early")

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.lr_scheduler import LambdaLR
 
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.errors import ConfigurationError
 from trainer.jobspec import (
     AdamWSpec,
@@ -64,7 +64,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
             return optimizer
 
 
-def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, position: Position) -> LambdaLR:
+def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, position: TrainProgress) -> LambdaLR:
     """Build the schedule of the learning rate; its `step` is called after each optimiser step.
 
     It runs from `position.schedule_start` to `position.schedule_end`, which may change in between.
@@ -76,7 +76,7 @@ def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, positio
     return LambdaLR(optimizer, factor)
 
 
-def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: Position) -> str | None:
+def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: TrainProgress) -> str | None:
     """Adapt a restored schedule to the number of steps of the spec, by `spec.on_extend`; return what to log about it.
 
     Raises ConfigurationError if the schedule depends on the number of steps, which has changed, and the spec makes no choice.

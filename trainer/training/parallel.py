@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from syncbn import SyncBatchNorm
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 from trainer.errors import ConfigurationError
 from trainer.jobspec import ImportedModelSpec, JobSpec
 
 
-def parallelise(model: nn.Module, spec: JobSpec, worker: Worker, shape: tuple[int, ...]) -> nn.Module:
+def parallelise(model: nn.Module, spec: JobSpec, worker: RankInfo, shape: tuple[int, ...]) -> nn.Module:
     """Prepare `model`, in place, and return what to call in training: it, or its wrapping by DistributedDataParallel.
 
     `shape` is a sample's, channels first. Raises ConfigurationError if activations are to be checkpointed and the model has no
@@ -111,13 +111,13 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def without_checkpointing(model: nn.Module) -> None:
+def remove_activation_checkpointing(model: nn.Module) -> None:
     """Undo the checkpointing of activations, so that the model can be copied and pickled."""
     for module in model.modules():
         vars(module).pop("forward", None)
 
 
-def gradients_stay_local(model: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
+def no_sync(model: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
     """Return a context in which backward adds to a worker's own gradients, without reducing them over all workers."""
     if unless:
         return nullcontext()
@@ -142,7 +142,7 @@ def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
     return whole
 
 
-def warm_up(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: Worker) -> None:
+def warm_up_ddp_buckets(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: RankInfo) -> None:
     """Have DistributedDataParallel arrange its buckets before the first step, by one pass over noise that leaves no trace.
 
     After its first backward pass it orders gradients as they came. A sum over three workers or more depends in its last bit on a

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trainer.distributed import Worker
+from trainer.distributed import RankInfo
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Requests:
     """What a worker wants all of them to do after this step; one worker's wish is enough."""
 
     save: bool = False
@@ -28,19 +28,19 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepResult:
     """What all workers know after a step's collective."""
 
     loss_sum: float
     """Sum of the losses of all samples of the global batch."""
     is_finite: bool
-    wishes: Wishes
+    wishes: Requests
 
 
-class Control:
+class StepSync:
     """One float64 vector a step, summed over all workers; on GPUs by gloo beside NCCL, so that it does not wait for kernels."""
 
-    def __init__(self, worker: Worker, timeout_seconds: float) -> None:
+    def __init__(self, worker: RankInfo, timeout_seconds: float) -> None:
         self._group: Any = None
         self._world_size = worker.world_size
         if worker.world_size > 1 and worker.device.type == "cuda":
@@ -48,7 +48,7 @@ class Control:
         self._vector = torch.zeros(6, dtype=torch.float64)
         self._pending: dist.Work | None = None
 
-    def begin(self, loss_sum: Tensor, wishes: Wishes) -> None:
+    def begin(self, loss_sum: Tensor, wishes: Requests) -> None:
         """Send this worker's part; waits for `loss_sum` to be computed, not for anything after it."""
         loss = float(loss_sum)
         finite = float("-inf") < loss < float("inf")
@@ -57,25 +57,25 @@ class Control:
         if self._world_size > 1:
             self._pending = dist.all_reduce(self._vector, group=self._group, async_op=True)
 
-    def finish(self) -> Agreed:
+    def finish(self) -> StepResult:
         """Wait for all workers' parts."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
         loss, broken, *wishes = self._vector.tolist()
-        return Agreed(loss, broken == 0, Wishes(*(wish > 0 for wish in wishes)))
+        return StepResult(loss, broken == 0, Requests(*(wish > 0 for wish in wishes)))
 
 
-class Notices(Protocol):
+class PreemptionNotice(Protocol):
     """What the cluster tells of its nodes."""
 
-    def node_is_about_to_go(self) -> bool:
+    def is_preempted(self) -> bool:
         """Ask whether the node of any worker will be taken away; called by all workers together, with one answer for all."""
 
 
 class NoNotices:
     """A cluster that tells nothing."""
 
-    def node_is_about_to_go(self) -> bool:
+    def is_preempted(self) -> bool:
         """Say no."""
         return False

@@ -6,7 +6,7 @@ from service.api.auth import Reader
 from service.api.dependencies import GivenComponents
 from service.api.idempotency import KnownCaller
 from service.api.schemas.cluster import ClusterView, Resources
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import JobState
 from service.domain.scheduling import Cluster
 
@@ -19,7 +19,7 @@ async def show_cluster(_: Reader, components: GivenComponents) -> ClusterView:
     totals = await components.jobs.totals()
     try:
         cluster: Cluster | None = await components.ray.cluster()
-    except Unavailable:
+    except UpstreamUnavailable:
         cluster = None
     return ClusterView(
         total=Resources.model_validate(cluster.total) if cluster else None,

@@ -61,7 +61,7 @@ async def submit_comparison(
 async def show_comparison(comparison_id: ComparisonId, caller: Reader, components: GivenComponents) -> Response:
     """Show a comparison and its jobs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
-    jobs = await components.jobs.of_comparison(comparison_id)
+    jobs = await components.jobs.list_by_comparison(comparison_id)
     return await respond(lambda: ComparisonView.of(comparison, jobs, components.mlflow_public_url))
 
 
@@ -74,7 +74,7 @@ async def report_comparison(
 ) -> Response:
     """Compare the variants by what MLflow holds of their runs."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
-    jobs = await components.jobs.of_comparison(comparison_id)
+    jobs = await components.jobs.list_by_comparison(comparison_id)
     specs = await components.jobs.specs_of(comparison_id)
     found = await read_curves(jobs, comparison.metric, components.mlflow)
     return await respond(lambda: Report.of(make_report(comparison, jobs, specs, found), with_curves=curves))
@@ -96,7 +96,7 @@ async def show_curves(
 ) -> Response:
     """Show one metric of all runs, as MLflow holds it."""
     await components.comparisons.get(comparison_id, caller.sees_only)
-    jobs = await components.jobs.of_comparison(comparison_id)
+    jobs = await components.jobs.list_by_comparison(comparison_id)
     curves = await read_curves(jobs, metric, components.mlflow)
 
     def make() -> Curves:

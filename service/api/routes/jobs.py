@@ -9,7 +9,7 @@ from zlib import crc32
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
-from service.adapters.job_log import PLACE, Level, Line, Place, Selection
+from service.adapters.job_log import PLACE, Level, Line, LogOffset, Selection
 from service.adapters.run_storage import on_storage
 from service.api.auth import Reader, Submitter
 from service.api.compute import respond
@@ -21,7 +21,7 @@ from service.api.routes.streams import Stream, described, follow_events, follow_
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobSummaryView, JobView, SubmitJob
 from service.domain.access import Caller, Owner
 from service.domain.comparisons import check_size
-from service.domain.errors import Changed, InvalidField
+from service.domain.errors import InvalidField, VersionMismatch
 from service.domain.jobs import Job, JobState
 from service.domain.submission import Tag, clone, resume
 from service.store.jobs import Filter
@@ -178,11 +178,11 @@ async def read_logs(
     if attempt is not None and attempt > job.attempt:
         raise InvalidField("attempt", attempt, f"takes 1 to {job.attempt}")
     if follow:
-        place = Place.parse("Last-Event-ID", last_event_id) if last_event_id else Place(attempt or 1)
+        place = LogOffset.parse("Last-Event-ID", last_event_id) if last_event_id else LogOffset(attempt or 1)
         if place.attempt > job.attempt:
             raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
         return Stream(components, caller, follow_log(components, caller, job, place, wanted))
-    place = Place(attempt or job.attempt)
+    place = LogOffset(attempt or job.attempt)
     if await on_storage(components.files.log_path(job, place.attempt).is_file):
         lines = read_log(components, job, place, wanted)
         return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
@@ -208,5 +208,5 @@ def etag(job: Job) -> str:
 
 def _version(job: Job, if_match: str) -> int:
     if if_match not in (etag(job), "*"):
-        raise Changed(f"job {job.id} has changed since: it is {job.state.value}, {job.reason}")
+        raise VersionMismatch(f"job {job.id} has changed since: it is {job.state.value}, {job.reason}")
     return job.version

@@ -12,13 +12,13 @@ from fastapi.sse import format_sse_event
 from pydantic import TypeAdapter
 from starlette.types import Receive, Scope, Send
 
-from service.adapters.job_log import AttemptLog, Line, Place, Selection
+from service.adapters.job_log import AttemptLog, Line, LogOffset, Selection
 from service.adapters.run_storage import on_threads
 from service.api.dependencies import Components
 from service.api.schemas import EventView
 from service.domain.access import Caller
 from service.domain.jobs import Job
-from service.store.jobs import Pulse
+from service.store.jobs import JobSnapshot
 
 MEDIA_TYPE = "text/event-stream"
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -72,7 +72,7 @@ class Stream(StreamingResponse):
 SIGN_OF_LIFE = format_sse_event(comment="still here")
 
 
-async def read_log(components: Components, job: Job, place: Place, wanted: Selection) -> AsyncIterator[list[Line]]:
+async def read_log(components: Components, job: Job, place: LogOffset, wanted: Selection) -> AsyncIterator[list[Line]]:
     """Yield the lines that an attempt's log has now, some at a time."""
     log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
     async for lines in _in_parts(log.read(is_over=True)):
@@ -80,11 +80,11 @@ async def read_log(components: Components, job: Job, place: Place, wanted: Selec
 
 
 async def follow_log(
-    components: Components, caller: Caller, job: Job, place: Place, wanted: Selection
+    components: Components, caller: Caller, job: Job, place: LogOffset, wanted: Selection
 ) -> AsyncIterator[bytes]:
     """Stream a job's log from a place on until the job, or the caller's token, has ended."""
     with components.watch.watching(job.id):
-        pulse = Pulse(job.version, job.state, job.attempt, job.progress)
+        pulse = JobSnapshot(job.version, job.state, job.attempt, job.progress)
         log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
         spoke_at = looked_at = time.monotonic()
         unfinished: list[Line] = []
@@ -98,7 +98,7 @@ async def follow_log(
                     yield event(_content(line), kind="line", place=line.place)
                     spoke_at = time.monotonic()
             if is_over and log.place.attempt < pulse.attempt:
-                start = Place(log.place.attempt + 1)
+                start = LogOffset(log.place.attempt + 1)
                 log = AttemptLog(components.files.attempt_folder(job, start.attempt), start)
                 continue
             if is_over:
@@ -120,7 +120,7 @@ async def follow_log(
 async def follow_events(components: Components, caller: Caller, job: Job, after: int) -> AsyncIterator[bytes]:
     """Stream a job's transitions, those after number `after`, and its progress, until the job, or the caller's token, has ended."""
     with components.watch.watching(job.id):
-        pulse: Pulse | None = None
+        pulse: JobSnapshot | None = None
         while not components.watch.is_over(caller.token_id):
             seen = await components.jobs.events_of(job.id, after)
             for found in seen:
@@ -143,6 +143,6 @@ def _content(line: Line) -> dict[str, Any]:
 
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
-    """Read lines in a thread, so many at a time, and wait for them so long at most. Raises Unavailable."""
+    """Read lines in a thread, so many at a time, and wait for them so long at most. Raises UpstreamUnavailable."""
     while part := await on_threads(READERS, lambda: list(islice(lines, LINES_AT_ONCE))):
         yield part

@@ -10,9 +10,9 @@ from service.api.dependencies import Components, GivenComponents
 from service.api.idempotency import KnownCaller
 from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
 from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.scheduling import Capacity, least_needs, most_needs
-from service.domain.submission import Terms
+from service.domain.submission import SubmitOptions
 from trainer.jobspec import JobSpec
 
 router = APIRouter(prefix="/v1", route_class=KnownCaller)
@@ -34,7 +34,7 @@ async def validate_comparison(body: SubmitComparison, caller: Submitter, compone
 
 
 async def _validate(
-    components: Components, owner: str, terms: Terms, base: JobSpec, specs: Sequence[JobSpec]
+    components: Components, owner: str, terms: SubmitOptions, base: JobSpec, specs: Sequence[JobSpec]
 ) -> Validation:
     """Check what a submission reaches for; tell what the jobs of these specs would take, and whether the cluster has it."""
     for spec in specs:
@@ -47,7 +47,7 @@ async def _validate(
     )
     try:
         fits: bool | None = (await components.ray.cluster()).total.holds(least)
-    except Unavailable:
+    except UpstreamUnavailable:
         fits = None
     return Validation(
         jobs=len(specs),

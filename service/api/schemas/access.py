@@ -8,10 +8,10 @@ from pydantic import BaseModel, Field
 from service.api.schemas.names import Name
 from service.domain.access import AuditRecord, Owner, Scope, Token
 from service.domain.credentials import HOME
-from trainer.jobspec import Frozen
+from trainer.jobspec import FrozenModel
 
 
-class MakeToken(Frozen):
+class MakeToken(FrozenModel):
     """A token to make."""
 
     owner: Owner
@@ -56,7 +56,7 @@ class TokenList(BaseModel):
     next_page_token: str | None
 
 
-class MakeSignInLink(Frozen):
+class MakeSignInLink(FrozenModel):
     """Where a link that signs in leads."""
 
     next: str = Field(

@@ -10,10 +10,10 @@ from service.api.schemas.jobs import JobSummaryView, run_url
 from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison, ComparisonSpec
 from service.domain.jobs import JobRecord
-from service.domain.submission import Terms
+from service.domain.submission import SubmitOptions
 
 
-class SubmitComparison(ComparisonSpec, Terms):
+class SubmitComparison(ComparisonSpec, SubmitOptions):
     """One base spec under several variants."""
 
     name: Name

@@ -9,18 +9,18 @@ from service.api.schemas.names import Name
 from service.domain.comparisons import Comparison
 from service.domain.jobs import Event, JobRecord, JobState
 from service.domain.retries import Blame, Retries
-from service.domain.submission import Terms
-from trainer.jobspec import Frozen, JobSpec, Progress
+from service.domain.submission import SubmitOptions
+from trainer.jobspec import FrozenModel, JobSpec, Progress
 
 
-class SubmitJob(Terms):
+class SubmitJob(SubmitOptions):
     """A job to run."""
 
     name: Name
     spec: JobSpec
 
 
-class ChangeJob(Frozen):
+class ChangeJob(FrozenModel):
     """A new job after the example of another one."""
 
     name: Name | None = Field(None, description="null: that of the other job")

@@ -8,12 +8,12 @@ from pydantic import BaseModel, Field, HttpUrl, field_validator
 from service.domain.jobs import JobState
 from service.domain.submission import Tag
 from service.domain.webhooks import Delivery, Threshold, Webhook
-from trainer.jobspec import Frozen
+from trainer.jobspec import FrozenModel
 
 ENDS = [state for state in JobState if state.is_terminal]
 
 
-class MakeWebhook(Frozen):
+class MakeWebhook(FrozenModel):
     """A webhook to make."""
 
     url: Annotated[HttpUrl, Field(strict=False)] = Field(

@@ -4,7 +4,7 @@ import tracemalloc
 
 import pytest
 
-from service.adapters.job_log import MAX_LINE_BYTES, AttemptLog, Place, Selection
+from service.adapters.job_log import MAX_LINE_BYTES, AttemptLog, LogOffset, Selection
 from service.domain.errors import InvalidField
 from trainer.jobspec import FEEDER_LOG_FILE, LOG_FILE, LOG_INDEX_FILE, worker_log_file
 from trainer.logs import LogIndex, indexed_logs
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 def read(folder, place=None, *, is_over=False, **selection):
     wanted = Selection(**selection)
-    return [line for line in AttemptLog(folder, place or Place()).read(is_over=is_over) if wanted.takes(line)]
+    return [line for line in AttemptLog(folder, place or LogOffset()).read(is_over=is_over) if wanted.takes(line)]
 
 
 def test_lines_have_rank_level_and_place_and_are_in_the_order_of_their_writing(folder):
@@ -54,8 +54,8 @@ def test_lines_have_rank_level_and_place_and_are_in_the_order_of_their_writing(f
         (None, "error", "2026-01-01 00:00:00 ERROR ray: lost"),
         (None, "info", "3 files"),
     ]
-    assert lines[0].place == Place(1, len("output of the driver\n"))
-    assert lines[-1].place == Place(1, sum(len(text) for _, text in PARTS))
+    assert lines[0].place == LogOffset(1, len("output of the driver\n"))
+    assert lines[-1].place == LogOffset(1, sum(len(text) for _, text in PARTS))
 
 
 def test_lines_are_selected(folder):
@@ -71,7 +71,7 @@ def test_from_every_line_on_the_rest_is_the_same(folder):
 
 
 def test_a_place_beyond_the_end_is_the_end(folder):
-    log = AttemptLog(folder, Place(1, 999_999_999_999_999))
+    log = AttemptLog(folder, LogOffset(1, 999_999_999_999_999))
     assert list(log.read()) == []
     assert log.place == read(folder)[-1].place
     write(folder, LOG_FILE, "more\n")
@@ -98,7 +98,7 @@ def test_what_the_index_does_not_hold_is_read_once_the_attempt_is_over(folder):
 
 def test_without_an_index_the_drivers_file_is_followed(tmp_path):
     write(tmp_path, LOG_FILE, "whole\nhalf")
-    log = AttemptLog(tmp_path, Place())
+    log = AttemptLog(tmp_path, LogOffset())
     assert [line.text for line in log.read()] == ["whole"]
     assert list(log.read()) == []
     write(tmp_path, LOG_FILE, " a line\nand the end")
@@ -110,7 +110,7 @@ def test_without_an_index_the_drivers_file_is_followed(tmp_path):
 
 def test_lines_are_indexed_when_they_are_whole(tmp_path):
     index = LogIndex(tmp_path)
-    log = AttemptLog(tmp_path, Place())
+    log = AttemptLog(tmp_path, LogOffset())
     write(tmp_path, worker_log_file(0), "whole\nhalf")
     index.update()
     assert [line.text for line in log.read()] == ["whole"]
@@ -120,7 +120,7 @@ def test_lines_are_indexed_when_they_are_whole(tmp_path):
 
 
 def test_a_reader_that_breaks_off_goes_on_where_it_was(folder):
-    lines, log = read(folder), AttemptLog(folder, Place())
+    lines, log = read(folder), AttemptLog(folder, LogOffset())
     found = []
     while True:
         line = next(log.read(), None)
@@ -136,7 +136,7 @@ def test_of_a_progress_bar_the_last_state_is_shown(tmp_path):
 
 
 def test_the_present_state_of_a_progress_bar_is_known_until_its_line_is_whole(tmp_path):
-    log = AttemptLog(tmp_path, Place())
+    log = AttemptLog(tmp_path, LogOffset())
     write(tmp_path, LOG_FILE, "whole\nhalf")
     assert log.unfinished() == []
     write(tmp_path, worker_log_file(1), "before\n\r 10%|#\r 20%|##")
@@ -180,7 +180,7 @@ def test_all_that_several_workers_print_at_once_is_found(tmp_path):
     with indexed_logs(tmp_path):
         command = [sys.executable, "-c", WRITER]
         writers = [subprocess.Popen([*command, str(tmp_path / worker_log_file(rank))]) for rank in ranks]
-        log, found = AttemptLog(tmp_path, Place()), {rank: [] for rank in ranks}
+        log, found = AttemptLog(tmp_path, LogOffset()), {rank: [] for rank in ranks}
         while any(writer.poll() is None for writer in writers):
             for line in log.read():
                 found[line.rank].append(line.text)
@@ -200,14 +200,14 @@ def test_a_log_of_100_mb_takes_little_memory(tmp_path):
         index.update()
     tracemalloc.start()
     try:
-        assert sum(1 for _ in AttemptLog(tmp_path, Place()).read()) == 100_000
+        assert sum(1 for _ in AttemptLog(tmp_path, LogOffset()).read()) == 100_000
         assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
 
 
 def test_places_are_parsed_as_they_are_told():
-    assert Place.parse("Last-Event-ID", str(Place(3, 17))) == Place(3, 17)
+    assert LogOffset.parse("Last-Event-ID", str(LogOffset(3, 17))) == LogOffset(3, 17)
     for text in ("", "3", "a:b", "1:-1", "1:2:3", "9999999:1"):
         with pytest.raises(InvalidField, match="Last-Event-ID"):
-            Place.parse("Last-Event-ID", text)
+            LogOffset.parse("Last-Event-ID", text)

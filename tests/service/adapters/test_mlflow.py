@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from service.adapters.mlflow import MlflowRunsOverHttp, flatten, git_commit
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import JobState, new_id
 from tests.fakes import FakeMlflow
 from tests.service.examples import make_comparison, make_job
@@ -83,7 +83,7 @@ async def test_a_deleted_run_is_left_alone(real):
 async def test_a_dead_server_is_unavailable_in_time():
     runs = MlflowRunsOverHttp("http://127.0.0.1:1", 5)
     began = time.monotonic()
-    with pytest.raises(Unavailable, match="MLflow at"):
+    with pytest.raises(UpstreamUnavailable, match="MLflow at"):
         await runs.check()
     assert time.monotonic() - began < 8
 

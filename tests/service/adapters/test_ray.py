@@ -9,7 +9,7 @@ import pytest
 
 from service.adapters.ray import RayJobsOverHttp
 from service.adapters.run_storage import RunFiles
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import new_id
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Capacity, Cluster
@@ -17,11 +17,11 @@ from tests.fakes import FakeRay
 from trainer.jobspec import (
     LOG_FILE,
     OUTCOME_FILE,
+    AttemptContext,
     DigitsSpec,
     JobSpec,
     MlpSpec,
     Outcome,
-    RunContext,
     Task,
     attempt_folder,
     worker_log_file,
@@ -67,7 +67,7 @@ async def cluster(request):
 def make_task(folder: Path, **changes) -> Path:
     spec = JobSpec(**({"data": DigitsSpec(), "model": MlpSpec(hidden=[8]), "steps": 20} | changes))
     # The name makes the task longer than an environment variable can be.
-    context = RunContext(job_id=folder.name, attempt=1, name="test" * 50_000, folder=str(folder))
+    context = AttemptContext(job_id=folder.name, attempt=1, name="test" * 50_000, folder=str(folder))
     return RunFiles(folder.parent).write_task(Task(spec=spec, context=context))
 
 
@@ -120,7 +120,7 @@ async def test_the_cluster_tells_its_size(cluster):
 @pytest.mark.ray
 async def test_a_wrong_token_is_refused(stack):
     ray = RayJobsOverHttp(stack.connection.ray_address, "wrong", 10)
-    with pytest.raises(Unavailable, match=r"40[13]"):
+    with pytest.raises(UpstreamUnavailable, match=r"40[13]"):
         await ray.find("job-0-a1")
     await ray.close()
 
@@ -133,7 +133,7 @@ async def test_a_cluster_that_does_not_answer_is_unavailable_in_time():
     server = await asyncio.start_server(hang, "127.0.0.1", 0)
     ray = RayJobsOverHttp(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", None, 0.3)
     began = time.monotonic()
-    with pytest.raises(Unavailable, match="did not answer"):
+    with pytest.raises(UpstreamUnavailable, match="did not answer"):
         await ray.cluster()
     assert time.monotonic() - began < 2
     await ray.close()

@@ -1,7 +1,7 @@
 import pytest
 
 from service.adapters.secret_files import JobSecrets
-from service.domain.errors import InvalidField, Refused
+from service.domain.errors import InvalidField, UpstreamRejected
 
 
 async def test_without_a_folder_there_are_none():
@@ -9,7 +9,7 @@ async def test_without_a_folder_there_are_none():
     assert await none.resolve("ann", {}) == none.paths({}) == {}
     with pytest.raises(InvalidField, match="SYNCBN_SECRETS_FOLDER"):
         await none.resolve("ann", {"KEY": "key"})
-    with pytest.raises(Refused, match=r"ann/key.*SYNCBN_SECRETS_FOLDER"):
+    with pytest.raises(UpstreamRejected, match=r"ann/key.*SYNCBN_SECRETS_FOLDER"):
         none.paths({"KEY": "ann/key"})
 
 

@@ -8,7 +8,7 @@ from ipaddress import ip_network
 import pytest
 
 from service.adapters.run_storage import on_storage
-from service.adapters.webhook_http import MOST_LOOK_UPS, Forbidden, Outgoing
+from service.adapters.webhook_http import MOST_LOOK_UPS, Forbidden, WebhookHttp
 from service.domain.errors import InvalidField
 from tests.service.receiver import receiving
 
@@ -37,7 +37,7 @@ async def test_what_is_not_encrypted_goes_to_allowed_networks_alone_also_when_a_
     monkeypatch.setattr("service.adapters.webhook_http.may_be_reached", lambda address, allowed: True)
     with receiving() as receiver:
         for allowed, is_sent in (("10.0.0.0/8", False), ("127.0.0.0/8", True)):
-            outgoing = Outgoing([ip_network(allowed)], 2)
+            outgoing = WebhookHttp([ip_network(allowed)], 2)
             if is_sent:
                 assert await outgoing.post(receiver.url, "{}", {}) == 204
             else:
@@ -48,7 +48,7 @@ async def test_what_is_not_encrypted_goes_to_allowed_networks_alone_also_when_a_
 
 
 async def test_slow_names_keep_no_look_at_files_waiting(slow_names):
-    outgoing = Outgoing([], 5)
+    outgoing = WebhookHttp([], 5)
     checks = [asyncio.create_task(outgoing.check("https://slow.example/")) for _ in range(2 * MOST_LOOK_UPS)]
     async with asyncio.timeout(5):
         while len(slow_names) < MOST_LOOK_UPS:
@@ -63,7 +63,7 @@ async def test_slow_names_keep_no_look_at_files_waiting(slow_names):
 
 async def test_a_name_that_is_not_found_in_time_is_refused(slow_names, monkeypatch):
     monkeypatch.setattr("service.adapters.webhook_http.SECONDS_TO_RESOLVE", 0.1)
-    outgoing = Outgoing([], 5)
+    outgoing = WebhookHttp([], 5)
     with pytest.raises(InvalidField, match="can be found"):
         await outgoing.check("https://slow.example/")
     await outgoing.close()
@@ -83,7 +83,7 @@ async def test_storage_that_hangs_keeps_nothing_else_waiting():
                 await asyncio.sleep(0.01)
             assert await asyncio.to_thread(lambda: "done") == "done"
             with pytest.raises(InvalidField, match="public address"):
-                await Outgoing([], 2).check("https://127.0.0.1/")
+                await WebhookHttp([], 2).check("https://127.0.0.1/")
     finally:
         ended.set()
         await asyncio.gather(*looks)

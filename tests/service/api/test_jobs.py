@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.lifecycle import RayStatus
 from tests.service.api.conftest import ON_BOTH_DATABASES
 from trainer.jobspec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
@@ -94,7 +94,7 @@ async def test_a_log_whose_lines_do_not_come_breaks_off(client, monkeypatch, han
     async with asyncio.timeout(3):
         with pytest.raises(RuntimeError, match="already started") as broken:
             await client.get(path)
-    assert isinstance(broken.value.__cause__, Unavailable)
+    assert isinstance(broken.value.__cause__, UpstreamUnavailable)
 
 
 async def test_logs_come_from_ray_as_long_as_there_are_no_others(client, ray):

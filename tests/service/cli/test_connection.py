@@ -6,10 +6,10 @@ import os
 import pytest
 import typer
 
-from service.cli.connection import Place, default_config_path, find_service, read_config
+from service.cli.connection import ServiceTarget, default_config_path, find_service, read_config
 from service.local.stack import StackError
 
-OPTION = Place(url="http://option", token="of option")
+OPTION = ServiceTarget(url="http://option", token="of option")
 VARIABLES = {"SYNCBN_URL": "http://variable", "SYNCBN_TOKEN": "of variable"}
 
 
@@ -44,42 +44,42 @@ def stack(tmp_path, monkeypatch):
 
 
 def test_options_go_before_variables_before_the_config_file_before_the_stack(config, stack):
-    assert find_service(Place(), {}) == ("http://.syncbn", "of .syncbn")
+    assert find_service(ServiceTarget(), {}) == ("http://.syncbn", "of .syncbn")
     config('url = "http://file"\ntoken = "of file"\n')
-    assert find_service(Place(), {}) == ("http://file", "of file")
-    assert find_service(Place(), VARIABLES) == ("http://variable", "of variable")
+    assert find_service(ServiceTarget(), {}) == ("http://file", "of file")
+    assert find_service(ServiceTarget(), VARIABLES) == ("http://variable", "of variable")
     assert find_service(OPTION, VARIABLES) == ("http://option", "of option")
 
 
 def test_a_data_folder_is_one_more_way_to_say_which(config, stack):
     other = stack("other")
     config(f'data_dir = "{other}"\n')
-    assert find_service(Place(), {}) == ("http://other", "of other")
-    assert find_service(Place(), {"SYNCBN_DATA_DIR": ".syncbn"}) == ("http://.syncbn", "of .syncbn")
-    assert find_service(Place(data_dir=other), VARIABLES) == ("http://other", "of other")
-    assert find_service(Place(data_dir=other, token="mine"), VARIABLES) == ("http://other", "mine")
-    assert find_service(Place(), {"SYNCBN_TOKEN": "mine"}) == ("http://other", "mine")
+    assert find_service(ServiceTarget(), {}) == ("http://other", "of other")
+    assert find_service(ServiceTarget(), {"SYNCBN_DATA_DIR": ".syncbn"}) == ("http://.syncbn", "of .syncbn")
+    assert find_service(ServiceTarget(data_dir=other), VARIABLES) == ("http://other", "of other")
+    assert find_service(ServiceTarget(data_dir=other, token="mine"), VARIABLES) == ("http://other", "mine")
+    assert find_service(ServiceTarget(), {"SYNCBN_TOKEN": "mine"}) == ("http://other", "mine")
     with pytest.raises(StackError, match=r"no stack runs on nowhere; `syncbn up --data-dir nowhere` starts one"):
-        find_service(Place(data_dir="nowhere"), {})
+        find_service(ServiceTarget(data_dir="nowhere"), {})
 
 
 def test_a_token_may_come_from_elsewhere_but_not_from_a_file_of_another_service(config):
     config('url = "http://file"\ntoken = "of file"\n')
-    assert find_service(Place(token="other"), {}) == ("http://file", "other")
-    assert find_service(Place(), {"SYNCBN_TOKEN": " other\n"}) == ("http://file", "other")
-    assert find_service(Place(url="http://option"), {"SYNCBN_TOKEN": "other"}) == ("http://option", "other")
+    assert find_service(ServiceTarget(token="other"), {}) == ("http://file", "other")
+    assert find_service(ServiceTarget(), {"SYNCBN_TOKEN": " other\n"}) == ("http://file", "other")
+    assert find_service(ServiceTarget(url="http://option"), {"SYNCBN_TOKEN": "other"}) == ("http://option", "other")
     with pytest.raises(typer.BadParameter, match="http://option takes a token"):
-        find_service(Place(url="http://option"), {})
+        find_service(ServiceTarget(url="http://option"), {})
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_token_that_others_may_read_is_refused(config, mode):
     path = config('url = "http://file"\ntoken = "secret"\n', mode)
     with pytest.raises(typer.BadParameter, match="may be read by others; `chmod 600") as refused:
-        find_service(Place(), {})
+        find_service(ServiceTarget(), {})
     assert "secret" not in str(refused.value)
     path.write_text('url = "http://file"\n')
-    assert find_service(Place(token="t"), {}) == ("http://file", "t")
+    assert find_service(ServiceTarget(token="t"), {}) == ("http://file", "t")
     path.write_text("nonsense")
     assert find_service(OPTION, {}) == ("http://option", "of option")  # it does not count, so it is not read
 
@@ -102,8 +102,8 @@ def test_another_file_can_be_named(config, tmp_path):
     config('url = "http://file"\ntoken = "of file"\n')
     other = tmp_path / "other.toml"
     with pytest.raises(OSError, match=r"other\.toml"):
-        find_service(Place(), {}, other)
+        find_service(ServiceTarget(), {}, other)
     os.close(os.open(other, os.O_CREAT, 0o600))
     other.write_text('url = "http://other"\ntoken = "of other"\n')
-    assert find_service(Place(), {}, other) == ("http://other", "of other")
-    assert find_service(Place(), {"SYNCBN_CONFIG": str(other)}) == ("http://other", "of other")
+    assert find_service(ServiceTarget(), {}, other) == ("http://other", "of other")
+    assert find_service(ServiceTarget(), {"SYNCBN_CONFIG": str(other)}) == ("http://other", "of other")

@@ -10,15 +10,15 @@ import pytest
 
 from service.api.schemas import EventView
 from service.client import AsyncClient, Client
-from service.client.retry import ApiError, Patience
+from service.client.retry import ApiError, RetryPolicy
 from service.client.sse import Ended, LogLine
 from service.domain.jobs import JobState
-from service.domain.submission import Terms
+from service.domain.submission import SubmitOptions
 from tests.service.client.bad_network import DROP, LOSE, Answer, Cut
 from tests.service.running_api import SPEC, TOKEN
 from trainer.jobspec import JobSpec, Progress
 
-QUICK = Patience(tries=4, total_seconds=10, first_pause_seconds=0.02)
+QUICK = RetryPolicy(tries=4, total_seconds=10, first_pause_seconds=0.02)
 
 
 class Waiting:
@@ -58,7 +58,7 @@ def by(request):
 def test_a_submission_is_stored_once_whatever_the_network_does(api, network, by, fault):
     network.faults.extend([fault, fault])
     tag = uuid4().hex
-    job = by.call(network.url, lambda client: client.submit_job("once", SPEC, Terms(priority=3, tags=[tag])))
+    job = by.call(network.url, lambda client: client.submit_job("once", SPEC, SubmitOptions(priority=3, tags=[tag])))
     assert (job.name, job.priority, job.tags) == ("once", 3, [tag])
     with api.client() as client:
         assert [each.id for each in client.jobs(tag=tag)] == [job.id]
@@ -139,7 +139,7 @@ def test_a_server_that_says_nothing_is_left_after_the_time_limit(by):
                 url,
                 lambda client: client.me(),
                 timeout_seconds=0.2,
-                patience=Patience(tries=2, first_pause_seconds=0.02),
+                patience=RetryPolicy(tries=2, first_pause_seconds=0.02),
             )
         assert 0.4 <= time.monotonic() - began < 5
 
@@ -188,7 +188,7 @@ def test_a_log_is_followed_over_a_restart_of_the_service(api, by):
     thread = threading.Thread(target=go_on)
     thread.start()
     try:
-        seen = by.collect(api.url, lambda client: client.follow_logs(job_id), patience=Patience())
+        seen = by.collect(api.url, lambda client: client.follow_logs(job_id), patience=RetryPolicy())
     finally:
         thread.join()
     assert seen == [
@@ -250,7 +250,7 @@ def test_a_timeline_is_followed_with_progress(api, network, by):
 def test_lists_are_read_page_by_page(api, network, by):
     tag = uuid4().hex
     with api.client() as client:
-        ids = [client.submit_job("x", SPEC, Terms(tags=[tag])).id for _ in range(5)]
+        ids = [client.submit_job("x", SPEC, SubmitOptions(tags=[tag])).id for _ in range(5)]
     found = by.collect(network.url, lambda client: client.jobs(tag=tag, page_size=2))
     assert [job.id for job in found] == ids[::-1]
     assert len(network.seen) == 3

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.domain.scheduling import (
-    Candidate,
     Capacity,
     Cluster,
     Policy,
     Quota,
+    SchedulableJob,
     least_needs,
     most_needs,
     plan,
@@ -29,7 +29,7 @@ def job(least, most=None, *, waited=0.0, owner="ann", **changes):
         "least": Capacity(cpus=least),
         "most": Capacity(cpus=most or least),
     }
-    return Candidate(**(values | changes))
+    return SchedulableJob(**(values | changes))
 
 
 def cluster(cpus, free=None, gpus=0):

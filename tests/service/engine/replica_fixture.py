@@ -8,7 +8,7 @@ from service.engine.admission import Admission
 from service.engine.dispatcher import Dispatcher
 from service.engine.lease_holder import Replica
 from service.engine.metric_alerts import Thresholds
-from service.engine.submitter import Attempts
+from service.engine.submitter import Submitter
 from service.store.comparisons import ComparisonStore
 from service.store.credentials import CredentialStore
 from service.store.jobs import JobStore
@@ -16,7 +16,7 @@ from service.store.leases import LeaseStore
 from service.store.webhooks import WebhookStore
 from tests.fakes import FakeMlflow, FakeRay
 from tests.service.examples import make_job
-from trainer.jobspec import Permissions
+from trainer.jobspec import Allowlist
 
 
 class House:
@@ -35,10 +35,10 @@ class House:
         self.replica = Replica(LeaseStore(self.database), self.name, 1_000)
         self.is_open = False
         self.metrics = Metrics(self.jobs, LeaseStore(self.database))
-        attempts = Attempts(
+        attempts = Submitter(
             self.jobs, self.comparisons, self.ray, self.mlflow, self.files, self.metrics.dispatch_seconds,
             mlflow_url="http://mlflow", credentials=CredentialStore(self.database),
-            permissions=Permissions(), secrets=JobSecrets(None),
+            permissions=Allowlist(), secrets=JobSecrets(None),
         )  # fmt: skip
         self.thresholds = Thresholds(WebhookStore(self.database), self.files)
         self.dispatcher = Dispatcher(

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import JobState
 from service.domain.leases import SCHEDULER, SHARDS
 from service.domain.lifecycle import RayStatus
@@ -38,7 +38,7 @@ async def test_a_job_walks_from_the_queue_to_its_end(house):
     seen = await house.jobs.get(job.id)
     assert (seen.state, seen.reason, seen.mlflow_closed) == (JobState.SUCCEEDED, "finished 10 steps", True)
     assert house.mlflow.runs == {f"run-of-{job.id}": "succeeded"}
-    assert await house.jobs.unsettled(range(SHARDS)) == []
+    assert await house.jobs.open_jobs(range(SHARDS)) == []
 
 
 async def test_a_replica_that_decides_again_tells_anew_what_another_has_told_meanwhile(house):
@@ -46,12 +46,12 @@ async def test_a_replica_that_decides_again_tells_anew_what_another_has_told_mea
     await house.round()
     told = (await house.jobs.get(job.id)).reason
     leases = LeaseStore(house.database)
-    await leases.give_back(house.name)
+    await leases.release(house.name)
     other = (await leases.keep("other", 1_000))[SCHEDULER]
     await house.jobs.explain({job.id: "waits for something else"}, other)
     await house.round()
     assert (await house.jobs.get(job.id)).reason == "waits for something else"
-    await leases.give_back("other")
+    await leases.release("other")
     await house.replica.renew()
     await house.round()
     assert (await house.jobs.get(job.id)).reason == told
@@ -87,7 +87,7 @@ async def test_cancelling_a_queued_job_needs_neither_ray_nor_mlflow(house):
     await house.round()
     assert await house.state(job) == "cancelled"
     await house.round()
-    assert await house.jobs.unsettled(range(SHARDS)) == []
+    assert await house.jobs.open_jobs(range(SHARDS)) == []
 
 
 async def test_cancelling_a_running_job_stops_it_first(house):
@@ -108,7 +108,7 @@ async def test_cancelling_a_running_job_stops_it_first(house):
 async def test_what_is_down_delays_a_job_and_loses_nothing(house, down):
     job = await house.add()
     getattr(house, down).is_down = True
-    with pytest.raises(Unavailable):
+    with pytest.raises(UpstreamUnavailable):
         await house.round()
     seen = await house.jobs.get(job.id)
     assert (seen.state, seen.reason) == (
@@ -249,7 +249,7 @@ async def test_a_run_that_mlflow_refuses_fails_its_job_and_no_other(house, monke
 
     async def start_or_refuse(job, comparison):
         if job.id == bad.id:
-            raise Refused("MLflow refused: too long")
+            raise UpstreamRejected("MLflow refused: too long")
         return await start(job, comparison)
 
     monkeypatch.setattr(house.mlflow, "start_job", start_or_refuse)
@@ -272,7 +272,7 @@ async def test_a_comparison_has_one_parent_run_that_ends_after_its_jobs(house):
     await house.round()
     await house.round()
     assert house.mlflow.runs[parent] == "failed"
-    assert await house.comparisons.unsettled() == []
+    assert await house.comparisons.open_jobs() == []
 
 
 async def test_calls_that_hang_hold_up_nothing_else(house, monkeypatch):
@@ -310,15 +310,15 @@ async def test_the_loop_outlives_trouble_and_wakes_when_asked(house):
     house.ray.is_down = True
     await house.start()
     task = asyncio.create_task(house.dispatcher.run())
-    settled = house.comparisons.unsettled
-    house.comparisons.unsettled = None  # a mistake of ours in one round
+    settled = house.comparisons.open_jobs
+    house.comparisons.open_jobs = None  # a mistake of ours in one round
     job = await house.add()
     house.dispatcher.wake()
     async with asyncio.timeout(10):
         while "waits for Ray" not in (await house.jobs.get(job.id)).reason:
             await asyncio.sleep(0.01)
         house.ray.is_down = False
-        house.comparisons.unsettled = settled
+        house.comparisons.open_jobs = settled
         while await house.state(job) != "submitted":
             await asyncio.sleep(0.01)
     task.cancel()

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import update
 
 from service.adapters.run_storage import on_storage
-from service.domain.errors import Unavailable
+from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import SHARDS
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Capacity, Policy
@@ -39,7 +39,7 @@ async def test_replicas_share_the_work_and_one_takes_over_from_the_other(databas
     assert {await first.state(job) for job in jobs} == {"running"}
     # One of them freezes; its leases run out; when it goes on, it changes nothing.
     held = first.replica._held
-    await LeaseStore(database).give_back("one")
+    await LeaseStore(database).release("one")
     await second.replica.renew()
     for job in jobs:
         second.write(job, OUTCOME_FILE, SUCCEEDED)
@@ -52,7 +52,9 @@ async def test_replicas_share_the_work_and_one_takes_over_from_the_other(databas
     assert [len(first.ray.tasks[job.submission_id]) for job in jobs] == [1] * len(jobs)
 
 
-@pytest.mark.parametrize(("error", "is_stuck"), [(ZeroDivisionError("ours"), True), (Unavailable("theirs"), False)])
+@pytest.mark.parametrize(
+    ("error", "is_stuck"), [(ZeroDivisionError("ours"), True), (UpstreamUnavailable("theirs"), False)]
+)
 async def test_a_replica_whose_every_round_fails_by_our_mistake_is_stuck(house, monkeypatch, error, is_stuck):
     monkeypatch.setattr("service.engine.dispatcher.LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.4)

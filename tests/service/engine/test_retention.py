@@ -8,7 +8,7 @@ from sqlalchemy import event, func, select, update
 
 from service.adapters.run_storage import RunFiles
 from service.domain.access import Caller, Scope
-from service.domain.errors import NotFound, Unavailable
+from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.jobs import JobState, Transition
 from service.domain.webhooks import Webhook
 from service.engine.retention import Retention
@@ -222,7 +222,7 @@ async def test_sqlite_finds_the_oldest_by_indexes_alone(tmp_path):
 async def test_only_where_the_schedulers_lease_is_held(house, database, retention):
     house.policy = house.policy.__class__(most_active=0)
     await end(house, database, await house.add(), 31)
-    await house.replica._leases.give_back(house.name)
+    await house.replica._leases.release(house.name)
     await house.replica.renew()
     house.replica._held = {}
     assert await retention.round() == 0
@@ -237,7 +237,7 @@ async def test_while_the_storage_is_away_no_folder_is_taken_for_deleted(house, d
     await end(house, database, old, 31)
     storage.rename(elsewhere)
     storage.mkdir()  # as a mount point is without its mount
-    with pytest.raises(Unavailable):
+    with pytest.raises(UpstreamUnavailable):
         await retention.round()
     storage.rmdir()
     elsewhere.rename(storage)

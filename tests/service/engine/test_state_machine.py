@@ -29,7 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.domain.errors import Refused, Unavailable
+from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.lifecycle import RayStatus
 from service.domain.retries import Retries
 from service.domain.scheduling import Capacity, Cluster
@@ -88,13 +88,13 @@ class QuirkyRay(FakeRay):
     async def submit(self, submission_id, task_file):
         self._answer()
         if self.trouble == "refuses":
-            raise Refused("500")
+            raise UpstreamRejected("500")
         if submission_id not in self.submissions:
             await super().submit(submission_id, task_file)
             self.drivers.setdefault(submission_id, Driver(self.tasks[submission_id][-1]))
         self.world.call()
         if self.trouble == "answers are lost":
-            raise Unavailable("it hangs")
+            raise UpstreamUnavailable("it hangs")
 
     async def find(self, submission_id):
         found = await super().find(submission_id)
@@ -118,7 +118,7 @@ class QuirkyRay(FakeRay):
     def _answer(self):
         self.world.call()
         if self.trouble in ("down", "hangs"):
-            raise Unavailable("Ray did not answer")
+            raise UpstreamUnavailable("Ray did not answer")
 
 
 class QuirkyMlflow(FakeMlflow):
@@ -214,13 +214,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def round(self, which):
-        with suppress(Unavailable):
+        with suppress(UpstreamUnavailable):
             self.runner.run(self.houses[which].dispatcher.round(60))
 
     @rule(which=st.integers(0, 1), calls=st.integers(0, 12))
     def killed_in_a_round(self, which, calls):
         house, self.world.calls_left = self.houses[which], calls
-        with suppress(Unavailable, Killed):
+        with suppress(UpstreamUnavailable, Killed):
             self.runner.run(house.dispatcher.round(60))
         self.world.calls_left = None
         house.reopen()
@@ -229,7 +229,7 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1))
     def freezes_and_goes_on_with_leases_that_were_taken(self, which):
         """From now on its leases are the other's, which it does not know."""
-        self.runner.run(LeaseStore(self.database).give_back(self.houses[which].name))
+        self.runner.run(LeaseStore(self.database).release(self.houses[which].name))
         self.runner.run(self.houses[1 - which].replica.renew())
 
     @rule(which=st.integers(0, 1))
@@ -327,7 +327,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def an_end_is_for_ever(self):
         if hasattr(self, "jobs") and self.jobs:
-            for pulse_id, pulse in self.runner.run(self.houses[0].jobs.pulses(list(self.jobs))).items():
+            for pulse_id, pulse in self.runner.run(self.houses[0].jobs.snapshots(list(self.jobs))).items():
                 before = self.ended.get(pulse_id)
                 assert before is None or before == pulse.state
                 if pulse.state.is_terminal:
@@ -351,7 +351,7 @@ class Machine(RuleBasedStateMachine):
             for name, driver in sorted(self.ray.drivers.items()):
                 if driver.is_alive:
                     self.end_driver(name, "succeeds")
-            if not self.runner.run(store.unsettled(range(8))) and not self._waiting(store):
+            if not self.runner.run(store.open_jobs(range(8))) and not self._waiting(store):
                 break
         else:
             raise AssertionError(f"still waiting: {self._waiting(store)}")

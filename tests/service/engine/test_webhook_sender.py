@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter
 from sqlalchemy import update
 from standardwebhooks import Webhook as Checker
 
-from service.adapters.webhook_http import Forbidden, Outgoing
+from service.adapters.webhook_http import Forbidden, WebhookHttp
 from service.domain.access import Caller, Scope
 from service.domain.errors import Conflict, InvalidField, NotFound
 from service.domain.jobs import JobState, Transition, new_id
@@ -42,7 +42,7 @@ def webhooks(database):
 
 @pytest.fixture
 async def sender(webhooks):
-    outgoing = Outgoing(LOCAL, 2)
+    outgoing = WebhookHttp(LOCAL, 2)
     counter = Counter("messages", "", ["result"], registry=CollectorRegistry())
     yield WebhookSender(webhooks, outgoing, counter, poll_seconds=0.02, send_seconds=2)
     await outgoing.close()
@@ -142,7 +142,7 @@ async def test_nobody_is_there(house, webhooks, sender):
 
 
 async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
-    outgoing = Outgoing([], 2)
+    outgoing = WebhookHttp([], 2)
     with pytest.raises(Forbidden):
         await outgoing.post(receiver.url, "{}", {})
     await outgoing.close()
@@ -166,12 +166,12 @@ async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
 )
 async def test_urls_that_are_refused(url, words):
     with pytest.raises(InvalidField, match=words):
-        await Outgoing([], 2).check(url)
+        await WebhookHttp([], 2).check(url)
 
 
 async def test_urls_that_are_taken():
-    await Outgoing([], 2).check("https://93.184.215.14/hook")
-    await Outgoing(LOCAL, 2).check("http://127.0.0.1:8080/hook")
+    await WebhookHttp([], 2).check("https://93.184.215.14/hook")
+    await WebhookHttp(LOCAL, 2).check("http://127.0.0.1:8080/hook")
 
 
 async def test_deleting_one_stops_its_messages(house, webhooks, sender, receiver):

@@ -21,7 +21,7 @@ from service.local.stack import (
     read_connection,
     run_until_stopped,
 )
-from service.local.supervisor import Part
+from service.local.supervisor import ProcessSpec
 
 
 def mode(path: Path) -> int:
@@ -34,7 +34,7 @@ def fake_parts(monkeypatch):
 
     def install(**scripts: str) -> None:
         def make(name):
-            return lambda layout: Part(
+            return lambda layout: ProcessSpec(
                 name=name,
                 command=["sh", "-c", scripts.get(name, f"touch {name}-ready; exec sleep 300")],
                 environment=dict(os.environ),

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from service.local.supervisor import Kept, Part, Plan
+from service.local.supervisor import Plan, ProcessSpec, SupervisorHandle
 from tests.processes import still_alive, wait_for_file, working_in
 
 STOP_LIMIT_SECONDS = 15
@@ -27,11 +27,11 @@ wait
 ASKER = """
 import json, sys
 from pathlib import Path
-from service.local.supervisor import Kept, Part, Plan
+from service.local.supervisor import Plan, ProcessSpec, SupervisorHandle
 
 fields = json.loads(sys.argv[1])
-plan = Plan(**fields | {"parts": [Part(**part) for part in fields["parts"]]})
-kept = Kept(plan, log=Path(plan.directory) / "keeper.log")
+plan = Plan(**fields | {"parts": [ProcessSpec(**part) for part in fields["parts"]]})
+kept = SupervisorHandle(plan, log=Path(plan.directory) / "keeper.log")
 while len(kept.process_ids) < len(plan.parts):
     assert not kept.ended.wait(0.01), kept.reason
 print(json.dumps(kept.process_ids), flush=True)
@@ -41,8 +41,8 @@ print(kept.reason, flush=True)
 """
 
 
-def part(directory: Path, name: str, script: str, *, stop_seconds: float = 2.0) -> Part:
-    return Part(
+def part(directory: Path, name: str, script: str, *, stop_seconds: float = 2.0) -> ProcessSpec:
+    return ProcessSpec(
         name=name,
         command=["sh", "-c", script],
         environment=dict(os.environ),
@@ -51,7 +51,7 @@ def part(directory: Path, name: str, script: str, *, stop_seconds: float = 2.0) 
     )
 
 
-def plan(directory: Path, *parts: Part) -> Plan:
+def plan(directory: Path, *parts: ProcessSpec) -> Plan:
     return Plan(parts=parts, directory=str(directory))
 
 
@@ -99,7 +99,9 @@ def test_stop_goes_from_the_last_part_to_the_first(tmp_path):
     def script(name):
         return f'trap "echo {name} >> order; exit 0" TERM; touch {name}; sleep 300 & wait'
 
-    kept = Kept(plan(tmp_path, *(part(tmp_path, name, script(name)) for name in "abc")), log=tmp_path / "keeper.log")
+    kept = SupervisorHandle(
+        plan(tmp_path, *(part(tmp_path, name, script(name)) for name in "abc")), log=tmp_path / "keeper.log"
+    )
     for name in "abc":
         wait_for_file(tmp_path / name)
     assert not kept.ended.is_set()
@@ -112,14 +114,14 @@ def test_stop_goes_from_the_last_part_to_the_first(tmp_path):
 
 def test_part_that_ignores_sigterm_is_killed(tmp_path):
     deaf = part(tmp_path, "deaf", 'trap "" TERM; touch deaf; sleep 300', stop_seconds=0.2)
-    kept = Kept(plan(tmp_path, deaf), log=tmp_path / "keeper.log")
+    kept = SupervisorHandle(plan(tmp_path, deaf), log=tmp_path / "keeper.log")
     wait_for_file(tmp_path / "deaf")
     kept.stop()
     assert working_in(tmp_path) == []
 
 
 def test_reason_tells_the_exit_status_and_the_log_has_the_output(tmp_path):
-    kept = Kept(
+    kept = SupervisorHandle(
         plan(
             tmp_path, part(tmp_path, "quiet", "sleep 300"), part(tmp_path, "broken", "echo no such thing >&2; exit 3")
         ),
@@ -132,8 +134,10 @@ def test_reason_tells_the_exit_status_and_the_log_has_the_output(tmp_path):
 
 
 def test_part_that_cannot_be_started_stops_the_rest(tmp_path):
-    missing = Part(name="missing", command=["/no/such/program"], environment={}, log=str(tmp_path / "missing.log"))
-    kept = Kept(plan(tmp_path, part(tmp_path, "quiet", "sleep 300"), missing), log=tmp_path / "keeper.log")
+    missing = ProcessSpec(
+        name="missing", command=["/no/such/program"], environment={}, log=str(tmp_path / "missing.log")
+    )
+    kept = SupervisorHandle(plan(tmp_path, part(tmp_path, "quiet", "sleep 300"), missing), log=tmp_path / "keeper.log")
     assert kept.ended.wait(STOP_LIMIT_SECONDS)
     kept.stop()
     assert kept.reason.startswith("missing could not be started: [Errno 2]")
@@ -144,7 +148,7 @@ def test_paths_are_removed_at_the_end(tmp_path):
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     (tmp_path / "file").touch()
     removed = [str(tmp_path / name) for name in ("folder", "file", "never-made")]
-    kept = Kept(Plan(parts=[], directory=str(tmp_path), remove=removed), log=tmp_path / "keeper.log")
+    kept = SupervisorHandle(Plan(parts=[], directory=str(tmp_path), remove=removed), log=tmp_path / "keeper.log")
     kept.stop()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["keeper.log"]
     assert (tmp_path / "keeper.log").read_text() == ""
@@ -152,8 +156,8 @@ def test_paths_are_removed_at_the_end(tmp_path):
 
 def test_the_end_of_a_vital_child_is_that_of_its_part(tmp_path):
     """The part itself would not notice: it waits for another child."""
-    indifferent = replace(part(tmp_path, "indifferent", "sleep 300 & sleep 301 & wait"), vital_children=["sleep"])
-    kept = Kept(plan(tmp_path, indifferent), log=tmp_path / "keeper.log")
+    indifferent = replace(part(tmp_path, "indifferent", "sleep 300 & sleep 301 & wait"), required_children=["sleep"])
+    kept = SupervisorHandle(plan(tmp_path, indifferent), log=tmp_path / "keeper.log")
     try:
         deadline = time.monotonic() + STOP_LIMIT_SECONDS
         while not kept.process_ids or len(children := psutil.Process(kept.process_ids["indifferent"]).children()) < 2:
@@ -172,8 +176,8 @@ def test_the_end_of_a_vital_child_is_that_of_its_part(tmp_path):
 def test_the_child_that_ended_first_is_named_and_not_one_that_followed(tmp_path):
     """As Ray's head does, the part ends the others once one has ended."""
     command = ["bash", "-c", "sleep 300 & tail -f /dev/null & wait -n; sleep 0.2; kill %1 %2; sleep 301"]
-    vital = replace(part(tmp_path, "ray", ""), command=command, vital_children=["sleep", "tail"])
-    kept = Kept(plan(tmp_path, vital), log=tmp_path / "keeper.log")
+    vital = replace(part(tmp_path, "ray", ""), command=command, required_children=["sleep", "tail"])
+    kept = SupervisorHandle(plan(tmp_path, vital), log=tmp_path / "keeper.log")
     try:
         deadline = time.monotonic() + STOP_LIMIT_SECONDS
         while not kept.process_ids or len(children := psutil.Process(kept.process_ids["ray"]).children()) < 2:

@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
-from service.domain.errors import StorageFull, Unavailable
+from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.store.database import MIGRATIONS, Database
 from service.store.jobs import JobStore
 from service.store.tables import audit, metadata
@@ -59,7 +59,7 @@ async def test_a_locked_database_is_unavailable_in_time(tmp_path):
     first, second = [Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 0.2) for _ in range(2)]
     async with first.write() as connection:
         await connection.execute(text("CREATE TABLE t (x INTEGER)"))
-        with pytest.raises(Unavailable, match="locked"):
+        with pytest.raises(UpstreamUnavailable, match="locked"):
             await second.migrate()
     await first.close()
     await second.close()
@@ -72,7 +72,7 @@ async def test_who_is_going_to_write_to_sqlite_keeps_other_writers_waiting_from_
         await connection.execute(query)
         async with second.read() as reader:
             await reader.execute(query)
-        with pytest.raises(Unavailable, match="locked"):
+        with pytest.raises(UpstreamUnavailable, match="locked"):
             async with second.write() as writer:
                 await writer.execute(query)
     await first.close()
@@ -87,7 +87,7 @@ async def test_what_the_server_says_of_itself_is_unavailable_and_our_mistakes_ar
         sqlstate = state
 
     database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 1)
-    with pytest.raises(Unavailable if is_troubled else DBAPIError):
+    with pytest.raises(UpstreamUnavailable if is_troubled else DBAPIError):
         async with database.write():
             raise DBAPIError("SELECT 1", {}, ServerError())
     await database.close()
@@ -110,7 +110,7 @@ async def test_a_database_without_space_says_so(tmp_path):
 
 async def test_a_database_that_is_not_there_is_unavailable():
     database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/none", 1)
-    with pytest.raises(Unavailable, match="did not answer"):
+    with pytest.raises(UpstreamUnavailable, match="did not answer"):
         await database.check()
     await database.close()
 

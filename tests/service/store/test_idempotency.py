@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.domain.errors import InFlight, NotFound
+from service.domain.errors import NotFound, RequestInProgress
 from service.store.idempotency import IdempotencyStore, StoredAnswer
 from service.store.jobs import JobStore
 from tests.service.examples import make_job, summary_of
@@ -43,7 +43,7 @@ async def test_a_key_and_what_its_request_stores_come_together(database, keys):
     assert calls == ["late"]
     assert await jobs.get(job.id) == job
     assert await keys.find("ann", "k") == ANSWER
-    with pytest.raises(InFlight):
+    with pytest.raises(RequestInProgress):
         await keys.store("ann", "k", OTHER)
     assert await keys.find("ann", "k") == ANSWER
     await keys.store("bob", "k", OTHER)
@@ -105,7 +105,7 @@ async def take_during(database, keys, first):
                 await keys.take("ann", "k")
                 await keys.store("ann", "k", OTHER)
                 return True, time.monotonic() - began
-        except InFlight:
+        except RequestInProgress:
             return False, time.monotonic() - began
 
     _, found = await asyncio.gather(hold(), take(), return_exceptions=True)

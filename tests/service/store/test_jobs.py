@@ -152,8 +152,8 @@ async def test_unsettled_jobs_are_those_whose_end_mlflow_does_not_know(jobs):
     running = make_job(state=JobState.RUNNING)
     for job in (done, ended, waiting, limited, again, running):
         await jobs.add(job)
-    assert await jobs.unsettled(range(SHARDS)) == [ended, limited, running]
-    assert await jobs.unsettled([shard_of(running.id)]) == [
+    assert await jobs.open_jobs(range(SHARDS)) == [ended, limited, running]
+    assert await jobs.open_jobs([shard_of(running.id)]) == [
         job for job in (ended, limited, running) if shard_of(job.id) == shard_of(running.id)
     ]
 
@@ -198,11 +198,11 @@ async def test_a_comparison_and_its_jobs_are_stored_together(database, jobs):
     mine = [make_job(comparison_id=comparison.id) for _ in range(3)]
     await comparisons.add(comparison, mine)
     assert await comparisons.get(comparison.id) == comparison
-    assert await jobs.of_comparison(comparison.id) == [summary_of(job) for job in mine]
-    assert await comparisons.unsettled() == [comparison]
+    assert await jobs.list_by_comparison(comparison.id) == [summary_of(job) for job in mine]
+    assert await comparisons.open_jobs() == [comparison]
     await comparisons.note(comparison.id, mlflow_run_id="r", mlflow_experiment_id="1", mlflow_closed=True)
     assert (await comparisons.get(comparison.id)).mlflow_run_id == "r"
-    assert await comparisons.unsettled() == []
+    assert await comparisons.open_jobs() == []
     with pytest.raises(NotFound):
         await comparisons.get("comparison-0")
 

@@ -49,7 +49,7 @@ async def test_of_many_that_start_together_no_two_hold_the_same(leases):
 
 async def test_after_a_stop_others_take_over_at_once(leases):
     await leases.keep("one", 100)
-    await leases.give_back("one")
+    await leases.release("one")
     assert (await leases.keep("two", 100)).keys() == set(LEASES)
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn import GroupError
-from syncbn.collectives.context import CallSite
+from syncbn.collectives.context import LayerCollectives
 from syncbn.collectives.reduce import gather_from_ranks, group_size, sum_over_ranks
 from tests.dist import run_on_ranks
 
@@ -14,7 +14,7 @@ def test_a_process_without_group_is_alone():
 
 def use_both():
     vector = torch.arange(3, dtype=torch.float64) + 10 * dist.get_rank()
-    site = CallSite("both")
+    site = LayerCollectives("both")
     halves = [vector[:1], vector[1:]]
     numbers, total = sum_over_ranks([7], halves, site, "sum")
     assert numbers == [7 * group_size(None)]
@@ -37,7 +37,7 @@ def test_sum_and_gather_over_all_ranks(world_size):
 def sum_random():
     generator = torch.Generator().manual_seed(dist.get_rank())
     vector = torch.randn(10_001, generator=generator, dtype=torch.float64)
-    return sum_over_ranks([], [vector], CallSite("random"), "sum")[1]
+    return sum_over_ranks([], [vector], LayerCollectives("random"), "sum")[1]
 
 
 @pytest.mark.dist
@@ -50,7 +50,7 @@ def test_the_sum_is_the_same_bits_on_every_rank(world_size):
 def use_groups():
     groups = [dist.new_group([0, 1]), dist.new_group([2])]
     own = groups[dist.get_rank() // 2]
-    total = sum_over_ranks([], [torch.ones(1)], CallSite("own", own), "sum")[1].item()
+    total = sum_over_ranks([], [torch.ones(1)], LayerCollectives("own", own), "sum")[1].item()
     with pytest.raises(GroupError, match=rf"rank {dist.get_rank()} is not in the process group"):
         group_size(groups[1 - dist.get_rank() // 2])
     return group_size(own), total

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from syncbn import DesyncError
-from syncbn.collectives.context import CallSite
-from syncbn.collectives.watchdog import INTERVAL_SECONDS, Pending, Watch
+from syncbn.collectives.context import LayerCollectives
+from syncbn.collectives.watchdog import INTERVAL_SECONDS, CollectiveWatchdog, Pending
 
 
 class Event:
@@ -29,7 +29,7 @@ def desync(call, how):
 
 
 def follow(watch, name, event, *, stamps=(1.0, 2.0), seconds=30.0, abort=lambda: None, expected=(1.0, 2.0)):
-    call = CallSite(name).next_call("forward")
+    call = LayerCollectives(name).next_call("forward")
     stamps = torch.tensor(stamps, dtype=torch.float64)
     watch.follow(Pending(call, event, stamps, list(expected), time.monotonic() + seconds, desync, abort))
 
@@ -43,7 +43,7 @@ def wait_for_failure(watch):
 
 @pytest.mark.parametrize("answers", [(RuntimeError("CUDA error"), True), (*[RuntimeError("CUDA error")] * 2, True)])
 def test_an_event_that_cannot_be_queried_is_logged_once_and_asked_again(caplog, answers):
-    watch = Watch()
+    watch = CollectiveWatchdog()
     follow(watch, "norm1", Event(*answers))
     follow(watch, "norm2", Event(True), stamps=(3.0, 4.0))
     with pytest.raises(DesyncError, match="norm2, forward, call 1: paired with another call"):
@@ -54,7 +54,7 @@ def test_an_event_that_cannot_be_queried_is_logged_once_and_asked_again(caplog, 
 
 
 def test_an_event_that_never_answers_is_late():
-    watch, aborted = Watch(), []
+    watch, aborted = CollectiveWatchdog(), []
     follow(watch, "norm1", Event(RuntimeError("CUDA error")), seconds=0.5, abort=lambda: aborted.append(1))
     with pytest.raises(DesyncError, match="norm1, forward, call 1: not complete after"):
         wait_for_failure(watch)
@@ -65,7 +65,7 @@ def test_an_error_while_a_failure_is_handled_does_not_end_the_thread(caplog):
     def abort():
         raise AttributeError("this torch has no abort")
 
-    watch = Watch()
+    watch = CollectiveWatchdog()
     follow(watch, "norm1", Event(False), seconds=0.0, abort=abort)
     with pytest.raises(DesyncError, match="norm1"):
         wait_for_failure(watch)

@@ -20,7 +20,7 @@ from tests.dist import run_on_ranks
 from tests.trainer.factories import InterruptedRunError, Interrupting, Notes, here, make_spec, run_here
 from trainer import failures
 from trainer.checkpoint.checkpoints import Checkpoints
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.errors import StorageError
 from trainer.jobspec import CheckpointSpec
 
@@ -364,7 +364,7 @@ def lose_a_worker(spec, folder):
     if dist.get_rank() == 1:
         Checkpoints._write = lambda *_: os._exit(1)
     checkpoints = Checkpoints(str(folder), spec, {}, here())
-    state = SimpleNamespace(own=dict, shared=dict, position=Position(step=2))
+    state = SimpleNamespace(own=dict, shared=dict, position=TrainProgress(step=2))
     checkpoints.save(state)
     with pytest.raises(StorageError, match="needs an answer of every worker") as ended:
         checkpoints.wait()

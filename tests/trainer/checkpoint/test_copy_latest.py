@@ -3,12 +3,12 @@
 import pytest
 
 from tests.trainer.factories import make_spec, run_here
-from trainer.checkpoint.copy_latest import MANIFEST, adopt
-from trainer.jobspec import RunContext, Task
+from trainer.checkpoint.copy_latest import MANIFEST, copy_latest_checkpoint
+from trainer.jobspec import AttemptContext, Task
 
 
 def task(folder, *ancestors, **changes):
-    context = RunContext(job_id=folder.name, attempt=1, name="test", folder=str(folder), resumed_from=ancestors)
+    context = AttemptContext(job_id=folder.name, attempt=1, name="test", folder=str(folder), resumed_from=ancestors)
     return Task(spec=make_spec(**changes), context=context)
 
 
@@ -22,7 +22,7 @@ def old(tmp_path):
 def test_the_newest_checkpoint_is_copied_and_gone_on_from(old, tmp_path):
     whole, _ = run_here(make_spec(steps=40, eval_every=10))
     folder = tmp_path / "job-2"
-    name = adopt(task(folder, "job-1", steps=40, eval_every=10))
+    name = copy_latest_checkpoint(task(folder, "job-1", steps=40, eval_every=10))
     assert name.startswith("step-000000000020-")
     (old / "checkpoints" / name / MANIFEST).unlink()  # a copy does not need it
     result, notes = run_here(make_spec(steps=40, eval_every=10), folder / "checkpoints")
@@ -32,29 +32,29 @@ def test_the_newest_checkpoint_is_copied_and_gone_on_from(old, tmp_path):
 
 
 def test_a_job_with_checkpoints_of_its_own_takes_nothing_over(old):
-    assert adopt(task(old, "job-0")) is None
+    assert copy_latest_checkpoint(task(old, "job-0")) is None
 
 
 def test_ancestors_without_a_finished_checkpoint_are_passed_over(old, tmp_path, capsys):
     unfinished = tmp_path / "job-5" / "checkpoints" / "step-000000000099-00000000"
     unfinished.mkdir(parents=True)
-    assert adopt(task(tmp_path / "job-6", "job-5", "job-4", "job-1")).startswith("step-000000000020-")
-    assert adopt(task(tmp_path / "job-7", "job-5", "job-4")) is None
+    assert copy_latest_checkpoint(task(tmp_path / "job-6", "job-5", "job-4", "job-1")).startswith("step-000000000020-")
+    assert copy_latest_checkpoint(task(tmp_path / "job-7", "job-5", "job-4")) is None
     assert "none of job-5, job-4 has a checkpoint; begins anew" in capsys.readouterr().out
 
 
 def test_a_copy_that_broke_off_is_done_again(old, tmp_path):
     new = task(tmp_path / "job-2", "job-1")
-    name = adopt(new)
+    name = copy_latest_checkpoint(new)
     (tmp_path / "job-2" / "checkpoints" / name / MANIFEST).unlink()
-    assert adopt(new) == name
+    assert copy_latest_checkpoint(new) == name
 
 
 def test_checkpoints_at_another_address_are_found(old, tmp_path):
     address = tmp_path / "elsewhere"
     run_here(make_spec(steps=20, eval_every=10), address / "job-1")
     new = task(tmp_path / "job-2", "job-1", checkpoint={"address": str(address)})
-    name = adopt(new)
+    name = copy_latest_checkpoint(new)
     assert (address / "job-2" / name / MANIFEST).exists()
 
 
@@ -64,8 +64,8 @@ def test_the_best_checkpoint_is_copied_too(tmp_path):
     names = sorted(path.parent.name for path in (tmp_path / "job-1").glob("checkpoints/*/manifest.json"))
     assert [name[:17] for name in names] == ["step-000000000010", "step-000000000030"]
     new = task(tmp_path / "job-2", "job-1", checkpoint=checkpoint)
-    assert adopt(new) == names[-1]
+    assert copy_latest_checkpoint(new) == names[-1]
     assert sorted(path.parent.name for path in (tmp_path / "job-2").glob("checkpoints/*/manifest.json")) == names
     (tmp_path / "job-2" / "checkpoints" / names[-1] / MANIFEST).unlink()  # a copy that broke off
-    assert adopt(new) == names[-1]
-    assert adopt(new) is None
+    assert copy_latest_checkpoint(new) == names[-1]
+    assert copy_latest_checkpoint(new) is None

@@ -18,7 +18,7 @@ from tests.trainer.factories import here, run_here
 from tests.trainer.factories import make_spec as make_run
 from trainer.data import batch_indices, open_dataset
 from trainer.data.corrupt import MOST_IN_A_ROW, read, reading
-from trainer.data.dataloader import LoadedDataset
+from trainer.data.dataloader import ImageDataset
 from trainer.data.folders import open_folders
 from trainer.data.images import Parts
 from trainer.data.torchvision import open_library
@@ -60,7 +60,7 @@ def open_parts(data):
 
 def open_here(spec, world_size=1, processes=0):
     return [
-        LoadedDataset(spec, spec.data, open_parts(spec.data), rank, world_size, CPU, torch.float32, processes)
+        ImageDataset(spec, spec.data, open_parts(spec.data), rank, world_size, CPU, torch.float32, processes)
         for rank in range(world_size)
     ]
 
@@ -168,7 +168,7 @@ def test_a_wrong_label_is_refused_all_the_same(root, paths):
     data = folder(root, corrupt_images="skip")
     parts = open_folders(data)
     one_class = Parts(parts.training, parts.testing, 1, "")
-    dataset = LoadedDataset(make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0)
+    dataset = ImageDataset(make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0)
     with pytest.raises(DataError, match=r"takes labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"):
         next(dataset.train(0))
 
@@ -281,7 +281,7 @@ def test_the_error_goes_from_process_to_process():
 def count_here(data):
     """Train on what the 10 images are in one step, as one of the ranks or alone, and count."""
     spec, worker = make_spec(data, global_batch_size=10, num_workers=here().world_size), here()
-    dataset = LoadedDataset(
+    dataset = ImageDataset(
         spec, data, open_parts(data), worker.rank, worker.world_size, CPU, torch.float32, processes=0
     )
     next(dataset.train(0))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.corrupt import MOST_IN_A_ROW, Prepared, refuse_many, replace_corrupt
+from trainer.data.corrupt import MOST_IN_A_ROW, Preprocessed, refuse_many, replace_corrupt
 from trainer.data.shuffle import RowOrder
 from trainer.errors import DataError
 
@@ -16,7 +16,7 @@ def prepare(numbers, corrupt, blocks=3):
         part = np.array(numbers[start : start + blocks])
         names = [f"row {number}" if number in corrupt else "" for number in part.tolist()]
         labels = np.where([bool(name) for name in names], -1, part)
-        yield Prepared(part[:, None], labels, names)
+        yield Preprocessed(part[:, None], labels, names)
 
 
 def replaced(numbers, corrupt, whole=(), blocks=3):

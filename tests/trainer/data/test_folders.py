@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test, write_images
 from tests.trainer.factories import here
-from trainer.data.dataloader import LoadedDataset, Reader, Request, count_processes
+from trainer.data.dataloader import ImageDataset, Reader, Request, count_processes
 from trainer.data.folders import open_folders
 from trainer.errors import ConfigurationError, DataError
 from trainer.jobspec import ImageFolderSpec, ImageTransformSpec
@@ -27,7 +27,7 @@ def root(tmp_path):
 
 def open_here(spec, world_size=1, processes=0):
     return [
-        LoadedDataset(spec, spec.data, open_folders(spec.data), rank, world_size, CPU, torch.float32, processes)
+        ImageDataset(spec, spec.data, open_folders(spec.data), rank, world_size, CPU, torch.float32, processes)
         for rank in range(world_size)
     ]
 

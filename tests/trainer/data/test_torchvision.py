@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.datasets import FakeData, VisionDataset
 
 from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test
-from trainer.data.dataloader import LoadedDataset
+from trainer.data.dataloader import ImageDataset
 from trainer.data.images import Parts
 from trainer.data.torchvision import LibraryImages, open_library
 from trainer.errors import ConfigurationError, DataError
@@ -38,7 +38,7 @@ def mnist(tmp_path):
 
 def open_here(spec, world_size=1):
     return [
-        LoadedDataset(spec, spec.data, open_library(spec.data), rank, world_size, CPU, torch.float32, 0)
+        ImageDataset(spec, spec.data, open_library(spec.data), rank, world_size, CPU, torch.float32, 0)
         for rank in range(world_size)
     ]
 
@@ -112,7 +112,7 @@ def test_a_label_out_of_range_is_named_with_its_image():
     data = TorchvisionDataSpec(name="torchvision:FakeData", transform=ImageTransformSpec(crop=4), corrupt_images="skip")
     fakes = open_library(data)
     few = Parts(fakes.training, fakes.testing, 2, "")
-    dataset = LoadedDataset(make_spec(data), data, few, 0, 1, CPU, torch.float32, 0)
+    dataset = ImageDataset(make_spec(data), data, few, 0, 1, CPU, torch.float32, 0)
     with pytest.raises(
         DataError, match=r"takes labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
     ):

@@ -9,14 +9,14 @@ import time
 
 import pytest
 
-from trainer.driver.heartbeat import ENDED, Presence
+from trainer.driver.heartbeat import ENDED, AttemptLock
 from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, attempt_folder
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("trainer.driver.heartbeat.SECONDS_BETWEEN_SIGNS", 0.05)
-    monkeypatch.setattr("trainer.driver.heartbeat.SECONDS_UNTIL_DEAD", 0.5)
+    monkeypatch.setattr("trainer.driver.heartbeat.HEARTBEAT_TIMEOUT_SECONDS", 0.5)
 
 
 def file_of(folder, attempt=1):
@@ -24,9 +24,9 @@ def file_of(folder, attempt=1):
 
 
 def test_the_first_takes_the_attempt_and_shows_that_it_lives(tmp_path):
-    first = Presence(tmp_path, 1)
+    first = AttemptLock(tmp_path, 1)
     assert first.claim() is None
-    assert Presence(tmp_path, 1).claim() == "this attempt has had its driver"
+    assert AttemptLock(tmp_path, 1).claim() == "this attempt has had its driver"
     seen = file_of(tmp_path).stat().st_mtime
     deadline = time.monotonic() + 5
     while file_of(tmp_path).stat().st_mtime == seen:
@@ -34,27 +34,27 @@ def test_the_first_takes_the_attempt_and_shows_that_it_lives(tmp_path):
         time.sleep(0.01)
     first.end()
     assert file_of(tmp_path).read_bytes() == ENDED
-    assert Presence(tmp_path, 1).claim() == "this attempt has had its driver"
+    assert AttemptLock(tmp_path, 1).claim() == "this attempt has had its driver"
 
 
 def test_what_the_service_has_closed_is_not_started(tmp_path):
     attempt_folder(tmp_path, 1).mkdir()
     (attempt_folder(tmp_path, 1) / CLOSED_FILE).touch()
-    assert Presence(tmp_path, 1).claim() == "the service has ended this attempt"
+    assert AttemptLock(tmp_path, 1).claim() == "the service has ended this attempt"
     assert not file_of(tmp_path).exists()
 
 
 def test_another_attempt_waits_until_the_driver_before_it_is_dead(tmp_path):
-    before = Presence(tmp_path, 1)
+    before = AttemptLock(tmp_path, 1)
     before.claim()
     began = time.monotonic()
     before.end()
-    second = Presence(tmp_path, 2)
+    second = AttemptLock(tmp_path, 2)
     assert second.claim() is None
     assert time.monotonic() - began < 0.4  # it has ended, and said so
     second._is_over.set()  # killed: it says nothing any more
     began = time.monotonic()
-    third = Presence(tmp_path, 3)
+    third = AttemptLock(tmp_path, 3)
     assert third.claim() is None
     assert time.monotonic() - began >= 0.5
     third.end()
@@ -65,19 +65,19 @@ def test_dead_drivers_are_waited_for_side_by_side(tmp_path):
         file_of(tmp_path, attempt).parent.mkdir()
         file_of(tmp_path, attempt).touch()  # killed: it never said that it has ended
     began = time.monotonic()
-    fifth = Presence(tmp_path, 5)
+    fifth = AttemptLock(tmp_path, 5)
     assert fifth.claim() is None
     assert 0.5 <= time.monotonic() - began < 1.2
     fifth.end()
 
 
 def test_another_attempt_waits_for_all_before_it(tmp_path):
-    first = Presence(tmp_path, 1)
+    first = AttemptLock(tmp_path, 1)
     first.claim()
     threading.Timer(1.0, first.end).start()
     attempt_folder(tmp_path, 2).mkdir()  # it never had a driver
     began = time.monotonic()
-    third = Presence(tmp_path, 3)
+    third = AttemptLock(tmp_path, 3)
     assert third.claim() is None
     assert time.monotonic() - began >= 0.9
     third.end()
@@ -85,12 +85,12 @@ def test_another_attempt_waits_for_all_before_it(tmp_path):
 
 def test_a_driver_that_ends_slowly_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.driver.heartbeat.os.kill", lambda *_: None)
-    first = Presence(tmp_path, 1)
+    first = AttemptLock(tmp_path, 1)
     first.claim()
     (attempt_folder(tmp_path, 1) / CLOSED_FILE).touch()
     threading.Timer(1.5, first.end).start()
     began = time.monotonic()
-    second = Presence(tmp_path, 2)
+    second = AttemptLock(tmp_path, 2)
     assert second.claim() is None
     assert time.monotonic() - began >= 1.3
     second.end()
@@ -102,7 +102,7 @@ from pathlib import Path
 import trainer.driver.heartbeat
 trainer.driver.heartbeat.SECONDS_BETWEEN_SIGNS, trainer.driver.heartbeat.SECONDS_TO_END = 0.05, 1.0
 trainer.driver.heartbeat.SECONDS_WITHOUT_SIGN = 1.0
-presence = trainer.driver.heartbeat.Presence(Path(sys.argv[1]), 1)
+presence = trainer.driver.heartbeat.AttemptLock(Path(sys.argv[1]), 1)
 assert presence.claim() is None
 print("lives", flush=True)
 while True:

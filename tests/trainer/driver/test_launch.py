@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 
 from tests.trainer.factories import make_spec
-from trainer.atomic import write_whole
+from trainer.atomic import atomic_write
 from trainer.driver.launch import _fit, wait_while_saving
 from trainer.errors import StorageError
-from trainer.jobspec import TASK_FILE, RunContext, Task
+from trainer.jobspec import TASK_FILE, AttemptContext, Task
 from trainer.worker import read_task
 
 
@@ -35,7 +35,9 @@ TOKEN = "0123456789abcdef-of-mlflow"
 
 
 def make_task(folder):
-    context = RunContext(job_id="a", attempt=1, name="a", folder=str(folder), mlflow_url="http://m", mlflow_token=TOKEN)
+    context = AttemptContext(
+        job_id="a", attempt=1, name="a", folder=str(folder), mlflow_url="http://m", mlflow_token=TOKEN
+    )
     return Task(spec=make_spec(), context=context)
 
 
@@ -54,7 +56,7 @@ def test_ray_train_gets_no_token(tmp_path, monkeypatch):
     assert TOKEN not in given
     path = tmp_path / "attempt-1" / TASK_FILE
     assert train.call_args.kwargs["train_loop_config"]["task"] == str(path)
-    write_whole(path, task)
+    atomic_write(path, task)
     assert path.stat().st_mode & 0o777 == 0o600
     assert read_task(path) == task
 

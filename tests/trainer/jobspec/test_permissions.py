@@ -1,6 +1,6 @@
 import pytest
 
-from trainer.jobspec import JobSpec, Permissions, Refusal
+from trainer.jobspec import Allowlist, JobSpec, NotAllowed
 
 
 def spec(**changes):
@@ -12,13 +12,13 @@ def folder(root):
 
 
 def test_nothing_is_needed_by_what_reaches_nowhere():
-    Permissions().check(spec())
-    Permissions().check(spec(model={"name": "torchvision:resnet18"}, data={"name": "torchvision:FakeData"}))
+    Allowlist().check(spec())
+    Allowlist().check(spec(model={"name": "torchvision:resnet18"}, data={"name": "torchvision:FakeData"}))
 
 
 @pytest.mark.parametrize("allowed", ["models:build", "models:*", "other:x,models:build"])
 def test_a_function_is_allowed_by_its_name_or_with_its_whole_module(allowed):
-    Permissions(imports=tuple(allowed.split(","))).check(spec(model={"name": "import:models:build"}))
+    Allowlist(imports=tuple(allowed.split(","))).check(spec(model={"name": "import:models:build"}))
 
 
 @pytest.mark.parametrize(
@@ -27,10 +27,10 @@ def test_a_function_is_allowed_by_its_name_or_with_its_whole_module(allowed):
 )  # fmt: skip
 def test_other_functions_are_refused(function):
     for allowed in (("models:build", "vision:*"), ("models.sub:*",), ("models",), ("*",), ()):
-        with pytest.raises(Refusal, match=r"model\.name: must be an allowed function: "):
-            Permissions(imports=allowed).check(spec(model={"name": f"import:{function}"}))
-    with pytest.raises(Refusal):
-        Permissions(imports=("models:*",)).check(spec(model={"name": "import:models:_private"}))
+        with pytest.raises(NotAllowed, match=r"model\.name: must be an allowed function: "):
+            Allowlist(imports=allowed).check(spec(model={"name": f"import:{function}"}))
+    with pytest.raises(NotAllowed):
+        Allowlist(imports=("models:*",)).check(spec(model={"name": "import:models:_private"}))
 
 
 def test_a_path_is_taken_by_where_it_leads(tmp_path):
@@ -38,13 +38,13 @@ def test_a_path_is_taken_by_where_it_leads(tmp_path):
     (allowed / "mine").mkdir(parents=True)
     other.mkdir()
     (allowed / "link").symlink_to(other)
-    permissions = Permissions(roots=(str(allowed),))
+    permissions = Allowlist(roots=(str(allowed),))
     (allowed / "circle").symlink_to(allowed / "circle")
     permissions.check(folder(allowed))
     permissions.check(folder(allowed / "mine"))
     permissions.check(folder(f"{other}/../data/mine"))
     for refused in (other, allowed / "link", allowed / "circle", f"{allowed}/../data-of-others", "data", tmp_path, "/"):
-        with pytest.raises(Refusal, match=r"data\.root"):
+        with pytest.raises(NotAllowed, match=r"data\.root"):
             permissions.check(folder(refused))
 
 
@@ -68,18 +68,18 @@ def test_a_path_is_taken_by_where_it_leads(tmp_path):
 )
 def test_addresses_are_taken_under_their_root(address, is_allowed):
     data = {"name": "ray", "format": "parquet", "train": address, "test": address, "classes": 2, "shape": [4]}
-    permissions = Permissions(roots=("s3://bucket/mine", "/data"))
+    permissions = Allowlist(roots=("s3://bucket/mine", "/data"))
     if is_allowed:
         permissions.check(spec(data=data))
     else:
-        with pytest.raises(Refusal, match=r"data\.train"):
+        with pytest.raises(NotAllowed, match=r"data\.train"):
             permissions.check(spec(data=data))
 
 
 def test_checkpoints_are_written_under_a_root_alone():
-    with pytest.raises(Refusal, match=r"checkpoint\.address: takes absolute paths and addresses under none"):
-        Permissions().check(spec(checkpoint={"address": "/anywhere"}))
+    with pytest.raises(NotAllowed, match=r"checkpoint\.address: takes absolute paths and addresses under none"):
+        Allowlist().check(spec(checkpoint={"address": "/anywhere"}))
 
 
 def test_by_hand_everything_is_allowed_that_the_user_is():
-    Permissions(everything=True).check(spec(model={"name": "import:models:build"}, checkpoint={"address": "/anywhere"}))
+    Allowlist(everything=True).check(spec(model={"name": "import:models:build"}, checkpoint={"address": "/anywhere"}))

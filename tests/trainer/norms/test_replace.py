@@ -23,7 +23,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from syncbn import SyncBatchNorm
 from trainer.errors import ConfigurationError
 from trainer.jobspec import Norm
-from trainer.norms import switch_norms, trace_forward
+from trainer.norms import replace_norms, trace_forward
 from trainer.norms.factory import count_groups
 
 IMAGE, TOKENS = (8, 5, 6), (7, 8)
@@ -67,7 +67,7 @@ IS_OF_MODE = {
 
 def switch(model, norm, *shape, dtype=None):
     sample = torch.zeros(2, *shape, dtype=dtype)
-    return switch_norms(model, norm, trace_forward(model, sample), sample)
+    return replace_norms(model, norm, trace_forward(model, sample), sample)
 
 
 def norms_in(model):

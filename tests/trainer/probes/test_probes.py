@@ -171,7 +171,7 @@ def see_workers(spec):
     share = Batch(batch.inputs.tensor_split(size)[rank], batch.labels.tensor_split(size)[rank])
     model = make_model(spec)
     values = Probes(spec, model, here()).measure([share], RATE)
-    model.norm1.measures_between_worker_variance = True
+    model.norm1.track_between_rank_variance = True
     model(share.inputs)
     return values, getattr(model.norm1, "between_worker_variance_share", None)
 

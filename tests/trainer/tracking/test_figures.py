@@ -4,9 +4,9 @@ import struct
 import pytest
 
 from tests.trainer.factories import here, make_spec, run_here
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.errors import Diverged
-from trainer.jobspec import MlpSpec, RunContext, SgdSpec, Task, attempt_folder
+from trainer.jobspec import AttemptContext, MlpSpec, SgdSpec, Task, attempt_folder
 from trainer.tracking.figures import write_figures
 from trainer.tracking.outbox import Outbox
 from trainer.training.step_sync import NoNotices
@@ -44,11 +44,11 @@ def test_a_run_that_diverged_has_its_figures_too(tmp_path, monkeypatch):
     model = MlpSpec(activation="relu", init_std=1)
     probes = {"measure": ["percentiles"], "every": 1}
     spec = make_spec(norm="none", model=model, optimizer=SgdSpec(lr=1e5), steps=100, probes=probes)
-    context = RunContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path))
+    context = AttemptContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path))
     folder = attempt_folder(tmp_path, 1)
     folder.mkdir()
     with pytest.raises(Diverged):
-        _train(Task(spec=spec, context=context), here(), Position(), None, folder)
+        _train(Task(spec=spec, context=context), here(), TrainProgress(), None, folder)
     assert is_drawn(folder / "figures" / "percentiles-activation1.png")
 
 

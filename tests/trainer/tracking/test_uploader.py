@@ -8,11 +8,11 @@ import torch
 
 from tests.trainer.factories import make_spec, run_here
 from trainer.errors import ConfigurationError
-from trainer.jobspec import PROGRESS_FILE, JobSpec, Progress, RunContext, Task
-from trainer.tracking.logger import RankZeroJournal, Silent, open_journal
+from trainer.jobspec import PROGRESS_FILE, AttemptContext, JobSpec, Progress, Task
+from trainer.tracking.logger import NullLogger, RankZeroLogger, open_journal
 from trainer.tracking.outbox import OUTBOX_FILE, Outbox, read_lines
 from trainer.tracking.progress_file import ProgressFile
-from trainer.tracking.uploader import MOST_TRIES, Tracking, TrackingProcess
+from trainer.tracking.uploader import MOST_TRIES, MlflowUploader, TrackingProcess
 
 
 def read(folder):
@@ -21,7 +21,7 @@ def read(folder):
 
 def drain(outbox, url, run_id, seconds=60.0):
     """Send what an outbox holds, and return the bytes that did not arrive."""
-    with Tracking(outbox.path, url, run_id) as tracking:
+    with MlflowUploader(outbox.path, url, run_id) as tracking:
         tracking.seconds_to_finish = seconds
     return tracking.unsent_bytes
 
@@ -154,7 +154,7 @@ def test_a_server_that_does_not_answer_holds_up_nothing_but_the_end(tmp_path, mo
     with Deaf() as url:
         began = time.monotonic()
         with TrackingProcess(tmp_path, url, "some-run") as process:
-            run_here(spec, journal=RankZeroJournal(spec.steps, outbox, ProgressFile(tmp_path, spec.steps, 50)))
+            run_here(spec, journal=RankZeroLogger(spec.steps, outbox, ProgressFile(tmp_path, spec.steps, 50)))
             trained = time.monotonic() - began
         assert time.monotonic() - began < trained + 10
     outbox.close()
@@ -168,9 +168,9 @@ def test_only_the_first_rank_writes(tmp_path, capsys):
     folder = tmp_path / "attempt-1"
     folder.mkdir()
     spec = JobSpec(steps=4, global_batch_size=8)
-    task = Task(spec=spec, context=RunContext(job_id="job-1", attempt=1, name="x", folder=str(tmp_path)))
+    task = Task(spec=spec, context=AttemptContext(job_id="job-1", attempt=1, name="x", folder=str(tmp_path)))
     with open_journal(task, 1) as journal:
-        assert isinstance(journal, Silent)
+        assert isinstance(journal, NullLogger)
         journal.log(0, {"accuracy": 0.1})
         journal.update(4)
     assert list(folder.iterdir()) == []

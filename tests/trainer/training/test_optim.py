@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from tests.trainer.factories import InterruptedRunError, Interrupting, make_spec, run_here
-from trainer.checkpoint.state import Position
+from trainer.checkpoint.state import TrainProgress
 from trainer.errors import ConfigurationError
 from trainer.jobspec import CnnSpec, CosineSchedule, JobSpec, MlpSpec, Norm, OptimizerSpec, ScheduleSpec, SgdSpec
 from trainer.jobspec.optimizers import TORCH_OPTIMIZERS
@@ -120,7 +120,7 @@ def test_a_schedule_that_is_resumed_gives_the_same_rates(content, at):
     def rates_from(start):
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        built = build_schedule(schedule(**content), optimizer, Position(schedule_end=STEPS))
+        built = build_schedule(schedule(**content), optimizer, TrainProgress(schedule_end=STEPS))
         if start:
             built.load_state_dict(saved)
         seen = []
@@ -190,7 +190,7 @@ def test_a_cosine_schedule_is_extended_as_the_spec_chooses(tmp_path, capsys, on_
 
 @pytest.mark.parametrize(("on_extend", "start", "end"), EXTENSIONS)
 def test_the_first_step_after_an_extension_has_its_rate(on_extend, start, end):
-    position = Position(schedule_end=20)
+    position = TrainProgress(schedule_end=20)
     optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=0.5)
     built = build_schedule(schedule(**COSINE), optimizer, position)
     for position.step in range(1, 21):
