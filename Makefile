@@ -25,7 +25,7 @@ up: setup
 
 # The tests that need neither a GPU nor minutes each.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" --durations=20 $(TEST_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics are those of all ranks' data, as if it stood on one device."""
+"""Synchronised batch normalisation: statistics over the data of all ranks, as on a single device."""
 
 from syncbn.convert import BatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.errors import ConversionError, DesyncError, GroupError, InputError, SyncBatchNormError

@@ -1,4 +1,4 @@
-"""Forward and backward of the synchronised layer: the collectives between the passes, and what autograd sees of them.
+"""Forward and backward passes of the synchronised layer, with their collectives, and custom operators.
 
 In eager mode `SyncBatchNormFunction` calls `forward` and `backward` directly. The compiler must not trace them, since they wait for
 other ranks and read values; for the compiler they are the operators syncbn::forward and syncbn::backward, which run the same code.
@@ -32,10 +32,10 @@ def normalise(
 ) -> tuple[Tensor, BatchStats]:
     """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
 
-    Where a mask, boolean and of the shape of x without channels, is False, a value counts nowhere and becomes 0.
+    `mask` is boolean with the shape of x without channels. Values where it is False are ignored and become 0.
     """
     if torch.compiler.is_compiling():
-        # The setting is an argument here, so that the compiler notices if it changes.
+        # The setting is an argument, so that the compiler guards on it.
         output, totals = _NormaliseCompiled.apply(x, mask, weight, bias, eps, site.key, site.share_wanted)
         return output, BatchStats.unpack(totals, x.shape[1], eps, read=False)
     output, statistics = SyncBatchNormFunction.apply(x, mask, weight, bias, eps, site, torch.is_grad_enabled())
@@ -49,7 +49,7 @@ def moments_of(statistics: BatchStats) -> Moments:
 
 
 class SyncBatchNormFunction(Function):
-    """The layer in eager use."""
+    """Autograd function in eager mode."""
 
     @staticmethod
     def forward(
@@ -65,13 +65,13 @@ class SyncBatchNormFunction(Function):
         """See `forward` of this module."""
         keep_record = not (with_graph and any(ctx.needs_input_grad))
         y, statistics = forward(x, mask, weight, bias, eps, site, keep_record)
-        # The layer may be gone by the time of backward; what its collectives need must not be. And as long as the graph
-        # lives, a checkpoint may run this again.
+        # The layer may be deleted before backward, which needs its collectives; and a checkpoint may recompute this pass while
+        # the graph exists.
         ctx.site, ctx.statistics, ctx.record = site, statistics, site.newest
         ctx.save_for_backward(x, mask, weight)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # The passes hand back views of what they made, and autograd would forbid to change such an output in place.
+        # The passes return views, and autograd does not allow in-place changes of an output that is a view.
         return y.data, statistics
 
     @staticmethod
@@ -84,7 +84,7 @@ class SyncBatchNormFunction(Function):
 
 
 class _NormaliseCompiled(Function):
-    """The layer as the compiler sees it."""
+    """Autograd function under torch.compile."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ class _NormaliseCompiled(Function):
 def _wanted(
     ctx: Any, weight: Tensor | None, dx: Tensor, weight_gradient: Tensor, bias_gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients that autograd asks for, in the order of forward's arguments and in the parameters' dtypes."""
+    """Return the requested gradients in the order of forward's arguments and in the dtypes of the parameters."""
     return (
         dx if ctx.needs_input_grad[0] else None,
         None,
@@ -128,12 +128,12 @@ def _wanted(
 
 
 def select(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the values that count, as a (n, C) batch: uneven numbers on the ranks, or none, are nothing special then."""
+    """Return the values selected by the mask, shape (n, C). n may differ between ranks and may be 0."""
     return x.movedim(1, -1)[mask]
 
 
 def put_back(values: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """Give what was made of selected values the shape and memory format of x, with 0 in the other places."""
+    """Return selected values in the shape and memory format of x, with 0 elsewhere."""
     positions = x.movedim(1, -1)
     return torch.zeros_like(positions).index_put((mask,), values).movedim(-1, 1)
 
@@ -147,7 +147,7 @@ def forward(
     site: LayerCollectives,
     keep_record: bool,
 ) -> tuple[Tensor, BatchStats]:
-    """Measure, exchange, normalise."""
+    """Measure the values of this rank, exchange statistics, normalise."""
     if mask is not None:
         y, statistics = forward(select(x, mask), None, weight, bias, eps, site, keep_record)
         return put_back(y, mask, x), statistics
@@ -156,11 +156,10 @@ def forward(
 
 
 def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record: bool) -> BatchStats:
-    """Measure x and merge with the other ranks, in one collective; a rank alone needs none."""
+    """Measure x and merge with the other ranks by one collective; with one rank there is none."""
     count = x.numel() // x.shape[1]
-    # The branches depend on the group's size, the dtype and the layer's settings, which are the same on every rank, and
-    # never on the number of values or on requires_grad, which are not; a recomputation is one on every rank. So no rank
-    # can miss the collective that the others are in.
+    # Branches depend only on group size, dtype and settings of the layer, which are equal on every rank, and not on the number
+    # of values or requires_grad. A recomputation happens on every rank. So every rank reaches the collective.
     in_float64 = x.dtype == torch.float64
     sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
     if (recalled := site.lookup(x, sums)) is not None:
@@ -168,8 +167,8 @@ def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record
     exchange = _exchange_parts if in_float64 else _exchange_sums
     statistics = replace(exchange(count, *sums, eps, site), ranks=group_size(site.process_group))
     site.ranks = statistics.ranks
-    # A total of 1 means that no rank has more than 1. So every rank then looks at the total, and all raise together;
-    # and in any other case a rank with more than 1 does not make the host wait for its device.
+    # If the total is 1, no rank has more than 1 value, so every rank reads the total and all raise together. A rank with more
+    # values does not read it, since that would make the host wait for the device.
     if count <= 1 and statistics.count == 1:
         raise InputError(
             f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
@@ -180,9 +179,9 @@ def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record
 
 
 def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
-    """Add up [n, Σx, Σx²] of the ranks: mean = Σx / n, variance = Σx² / n - mean².
+    """Sum [n, Σx, Σx²] over the ranks: mean = Σx / n, variance = Σx² / n - mean².
 
-    The subtraction leaves in the variance an error of some 2^-52·mean², which is below what float32 values resolve.
+    The subtraction has an error of about 2^-52·mean², below the resolution of float32 values.
     """
     parts = [total, squares]
     if site.share_wanted:
@@ -191,7 +190,7 @@ def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site:
     channels = len(total)
     moments = sums[: 2 * channels].view(2, channels).div_(at_least_one(everyone))
     mean, variance = moments.unbind()
-    # Rounding can take the variance of a constant channel below zero, and the root of that would be NaN.
+    # Rounding can make the variance of a constant channel negative, and its square root NaN.
     variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
     return BatchStats(everyone, everyone, moments, sums[2 * channels :] if site.share_wanted else None, eps)
 
@@ -199,11 +198,11 @@ def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site:
 def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
     """Gather [n, mean, M2] of the ranks and merge them.
 
-    To add n·mean² and subtract it again would cost float64 values (mean/std)² units in the last place. A shift would
-    avoid it, but nothing is sure to be shared before the first collective: the running mean starts at 0, and if the
-    ranks had loaded different buffers, the error would be silent. Hence the parts, unmixed.
+    Adding and subtracting n·mean² would cost float64 values (mean/std)² units in the last place. A shift by a shared value would
+    avoid this, but no value is known to be shared before the first collective: the running mean starts at 0, and ranks that
+    have loaded different buffers would produce a silent error.
     """
-    # Ranks that differ in dtype are in different phases, and are told so.
+    # A separate phase, so that ranks with different dtypes get a DesyncError.
     gathered = gather_from_ranks([count], [mean, m2], site, "forward in float64")
     parts = [Moments.unpack(part) for part in gathered]
     merged = Moments.merge(parts)
@@ -215,15 +214,14 @@ def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: Laye
 def backward(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reduce, exchange, combine; return the gradients of x, weight and bias, the latter two as accumulated."""
+    """Return the gradients of x, weight and bias, the latter two in the accumulation dtype."""
     if mask is not None:
         dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, statistics, site)
         return put_back(dx, mask, x), weight_gradient, bias_gradient
     bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, statistics)
-    # A rank that is empty or needs no gradient of x adds its sums all the same: they are part of the other ranks'
-    # dx, and those could not know that this one stayed away. So nothing but the group's size decides here.
-    # The zero makes the vector as long as forward's, so that they share a lane, and backends that have none do not break
-    # down when a rank that skipped a layer brings its backward's: it is found out by its stamp.
+    # A rank that is empty or needs no gradient of x still adds its sums, which are part of the dx of other ranks.
+    # The zero makes the vector as long as that of forward, so that both share a channel, and a rank that skipped a layer is
+    # detected by its stamp on backends without channels.
     _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], site, "backward", statistics.ranks)
     gradient_means = sums.view(2, x.shape[1]).div_(at_least_one(statistics.count))
     dx = kernels.combine_gradient(dy, x, statistics, weight, gradient_means)
@@ -231,10 +229,7 @@ def backward(
 
 
 class _SumOverRanks(Function):
-    """The sum of the ranks' vectors, whose gradient is the sum of the ranks' gradients, as often as one likes.
-
-    A sum that is known already is not exchanged again.
-    """
+    """Sum of a vector over the ranks, differentiable any number of times; a known sum is not exchanged again."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, site: LayerCollectives, ranks: int, known: Tensor | None) -> Tensor:
@@ -249,11 +244,11 @@ class _SumOverRanks(Function):
 def _differentiable_gradients(
     dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
 ) -> tuple[Tensor, ...]:
-    """Return the gradients that `backward` does, by operations that autograd can differentiate in their turn.
+    """Return the gradients of `backward` by differentiable operations, for double backward.
 
-    The layer is written once more as a function of x, around the mean known from the forward pass, with Σ(x - mean) and
-    Σ(x - mean)² of all ranks as `_SumOverRanks`. To differentiate it takes one collective, and to differentiate the
-    gradient takes more: every rank differentiates alike.
+    The layer is written as a function of x around the mean of the forward pass, with Σ(x - mean) and Σ(x - mean)² of all ranks as
+    `_SumOverRanks`. Its derivative takes one collective, and the derivative of the gradient further ones: every rank must
+    differentiate equally often.
     """
     if mask is not None:
         selected = select(dy, mask), select(x, mask)
@@ -261,7 +256,7 @@ def _differentiable_gradients(
         return put_back(dx, mask, x), *gradients
     with torch.enable_grad():
         moments = moments_of(statistics)
-        # Also a rank that needs no gradient of x takes part in the collective on the way to it.
+        # A rank that needs no gradient of x also takes part in the collective.
         values = x if x.requires_grad else x.detach().requires_grad_()
         ones = torch.ones_like(moments.mean)
         scale = (ones if weight is None else weight).to(torch.float64).detach().requires_grad_()
@@ -287,7 +282,7 @@ def _differentiable_gradients(
 def _forward_operator(
     x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
 ) -> tuple[Tensor, Tensor]:
-    # The graph holds no record; so the call site keeps some.
+    # The compiled graph does not hold the statistics, so `LayerCollectives` keeps the newest ones.
     y, statistics = forward(_plain(x), mask, weight, bias, eps, LayerCollectives.of(key), keep_record=True)
     return y, statistics.pack()
 
@@ -303,7 +298,7 @@ def _backward_operator(
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Make any other layout contiguous, so that the compiler can tell that of the result."""
+    """Return a contiguous or channels-last tensor, whose result has a layout that the compiler can predict."""
     return x if kernels.is_columns(x) and x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 

@@ -1,45 +1,45 @@
-"""What can go wrong in this package.
+"""Errors of this package.
 
 SyncBatchNormError
-├── InputError        (a ValueError too)    the tensors given cannot be normalised
-├── GroupError        (a ValueError too)    this rank cannot synchronise over the process group given
-├── ConversionError   (a TypeError too)     a module cannot be converted without changing what it computes
-└── DesyncError       (a RuntimeError too)  the ranks are not in the same call of the same layer
+├── InputError        (also ValueError)    the input tensors cannot be normalised
+├── GroupError        (also ValueError)    this rank cannot synchronise over the process group
+├── ConversionError   (also TypeError)     a module cannot be converted without changing its behaviour
+└── DesyncError       (also RuntimeError)  the ranks are not in the same call of the same layer
 """
 
 from __future__ import annotations
 
 
 class SyncBatchNormError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of the errors of this package."""
 
 
 class InputError(SyncBatchNormError, ValueError):
-    """A tensor has a shape, dtype or device that the layer does not take, or all ranks together hold too few values."""
+    """A tensor has an unsupported shape, dtype or device, or all ranks together have too few values."""
 
 
 class GroupError(SyncBatchNormError, ValueError):
-    """The process group is not one that this rank can synchronise over."""
+    """This rank cannot synchronise over the process group."""
 
 
 class ConversionError(SyncBatchNormError, TypeError):
-    """A module's behaviour would be lost if it became a synchronised layer."""
+    """Conversion to a synchronised layer would change the behaviour of a module."""
 
 
 class DesyncError(SyncBatchNormError, RuntimeError):
-    """A layer's collective met another call than its own, or ranks stayed away from it past the time limit.
+    """A collective of a layer was paired with another call, or ranks did not join it within the timeout.
 
-    Ranks have lost count of each other by then, and statistics may be mixed: do not go on with this process group.
+    The ranks are out of step and statistics may be mixed. Do not continue with this process group.
     """
 
     def __init__(self, message: str, layer: str, phase: str, call_number: int, missing_ranks: tuple[int, ...]) -> None:
         super().__init__(message)
         self.layer = layer
-        """Name of the layer this rank was in."""
+        """Name of the layer on this rank."""
         self.phase = phase
         """"forward" or "backward"."""
         self.call_number = call_number
-        """How many collectives of this layer and phase there were on this rank, this one included."""
+        """Sequence number of the collective on this rank: calls of this layer and phase so far, including this one."""
         self.missing_ranks = missing_ranks
         """Global ranks that were not seen in the same call."""
 

@@ -1,4 +1,4 @@
-"""Process groups of a given size, for statistics over fewer ranks than there are: ghost batches."""
+"""Process groups of a given size, for statistics over part of the ranks (ghost batches)."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ if TYPE_CHECKING:
 
 
 def new_sync_groups(size: int) -> ProcessGroup | None:
-    """Divide all ranks into groups of neighbours, and return this rank's: ranks 0 to size - 1, size to 2·size - 1, ...
+    """Divide all ranks into groups of consecutive ranks, and return the group of this rank.
 
-    Statistics over part of a large batch regularise as small batches do. Ranks of one machine are neighbours, so that a
-    group of a machine's ranks also keeps the collectives on it.
+    The groups are ranks 0 to size - 1, size to 2·size - 1, and so on. Statistics over part of a large batch regularise like those
+    of small batches. Ranks of one machine are consecutive, so groups of their number keep collectives inside a machine.
 
-    Collectives: those of torch.distributed.new_group, by all ranks; none if the group is that of all ranks.
+    Collectives: torch.distributed.new_group on all ranks; none if there is one group of all ranks.
 
     Args:
-        size: ranks in a group; it divides the number of ranks.
+        size: ranks per group; must divide the number of ranks.
 
     Returns:
-        The group, or None, which means all ranks, if size is their number.
+        The group, or None (all ranks) if `size` is the number of ranks.
 
     Raises:
-        GroupError: size does not divide the number of ranks.
+        GroupError: `size` does not divide the number of ranks.
 
     Source: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4 (ghost batch normalisation).
     """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if size < 1 or world_size % size:
-        raise GroupError(f"groups of {size} ranks were asked for, but there are {world_size} ranks; taken is a divisor")
+        raise GroupError(f"size: must divide the number of ranks, {world_size} (got {size})")
     if size == world_size:
         return None
     firsts = range(0, world_size, size)

@@ -24,7 +24,7 @@ ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 class SyncBatchNorm(_BatchNorm):
-    """Batch normalisation which in training takes its statistics over the data of all ranks.
+    """Batch normalisation with statistics over the data of all ranks in training.
 
     In training, with n, μ and σ² the count, mean and biased variance of a channel over all ranks:
 
@@ -34,41 +34,41 @@ class SyncBatchNorm(_BatchNorm):
 
     In evaluation μ and σ² are the running statistics, or, where none are kept, those of this rank's own batch.
 
-    The signature is that of torch.nn.SyncBatchNorm; parameters, buffers and state_dict are those of
-    torch.nn.BatchNorm1d, 2d and 3d. What the ranks exchange is float64, counts included, and every rank gets the same bits.
-    So the buffers need no broadcast, which would overwrite those of process groups with each other's: give
-    DistributedDataParallel `broadcast_buffers=False`, from torch 2.13 on `forward_sync_buffers=False`.
+    The signature is that of torch.nn.SyncBatchNorm; parameters, buffers and state_dict are those of torch.nn.BatchNorm1d, 2d and
+    3d. Ranks exchange float64 values, including counts, and every rank gets the same bits. The buffers therefore need no
+    broadcast, which would mix those of different process groups: pass `broadcast_buffers=False` to DistributedDataParallel,
+    from torch 2.13 on `forward_sync_buffers=False`.
 
     The gradient of the input is that of the *sum* of the ranks' losses; `sync_batch_norm` says how to weight the losses
-    of uneven ranks. It can be differentiated in its turn, which takes further collectives: all ranks do so alike.
+    of uneven ranks. Double backward is supported and issues further collectives, which all ranks must reach.
 
-    Collectives: in training one forward and one backward, see `sync_batch_norm`; in evaluation none. So all ranks of
-    the group are in training at the same time. Without a process group, or in a group of one, it issues none and is
+    Collectives: in training one forward and one backward, see `sync_batch_norm`; in evaluation none. All ranks of the group must
+    be in training mode at the same time. Without torch.distributed, or in a group of one rank, the layer issues none and is
     plain batch normalisation.
 
-    A rank without values (N = 0) takes part in both collectives and ends with the same buffers as the others. If no
-    rank has a value, buffers and num_batches_tracked stay as they are.
+    A rank without values (N = 0) takes part in both collectives and has the same buffers as the others afterwards. If no rank has a
+    value, buffers and num_batches_tracked are unchanged.
 
-    Shape: input (N, C, *) with any number of trailing dimensions; the output alike.
+    Shape: input and output (N, C, *) with any number of trailing dimensions.
 
     Args:
         num_features: channels C.
         eps: added to the variance.
         momentum: weight of the newest batch in the running statistics; None gives all batches the same weight.
-        affine: whether to have weight and bias.
+        affine: whether the layer has weight and bias.
         track_running_stats: whether to keep running statistics.
-        process_group: ranks to synchronise over; None means all of them.
-        device: of parameters and buffers.
-        dtype: of parameters and buffers. The input may have another floating dtype, which is then the output's too.
-        bias: whether to have a bias beside the weight.
+        process_group: ranks to synchronise over; None means all ranks.
+        device: device of parameters and buffers.
+        dtype: dtype of parameters and buffers. The input may have another floating dtype, which the output then has too.
+        bias: whether the layer has a bias in addition to the weight.
 
     Raises:
-        InputError: forward was given a shape, dtype or device not taken (on this rank, before any collective); or in
-            training all ranks together hold a single value per channel (on every rank).
+        InputError: forward got an unsupported shape, dtype or device (on this rank, before any collective), or all ranks
+            together have a single value per channel in training (on every rank).
         GroupError: forward in training on a rank outside the process group (before any collective).
 
-    Source: Ioffe & Szegedy 2015, "Batch Normalization", Algorithm 1 and section 3.2. Running averages in place of
-    Algorithm 2's population statistics are torch's custom.
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", Algorithm 1 and section 3.2. Running averages instead of the population
+    statistics of Algorithm 2 follow torch.
     """
 
     def __init__(
@@ -86,18 +86,18 @@ class SyncBatchNorm(_BatchNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
-            # Not by the base class's keyword, which the older versions of torch that we run on do not have.
+            # The base class has this keyword only in newer versions of torch.
             self.register_parameter("bias", None)
         self._init_collectives("", process_group)
 
     def _init_collectives(self, name: str, process_group: ProcessGroup | None) -> None:
-        """Begin to count this layer's calls, under a name that is the same on every rank; "" means a number."""
+        """Initialise sequence numbers under a layer name that is equal on every rank; "" means a number."""
         self._site = LayerCollectives(name or f"SyncBatchNorm {next_layer_number()}", process_group)
         self._between_worker_variance_share: Tensor | None = None
         self._watchers: tuple[Callable[[Moments], None], ...] = ()
 
     def register_stats_hook(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
-        """Have a function see the moments of all ranks in each training pass; return what ends it."""
+        """Call a function with the moments of all ranks in each training pass; return a function that removes the hook."""
         self._watchers = (*self._watchers, watcher)
 
         def end() -> None:
@@ -106,12 +106,12 @@ class SyncBatchNorm(_BatchNorm):
         return end
 
     def _drop_collectives(self) -> None:
-        """Drop what the layer has beside a torch.nn.BatchNorm."""
+        """Delete the attributes that torch.nn.BatchNorm does not have."""
         del self._site, self._between_worker_variance_share, self._watchers
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """Ranks to synchronise over; None means all of them."""
+        """Ranks to synchronise over; None means all ranks."""
         return self._site.process_group
 
     @process_group.setter
@@ -120,9 +120,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def layer_name(self) -> str:
-        """What the ranks tell layers apart by: the path in the model that was converted, or a number by order of making.
+        """Name by which ranks identify the layer: its path in the converted model, or a number in construction order.
 
-        It is the same on every rank. Set it where ranks make different numbers of layers.
+        It must be equal on every rank. Set it where ranks construct different numbers of layers.
         """
         return self._site.name
 
@@ -132,7 +132,7 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def timeout_seconds(self) -> float:
-        """How long a rank waits in a collective for the others; at first SYNCBN_TIMEOUT_SECONDS, or else 300."""
+        """Timeout of a collective in seconds; default: SYNCBN_TIMEOUT_SECONDS, or 300."""
         return self._site.timeout_seconds
 
     @timeout_seconds.setter
@@ -141,9 +141,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def track_between_rank_variance(self) -> bool:
-        """Whether to measure `between_worker_variance_share`, which sends C more float64 numbers forward; at first no.
+        """Whether to measure `between_worker_variance_share`, which adds C float64 numbers to the forward collective.
 
-        It is the same on every rank.
+        Default: False. It must be equal on every rank.
         """
         return self._site.share_wanted
 
@@ -153,29 +153,29 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def between_worker_variance_share(self) -> Tensor | None:
-        """Share of each channel's variance that lies between ranks and not within them, in the newest training batch.
+        """Share of the variance between ranks in the total variance per channel, for the newest training batch.
 
             1 - Σᵢ M2ᵢ / M2,  with M2ᵢ = Σ(x - mean)² over rank i's values around its own mean, M2 over all
 
-        Shape (C,), float64, between 0 and 1, and 0 where there is no variance. Near 0, synchronising changes nothing in
-        this layer. None unless `track_between_rank_variance` is set and a batch was seen since.
+        Shape (C,), float64, between 0 and 1; 0 where there is no variance. Near 0, synchronising has no effect in this layer. None
+        unless `track_between_rank_variance` is set and a batch has been seen since.
         """
         return self._between_worker_variance_share
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleType, process_group: ProcessGroup | None = None) -> ModuleType:
-        """Make every batch normalisation in a module synchronised; see `syncbn.convert_sync_batchnorm`."""
-        from syncbn.convert import convert_sync_batchnorm  # here, because conversion is built on this class
+        """Convert every batch normalisation layer of a module; see `syncbn.convert_sync_batchnorm`."""
+        from syncbn.convert import convert_sync_batchnorm  # imports this module
 
         return convert_sync_batchnorm(module, process_group)
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002 - named as in the base class
-        """Normalise a (N, C, *) tensor: by all ranks' statistics in training, by the running ones in evaluation.
+        """Normalise by the statistics of all ranks in training, and by running statistics in evaluation.
 
         Args:
             input: shape (N, C, *).
-            mask: which samples or positions hold values, boolean, shape (N, *), the input's without channels; the rest,
-                such as padding, counts nowhere, and is 0 in the output and in the gradient. None means all.
+            mask: boolean, shape (N, *), True where the input has values. Other positions, such as padding, are ignored and are
+                0 in the output and in the gradient. None means that all positions have values.
         """
         self._check(input)
         if mask is not None:
@@ -195,14 +195,14 @@ class SyncBatchNorm(_BatchNorm):
     def _check(self, x: Tensor) -> None:
         buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
         check_input(x, weight=self.weight, bias=self.bias, **buffers)
-        # A layer without parameters and buffers has nothing else to say how many channels it takes.
+        # A layer without parameters and buffers has no other check of the number of channels.
         if x.shape[1] != self.num_features:
             raise InputError(
                 f"the input has {x.shape[1]} channels, shape {tuple(x.shape)}; taken are {self.num_features}"
             )
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        # torch takes parameters and statistics in the input's dtype, or in float32 beside half precision.
+        # torch requires parameters and statistics in the dtype of the input, or in float32 for half precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, variance, weight, bias = (None if vector is None else vector.to(dtype) for vector in vectors)
@@ -210,15 +210,15 @@ class SyncBatchNorm(_BatchNorm):
         if use_own_batch and mask is not None:
             return put_back(self._evaluate(select(x, mask), None), mask, x)
         if mask is not None:
-            # Padding may be NaN, and NaN times the gradient's 0 would be in the gradients of weight and bias.
+            # Padding may be NaN, and NaN times a zero gradient would be NaN in the gradients of weight and bias.
             x = x.where(mask.unsqueeze(1), 0)
         y = F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
         return y if mask is None else y.where(mask.unsqueeze(1), 0)
 
     @torch.no_grad()
     def _update_running_statistics(self, statistics: BatchStats) -> None:
-        # Where no rank had a value, or none that was not seen before, the weight 0 keeps the buffers; a branch would make
-        # the host wait for a device, and the compiler give up.
+        # Without new values the weight is 0 and keeps the buffers. A branch would make the host wait for a device, and break the
+        # compiled graph.
         count, update_count = statistics.count, statistics.update_count
         weight: Tensor | float = update_count / at_least_one(count)
         if self.num_batches_tracked is not None:

@@ -1,4 +1,4 @@
-"""Count, mean and sum of squared deviations of each channel: measured on one rank, merged over many. Pure."""
+"""Count, mean and sum of squared deviations per channel: measured on a rank, merged over ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from syncbn.kernels.cpu import measure
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Statistics of a set of values per channel, in float64 whatever the dtype of the values.
+    """Statistics of a set of values per channel, in float64 for every dtype of the values.
 
-    The count is a float64 tensor too and never has the dtype of a parameter: float16 ends at 65,504, while float64
-    counts exactly up to 2^53. An empty set has count, mean and m2 zero.
+    The count is a float64 tensor, which is exact up to 2^53; float16 ends at 65,504. The moments of an empty set are zero.
     """
 
     count: Tensor
-    """Number n of values in each channel; shape ()."""
+    """Number n of values per channel; shape ()."""
     mean: Tensor
     """Mean of each channel; shape (C,)."""
     m2: Tensor
@@ -28,20 +27,20 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Biased variance M2 / n, which the values are normalised by; 0 for an empty set."""
+        """Biased variance M2 / n, used for normalisation; 0 for an empty set."""
         return self.m2 / self.count.clamp(min=1)
 
     @property
     def unbiased_variance(self) -> Tensor:
-        """Unbiased variance M2 / (n - 1), which running statistics keep; 0 for fewer than two values."""
+        """Unbiased variance M2 / (n - 1), used for running statistics; 0 for fewer than two values."""
         return self.m2 / (self.count - 1).clamp(min=1)
 
     @classmethod
     def measure(cls, x: Tensor) -> Moments:
-        """Measure a tensor: mean = Σx / n and M2 = Σ(x - mean)².
+        """Return the moments of a tensor: mean = Σx / n and M2 = Σ(x - mean)².
 
         Args:
-            x: floating point, shape (N, C, *); N and any of * may be 0, C may not. The result carries no gradient.
+            x: floating point, shape (N, C, *); N and any of * may be 0, C may not. The result has no gradient.
         """
         count = x.numel() // x.shape[1]
         return cls(torch.full((), count, dtype=torch.float64, device=x.device), *measure(x.detach()))
@@ -52,7 +51,7 @@ class Moments:
 
             n = Σᵢ nᵢ,   mean = Σᵢ nᵢ·meanᵢ / n,   M2 = Σᵢ (M2ᵢ + nᵢ·(meanᵢ - mean)²)
 
-        No term of M2 is negative, so its relative error stays that of float64 however far the means lie from zero.
+        No term of M2 is negative, so its relative error is that of float64 for means of any magnitude.
 
         Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", for any number of sets.
         """
@@ -65,11 +64,11 @@ class Moments:
         return cls(count, mean, within + between)
 
     def pack(self) -> Tensor:
-        """Return the moments as one vector [n, mean, M2] of 2C + 1 elements, to be gathered and merged."""
+        """Return one vector [n, mean, M2] of 2C + 1 elements."""
         return torch.cat([self.count.view(1), self.mean, self.m2])
 
     @classmethod
     def unpack(cls, vector: Tensor) -> Moments:
-        """Return the moments that `pack` made a vector of."""
+        """Return the moments of a vector made by `pack`."""
         mean, m2 = vector[1:].chunk(2)
         return cls(vector[0], mean, m2)

@@ -1,4 +1,4 @@
-"""The place a collective is issued from: whose it is, over which ranks, with which time limit, and its how-manieth."""
+"""Identity of a layer's collectives: layer name, process group, timeout, sequence number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEPT_RECORDS = 16
 
 @dataclass(frozen=True)
 class CollectiveId:
-    """One collective of one call site, as the ranks compare it."""
+    """Identity of one collective: layer, phase and sequence number. Ranks compare it."""
 
     site: LayerCollectives
     phase: str
@@ -38,7 +38,7 @@ class CollectiveId:
 
 @dataclass(frozen=True, eq=False)
 class RecomputeCache:
-    """What a forward pass measured here and got from all ranks, for activation checkpointing to find again."""
+    """Statistics of one forward pass, kept so that a recomputation under activation checkpointing can reuse them."""
 
     number: int
     dtype: torch.dtype
@@ -47,11 +47,11 @@ class RecomputeCache:
     statistics: BatchStats
 
     def distance(self, x: Tensor, sums: tuple[Tensor, ...]) -> float | None:
-        """Return how far sums over a tensor's values are from these, or None if they are those of other values."""
+        """Return the distance between the sums of `x` and those of this pass, or None if they are of different values."""
         channels, count = x.shape[1], x.numel() // x.shape[1]
         if (x.dtype, x.device, channels, count) != (self.dtype, self.sums[0].device, len(self.sums[0]), self.count):
             return None
-        # Sums are of float32 or float64 by the data.
+        # The dtype of the sums is float32 or float64, depending on that of the data.
         own, others = (torch.stack(vectors).to(torch.float64) / max(count, 1) for vectors in (self.sums, sums))
         if not torch.allclose(own, others, rtol=1e-4, atol=1e-6, equal_nan=True):
             return None
@@ -66,10 +66,10 @@ class PickledGroup:
 
 
 class LayerCollectives:
-    """What a layer's collectives need to know beside their tensors.
+    """State of a layer's collectives.
 
-    A custom operator takes numbers and tensors alone, so it names its call site by `key`, and `LayerCollectives.of` finds it
-    again as long as the layer lives. The key is a tensor, since the compiler makes a graph of its own for each number.
+    A custom operator accepts only numbers and tensors, so it receives `key`, by which `LayerCollectives.of` finds this object
+    while the layer exists. The key is a tensor, since the compiler specialises a graph for each number.
     """
 
     _keys = itertools.count()
@@ -81,7 +81,7 @@ class LayerCollectives:
         self.timeout_seconds = float(os.environ.get(TIMEOUT_VARIABLE, "300"))
         self.share_wanted = False
         self.ranks = 1
-        """Of the newest forward pass, for backward passes that have no other memory of it (compiled ones)."""
+        """Ranks of the newest forward pass; compiled backward passes have no other record of it."""
         self._begin()
 
     def _begin(self) -> None:
@@ -97,30 +97,30 @@ class LayerCollectives:
 
     @classmethod
     def of(cls, key: Tensor) -> LayerCollectives:
-        """Return the call site that has this key."""
+        """Return the object with this key."""
         return cls._sites[int(key)]
 
     @property
     def process_group(self) -> ProcessGroup | None:
-        """The group, or None for all ranks.
+        """Process group, or None for all ranks.
 
         Raises:
-            GroupError: the layer was pickled with a group, and this process has none of the same ranks.
+            GroupError: the layer was pickled with a group, and this process has no group of the same ranks.
         """
         if isinstance(self.group, PickledGroup):
             self.group = _find_group(self.group.ranks)
         return self.group
 
     def next_call(self, phase: str) -> CollectiveId:
-        """Count one more collective of a phase."""
+        """Return the identity of the next collective of a phase."""
         number = self._counts[phase] = self._counts.get(phase, 0) + 1
         return CollectiveId(self, phase, number)
 
     def store(self, x: Tensor, sums: tuple[Tensor, ...], statistics: BatchStats, keep: bool) -> None:
-        """Note what a forward pass got from all ranks, should activation checkpointing repeat it.
+        """Store the statistics of a forward pass for a recomputation under activation checkpointing.
 
-        The note lasts as long as the caller holds it, which is the autograd graph. Where no graph is recorded, as in
-        the first pass of a reentrant checkpoint, `keep` has the call site hold the newest few itself.
+        The entry lives as long as the autograd graph, which holds it. Where no graph is recorded, as in the first pass of a
+        reentrant checkpoint, `keep` stores the newest `KEPT_RECORDS` entries here.
         """
         self.newest = RecomputeCache(next(self._numbers), x.dtype, x.numel() // x.shape[1], sums, statistics)
         self._live.add(self.newest)
@@ -128,14 +128,13 @@ class LayerCollectives:
             self._kept.append(self.newest)
 
     def lookup(self, x: Tensor, sums: tuple[Tensor, ...]) -> BatchStats | None:
-        """Return what the ranks exchanged when this rank last measured this, or None if it never did.
+        """Return the statistics of the forward pass that is being recomputed, or None outside a recomputation.
 
-        Nobody tells a layer that it is being recomputed. But a recomputation runs inside a backward pass, and it
-        measures what the first pass did, up to the last digits where kernels are not deterministic. Where this rank
-        measured the same more than once, the others may not have: then it is the newest pass that was not recomputed
-        yet, as backward goes from the last to the first.
+        A layer is not notified of a recomputation. But a recomputation runs inside a backward pass, and its sums equal those
+        of the first pass, up to the last digits if kernels are not deterministic. If several passes match, the newest one
+        that has not been recomputed is returned, since backward runs from the last pass to the first.
         """
-        # The graph task is the backward pass that this thread is in.
+        # -1 outside a backward pass of this thread.
         if torch._C._current_graph_task_id() == -1:
             return None
         distances = [(record.distance(x, sums), record) for record in self._live]
@@ -169,14 +168,14 @@ class LayerCollectives:
         self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerCollectives:
-        # A process group is a handle on this process's connections: the copy shares it, and counts its own calls.
+        # A process group is a handle of this process's connections: the copy shares it and has its own sequence numbers.
         copied = self.__class__.__new__(self.__class__)
         copied.__setstate__({"group": self.group, **self._settings()})
         return copied
 
 
 def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
-    """Return this process's group of these ranks, and None if they are all ranks."""
+    """Return this process's group of these ranks, or None if they are all ranks."""
     if dist.is_initialized():
         if ranks == tuple(range(dist.get_world_size())):
             return None
@@ -190,7 +189,7 @@ def _find_group(ranks: tuple[int, ...]) -> ProcessGroup | None:
 
 
 class _Numbering:
-    """Numbers the layers in the order they are built, from one again whenever a default process group follows another."""
+    """Numbers layers in construction order, starting at 1 for each default process group."""
 
     def __init__(self) -> None:
         self._world: ref[Any] | None = None

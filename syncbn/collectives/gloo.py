@@ -1,13 +1,12 @@
-"""Connections of the layer's own, one for each kind and length of vector, where the backend is gloo.
+"""Channels over gloo: separate connections per kind of collective and vector length.
 
-gloo ends a process (std::terminate) that receives more bytes than it waits for. So if a rank skipped a layer, the next
-one, of another width, would take ranks down without a word of which layer it was; and a collective of somebody else,
-DistributedDataParallel's say, would be paired with a layer's if it were as long. In a lane nothing but equally long
-vectors of the layers meet, and the stamp that they carry tells whether they are of the same call. Ranks that use
-different lanes wait for each other, and the time limit ends that.
+gloo terminates a process (std::terminate) that receives more bytes than it expects. If a rank skipped a layer, the next layer
+of another width would therefore end processes without naming a layer, and a collective of other code, such as
+DistributedDataParallel, could be paired with one of a layer. A channel carries only vectors of one length from layers, and their
+stamps show whether they belong to the same call. Ranks in different channels wait for each other until the timeout.
 
-A lane costs about 10 ms when it is first used, one thread, and W - 1 open connections: a network whose layers have 30
-different widths uses some 1,000 of them on 34 ranks.
+The first use of a channel costs about 10 ms, one thread and W - 1 open connections. A network with 30 different layer widths
+uses about 1,000 connections on 34 ranks.
 """
 
 from __future__ import annotations
@@ -26,39 +25,39 @@ from syncbn.collectives.timeout import run_with_timeout
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_lanes: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], Any]] = WeakKeyDictionary()
+_channels: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], Any]] = WeakKeyDictionary()
 
 
 def channel_for(
     group: ProcessGroup, kind: str, vector: Tensor, remaining: Callable[[], float], on_opening: Callable[[], None]
 ) -> Any:
-    """Return what to issue a collective of a group on: its lane, or the group itself if its backend needs none.
+    """Return the channel for a collective, or the group itself if its backend is not gloo.
 
     Args:
-        group: the ranks.
-        kind: of collective.
-        vector: what each rank sends.
-        remaining: tells the seconds that are left to wait for the other ranks, where the lane has to be opened first.
-        on_opening: called before that.
+        group: process group of the collective.
+        kind: "sum" or "gather".
+        vector: tensor that each rank sends.
+        remaining: returns the seconds left for opening a channel.
+        on_opening: called before a channel is opened.
 
     Raises:
-        RuntimeError, TimeoutError: other ranks did not open the lane in time.
+        RuntimeError, TimeoutError: other ranks did not open the channel in time.
     """
     gloo = getattr(dist, "ProcessGroupGloo", None)
     backend: Any = group._get_backend(vector.device)
-    # Under TORCH_DISTRIBUTED_DEBUG=DETAIL this is another class, which compares the calls before it issues them.
+    # TORCH_DISTRIBUTED_DEBUG=DETAIL wraps the backend in another class, which itself compares calls.
     if gloo is None or not isinstance(backend, gloo):
         return group
-    lanes = _lanes.setdefault(group, {})
+    channels = _channels.setdefault(group, {})
     key = (kind, vector.numel())
-    if key not in lanes:
+    if key not in channels:
         on_opening()
         prefix = f"syncbn/{group.group_name}/{kind}/{vector.numel()}"
         store = torch._C._distributed_c10d.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
         options = gloo._Options()
-        options._devices = backend.options._devices  # the interface that was chosen, and the thread that serves it
+        options._devices = backend.options._devices  # network interface and its thread
         options._timeout = timedelta(seconds=remaining())
-        options._threads = 1  # a layer waits for its collective before it issues another
-        # gloo's own limit holds for each rank that it connects to, one after the other.
-        lanes[key] = run_with_timeout(remaining(), lambda: gloo(store, group.rank(), group.size(), options))
-    return lanes[key]
+        options._threads = 1  # a layer issues one collective at a time
+        # gloo's own timeout applies to each connection in turn, not to all of them together.
+        channels[key] = run_with_timeout(remaining(), lambda: gloo(store, group.rank(), group.size(), options))
+    return channels[key]

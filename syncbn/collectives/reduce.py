@@ -1,8 +1,8 @@
-"""The only calls of torch.distributed: one vector in, one collective, what all ranks sent out.
+"""All calls of torch.distributed: sum or gather one vector over the ranks.
 
-Two numbers ride at the front of every vector, 16 bytes: a stamp of the layer's name, the phase and the call's number. Ranks
-that are in the same call stamp alike, so the sum of all stamps is W times the own one. If it is not, torch.distributed
-has paired two different calls, which it would do without a word.
+Each vector begins with a stamp of two numbers (16 bytes): a hash of layer name, phase and sequence number. The stamps of ranks
+in the same call are equal, so their sum is W times the own stamp. Any other sum means that different calls were paired, which
+torch.distributed does not detect.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 SPIN_SECONDS = 0.002
-"""How long a rank lets other threads run before it sleeps until its collective is done."""
+"""Time for which a rank yields its core before it sleeps until its collective completes."""
 GRACE_SECONDS = 1.0
-"""How long a rank waits before it tells the others, through the store, where it is; so a good call tells nobody."""
+"""Wait before a rank publishes its position in the store. A call that completes sooner publishes nothing."""
 ENQUIRY_SECONDS = 1.0
-"""How long a rank whose call failed waits for the others to tell where they are."""
+"""Time for which a rank whose call failed waits for the positions of the others."""
 _STORE_ERRORS = (RuntimeError, TimeoutError, ValueError)
-"""The store has gone with the rank that held it, or that rank has stopped, or the process group was destroyed from another
-thread, as launchers do when a rank dies (ValueError): then there is nobody to tell or to ask."""
+"""Errors of a store that is no longer there: its rank has ended or stopped, or another thread has destroyed the process group,
+as launchers do when a rank ends (ValueError)."""
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
-    """Count the ranks that synchronise with this one; no collective.
+    """Return the number of ranks in a process group, without a collective.
 
     Args:
         process_group: the group, or None for all ranks.
 
     Returns:
-        The group's size; 1 if no process group was initialised, as a rank alone has nobody to synchronise with.
+        Size of the group; 1 if torch.distributed is not initialised.
 
     Raises:
         GroupError: this rank is not in the group, the group was destroyed, or a group was given while torch.distributed is not
@@ -60,7 +60,7 @@ def group_size(process_group: ProcessGroup | None) -> int:
         return int(dist.distributed_c10d._get_default_group().size())
     try:
         rank = dist.get_rank(process_group)
-    except ValueError as error:  # torch does not know the group any more
+    except ValueError as error:  # torch no longer knows the group
         raise GroupError(f"the process group was destroyed; set another one ({error})") from error
     if rank < 0:
         raise GroupError(
@@ -73,26 +73,25 @@ def group_size(process_group: ProcessGroup | None) -> int:
 def sum_over_ranks(
     numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str, ranks: int | None = None
 ) -> tuple[Sequence[Tensor | float], Tensor]:
-    """Add the ranks' vectors: one all_reduce, whose cost per rank hardly depends on the number of ranks.
+    """Sum the vectors of all ranks by one all_reduce.
 
-    Every rank receives the same bits, because the backends reduce each element once and hand the result round. A rank
-    alone gets its own vector back and issues no collective.
+    Every rank receives the same bits, since the backends reduce each element once and distribute the result. With one rank no
+    collective is issued.
 
     Args:
-        numbers: what goes ahead of the parts.
-        parts: vectors of any floating dtype, sent as one, of K elements together with the numbers, in float64, and two
-            more for the stamp.
-        site: where the call is issued from, on all ranks of its group.
-        phase: which of its calls.
-        ranks: number of ranks that the call must be over, where that is known from an earlier one.
+        numbers: prefix of the vector.
+        parts: vectors of any floating dtype, concatenated with the numbers to K elements in float64, plus two for the stamp.
+        site: identity of the layer, on all ranks of its group.
+        phase: "forward" or "backward".
+        ranks: expected size of the group, if an earlier call has determined it.
 
     Returns:
-        The sums of the numbers: as numbers, or as tensors if they are on a device that the host would have to wait for;
-        and the sum of the parts, float64.
+        Sums of the numbers, as Python numbers, or as tensors where the host would have to wait for a device; and the sum of the
+        parts, float64.
 
     Raises:
-        DesyncError: other ranks are in another call, or not in any within the time limit.
-        GroupError: the group has another number of ranks than `ranks`, as after destroy_process_group.
+        DesyncError: other ranks are in another call, or did not arrive within the timeout.
+        GroupError: the size of the group is not `ranks`, for example after destroy_process_group.
     """
     size = group_size(site.process_group)
     if ranks is not None and size != ranks:
@@ -107,19 +106,19 @@ def sum_over_ranks(
     stamp = _stamp(call)
     vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     options = dist.AllreduceOptions()
-    _await(lambda lane: lane.allreduce([vector], options), "sum", options, call, vector)
+    _await(lambda channel: channel.allreduce([vector], options), "sum", options, call, vector)
     ahead = 2 + len(numbers)
     summed = _check(vector[:ahead], [group.size() * number for number in stamp], call)
     return summed, vector[ahead:]
 
 
 def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str) -> Tensor:
-    """Collect the ranks' vectors in the order of their ranks: one all_gather; nothing is rounded on the way.
+    """Gather the vectors of all ranks, without rounding, by one all_gather.
 
     Args and errors as in `sum_over_ranks`.
 
     Returns:
-        Shape (W, K).
+        Shape (W, K), in rank order.
     """
     if group_size(site.process_group) == 1:
         return torch.cat([_to_device(numbers, parts[0]), *parts]).unsqueeze(0)
@@ -129,7 +128,9 @@ def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: L
     vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     gathered = vector.new_empty(group.size(), vector.numel())
     options = torch._C._distributed_c10d.AllgatherOptions()
-    _await(lambda lane: lane.allgather([list(gathered.unbind())], [vector], options), "gather", options, call, vector)
+    _await(
+        lambda channel: channel.allgather([list(gathered.unbind())], [vector], options), "gather", options, call, vector
+    )
     _check(gathered[:, :2].sum(0), [group.size() * number for number in stamp], call)
     return gathered[:, 2:]
 
@@ -139,32 +140,32 @@ def _group(call: CollectiveId) -> ProcessGroup:
 
 
 def _stamp(call: CollectiveId) -> list[float]:
-    """Hash a call into two integers below 2^40, whose sum over 8,192 ranks float64 still counts exactly."""
+    """Hash a call to two integers below 2^40, whose sum over 8,192 ranks is exact in float64."""
     digest = hashlib.blake2b(str(call).encode(), digest_size=10).digest()
     return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
 
 
 def _to_device(numbers: Sequence[float], beside: Tensor) -> Tensor:
-    """Make a vector of numbers; from pinned memory, as the host would otherwise wait for the device to take it."""
+    """Return numbers as a vector on the device of a tensor, through pinned memory so that the host does not wait."""
     vector = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=beside.is_cuda)
     return vector.to(beside.device, non_blocking=True) if beside.is_cuda else vector
 
 
 def _is_queued(call: CollectiveId, tensor: Tensor) -> bool:
-    """Tell whether the collective runs on the device's stream, where the host does not wait for it."""
+    """Return whether a collective runs on the device's stream, so that the host does not wait for it."""
     return tensor.is_cuda and dist.get_backend(call.site.process_group) != "gloo"
 
 
 def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: CollectiveId, vector: Tensor) -> None:
-    """Issue a collective and wait for it, at most as long as the call's layer allows."""
+    """Issue a collective and wait for it, up to the timeout of its layer."""
     limit = call.site.timeout_seconds
     started = time.monotonic()
     group = _group(call)
-    # The backend gives up too, a moment later: or its thread would go on waiting for the rank that does not come.
+    # The backend times out a moment later; otherwise its thread would continue to wait for a missing rank.
     options.timeout = timedelta(seconds=limit + GRACE_SECONDS)
     if _is_queued(call, vector):
         watch.raise_failure()
-        begin(group).wait()  # makes the stream wait, and not the host
+        begin(group).wait()  # the stream waits, not the host
         return
     told = False
 
@@ -197,7 +198,7 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Collectiv
 
 
 def _spin(work: Any) -> None:
-    """Offer the core to other threads for a moment, rather than sleep at once: who sleeps is woken late, on a cold core."""
+    """Yield the core for a moment before sleeping, since a sleeping thread is woken late and on a cold core."""
     give_way = getattr(os, "sched_yield", lambda: time.sleep(0))
     end = time.monotonic() + SPIN_SECONDS
     while not work.is_completed() and time.monotonic() < end:
@@ -205,7 +206,7 @@ def _spin(work: Any) -> None:
 
 
 def _check(ahead: Tensor, expected: list[float], call: CollectiveId) -> Sequence[Tensor | float]:
-    """Compare the stamps that lead a sum with those expected; return what follows them."""
+    """Compare the stamps at the front of a sum with the expected ones; return the numbers after them."""
     if _is_queued(call, ahead):
         watch.add(call, ahead[:2], expected, _desync, _group(call).abort)
         return ahead[2:].unbind()
@@ -216,7 +217,7 @@ def _check(ahead: Tensor, expected: list[float], call: CollectiveId) -> Sequence
 
 
 def _desync(call: CollectiveId, how: str) -> DesyncError:
-    """Ask the other ranks where they are, and say who is elsewhere."""
+    """Return the error of a failed call, with the positions of the other ranks."""
     try:
         own_rank, ranks = dist.get_rank(), dist.get_process_group_ranks(_group(call))
     except ValueError:
@@ -235,7 +236,7 @@ def _desync(call: CollectiveId, how: str) -> DesyncError:
 
 
 def _query_peers(call: CollectiveId, own_rank: int, ranks: list[int]) -> dict[int, str]:
-    """Tell where this rank is and read where the others are, waiting a moment for those who are about to tell."""
+    """Publish the position of this rank, and read those of the others, waiting up to `ENQUIRY_SECONDS`."""
     places = {own_rank: str(call)}
     deadline = time.monotonic() + ENQUIRY_SECONDS
 

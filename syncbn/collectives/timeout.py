@@ -1,4 +1,4 @@
-"""A time limit on calls that have none: those to the store, whose host may have stopped, and what waits for it."""
+"""Timeout for calls that have none, such as those to the store of torch.distributed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Result = TypeVar("Result")
 
 
 def run_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
-    """Return what a function returns, or raise what it raises; it goes on in its thread if that takes longer.
+    """Call a function in a thread and return its result or raise its error.
 
     Raises:
-        TimeoutError: it is not done yet.
+        TimeoutError: the function takes longer than `seconds`; its thread continues.
     """
     outcome: queue.SimpleQueue[tuple[Exception | None, Result | None]] = queue.SimpleQueue()
 
@@ -24,7 +24,7 @@ def run_with_timeout(seconds: float, function: Callable[[], Result]) -> Result:
         except Exception as error:
             outcome.put((error, None))
 
-    threading.Thread(target=run, name="syncbn within a time limit", daemon=True).start()
+    threading.Thread(target=run, name="syncbn timeout", daemon=True).start()
     try:
         error, result = outcome.get(timeout=max(seconds, 0))
     except queue.Empty:

@@ -1,11 +1,11 @@
-"""Time limit and desync check for collectives that the host does not wait for: those on a device's own stream.
+"""Watchdog for collectives on a device stream, which the host does not wait for.
 
-The host only queues work for the device and runs on; to look at a stamp or at a clock there would make it wait. So the
-sum of stamps is copied to the host on the stream, and a thread looks at the copies that have arrived and at the calls that
-are late. What it finds is raised at the next call of any layer. If a call is late, the thread also aborts the process
-group, since by then the host may be waiting for the device, which waits for a rank that does not come.
+Reading a stamp on the device would make the host wait. The sum of stamps is therefore copied to pinned memory on the stream, and a
+thread checks the copies that have arrived and the calls that are late. An error is raised at the next call of any layer. If a
+call is late, the thread also aborts the process group, since the host may already be waiting for the device, which waits for a
+missing rank.
 
-None of this has been run on a machine with several GPUs yet.
+This module has not run on a machine with several GPUs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective that the device has been told to do."""
+    """A collective that is queued on a device stream."""
 
     call: CollectiveId
     arrived: torch.cuda.Event
@@ -41,17 +41,17 @@ class Pending:
 
 
 class CollectiveWatchdog:
-    """Looks after pending collectives, in the order in which they were queued."""
+    """Observes pending collectives in queue order, and raises DesyncError for late or mispaired ones."""
 
     def __init__(self) -> None:
         self._pending: deque[Pending] = deque()
         self._failure: DesyncError | None = None
         self._thread: threading.Thread | None = None
         self._unanswered: Pending | None = None
-        """The collective whose event could not be queried, which is logged once."""
+        """Collective whose event could not be queried; logged once."""
 
     def raise_failure(self) -> None:
-        """Raise what was found since the last call, if anything."""
+        """Raise the error found since the last call, if any."""
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -64,7 +64,7 @@ class CollectiveWatchdog:
         desync: Callable[[CollectiveId, str], DesyncError],
         abort: Callable[[], None],
     ) -> None:
-        """Look after a collective whose summed stamps are in a tensor on a device, once the stream has come that far."""
+        """Observe a collective whose summed stamps will be in a device tensor."""
         copy = torch.empty(stamps.shape, dtype=stamps.dtype, device="cpu", pin_memory=True).copy_(
             stamps, non_blocking=True
         )
@@ -74,7 +74,7 @@ class CollectiveWatchdog:
         self.follow(Pending(call, arrived, copy, expected, deadline, desync, abort))
 
     def follow(self, pending: Pending) -> None:
-        """Have the thread look after a collective."""
+        """Add a pending collective, and start the thread on first use."""
         self._pending.append(pending)
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="syncbn watch", daemon=True)
@@ -86,7 +86,7 @@ class CollectiveWatchdog:
             while self._pending:
                 try:
                     is_over = self._look(self._pending[0])
-                except Exception:  # the collectives after it must still be checked
+                except Exception:  # later collectives must still be checked
                     _log.exception("%s cannot be checked", self._pending[0].call)
                     is_over = True
                 if not is_over:
@@ -94,7 +94,7 @@ class CollectiveWatchdog:
                 self._pending.popleft()
 
     def _look(self, pending: Pending) -> bool:
-        """Return whether there is nothing more to be learned about a collective."""
+        """Check a collective; return whether it is finished, successfully or not."""
         if self._has_arrived(pending):
             if pending.stamps.tolist() != pending.expected:
                 self._fail(pending.desync(pending.call, "paired with another call"))
@@ -109,7 +109,7 @@ class CollectiveWatchdog:
         try:
             return bool(pending.arrived.query())  # type: ignore[no-untyped-call]
         except Exception:
-            # An error of the device or the driver may pass; if it does not, the time limit applies.
+            # A device or driver error may be transient; if it is not, the timeout applies.
             if self._unanswered is not pending:
                 _log.exception("%s: its completion could not be queried", pending.call)
             self._unanswered = pending
