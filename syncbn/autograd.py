@@ -171,8 +171,8 @@ def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record
     # values does not read it, since that would make the host wait for the device.
     if count <= 1 and statistics.count == 1:
         raise InputError(
-            f"all ranks together hold 1 value per channel, this one an input of shape {tuple(x.shape)}; "
-            "taken are 2 or more in training"
+            "input: all ranks together must have 2 or more values per channel in training "
+            f"(got 1; shape {tuple(x.shape)} on this rank)"
         )
     site.store(x, sums, statistics, keep_record)
     return statistics

@@ -1,4 +1,4 @@
-"""Conversion of a model's batch normalisation layers into synchronised ones, without loss."""
+"""Conversion of the batch normalisation layers of a model to synchronised ones and back."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ ORIGINAL = "_class_before_conversion"
 
 
 class BatchNorm(_BatchNorm):
-    """Batch normalisation of one process's data, of shape (N, C, *) with any number of trailing dimensions."""
+    """Batch normalisation over the data of one process, for inputs (N, C, *) of any number of dimensions."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 - named as in the base class
         if input.dim() < 2:
-            raise InputError(f"the input has {input.dim()} dimensions; taken are two or more, (N, C, *)")
+            raise InputError(f"input: must have two or more dimensions, (N, C, *) (got {input.dim()})")
 
 
 CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm, nn.SyncBatchNorm)
 
 
 def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | None = None) -> ModuleType:
-    """Make every torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm in a module a `SyncBatchNorm`, in place.
+    """Convert every torch.nn.BatchNorm1d, 2d, 3d and SyncBatchNorm of a module to `SyncBatchNorm`, in place.
 
-    Each layer stays the object that it is and changes its class alone. So parameters and buffers are the same objects,
-    training and requires_grad flags, hooks and any other attribute are kept, optimisers and other references stay
-    valid, and a layer used in several places is still one layer. A converted layer takes any (N, C, *) input.
+    Each layer remains the same object and only its class changes. Parameters, buffers, hooks, flags and other attributes are
+    kept, references such as those of optimizers remain valid, and a layer used in several places remains one layer. A
+    converted layer accepts any (N, C, *) input.
 
-    Left as they are: layers already synchronised by this package, together with their process group, and everything
-    that is not batch normalisation, such as InstanceNorm. A torch.nn.SyncBatchNorm that has a process group keeps it.
+    Unchanged are layers of this package, including their process group, and modules that are not batch normalisation, such as
+    InstanceNorm. A torch.nn.SyncBatchNorm with a process group keeps it.
 
     Collectives: none.
 
     Args:
         module: a model, or a single layer.
-        process_group: ranks to synchronise over; None means all of them.
+        process_group: ranks to synchronise over; None means all ranks.
 
     Returns:
-        The module given; if it is itself a batch normalisation layer, it is now a `SyncBatchNorm`.
+        The same module.
 
     Raises:
-        ConversionError: the module contains lazy layers, whose number of channels is not known yet, or subclasses,
-            whose own behaviour would be lost. It names all of them, and nothing has been converted.
+        ConversionError: the module contains lazy layers without a number of channels, or subclasses, whose behaviour would be
+            lost. The error names all of them, and nothing is converted.
     """
     layers = {
         path: layer
@@ -63,7 +63,7 @@ def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | Non
     if refusals:
         raise ConversionError("cannot convert " + "; ".join(refusals))
     for path, layer in layers.items():
-        # The class of a torch.nn.SyncBatchNorm goes with the group that it kept as an attribute; ours has a property.
+        # torch.nn.SyncBatchNorm has the group as an attribute; our class has a property of that name.
         own_group = vars(layer).pop("process_group", None)
         vars(layer)[ORIGINAL] = type(layer)
         layer.__class__ = SyncBatchNorm
@@ -72,11 +72,10 @@ def convert_sync_batchnorm(module: ModuleType, process_group: ProcessGroup | Non
 
 
 def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
-    """Undo `convert_sync_batchnorm` in place: each layer gets back the class that it had, and keeps all else.
+    """Undo `convert_sync_batchnorm` in place: each layer gets its former class.
 
-    A layer that was made a `SyncBatchNorm`, and so never was another, becomes a `BatchNorm` that takes inputs of any
-    dimension like itself. A layer that was a torch.nn.SyncBatchNorm becomes a torch.nn.BatchNorm of that kind too, since
-    to be rid of synchronisation is the point.
+    A layer that was constructed as `SyncBatchNorm` or converted from torch.nn.SyncBatchNorm becomes a `BatchNorm`, which accepts
+    inputs of any number of dimensions.
 
     Collectives: none.
 
@@ -84,11 +83,11 @@ def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
         module: a model, or a single layer.
 
     Returns:
-        The module given.
+        The same module.
 
     Raises:
-        ConversionError: the module contains subclasses of `SyncBatchNorm`, whose own behaviour would be lost. It names all of
-            them, and nothing has been reverted.
+        ConversionError: the module contains subclasses of `SyncBatchNorm`, whose behaviour would be lost. The error names all of
+            them, and nothing is reverted.
     """
     layers = {path: layer for path, layer in module.named_modules() if isinstance(layer, SyncBatchNorm)}
     refusals = [_refusal(path, layer) for path, layer in layers.items() if type(layer) is not SyncBatchNorm]
@@ -102,8 +101,8 @@ def revert_sync_batchnorm(module: ModuleType) -> ModuleType:
 
 
 def _refusal(path: str, layer: nn.Module) -> str:
-    """Say which layer cannot be converted, and what to do about it."""
+    """Return why a layer cannot be converted, and what to do."""
     name = f"{path or 'the module itself'} ({type(layer).__module__}.{type(layer).__qualname__})"
     if isinstance(layer, LazyModuleMixin):
-        return f"{name}: its number of channels is not known yet; run the model on one batch first"
-    return f"{name}: a subclass whose own behaviour would be lost; replace it by hand"
+        return f"{name}: its number of channels is not known; run the model on one batch first"
+    return f"{name}: a subclass whose behaviour would be lost; replace it by hand"

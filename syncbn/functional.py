@@ -114,18 +114,18 @@ def check_input(x: Tensor, **vectors: Tensor | None) -> None:
     """
     shape = tuple(x.shape)
     if x.dtype not in DTYPES:
-        raise InputError(f"the input has dtype {x.dtype}; taken are {', '.join(map(str, DTYPES))}")
+        raise InputError(f"input: dtype must be one of {', '.join(map(str, DTYPES))} (got {x.dtype})")
     if x.dim() < 2:
-        raise InputError(f"the input has {x.dim()} dimensions, shape {shape}; taken are two or more, (N, C, *)")
+        raise InputError(f"input: must have two or more dimensions, (N, C, *) (got shape {shape})")
     if shape[1] == 0:
-        raise InputError(f"the input has no channels, shape {shape}; taken are (N, C, *) with C of 1 or more")
+        raise InputError(f"input: must have one or more channels C in (N, C, *) (got shape {shape})")
     for name, vector in vectors.items():
         if vector is None:
             continue
         if vector.shape != x.shape[1:2]:
             raise InputError(
-                f"the input has {shape[1]} channels, shape {shape}, but {name} has shape {tuple(vector.shape)}; "
-                "taken is one element for each channel"
+                f"{name}: must have one element per channel, {shape[1]} for an input of shape {shape} "
+                f"(got shape {tuple(vector.shape)})"
             )
         if vector.device != x.device:
-            raise InputError(f"the input is on {x.device}, but {name} is on {vector.device}; taken is one device")
+            raise InputError(f"{name}: must be on the device of the input, {x.device} (got {vector.device})")

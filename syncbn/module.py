@@ -198,7 +198,7 @@ class SyncBatchNorm(_BatchNorm):
         # A layer without parameters and buffers has no other check of the number of channels.
         if x.shape[1] != self.num_features:
             raise InputError(
-                f"the input has {x.shape[1]} channels, shape {tuple(x.shape)}; taken are {self.num_features}"
+                f"input: must have {self.num_features} channels (got {x.shape[1]}, shape {tuple(x.shape)})"
             )
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -236,8 +236,8 @@ class SyncBatchNorm(_BatchNorm):
 def _check_mask(mask: Tensor, x: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != x.shape[:1] + x.shape[2:]:
         raise InputError(
-            f"the mask has dtype {mask.dtype} and shape {tuple(mask.shape)}, the input shape {tuple(x.shape)}; "
-            f"taken is torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])}"
+            f"mask: must be torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])} for an input of shape {tuple(x.shape)} "
+            f"(got {mask.dtype} of shape {tuple(mask.shape)})"
         )
     if mask.device != x.device:
-        raise InputError(f"the input is on {x.device}, but the mask is on {mask.device}; taken is one device")
+        raise InputError(f"mask: must be on the device of the input, {x.device} (got {mask.device})")

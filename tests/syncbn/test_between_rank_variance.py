@@ -83,7 +83,7 @@ def compile_with_mask():
 @pytest.mark.parametrize("mask", [torch.ones(4, 5), torch.ones(4, 3, 5, dtype=torch.bool), torch.ones(4) > 0])
 def test_a_mask_of_another_shape_or_dtype_is_refused(mask):
     layer = SyncBatchNorm(3)
-    with pytest.raises(InputError, match=r"taken is torch.bool of shape \(4, 5\)"):
+    with pytest.raises(InputError, match=r"mask: must be torch.bool of shape \(4, 5\)"):
         layer(torch.randn(4, 3, 5), mask)
     assert layer.num_batches_tracked == 0
 

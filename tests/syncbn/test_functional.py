@@ -159,7 +159,7 @@ def test_nothing_on_any_rank_gives_nothing_and_no_nan(dtype):
 
 def normalise_single_value(dtype, holder):
     x = torch.ones(1 if dist.get_rank() == holder else 0, 3, dtype=dtype)
-    with pytest.raises(ValueError, match="all ranks together hold 1 value per channel"):
+    with pytest.raises(ValueError, match="all ranks together must have 2 or more values per channel"):
         sync_batch_norm(x)
     return sync_batch_norm(torch.ones(2, 3))[1].count.item()
 
@@ -236,12 +236,18 @@ def test_each_group_has_its_own_statistics():
 
 
 BAD_INPUTS = [
-    (torch.ones(4, 3, dtype=torch.int64), "dtype torch.int64; taken are torch.float16, torch.bfloat16, torch.float32"),
-    (torch.ones(4, 3, dtype=torch.complex64), "dtype torch.complex64"),
-    (torch.ones(3), r"1 dimensions, shape \(3,\); taken are two or more, \(N, C, \*\)"),
-    (torch.ones(4, 0, 5), r"no channels, shape \(4, 0, 5\)"),
-    (torch.ones(4, 2, 5), r"2 channels, shape \(4, 2, 5\), but weight has shape \(3,\); taken is one element for each"),
-    (torch.ones(4, 3, device="meta"), "the input is on meta, but weight is on cpu; taken is one device"),
+    (
+        torch.ones(4, 3, dtype=torch.int64),
+        r"dtype must be one of torch.float16, torch.bfloat16, torch.float32, torch.float64 \(got torch.int64\)",
+    ),
+    (torch.ones(4, 3, dtype=torch.complex64), r"\(got torch.complex64\)"),
+    (torch.ones(3), r"must have two or more dimensions, \(N, C, \*\) \(got shape \(3,\)\)"),
+    (torch.ones(4, 0, 5), r"one or more channels C in \(N, C, \*\) \(got shape \(4, 0, 5\)\)"),
+    (
+        torch.ones(4, 2, 5),
+        r"weight: must have one element per channel, 2 for an input of shape \(4, 2, 5\) \(got shape \(3,\)\)",
+    ),
+    (torch.ones(4, 3, device="meta"), r"weight: must be on the device of the input, meta \(got cpu\)"),
 ]
 
 

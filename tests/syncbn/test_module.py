@@ -281,10 +281,10 @@ def test_a_copy_shares_the_process_group():
 @pytest.mark.parametrize(
     ("shape", "dtype", "options", "message"),
     [
-        ((4, 2), torch.float32, {}, r"2 channels, shape \(4, 2\), but weight has shape \(3,\)"),
-        ((4, 2), torch.float32, OPTIONS[-1], r"2 channels, shape \(4, 2\); taken are 3"),
-        ((3,), torch.float32, {}, "1 dimensions"),
-        ((4, 3), torch.int32, {}, "dtype torch.int32"),
+        ((4, 2), torch.float32, {}, r"weight: must have one element per channel, 2 for an input of shape \(4, 2\)"),
+        ((4, 2), torch.float32, OPTIONS[-1], r"must have 3 channels \(got 2, shape \(4, 2\)\)"),
+        ((3,), torch.float32, {}, "two or more dimensions"),
+        ((4, 3), torch.int32, {}, r"\(got torch.int32\)"),
     ],
 )
 def test_bad_input_is_refused_and_the_state_left(training, shape, dtype, options, message):
