@@ -1,4 +1,4 @@
-"""The service's only door to MLflow: one run per job, under one parent run per comparison.
+"""MLflow client of the service: one run per job, under one parent run per comparison.
 
 Every call may be repeated: a run is looked up by the tag that carries our identifier before it is made.
 """
@@ -8,7 +8,7 @@ import gc
 import os
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from service.domain.comparisons import Comparison, describe
 from service.domain.errors import UpstreamRejected, UpstreamUnavailable
-from service.domain.jobs import Job, JobState
+from service.domain.jobs import Job, JobState, JobSummary
 from service.domain.statistics import Curve
 
 if TYPE_CHECKING:
@@ -221,3 +221,20 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+READS_AT_ONCE = 8
+
+
+async def read_curves(jobs: Sequence[JobSummary], metric: str, mlflow: MlflowRuns) -> dict[str, Curve]:
+    """Read a metric by job id; empty for jobs that have none of that name, or no run yet."""
+    gate = asyncio.Semaphore(READS_AT_ONCE)
+
+    async def read(job: JobSummary) -> Curve:
+        if job.mlflow_run_id is None:
+            return []
+        async with gate:
+            return await mlflow.curve(job.mlflow_run_id, metric)
+
+    curves = await asyncio.gather(*[read(job) for job in jobs])
+    return dict(zip([job.id for job in jobs], curves, strict=True))

@@ -21,13 +21,11 @@ from service.adapters.spec_checker import SpecChecker
 from service.adapters.webhook_http import WebhookHttp
 from service.api import problems, sign_in
 from service.api.background import Background
-from service.api.body_limit import DeclaredLength
-from service.api.compute import in_thread
-from service.api.deadlines import BODY_SECONDS, BodyDeadline
 from service.api.dependencies import Components
 from service.api.feasibility import Feasibility
-from service.api.head import HeadAsGet
 from service.api.health import Health
+from service.api.json_body import in_thread
+from service.api.middleware import BODY_SECONDS, BodyDeadline, DeclaredLength, HeadAsGet
 from service.api.mlflow_proxy import PREFIX, UPLOADS, MlflowProxy
 from service.api.openapi import document, operation_id
 from service.api.prometheus import Metrics
@@ -42,9 +40,8 @@ from service.api.routes import webhooks as webhook_routes
 from service.api.schemas import Readiness
 from service.api.security_headers import Headers
 from service.api.subscriptions import JobFeed
-from service.domain.access import Scope
+from service.domain.access import RateLimit, Scope
 from service.domain.mlflow_access import MAX_JSON_BYTES
-from service.domain.rates import RateLimit
 from service.engine.admission import Admission
 from service.engine.dispatcher import Dispatcher
 from service.engine.lease_holder import Replica

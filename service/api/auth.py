@@ -10,8 +10,7 @@ from fastapi import HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
 from service.api.dependencies import Components, components_of
-from service.domain.access import Caller, Scope, Token
-from service.domain.credentials import CredentialKind
+from service.domain.access import Caller, CredentialKind, Scope, Token
 from service.domain.errors import UpstreamUnavailable
 
 logger = logging.getLogger(__name__)

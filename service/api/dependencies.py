@@ -15,7 +15,7 @@ from service.adapters.webhook_http import WebhookHttp
 from service.api.feasibility import Feasibility
 from service.api.prometheus import Metrics
 from service.api.subscriptions import JobFeed
-from service.domain.rates import RateLimit
+from service.domain.access import RateLimit
 from service.engine.dispatcher import Dispatcher
 from service.engine.lease_holder import Replica
 from service.engine.retention import Retention

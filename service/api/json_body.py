@@ -1,11 +1,13 @@
-"""Bodies of JSON, read in a thread and limited in what they hold."""
+"""JSON bodies of requests and answers, parsed and written in threads, and limits on their values."""
 
+import asyncio
 import json
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
 
-from fastapi import HTTPException, Request
-
-from service.api.compute import in_thread
+from fastapi import HTTPException, Request, Response
+from pydantic import BaseModel
 
 MAX_VALUES = 20_000
 """Numbers, texts, lists and objects of a body, about: commas and brackets are counted, those within texts included."""
@@ -32,3 +34,19 @@ class JsonRequest(Request):
         if sum(map(body.count, MARKS)) > MAX_VALUES:
             raise HTTPException(422, f"must have at most {MAX_VALUES:,} values")
         return await in_thread(json.loads, body)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_THREADS = ThreadPoolExecutor(2, thread_name_prefix="compute")
+"""More would not compute faster, as they share Python's lock, and would keep the event loop waiting for longer."""
+
+
+async def respond(make: Callable[[], BaseModel]) -> Response:
+    """Make an answer's content and write it as JSON in one of the threads."""
+    return Response(await in_thread(lambda: make().model_dump_json().encode()), media_type="application/json")
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in one of the threads."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, lambda: function(*args, **kwargs))

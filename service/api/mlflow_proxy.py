@@ -22,8 +22,8 @@ from starlette.types import Receive, Scope, Send
 from service.adapters.mlflow_http import RETURNED_HEADERS, Kind, MlflowHttp
 from service.api import problems
 from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
-from service.api.compute import in_thread
 from service.api.dependencies import components_of
+from service.api.json_body import in_thread
 from service.api.sign_in import sign_in_page
 from service.domain.errors import InvalidField, NotFound, UpstreamUnavailable
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt

@@ -9,8 +9,8 @@ import threading
 import uvicorn
 from fastapi import FastAPI
 
-from service.api.deadlines import HeaderDeadlineProtocol
 from service.api.health import Health
+from service.api.middleware import HeaderDeadlineProtocol
 from service.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 
 from service.api.auth import SESSION_COOKIE, limit_failure
 from service.api.dependencies import Components, components_of
-from service.domain.access import Token
-from service.domain.credentials import SESSION_LIFETIME, CredentialKind, local_path
+from service.domain.access import SESSION_LIFETIME, CredentialKind, Token, local_path
 
 SEE_OTHER = 303
 MAX_FORM_BYTES = 10_000

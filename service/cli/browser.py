@@ -9,7 +9,7 @@ import typer
 from service.cli.connection import with_client
 from service.cli.output import AsJson, output, print_json
 from service.client import Client
-from service.domain.credentials import HOME
+from service.domain.access import HOME
 
 app = typer.Typer()
 

@@ -22,8 +22,7 @@ from service.api.schemas.access import AuditList, AuditView, CallerView, MadeTok
 from service.api.schemas.cluster import ClusterView
 from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
 from service.client.call import Call, Content, Listing, get, given, post, read_text
-from service.domain.access import Scope
-from service.domain.credentials import HOME
+from service.domain.access import HOME, Scope
 from service.domain.jobs import JobState
 from service.domain.submission import SubmitOptions
 from trainer.jobspec import JobSpec, Norm

@@ -1,9 +1,9 @@
-"""Who may do what: tokens, their scopes, and whose things a caller sees; pure."""
+"""Tokens, scopes, other credentials, rate limits, and the visibility of jobs to callers."""
 
 import hashlib
 import secrets
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Annotated
 
@@ -103,3 +103,49 @@ def new_secret() -> str:
 def hash_secret(secret: str) -> str:
     """Hash a token's secret. A fast hash is right: nobody finds 256 random bits by trying, and every request is hashed."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+MOST_NAMES = 10_000
+"""Buckets that are kept before the full ones, which say nothing, are thrown away."""
+
+
+class RateLimit:
+    """Lets each name do `burst` things at once, and `per_second` in the long run."""
+
+    def __init__(self, per_second: float, burst: int) -> None:
+        self._interval, self._span = 1 / per_second, burst / per_second
+        self._full_at: dict[str, float] = {}
+
+    def take(self, name: str, now: float) -> float:
+        """Do one thing at time `now` in seconds; return 0, or how many seconds it comes too early, and then it does not count."""
+        full_at = max(self._full_at.get(name, now), now) + self._interval
+        if (early := full_at - now - self._span) > 1e-9:
+            return early
+        if len(self._full_at) >= MOST_NAMES:
+            self._full_at = {name: at for name, at in self._full_at.items() if at > now}
+        self._full_at[name] = full_at
+        return 0.0
+
+
+SIGN_IN_LINK_LIFETIME = timedelta(minutes=10)
+SESSION_LIFETIME = timedelta(hours=12)
+HOME = "/mlflow/"
+"""Page that a browser is sent to after sign-in, unless it asked for another one."""
+
+
+class CredentialKind(StrEnum):
+    """What a credential is for."""
+
+    SIGN_IN = "sign_in"
+    """One sign-in of a browser; used up by it."""
+    SESSION = "session"
+    """A signed-in browser."""
+    ATTEMPT = "attempt"
+    """Writes of one running attempt to its MLflow run."""
+
+
+def local_path(target: str | None) -> str:
+    """Return `target` if it is a path on this service, else the home page: a sign-in must not redirect to another site."""
+    is_local = target is not None and target.startswith("/") and not target.startswith(("//", "/\\"))
+    has_controls = target is not None and any(ord(letter) < 0x20 or letter == "\\" for letter in target)
+    return target if target is not None and is_local and not has_controls else HOME

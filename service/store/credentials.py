@@ -5,8 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import and_, delete, exists, insert, or_, select, update
 
-from service.domain.access import Token, hash_secret, new_secret
-from service.domain.credentials import CredentialKind
+from service.domain.access import CredentialKind, Token, hash_secret, new_secret
 from service.domain.jobs import ACTIVE_STATES, Job
 from service.domain.mlflow_access import Grant
 from service.store.database import Database

@@ -182,7 +182,7 @@ credentials = Table(
     Column("uploaded_bytes", BigInteger, nullable=False, server_default="0"),
     Column("expires_at", UtcDateTime, index=True),
 )
-"""What opens something besides tokens; `service.domain.credentials` has the kinds."""
+"""What opens something besides tokens; `service.domain.access` has the kinds."""
 
 audit = Table(
     "audit",

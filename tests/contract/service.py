@@ -12,10 +12,9 @@ from unittest.mock import patch
 from service.adapters.webhook_http import WebhookHttp
 from service.api.app import make_app
 from service.api.server import Server
-from service.domain.access import Caller, Token
+from service.domain.access import Caller, RateLimit, Token
 from service.domain.errors import Conflict
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.rates import RateLimit
 from service.domain.scheduling import Capacity
 from service.settings import Settings
 from service.store.tokens import TokenStore

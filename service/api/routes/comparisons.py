@@ -5,16 +5,16 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
 
+from service.adapters.mlflow import read_curves
 from service.api.auth import Reader, Submitter
-from service.api.compute import in_thread, respond
 from service.api.dependencies import GivenComponents
 from service.api.idempotency import Route
+from service.api.json_body import in_thread, respond
 from service.api.path_params import ComparisonId
 from service.api.schemas import ComparisonView, Curves, Report, RunCurve, SubmitComparison
 from service.domain.comparisons import Comparison, choose_baseline, describe, expand
 from service.domain.jobs import LONGEST_NAME, new_id
 from service.domain.reports import make_report
-from service.engine.reports import read_curves
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"], route_class=Route)
 

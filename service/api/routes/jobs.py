@@ -12,9 +12,9 @@ from fastapi.responses import PlainTextResponse, StreamingResponse
 from service.adapters.job_log import PLACE, Level, Line, LogOffset, Selection
 from service.adapters.run_storage import on_storage
 from service.api.auth import Reader, Submitter
-from service.api.compute import respond
 from service.api.dependencies import Components, GivenComponents
 from service.api.idempotency import Route
+from service.api.json_body import respond
 from service.api.pagination import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
 from service.api.path_params import COMPARISON, JobId
 from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log

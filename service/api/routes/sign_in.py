@@ -7,7 +7,7 @@ from service.api.dependencies import GivenComponents
 from service.api.idempotency import KnownCaller
 from service.api.schemas.access import MakeSignInLink, SignInLink
 from service.api.sign_in import sign_in_url
-from service.domain.credentials import SIGN_IN_LINK_LIFETIME, CredentialKind
+from service.domain.access import SIGN_IN_LINK_LIFETIME, CredentialKind
 
 router = APIRouter(prefix="/v1", tags=["access"], route_class=KnownCaller)
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from fastapi import APIRouter
 
 from service.api.auth import Submitter
-from service.api.compute import in_thread
 from service.api.dependencies import Components, GivenComponents
 from service.api.idempotency import KnownCaller
+from service.api.json_body import in_thread
 from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
 from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
 from service.domain.errors import UpstreamUnavailable

@@ -6,8 +6,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from service.api.schemas.names import Name
-from service.domain.access import AuditRecord, Owner, Scope, Token
-from service.domain.credentials import HOME
+from service.domain.access import HOME, AuditRecord, Owner, Scope, Token
 from trainer.jobspec import FrozenModel
 
 

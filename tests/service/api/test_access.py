@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import text
 
 from service.api.app import make_app
-from service.domain.rates import RateLimit
+from service.domain.access import RateLimit
 from service.settings import Settings
 from tests.service.api.conftest import TOKEN
 

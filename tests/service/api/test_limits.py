@@ -4,7 +4,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from service.domain.rates import RateLimit
+from service.domain.access import RateLimit
 from tests.service.api.conftest import TOKEN
 
 

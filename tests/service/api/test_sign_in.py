@@ -4,7 +4,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 import pytest
 
-from service.domain.credentials import HOME, local_path
+from service.domain.access import HOME, local_path
 from tests.service.api.conftest import TOKEN
 
 PAGE = "/mlflow/#/experiments/1/runs/2"

@@ -2,8 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.domain.access import Caller, Scope, Token, hash_secret, new_secret
-from service.domain.rates import RateLimit
+from service.domain.access import Caller, RateLimit, Scope, Token, hash_secret, new_secret
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

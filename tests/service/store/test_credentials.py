@@ -3,8 +3,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import func, select
 
-from service.domain.access import Scope, Token, new_secret
-from service.domain.credentials import CredentialKind
+from service.domain.access import CredentialKind, Scope, Token, new_secret
 from service.domain.jobs import JobState, Transition
 from service.domain.mlflow_access import Grant
 from service.domain.retries import Failures

@@ -1,14 +1,17 @@
-"""Time limits of requests: for the header, and for each part and the whole of a body.
+"""ASGI middleware and protocol: time limits of headers and bodies, declared body length, HEAD requests.
 
-uvicorn has neither, so a client that sends half a request would keep its connection, and what is allocated for it, without end.
+uvicorn has no time limits, so a client that sends half a request would keep its connection open without end.
 """
 
 import asyncio
 from http import HTTPStatus
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from service.api import problems
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 5.0
@@ -95,3 +98,50 @@ class BodyDeadline:
             return message
 
         await self._app(scope, receive_in_time, send)
+
+
+class DeclaredLength:
+    """ASGI middleware that refuses by `Content-Length`, for which Starlette's own limit would answer in plain text."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_under: dict[str, int]) -> None:
+        """Allow `max_bytes`, and other numbers under the path prefixes of `max_bytes_under`."""
+        self._app, self._max_bytes, self._max_bytes_under = app, max_bytes, max_bytes_under
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        max_bytes = next(
+            (limit for prefix, limit in self._max_bytes_under.items() if scope.get("path", "").startswith(prefix)),
+            self._max_bytes,
+        )
+        if declared.isdecimal() and int(declared) > max_bytes:
+            refusal = problems.answer(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, problems.too_large(max_bytes))
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+class HeadAsGet:
+    """ASGI middleware; a stream is ended once its header is known."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def send_header(message: Message) -> None:
+            nonlocal is_answered
+            if message["type"] == "http.response.start":
+                is_answered = True
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+
+        async def receive_until_answered() -> Message:
+            return {"type": "http.disconnect"} if is_answered else await receive()
+
+        await self._app({**scope, "method": "GET"}, receive_until_answered, send_header)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from service.api.deadlines import BodyDeadline, HeaderDeadlineProtocol
+from service.api.middleware import BodyDeadline, HeaderDeadlineProtocol
 from tests.service.api.serving import TOKEN, serving
 
 
