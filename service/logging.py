@@ -1,4 +1,4 @@
-"""What the service itself logs: lines of text, or JSON objects, each with the job that is worked on."""
+"""Logging of the service: text or JSON, with the current job."""
 
 import logging
 from contextvars import ContextVar

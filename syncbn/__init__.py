@@ -1,4 +1,4 @@
-"""Synchronised batch normalisation: statistics over the data of all ranks, as on a single device."""
+"""Synchronised batch normalisation: statistics over the data of all ranks."""
 
 from syncbn.convert import BatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from syncbn.errors import ConversionError, DesyncError, GroupError, InputError, SyncBatchNormError

@@ -1,4 +1,4 @@
-"""Forward and backward passes of the synchronised layer, with their collectives, and custom operators.
+"""Forward and backward passes with their collectives; custom operators.
 
 In eager mode `SyncBatchNormFunction` calls `forward` and `backward` directly. The compiler must not trace them, since they wait for
 other ranks and read values; for the compiler they are the operators syncbn::forward and syncbn::backward, which run the same code.

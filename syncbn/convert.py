@@ -1,4 +1,4 @@
-"""Conversion of the batch normalisation layers of a model to synchronised ones and back."""
+"""Conversion of batch normalisation layers to synchronised ones and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batch normalisation over the data of all ranks as a function: formula, gradient, and the two collectives."""
+"""Functional synchronised batch normalisation, with formula and gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Process groups of a given size, for statistics over part of the ranks (ghost batches)."""
+"""Process groups of a given size, for statistics over part of the ranks."""
 
 from __future__ import annotations
 

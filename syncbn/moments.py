@@ -1,4 +1,4 @@
-"""Count, mean and sum of squared deviations per channel: measured on a rank, merged over ranks."""
+"""Count, mean and squared deviations per channel, measured and merged."""
 
 from __future__ import annotations
 

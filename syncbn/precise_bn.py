@@ -1,4 +1,4 @@
-"""Population statistics as the paper's Algorithm 2 takes them, over the data of all ranks."""
+"""Population statistics (precise BN), Algorithm 2 of the paper, over all ranks."""
 
 from __future__ import annotations
 

@@ -141,3 +141,13 @@ def test_the_recipes_are_comparisons_that_the_service_takes():
             body = SubmitComparison.model_validate(recipe.request(preset))
             assert len(expand(body.spec, body.matrix, body.variants)) > 1
             assert choose_baseline(body.axes, body.baseline)
+
+
+def test_module_docstrings_begin_with_a_short_noun_phrase():
+    for package in ("service", "trainer", "syncbn"):
+        for path in (ROOT / package).rglob("*.py"):
+            lines = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()
+            first = lines[0] if lines else ""
+            assert len(first) <= 80, path
+            assert first.split(" ")[0] not in {"What", "Which", "Who", "Whose", "How", "Where", "When"}, path
+            assert lines[1:2] in ([], [""]), path

@@ -1,4 +1,7 @@
-"""The driver: `python -m trainer` inside a Ray job (its task file in SYNCBN_JOB), `python -m trainer SPEC.yaml` by hand."""
+"""Driver: `python -m trainer`, inside a Ray job or with SPEC.yaml by hand.
+
+Inside a Ray job, SYNCBN_JOB names its task file.
+"""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Writing files: small JSON files as a whole, and large ones with their hash and to the disk itself."""
+"""Atomic writes of small files, and durable writes of large ones with hashes."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""Checks of specs that need torch and its libraries: `python -m trainer.check`, which the service keeps running.
+"""Checks of specs that need torch: `python -m trainer.check`, for the service.
 
 Each line of standard input is a JobSpec as JSON; each is answered by one line of JSON: `error`, null or the `field`, `value` and
 `message` of the first thing that would fail on a worker; and `size`, null or the ModelSize of a library's model, which is made on

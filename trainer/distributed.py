@@ -1,4 +1,4 @@
-"""A process's place among the workers."""
+"""Rank, world size and device of this process."""
 
 from dataclasses import dataclass
 

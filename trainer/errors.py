@@ -1,4 +1,4 @@
-"""What ends a run before its last step.
+"""Errors that end a run before its last step.
 
 RunError                       its message is the reason, for the user to read
 ├── InvalidInput               a field of the spec, or what it points to, cannot be used

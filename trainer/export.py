@@ -1,4 +1,4 @@
-"""The trained model, as files that others can read: a state_dict, and a model that MLflow loads."""
+"""Export of the trained model: state_dict, MLflow model, ONNX."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Failure kinds of errors and exit statuses: tables, and the functions that look up in them; pure.
+"""Failure kinds of errors and exit statuses.
 
 Errors are matched by the names of their classes and by their messages, so that neither torch nor Ray is imported. What no rule
 matches has the kind that the caller gives as `default`: `user_code` inside the training loop, `unknown` elsewhere.

@@ -1,4 +1,4 @@
-"""Log files of an attempt: one for the driver and each worker, and the index of their order."""
+"""Log files of driver and workers, and the index of their order."""
 
 import os
 import sys

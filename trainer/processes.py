@@ -1,4 +1,7 @@
-"""Process trees: a subreaper that ends all of its descendants, and exit statuses in words. Shared with the service."""
+"""Process trees: subreaper, end of all descendants, exit statuses.
+
+Shared with the service.
+"""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""A job's secrets: read on each worker, just before it trains, into its own environment and nowhere else.
+"""Secrets of a job, read by each worker into its environment.
 
 The credentials of the cluster and of the service leave that environment, which user code reads.
 """

@@ -1,4 +1,4 @@
-"""What Ray runs on each worker: the loop with all that it needs, and the word of how it ended."""
+"""Training function that Ray Train runs on each worker."""
 
 import json
 import os

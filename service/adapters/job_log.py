@@ -1,4 +1,4 @@
-"""A job's log: one stream of the lines that its driver and workers printed, over all attempts.
+"""Log of a job: lines of its driver and workers over all attempts.
 
 Driver and workers write files of their own. The driver keeps an index of these files: which of them comes next, and up to which
 byte. So the order is fixed, and one number, the bytes before it, is a place in the stream. What the index does not hold, because

@@ -1,4 +1,4 @@
-"""MLflow client of the service: one run per job, under one parent run per comparison.
+"""MLflow client of the service: one run per job under a parent run.
 
 Every call may be repeated: a run is looked up by the tag that carries our identifier before it is made.
 """
@@ -186,9 +186,8 @@ class MlflowRunsOverHttp:
             raise UpstreamUnavailable(f"MLflow at {self._url} did not answer in time") from error
 
     def _try(self, work: Callable[[], T]) -> T:
-        _ = (
-            self._client
-        )  # imports MLflow, one thread at a time: a module that another thread is importing is not whole yet
+        # Imports MLflow, one thread at a time: a module that another thread is importing is not complete.
+        _ = self._client
         from mlflow.exceptions import MlflowException
 
         try:

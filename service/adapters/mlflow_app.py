@@ -1,4 +1,4 @@
-"""MLflow's server behind a shared secret.
+"""MLflow server that requires a shared secret.
 
 `mlflow server --app-name syncbn` runs this application (an `mlflow.app` entry point) in place of MLflow's own. It wraps all of
 MLflow's routes, those of its assistant, gateway and job execution included, so that none of them can be reached without the

@@ -1,4 +1,4 @@
-"""MLflow over plain HTTP, for requests that are forwarded as they come."""
+"""HTTP client of MLflow for forwarded requests."""
 
 import json
 from collections.abc import AsyncIterator, Iterable

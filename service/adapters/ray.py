@@ -1,4 +1,4 @@
-"""The service's only door to Ray: submissions over the Ray Jobs REST API.
+"""Ray client of the service: submissions over the Ray Jobs REST API.
 
 HTTP rather than Ray's client class, because that has no time limits, and follows RAY_ADDRESS rather than the address it is given.
 """

@@ -1,4 +1,4 @@
-"""What the service reads of a run's files: progress, outcome and log."""
+"""Files of a run that the service reads and writes."""
 
 import asyncio
 import errno

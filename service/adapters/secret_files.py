@@ -1,4 +1,7 @@
-"""Secrets for jobs: files that the operator puts into one folder; only their names are stored and travel."""
+"""Secrets of jobs: files in a folder of the operator.
+
+Only their names are stored and sent.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""Checks of specs in a process that has torch, which the service itself never loads."""
+"""Client of the checker process, which imports torch.
+
+The service itself never imports torch.
+"""
 
 import asyncio
 import hashlib

@@ -1,4 +1,7 @@
-"""POSTs to addresses that users name: never into networks that only the service reaches, unless the operator allows them."""
+"""HTTP POST to addresses of users, with protection against SSRF.
+
+Networks that only the service reaches are refused unless the operator allows them.
+"""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""Wiring: the FastAPI application, its components, and the dispatcher that runs as long as it does."""
+"""FastAPI application: routes, dependencies and background tasks."""
 
 import asyncio
 import logging

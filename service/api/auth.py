@@ -1,4 +1,4 @@
-"""Who calls, and whether they may: a bearer token gives a request its `Caller`, a route names the scope that it needs."""
+"""Authentication by bearer token or session, and scopes of routes."""
 
 import logging
 import math

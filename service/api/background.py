@@ -1,4 +1,4 @@
-"""What goes on beside the requests for as long as the service runs: tasks, started together and ended in the same order."""
+"""Background tasks of the service, started and stopped together."""
 
 import asyncio
 import logging

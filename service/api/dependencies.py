@@ -1,4 +1,4 @@
-"""What the routes work with, made once when the API starts."""
+"""Dependencies of the routes, created once at startup."""
 
 import asyncio
 from dataclasses import dataclass, field

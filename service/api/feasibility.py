@@ -1,4 +1,4 @@
-"""Checks of a submission that take more than its fields: whether names exist, and whether a worker has the memory."""
+"""Checks of a submission beyond its schema: names and memory."""
 
 from collections.abc import Sequence
 

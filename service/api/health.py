@@ -1,4 +1,4 @@
-"""Whether the service can do its part: what it depends on answers, its own tasks go on; and whether a new process is called for."""
+"""Readiness of the service and its dependencies, and reasons to exit."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Requests that are repeated under one `Idempotency-Key` are done once, and answered alike."""
+"""Idempotency keys: a repeated request is done once and gets the same answer."""
 
 import hashlib
 import re

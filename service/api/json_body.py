@@ -1,4 +1,4 @@
-"""JSON bodies of requests and answers, parsed and written in threads, and limits on their values."""
+"""JSON bodies, parsed and written in threads, with a bound on their values."""
 
 import asyncio
 import json

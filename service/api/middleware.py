@@ -1,4 +1,4 @@
-"""ASGI middleware and protocol: time limits of headers and bodies, declared body length, HEAD requests.
+"""ASGI middleware: time limits, declared body length, HEAD requests.
 
 uvicorn has no time limits, so a client that sends half a request would keep its connection open without end.
 """

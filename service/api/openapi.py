@@ -1,4 +1,4 @@
-"""The OpenAPI document, with what FastAPI cannot know: the errors of each operation, where its answer leads, and examples."""
+"""OpenAPI document: errors, links and examples of each operation."""
 
 from collections.abc import Iterator
 from http import HTTPStatus

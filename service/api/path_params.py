@@ -1,4 +1,7 @@
-"""Identifiers in addresses: their form, and that a colon ends them, after which a verb comes, as in `/v1/jobs/{job_id}:cancel`."""
+"""Path parameters: identifiers, which end before the colon of a verb.
+
+For example `/v1/jobs/{job_id}:cancel`.
+"""
 
 from typing import Annotated
 

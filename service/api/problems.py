@@ -1,4 +1,4 @@
-"""The one mapping from error to HTTP: every error answers as problem details (RFC 9457)."""
+"""Mapping of errors to HTTP problem details (RFC 9457)."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What Prometheus reads of the service: the state of the queue and of the jobs from the database, and this process's own times."""
+"""Metrics for Prometheus: queue and jobs from the database, process timings."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime

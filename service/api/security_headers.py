@@ -1,4 +1,4 @@
-"""Headers that every answer carries: what browsers must not do with it."""
+"""Security headers of every answer."""
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send

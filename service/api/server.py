@@ -1,4 +1,4 @@
-"""uvicorn, told to end open streams before it waits for open connections, and to end by itself once the service has failed."""
+"""uvicorn server that ends open streams at shutdown, and exits after a failure."""
 
 import logging
 import os

@@ -1,4 +1,7 @@
-"""What streams wait for: changes of jobs, and the ends of tokens, asked of the database once for all who watch."""
+"""Subscriptions to changes of jobs and ends of tokens.
+
+One database poll serves all subscribers.
+"""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""The `syncbn` command: its own service, and the commands of each noun."""
+"""The `syncbn` command: demo, up, serve, and the commands of each noun."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""The command that opens MLflow's pages in a browser."""
+"""Command that opens MLflow's pages in a browser."""
 
 import webbrowser
 from typing import Annotated

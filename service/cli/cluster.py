@@ -1,4 +1,4 @@
-"""The command that tells how the service and its cluster are."""
+"""Command that shows the service and its cluster."""
 
 import typer
 

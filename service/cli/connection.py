@@ -1,4 +1,7 @@
-"""Which service a command calls: by its options, by environment variables, by the config file, or the stack on this machine."""
+"""Address and token of the service that a command calls.
+
+Sources in order: options, environment variables, config file, the stack on this machine.
+"""
 
 import inspect
 import os

@@ -1,4 +1,4 @@
-"""The main job from end to end: starts the stack, compares BN with no BN through the REST API, and shows what came out."""
+"""Demo: starts the stack, compares BN with no BN, and shows the report."""
 
 import os
 import time

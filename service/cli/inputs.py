@@ -1,4 +1,4 @@
-"""What commands read: YAML files, and `field=value` options."""
+"""Inputs of commands: YAML files and `field=value` options."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The command that prints a job's log, and follows it."""
+"""Command that prints and follows the log of a job."""
 
 import json
 import shutil

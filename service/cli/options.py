@@ -1,4 +1,4 @@
-"""The options by which a submission's terms are given."""
+"""Options of submissions."""
 
 from typing import Annotated, Any
 

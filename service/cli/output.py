@@ -1,4 +1,4 @@
-"""What commands print and how they end: data on standard output, all else on standard error, and the exit codes."""
+"""Output of commands: data on stdout, messages on stderr, exit codes."""
 
 import json
 import os

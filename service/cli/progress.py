@@ -1,4 +1,7 @@
-"""Waiting for jobs, with bars on standard error; Ctrl-C ends the waiting, and not the jobs."""
+"""Progress bars while waiting for jobs.
+
+Ctrl-C ends the waiting, not the jobs.
+"""
 
 from collections.abc import Sequence
 from types import TracebackType

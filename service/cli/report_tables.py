@@ -1,4 +1,4 @@
-"""A comparison's report and a recipe's verdict as tables, and its curves as a plot."""
+"""Tables of reports and verdicts, and plots of curves."""
 
 from collections.abc import Sequence
 from pathlib import Path

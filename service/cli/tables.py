@@ -1,4 +1,4 @@
-"""What the API answers of jobs, tokens and the cluster, as tables."""
+"""Tables of jobs, tokens and the cluster."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""The commands `syncbn token …`: make, list and revoke tokens, see whose yours is, and what was done with them."""
+"""Commands for tokens and the audit."""
 
 from itertools import islice
 from typing import Annotated

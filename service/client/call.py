@@ -1,4 +1,4 @@
-"""One call of the API: what is sent, and what the answer is read as; and lists that are read by several calls."""
+"""Description of one API call, and of paged lists."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

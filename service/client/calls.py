@@ -1,4 +1,4 @@
-"""Each call of the API, described once for both clients: what is sent, and what the answer is read as."""
+"""Descriptions of all API calls, shared by both clients."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Typed clients of the HTTP API, one that waits and one for asyncio; they know only HTTP and the schemas."""
+"""Typed HTTP clients, blocking and asyncio."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""The methods that both clients have: each is one call, list or stream, which a client sends in its own way."""
+"""Methods of both clients, made from the descriptions of calls."""
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import wraps

@@ -1,4 +1,4 @@
-"""What went wrong with a call, and whether and when to try again."""
+"""Errors of calls, and retries with backoff."""
 
 import random
 import time

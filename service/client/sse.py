@@ -1,4 +1,4 @@
-"""A job's log and timeline as they come: server-sent events, gone on with after each break until the job has ended."""
+"""Server-sent events of logs and timelines, resumed after breaks."""
 
 import time
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Tokens, scopes, other credentials, rate limits, and the visibility of jobs to callers."""
+"""Tokens, scopes, credentials, rate limits, and visibility of jobs."""
 
 import hashlib
 import secrets

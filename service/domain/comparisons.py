@@ -1,4 +1,4 @@
-"""Comparisons: one base spec under several variants, made into jobs; pure."""
+"""Comparisons: one base spec under several variants, expanded to jobs."""
 
 import copy
 import hashlib

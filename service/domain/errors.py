@@ -1,4 +1,4 @@
-"""Errors of the control plane: ServiceError and its subclasses, each of which is one HTTP status."""
+"""Errors of the control plane, one HTTP status each."""
 
 from typing import Any
 

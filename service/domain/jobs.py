@@ -1,4 +1,4 @@
-"""Jobs, their states, and which transitions are legal; pure."""
+"""Jobs, their states and legal transitions."""
 
 import secrets
 from dataclasses import dataclass, field, replace

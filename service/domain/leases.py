@@ -1,4 +1,4 @@
-"""Who of several replicas of the service does what; pure.
+"""Leases: division of work among replicas.
 
 The work is cut into parts, each under a lease of its own. A lease that was not renewed in time is free for others, and each new
 holder gets a token larger than the one before: what a holder that was away writes with its old token is refused (fencing; Kleppmann

@@ -1,4 +1,4 @@
-"""What a job's next state is, by what Ray and the run's own outcome say; pure."""
+"""Next state of a job, from its outcome and Ray's status."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""What may be forwarded to MLflow, and for whom. Pure.
+"""Requests that may be forwarded to MLflow, per kind of caller.
 
 There are two kinds of callers. Whoever has signed in may read: the paths of MLflow's pages and of queries. An attempt of a job may
 write metrics, tags, inputs and artifacts of its own run. Everything else is refused: MLflow's assistant, gateway and job execution

@@ -1,4 +1,4 @@
-"""Bounds on what a reader's query makes MLflow do: rows of an answer, runs, conditions. Pure.
+"""Bounds on MLflow queries: rows, runs, conditions.
 
 MLflow itself answers `metrics/get-history` without a page size with all points of a run, takes 100 runs of 2,500 points in one
 request, and checks none of it for GraphQL. Page sizes are lowered, for its clients and pages follow `next_page_token`; what cannot

@@ -1,4 +1,4 @@
-"""What a recipe file says: one claim, the comparisons that test it, and the rules of its verdict; pure.
+"""Recipes: a claim, the comparisons that test it, the rules of its verdict.
 
 A rule's vocabulary, in full; `service/domain/verdicts.py` measures each seed, and judges by an interval over seeds:
 

@@ -1,4 +1,4 @@
-"""A comparison's report: its variants, each measured against the baseline; pure."""
+"""Report of a comparison: each variant against the baseline."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

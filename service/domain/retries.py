@@ -1,4 +1,4 @@
-"""Which failures are tried again, how often and when; pure."""
+"""Retries of attempts: which failures, how often, with which pauses."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Which queued jobs go to Ray next, and why the others wait; pure."""
+"""Scheduling: the queued jobs to submit next, and why the others wait."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""From curves to a verdict: steps to a target, their spread over seeds, and ratios against the baseline; pure."""
+"""Statistics of curves: steps to a target, spread over seeds, ratios, intervals."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence

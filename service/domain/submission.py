@@ -1,4 +1,4 @@
-"""On what terms a job is run, beside what its spec says; pure."""
+"""Options of a submission besides its spec: priority, limits, retries, tags."""
 
 import re
 from collections.abc import Mapping

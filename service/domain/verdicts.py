@@ -1,4 +1,4 @@
-"""Verdict of a recipe's runs: holds, fails, cannot tell or not enough data, with the numbers used; pure.
+"""Verdict of a recipe: holds, fails, cannot tell, or not enough data.
 
 Each number is an interval, for not all is known of a run that never reached its level: it would have taken its own steps or more.
 A rule is judged by the 95 % t interval of the mean over seeds (of ratios, of the geometric mean): it holds (fails) if all of the

@@ -1,4 +1,4 @@
-"""Webhooks: of what an owner is told, how a message is signed, when it is tried again, and which addresses are public; pure.
+"""Webhooks: filters, signatures, retries, and public addresses.
 
 Messages are signed as Standard Webhooks 1.0.0 (standardwebhooks.com) says, so receivers check them by a library of theirs.
 """

@@ -1,4 +1,4 @@
-"""Admission: which queued jobs go to Ray now, decided by the one replica that holds the scheduler's lease."""
+"""Admission of queued jobs, by the holder of the scheduler lease."""
 
 import asyncio
 import time

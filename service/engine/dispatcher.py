@@ -1,4 +1,4 @@
-"""The dispatcher: looks at every job that is not settled, and does what brings it on.
+"""Reconcile loop that advances unfinished jobs.
 
 A round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version and of this
 replica's lease, so that nothing is decided on an old state. No network call is made inside a transaction. A kill between any two

@@ -1,4 +1,4 @@
-"""This process's part in the work: the leases it holds, renewed as long as it lives."""
+"""Leases of this replica, renewed while it lives."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""Thresholds of webhooks: what running jobs measure is compared with them."""
+"""Metric alerts: thresholds of webhooks against metrics of running jobs."""
 
 import time
 from dataclasses import dataclass

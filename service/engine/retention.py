@@ -1,4 +1,7 @@
-"""Retention: what ended long ago is deleted: rows first, with a note of the folders left, so that a crash leaves nothing behind."""
+"""Retention: deletion of old jobs.
+
+Rows are deleted first, with a note of the folders left, so that a crash leaves nothing behind.
+"""
 
 import asyncio
 import logging

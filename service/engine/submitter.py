@@ -1,4 +1,4 @@
-"""Starting attempts: a run in MLflow, a mark in the database, and only then a submission in Ray."""
+"""Start of attempts: MLflow run, mark in the database, submission to Ray."""
 
 import logging
 from collections import Counter

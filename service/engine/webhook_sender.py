@@ -1,4 +1,4 @@
-"""The sender of webhooks' messages: at least once each, under one id, until the receiver takes it or it is given up."""
+"""Sender of webhook messages, at least once each under one id."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What a stack takes from its machine: free ports, files that only their owner may read, and a folder with a short path."""
+"""Host resources of a stack: free ports, private files, short folders."""
 
 import os
 import secrets

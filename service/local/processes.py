@@ -1,4 +1,4 @@
-"""What the embedded stack is made of: how Ray, MLflow and the API are started, and how each shows that it is ready.
+"""Processes of the embedded stack: commands, environments, readiness probes.
 
 All of them listen on 127.0.0.1 only. The stack is closed to the settings of its surroundings: `RAY_*` and `MLFLOW_*` variables
 of the caller are dropped; `SYNCBN_*` ones that say how the service behaves are passed on.

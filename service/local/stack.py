@@ -1,4 +1,4 @@
-"""The embedded stack: Ray, MLflow and the API on this machine, with all state in one data folder, until it is told to stop."""
+"""Embedded stack: Ray, MLflow and the API on this machine."""
 
 import fcntl
 import json

@@ -1,4 +1,6 @@
-"""Keeps a set of programs running together: when one of them ends, or whoever asked for them does, all of them end.
+"""Supervisor of several programs, which all end when one of them ends.
+
+They also end when the process that started them ends.
 
     asker --pipe--> guard --pipe--> keeper --> the parts, each in a session of its own, writing to a log of its own
 

@@ -1,4 +1,4 @@
-"""What somebody did that is no event of a job."""
+"""Audit records of actions that are not events of jobs."""
 
 from dataclasses import fields
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""Credentials in the database. No secret is stored: a credential is found by the hash of its secret."""
+"""Credentials in the database, stored as hashes of their secrets."""
 
 from dataclasses import fields
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,7 @@
-"""The database: SQLite with a write-ahead log, or PostgreSQL; opened, brought up to date, and closed."""
+"""Database connections, transactions and migrations.
+
+SQLite with a write-ahead log, or PostgreSQL.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

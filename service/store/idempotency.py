@@ -1,4 +1,4 @@
-"""Keys by which requests are known again, and the answers that they got."""
+"""Idempotency keys and their stored responses."""
 
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime

@@ -1,4 +1,7 @@
-"""Pages of a table, newest first, by the place of their last row (keyset pagination): what comes meanwhile does not shift them."""
+"""Keyset pagination of tables, newest first.
+
+Rows that are inserted meanwhile do not shift later pages.
+"""
 
 from typing import Any
 

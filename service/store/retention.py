@@ -1,4 +1,4 @@
-"""What retention deletes: jobs that ended long ago, with all that hangs on them."""
+"""Deletion of old jobs and of all rows that belong to them."""
 
 from datetime import datetime
 from typing import Any

@@ -1,4 +1,7 @@
-"""Connections to SQLite that go to their thread once for a statement, where aiosqlite's go four times: most of what it costs."""
+"""SQLite connections with one thread round trip per statement.
+
+aiosqlite makes four, which are most of the cost of a statement.
+"""
 
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence

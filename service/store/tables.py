@@ -1,4 +1,7 @@
-"""The tables. Changes here go with a migration; a test compares the two."""
+"""Tables of the database.
+
+A change needs a migration; a test compares the two.
+"""
 
 from datetime import UTC, datetime
 from typing import Any

@@ -1,4 +1,4 @@
-"""What owners have used, all told: it outlives the jobs that used it, so it never falls."""
+"""Usage of owners, which outlives their jobs and never decreases."""
 
 from dataclasses import dataclass
 

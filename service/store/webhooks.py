@@ -1,4 +1,7 @@
-"""Webhooks and their messages. A message is stored in the same transaction as what it tells of, so that none is lost."""
+"""Webhooks and their messages in the database.
+
+A message is stored in the transaction of the change that it reports.
+"""
 
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, fields

@@ -1,4 +1,4 @@
-"""Identity of a layer's collectives: layer name, process group, timeout, sequence number."""
+"""Identity of a layer's collectives: name, group, timeout, sequence number."""
 
 from __future__ import annotations
 

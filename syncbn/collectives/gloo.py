@@ -1,4 +1,4 @@
-"""Channels over gloo: separate connections per kind of collective and vector length.
+"""Channels over gloo: connections per kind of collective and vector length.
 
 gloo terminates a process (std::terminate) that receives more bytes than it expects. If a rank skipped a layer, the next layer
 of another width would therefore end processes without naming a layer, and a collective of other code, such as

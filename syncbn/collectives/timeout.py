@@ -1,4 +1,4 @@
-"""Timeout for calls that have none, such as those to the store of torch.distributed."""
+"""Timeout for calls without one, such as those to torch.distributed's store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The passes over a rank's own values: measure, normalise, reduce the gradient, combine it. Pure, and no collective.
+"""CPU kernels: measure, normalise, reduce and combine gradients of one rank.
 
 On the CPU torch has no kernels for the steps of a synchronised layer. For float32 these are made from those it has: its
 fused batch normalisation takes the step that is wanted if it is told the rest. They count in float32, so short sums are

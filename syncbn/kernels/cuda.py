@@ -1,4 +1,4 @@
-"""The passes over a rank's own values on a GPU, by the kernels that torch has for its own SyncBatchNorm.
+"""CUDA kernels: the native ones of torch's SyncBatchNorm.
 
 The formulas are those of `kernels`. Nothing here makes the host wait. The kernels are never given an empty tensor, whose
 size they divide by, and always vectors of the dtype that they accumulate in, whatever that of the values.

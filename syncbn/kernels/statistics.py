@@ -1,4 +1,4 @@
-"""What a forward pass learns about the values of all ranks, as the passes, the backward pass and the module need it."""
+"""Batch statistics over all ranks, for the passes and the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One function at a time in a background thread, whose error is kept until somebody waits for it."""
+"""Execution of one function at a time in a background thread."""
 
 import threading
 from collections.abc import Callable

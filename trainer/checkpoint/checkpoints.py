@@ -1,4 +1,4 @@
-"""Checkpoints: the complete state of a run in one folder, on any storage that fsspec reaches, written in the background.
+"""Checkpoints: the state of a run in one folder, on any fsspec storage.
 
 A checkpoint is a folder `step-<steps>-<token>` with `shared.pt`, one `rank-<number>.pt` for each worker, and `manifest.json`, which
 names all files with their sizes and hashes, and is written last. A folder without a manifest is one that was never finished.

@@ -1,4 +1,4 @@
-"""What a job that resumes another one takes over from it: its newest and its best checkpoint, as copies."""
+"""Copies of the newest and the best checkpoint of the job that is resumed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Everything that a run needs to go on as if it had never stopped."""
+"""State of a run: everything that a resumed run needs."""
 
 import random
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""State dictionaries of a model and its optimiser, whole and in host memory, whether the parameters are sharded or not.
+"""Full state dictionaries of model and optimizer in host memory.
 
 `torch.distributed.checkpoint.state_dict` does the same for optimisers that keep tensors for every parameter. It cannot restore one
 without tensors (SGD without momentum), and casts scalar state to the parameter's dtype (ASGD, NAdam).

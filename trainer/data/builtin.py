@@ -1,4 +1,4 @@
-"""Small datasets of installed libraries, parsed once and then read from the cache."""
+"""Small datasets of installed libraries, cached on disk."""
 
 import math
 from dataclasses import dataclass

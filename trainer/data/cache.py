@@ -1,4 +1,4 @@
-"""What is found out about data once and kept on disk, for all processes of a machine."""
+"""Disk cache of facts about data, shared by the processes of a machine."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""Rules for folders of images: which names count, and which class an image belongs to."""
+"""Rules for image folders: files that count, and their classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

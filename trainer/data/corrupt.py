@@ -1,4 +1,4 @@
-"""Corrupt images: which they are, what takes their place, and which of them were left out."""
+"""Corrupt images: detection, replacement and count."""
 
 import traceback
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Images that are read one by one, by torch's DataLoader in processes of its own."""
+"""Image datasets read by torch's DataLoader in processes."""
 
 import itertools
 import os

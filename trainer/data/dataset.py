@@ -1,4 +1,4 @@
-"""What the training loop sees of any data: batches by step."""
+"""Dataset interface of the training loop: batches by step."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Image files decoded to upright 8-bit RGB."""
+"""Decoding of image files to upright 8-bit RGB."""
 
 from pathlib import Path
 from typing import BinaryIO

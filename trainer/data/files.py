@@ -1,4 +1,4 @@
-"""Files of rows at any fsspec address: which there are, and how many rows each holds."""
+"""Row files at any fsspec address, and their numbers of rows."""
 
 import json
 import os

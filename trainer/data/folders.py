@@ -1,4 +1,4 @@
-"""Folders with one folder of images per class."""
+"""Image folders with one folder per class."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

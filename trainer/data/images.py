@@ -1,4 +1,4 @@
-"""Labelled images by index, as folders and torchvision have them."""
+"""Labelled images by index."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Symbolic links in folders of data, which must not lead out of them."""
+"""Symbolic links in data folders, which must not lead out of them."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Data held in memory, on the worker's device."""
+"""Data in memory on the worker's device."""
 
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""From a row of a file to an input and its label: what Ray Data's tasks do."""
+"""Preprocessing of rows to inputs and labels in Ray Data tasks."""
 
 import io
 import json

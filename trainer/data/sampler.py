@@ -1,4 +1,4 @@
-"""Which samples a step and a worker see."""
+"""Samples of a step and a worker."""
 
 from collections.abc import Iterator
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""The order of rows that come in a stream: a function of seed and step, and open to resumption at any step."""
+"""Shuffled order of streamed rows, a function of seed and step."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator

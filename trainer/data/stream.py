@@ -1,4 +1,4 @@
-"""Data that outgrows a machine, by Ray Data: the trainer's door to it.
+"""Streamed data by Ray Data, for datasets larger than a machine.
 
 One actor, the feeder, reads the data for all workers: each row is read and decoded once, by Ray Data's tasks anywhere in the
 cluster. The feeder puts rows in order, cuts batches, and hands each worker its share when asked.

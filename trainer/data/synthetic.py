@@ -1,4 +1,4 @@
-"""Random inputs of any shape, which cost next to nothing, so that throughput is the trainer's."""
+"""Random inputs of any shape, for measuring throughput."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Classification datasets of torchvision, in a folder that the user has; nothing is downloaded."""
+"""Classification datasets of torchvision in a local folder; no download."""
 
 import difflib
 import inspect

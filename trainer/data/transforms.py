@@ -1,4 +1,4 @@
-"""How an image becomes an input: torchvision's transforms, seeded by sample."""
+"""Image transforms of torchvision, seeded per sample."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The one driver of an attempt: its claim, its signs of life, and its ear for the word that the attempt is over.
+"""Attempt lock and driver heartbeat.
 
 Ray may start a driver late, start it again after its head was lost, or call a living one dead. So an attempt belongs to the driver
 that first made its file; the service sees by that file's time whether the driver lives; and once the service has closed the

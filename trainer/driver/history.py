@@ -1,4 +1,7 @@
-"""The run's manifest, beside its checkpoints: every attempt of a job, how it began and ended, and why."""
+"""History of a job: worker group runs of every attempt.
+
+It is stored with the checkpoints.
+"""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From a task to a finished Ray Train run: the driver's door to Ray."""
+"""Launch of Ray Train worker groups, and their restarts."""
 
 import logging
 import os

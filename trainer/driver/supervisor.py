@@ -1,4 +1,4 @@
-"""Parent of one process: records its exit status, and ends every process that it leaves behind.
+"""Supervisor of one process: exit status, and end of its descendants.
 
 `python -m trainer.driver.supervisor COMMAND...` is how Ray starts each worker (Ray's `py_executable`): Ray itself does not
 say how a worker's process ended. Needs neither torch nor pydantic, since there is one supervisor for each worker.

@@ -1,4 +1,7 @@
-"""JobSpec and the files of a run: the contract between the service and the trainer. Imports neither torch, ray nor mlflow."""
+"""JobSpec and files of a run: the contract of service and trainer.
+
+Imports neither torch, ray nor mlflow.
+"""
 
 from trainer.jobspec.advice import SHARES_BATCH, spec_warnings
 from trainer.jobspec.base import FrozenModel

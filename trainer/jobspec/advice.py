@@ -1,4 +1,4 @@
-"""Warnings about a valid spec: fields that have no effect, or another one than their name suggests."""
+"""Warnings about valid specs: fields without effect, or with a surprising one."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What all parts of a spec have in common."""
+"""Base class of all parts of a spec."""
 
 from typing import Annotated, Any
 

@@ -1,4 +1,4 @@
-"""What to train on, and how images are prepared."""
+"""Specs of data and image transforms."""
 
 from typing import Annotated, Literal, Self
 

@@ -1,4 +1,4 @@
-"""When and how to measure, to stop early, and to save."""
+"""Specs of evaluation, early stopping and checkpoints."""
 
 import math
 from typing import Annotated, Literal

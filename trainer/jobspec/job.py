@@ -1,4 +1,4 @@
-"""JobSpec: what to train, on what, and how."""
+"""JobSpec: model, data and training of one job."""
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""Lower bound of the memory that a worker needs, computed from the spec and, for a library's model, its measured size."""
+"""Lower bound of a worker's memory, from the spec and a measured model size."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Names of the metrics that a run logs, and which values of each are better."""
+"""Names and directions of metrics."""
 
 from collections.abc import Iterable
 from typing import Literal

@@ -1,4 +1,4 @@
-"""Which network to train, and what section 4.2.1 of Ioffe & Szegedy 2015 changes in one."""
+"""Specs of models, including section 4.2.1 of Ioffe & Szegedy 2015."""
 
 from typing import Annotated, Any, Literal
 

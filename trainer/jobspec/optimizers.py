@@ -1,4 +1,4 @@
-"""Optimisers and the course of the learning rate."""
+"""Specs of optimizers and learning rate schedules."""
 
 from typing import Annotated, Any, Literal
 

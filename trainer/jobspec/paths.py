@@ -1,4 +1,4 @@
-"""Where in a spec an error is."""
+"""Paths of errors in a spec."""
 
 from collections.abc import Sequence
 from typing import Any

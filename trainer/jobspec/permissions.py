@@ -1,4 +1,4 @@
-"""What an operator allows specs to reach: modules to import, and folders or addresses to read and write."""
+"""Allowlist of imports, folders and addresses that specs may use."""
 
 import posixpath
 from pathlib import Path

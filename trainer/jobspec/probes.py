@@ -1,4 +1,4 @@
-"""Which per-layer measurements to take beside the metrics."""
+"""Specs of probes."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""One attempt of a job: what the service tells the trainer, and the files that the trainer answers by."""
+"""Context, outcome and files of an attempt."""
 
 from pathlib import Path
 from typing import Literal

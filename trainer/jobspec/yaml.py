@@ -1,4 +1,4 @@
-"""Reading specs and recipes from YAML files."""
+"""YAML files of specs and recipes."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Networks by spec: from a sample's shape to logits, with every normalisation layer of one mode."""
+"""Models by spec, with all normalisation layers in one mode."""
 
 from collections.abc import Sequence
 

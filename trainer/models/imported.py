@@ -1,4 +1,4 @@
-"""Models that a function of an installed module builds."""
+"""Models built by a function of an installed module."""
 
 import importlib
 import inspect

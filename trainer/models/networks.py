@@ -1,4 +1,7 @@
-"""The project's own networks, of torch's modules alone, so that a saved one needs no code of this project."""
+"""Built-in networks, made of torch modules only.
+
+A saved one therefore needs no code of this project.
+"""
 
 import math
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""Size of a model: its parameters, and what it keeps for backward, measured on the meta device, where nothing is computed."""
+"""Size of a model: parameters and saved activations, on the meta device."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

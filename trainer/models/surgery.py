@@ -1,4 +1,4 @@
-"""What a spec changes in a library's model: activation, scale of the weights, dropout, local response normalisation."""
+"""Changes to a library model: activation, weight scale, dropout, LRN."""
 
 import difflib
 from collections import OrderedDict

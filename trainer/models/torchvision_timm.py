@@ -1,4 +1,4 @@
-"""Models of torchvision and timm, untrained."""
+"""Models of torchvision and timm without pretrained weights."""
 
 import difflib
 from collections.abc import Sequence

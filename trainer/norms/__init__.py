@@ -1,4 +1,4 @@
-"""Every normalisation layer of a model, whoever wrote it, switched to one mode."""
+"""Replacement of all normalisation layers of a model."""
 
 from trainer.norms.replace import replace_norms
 from trainer.norms.trace import Trace, trace_forward

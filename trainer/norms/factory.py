@@ -1,4 +1,4 @@
-"""Normalisation modes: the one place where a mode is turned into a layer."""
+"""Factory of normalisation layers by mode."""
 
 from collections import OrderedDict
 from itertools import chain

@@ -1,4 +1,4 @@
-"""Which modules are normalisation layers, and where their channels are."""
+"""Recognition of normalisation layers and their channel dimension."""
 
 import re
 

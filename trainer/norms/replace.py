@@ -1,4 +1,4 @@
-"""Every normalisation layer of a model replaced by the one that a mode asks for, with the biases before them."""
+"""Replacement of normalisation layers, and of the biases before them."""
 
 from collections.abc import Callable
 from typing import Any

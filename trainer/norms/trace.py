@@ -1,4 +1,4 @@
-"""A forward pass watched from outside: which normalisation layers it reaches, and what feeds them and nothing else.
+"""Trace of a forward pass: normalisation layers reached, and their inputs.
 
 Nothing is told from names or classes of the networks around them, so that it holds for any library's code.
 """

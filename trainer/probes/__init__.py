@@ -1,4 +1,4 @@
-"""Measurements of layers and of the loss around a step, taken between two steps, without a trace in the run.
+"""Probes of layers and of the loss between two steps, without side effects.
 
 What each of them is, and what it costs, is in `docs/probes.md`.
 """

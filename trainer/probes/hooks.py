@@ -1,4 +1,4 @@
-"""Where in a network is measured, and what a forward pass brings there."""
+"""Hook points of probes in a network, and their observations."""
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The loss along the step that is about to be taken, and how far the gradient can be trusted there.
+"""Loss along the next step, and predictiveness of the gradient.
 
 Source: Santurkar, Tsipras, Ilyas & Madry 2018, "How Does Batch Normalization Help Optimization?", section 3.2 and Figure 4 (a, b).
 """

@@ -1,4 +1,4 @@
-"""What the workers' observations of one batch say together: every worker sends what it saw, and all work out the same."""
+"""Layer statistics over the observations of all workers."""
 
 from collections.abc import Callable, Mapping, Sequence
 

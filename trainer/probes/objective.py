@@ -1,4 +1,4 @@
-"""The loss of one step as a function of the weights: its value and gradient here and nearby, without a trace in the run."""
+"""Loss of one step as a function of the weights, with gradient."""
 
 import random
 from collections.abc import Iterator, Sequence

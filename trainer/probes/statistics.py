@@ -1,4 +1,4 @@
-"""What moments and values of a layer say about it: pure functions on float64, over all workers' parts of a batch."""
+"""Statistics of layer moments and values, in float64 over all workers."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Gradients by layer: how large they are, and how far they shift when the layers below take their step."""
+"""Gradients per layer: norms, and shift when lower layers are updated."""
 
 import math
 from collections.abc import Iterator, Mapping

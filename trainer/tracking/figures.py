@@ -1,4 +1,7 @@
-"""A run's own figures, after Ioffe & Szegedy 2015, Figure 1: accuracy, and percentiles of layers' inputs, against steps."""
+"""Figures of a run: accuracy and percentiles of layer inputs.
+
+After Ioffe & Szegedy 2015, Figure 1.
+"""
 
 import re
 from collections import defaultdict

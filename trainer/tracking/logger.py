@@ -1,4 +1,4 @@
-"""What rank 0 tells the world while it trains: lines to read, the progress file, and all that goes to MLflow."""
+"""Metrics logger of rank 0: console, progress file and outbox."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager

@@ -1,4 +1,4 @@
-"""All that MLflow is to hold, on its way there: lines in a file, which `trainer.tracking.uploader` drains.
+"""Outbox: file of metrics that wait for upload to MLflow.
 
 The training loop never waits for MLflow: it appends a line. The outbox belongs to the job and not to one attempt: a later attempt
 sends what an earlier one could not, and does not log a step again that is there already. Lines keep the time they were written at,

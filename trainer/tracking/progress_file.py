@@ -1,4 +1,4 @@
-"""How far a run is, kept in a file that the service reads."""
+"""Progress file of a run, read by the service."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Use of processor, memory, disk, network and GPUs by rank 0's machine, sampled by MLflow's own monitors into the outbox."""
+"""System metrics of rank 0's machine, sampled by MLflow's monitors."""
 
 import threading
 from contextlib import suppress

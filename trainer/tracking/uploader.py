@@ -1,4 +1,4 @@
-"""What brings outboxes to MLflow, in batches, as fast as MLflow takes them. The trainer's door to MLflow.
+"""Uploader of outboxes to MLflow, in batches.
 
 `python -m trainer.tracking.uploader FOLDER URL RUN_ID` is a process of its own beside rank 0: what MLflow's client imports and
 waits for must not hold Python's lock in the middle of a step. Its threads drain the outbox of the run and one of system metrics,

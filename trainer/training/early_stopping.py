@@ -1,4 +1,4 @@
-"""What follows from an evaluation: whether the run has seen enough, and whether it is the best so far."""
+"""Early stopping, and detection of the best evaluation."""
 
 from trainer.checkpoint.state import TrainProgress
 from trainer.jobspec import CheckpointSpec, EarlyStopSpec, improvement, is_reached

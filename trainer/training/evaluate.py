@@ -1,4 +1,4 @@
-"""Evaluation over all workers: each test sample counts once."""
+"""Evaluation over all workers; each test sample counts once."""
 
 import itertools
 import warnings

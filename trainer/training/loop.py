@@ -1,4 +1,4 @@
-"""The training loop, read from top to bottom."""
+"""Training loop."""
 
 import math
 import time

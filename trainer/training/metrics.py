@@ -1,4 +1,7 @@
-"""Metrics of an evaluation, as scikit-learn defines them; imports torchmetrics, which takes seconds."""
+"""Metrics of an evaluation, as scikit-learn defines them.
+
+Imports torchmetrics, which takes seconds.
+"""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Optimisers, and the course of the learning rate over the steps."""
+"""Optimizers and learning rate schedules."""
 
 import math
 

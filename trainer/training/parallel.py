@@ -1,4 +1,4 @@
-"""A model made ready for one worker's part of the training: memory format, checkpointing, compilation, and parallel wrapping."""
+"""Model preparation: memory format, checkpointing, compilation, DDP, FSDP."""
 
 import warnings
 from collections.abc import Iterator

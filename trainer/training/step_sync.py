@@ -1,4 +1,4 @@
-"""What the workers tell each other in every step: the loss, whether it is finite, and what any of them wishes to happen.
+"""Synchronisation of each step: loss, finite flag, requests of workers.
 
 One collective of a few numbers, issued before the backward pass and awaited after it, so that it costs next to nothing, and every
 worker acts on the same answer in the same step.

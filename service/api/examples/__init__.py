@@ -1,1 +1,4 @@
-"""Examples in the OpenAPI document; tests send the requests, and hold the answers against their schemas."""
+"""Examples in the OpenAPI document.
+
+Tests send the requests and validate the answers against their schemas.
+"""

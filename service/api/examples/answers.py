@@ -1,4 +1,4 @@
-"""Answers as the service gives them."""
+"""Examples of answers."""
 
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus

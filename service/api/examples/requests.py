@@ -1,4 +1,4 @@
-"""Requests that the service takes."""
+"""Examples of requests."""
 
 from typing import Any
 

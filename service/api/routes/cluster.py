@@ -1,4 +1,4 @@
-"""The route that tells what Ray has and has free, and how many jobs there are for it."""
+"""Route for resources of the cluster and numbers of jobs."""
 
 from fastapi import APIRouter
 

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, for an admin's token alone, since they name owners."""
+"""Route for Prometheus metrics; requires scope admin, since they name owners."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST

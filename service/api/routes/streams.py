@@ -1,4 +1,4 @@
-"""A job's log and its timeline as they grow, by server-sent events, to be gone on with after a break where they broke off."""
+"""Server-sent events of a job's log and timeline, resumable after a break."""
 
 import time
 from collections.abc import AsyncIterator, Iterator

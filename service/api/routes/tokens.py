@@ -1,4 +1,4 @@
-"""Routes for tokens, for what was done with them, and for who is calling."""
+"""Routes for tokens, the audit and the current caller."""
 
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus

@@ -1,4 +1,7 @@
-"""Routes that only check a submission. They store nothing, so no key is taken; and no transaction waits while they ask Ray."""
+"""Routes that check a submission without storing it.
+
+No key is needed, and no transaction waits while they call Ray.
+"""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers about tokens, and about who is calling."""
+"""Schemas of tokens, audit records and callers."""
 
 from datetime import datetime
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The body of the answer about the cluster."""
+"""Schema of the cluster's resources."""
 
 from datetime import datetime
 

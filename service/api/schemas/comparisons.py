@@ -1,4 +1,4 @@
-"""Comparisons in requests and answers."""
+"""Schemas of comparisons."""
 
 from collections.abc import Sequence
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""What the service says of what it depends on."""
+"""Schemas of readiness checks."""
 
 from pydantic import BaseModel, Field
 

@@ -1,4 +1,4 @@
-"""Jobs in requests and answers, apart from JobSpec."""
+"""Schemas of jobs, except the JobSpec."""
 
 from datetime import datetime
 from typing import Any, Self

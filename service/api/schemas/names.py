@@ -1,4 +1,4 @@
-"""What names of jobs, comparisons and tokens may be."""
+"""Type of names, and bounds that several schemas share."""
 
 from typing import Annotated
 

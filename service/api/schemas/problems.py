@@ -1,4 +1,4 @@
-"""Errors as they are answered."""
+"""Schemas of errors."""
 
 from typing import Any
 

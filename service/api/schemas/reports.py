@@ -1,4 +1,4 @@
-"""What the runs of a comparison show."""
+"""Schemas of comparison reports and curves."""
 
 from dataclasses import fields
 from typing import Any

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers about webhooks."""
+"""Schemas of webhooks."""
 
 from datetime import datetime
 from typing import Annotated

@@ -1,4 +1,7 @@
-"""Alembic's environment: migrates over the connection that the service hands it, inside the caller's transaction."""
+"""Alembic environment.
+
+It migrates over the connection of the service, in the transaction of the caller.
+"""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""Owners, priorities, retries and deadlines of jobs; replicas and their leases."""
+"""Owners, priorities, retries and deadlines of jobs; replicas and leases."""
 
 import json
 from datetime import UTC, datetime

@@ -1,4 +1,4 @@
-"""Tokens, what was done with them, owners of comparisons, references to secrets, and answers to repeated requests."""
+"""Tokens, audit, owners of comparisons, secret references, stored responses."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Webhooks and their messages, and a way to the jobs that ended long ago."""
+"""Webhooks, their messages, and an index of ended jobs."""
 
 import sqlalchemy as sa
 from alembic import op

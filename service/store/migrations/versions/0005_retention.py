@@ -1,4 +1,4 @@
-"""Ways to the jobs resumed from a job and to a webhook's next message, folders left to delete, and no addresses in the audit."""
+"""Indexes for retention and webhooks, folders to delete, audit without addresses."""
 
 from urllib.parse import urlsplit
 

@@ -1,4 +1,4 @@
-"""A way to the jobs of a tag, newest first."""
+"""Index of the jobs of a tag, newest first."""
 
 import sqlalchemy as sa
 from alembic import op

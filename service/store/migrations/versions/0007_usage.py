@@ -1,4 +1,4 @@
-"""What owners have used, apart from the jobs that used it."""
+"""Usage of owners, independent of their jobs."""
 
 import sqlalchemy as sa
 from alembic import op

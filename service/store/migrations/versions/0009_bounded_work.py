@@ -1,4 +1,4 @@
-"""Bytes that jobs take in the database, their sum by owner, and when jobs have waited too long in the queue."""
+"""Stored bytes of jobs and owners, and end of the queue time of jobs."""
 
 from datetime import timedelta
 
