@@ -152,9 +152,9 @@ def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
         while attempt_folder(folder, attempt).exists():
             attempt += 1
         if attempt == 1:
-            raise FileNotFoundError(f"{folder} holds no run; --resume takes the --output folder of an earlier one")
+            raise FileNotFoundError(f"{folder} contains no run; --resume needs the --output folder of an earlier run")
     elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files already; --output takes a new folder, or --resume to go on in it")
+        raise FileExistsError(f"{folder} is not empty; give --output a new folder, or --resume to continue in it")
     # By hand, everything is allowed that the user is.
     permissions = Allowlist(everything=True)
     context = AttemptContext(

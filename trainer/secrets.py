@@ -33,7 +33,9 @@ def set_variables(secrets: Mapping[str, str]) -> None:
         path = Path(name)
         try:
             if not path.resolve().is_relative_to(path.parent.resolve()):
-                raise ConfigurationError(f"secrets.{variable}", name, "takes a file that is no link out of its folder")
+                raise ConfigurationError(
+                    f"secrets.{variable}", name, "must be a file inside its folder, not a link out of it"
+                )
             if path.stat().st_mode & stat.S_IROTH:
                 print(f"warning: every user of this node can read the secret {name}", flush=True)
             os.environ[variable] = path.read_text().rstrip("\r\n")

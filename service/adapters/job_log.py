@@ -44,7 +44,7 @@ class LogOffset:
     def parse(cls, field: str, text: str) -> "LogOffset":
         """Read what `str` made. Raises InvalidField."""
         if (found := PLACE.match(text)) is None:
-            raise InvalidField(field, text, "takes the id of an event of this stream, such as 1:4096")
+            raise InvalidField(field, text, "must be the id of an event of this stream, such as 1:4096")
         return cls(int(found[1]), int(found[2]))
 
 

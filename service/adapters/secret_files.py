@@ -42,10 +42,10 @@ class JobSecrets:
     def _resolve(self, owner: str, variable: str, name: str) -> str:
         field = f"secrets.{variable}"
         if self._folder is None:
-            raise InvalidField(field, name, "takes none: the operator allows secrets by SYNCBN_SECRETS_FOLDER")
+            raise InvalidField(field, name, "must be empty: the operator allows secrets by SYNCBN_SECRETS_FOLDER")
         reference = name if "/" in name else f"{owner}/{name}"
         if reference.partition("/")[0] not in (owner, SHARED) or not self._is_there(reference):
-            raise InvalidField(field, name, f"takes one of {', '.join(self._names(owner)) or 'none; there are none'}")
+            raise InvalidField(field, name, f"must be one of {', '.join(self._names(owner)) or 'none; there are none'}")
         return reference
 
     def _is_there(self, reference: str) -> bool:

@@ -92,17 +92,17 @@ class WebhookHttp:
         parts = urlsplit(url)
         host = parts.hostname or ""
         if parts.username is not None or parts.password is not None:
-            raise InvalidField("url", url, "takes no user name or password; messages are signed")
+            raise InvalidField("url", url, "must not contain a user name or password; messages are signed")
         try:
             addresses = await self._names.look_up(host, parts.port or PORTS[parts.scheme])
         except (OSError, UnicodeError):
-            raise InvalidField("url", url, f"takes an address that can be found; {host} cannot") from None
+            raise InvalidField("url", url, f"host {host!r} does not resolve") from None
         if not all(may_be_reached(address, self._allowed) for address in addresses):
             raise InvalidField(
-                "url", url, "takes a public address; the operator allows others by SYNCBN_WEBHOOK_NETWORKS"
+                "url", url, "must be a public address; the operator allows others by SYNCBN_WEBHOOK_NETWORKS"
             )
         if parts.scheme == "http" and not all(is_in(address, self._allowed) for address in addresses):
-            raise InvalidField("url", url, "takes https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS")
+            raise InvalidField("url", url, "must be https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS")
 
     async def post(self, url: str, body: str, headers: dict[str, str]) -> int:
         """Send a body, and return the status of the answer, of which no more is read. Redirections are not followed.

@@ -21,7 +21,7 @@ from service.store.idempotency import IN_FLIGHT, StoredAnswer
 LARGE_BYTES, LARGE_PATH = 10_000, "/v1/comparisons"
 """Bodies that take long to work on; a comparison's may be short, and stand for many jobs."""
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
-TAKES = "takes 1 to 255 visible ASCII characters"
+TAKES = "must be 1 to 255 visible ASCII characters"
 PARAMETER = {
     "name": HEADER,
     "in": "header",
@@ -117,7 +117,7 @@ async def _once(
             if (before := await components.idempotency.find(caller.owner, key)) is None:
                 raise
     if before.fingerprint != fingerprint:
-        raise InvalidField(HEADER, key, "takes a new key for each request; this one came with another request before")
+        raise InvalidField(HEADER, key, "must be a new key for each request; this one was used for another request")
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})
 
 

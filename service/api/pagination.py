@@ -29,5 +29,5 @@ def place_of(token: str | None) -> int | None:
     except (binascii.Error, ValueError):
         text = ""
     if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_PLACE:
-        raise InvalidField("page_token", token, "takes the next_page_token of an earlier answer")
+        raise InvalidField("page_token", token, "must be the next_page_token of an earlier answer")
     return int(text)

@@ -58,7 +58,7 @@ def answer(
 
 def too_large(most_bytes: int) -> str:
     """Say that a body is too large."""
-    return f"the body takes at most {most_bytes:,} bytes"
+    return f"the body must have at most {most_bytes:,} bytes"
 
 
 def install(app: FastAPI) -> None:
@@ -74,8 +74,8 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     if isinstance(error.body, bytes) and error.body:  # FastAPI has not read it, since it does not claim to be JSON
         sent = request.headers.get("Content-Type")
-        item = FieldError(field="Content-Type", value=sent, takes="takes application/json")
-        return answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: takes application/json (got {sent})", [item])
+        item = FieldError(field="Content-Type", value=sent, takes="must be application/json")
+        return answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: must be application/json (got {sent})", [item])
     errors = [
         FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
         for item in islice(error.errors(), MAX_ERRORS)
@@ -108,7 +108,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     status, headers = HTTPStatus(error.status_code), dict(error.headers or {})
     match status:
         case HTTPStatus.BAD_REQUEST:  # not UTF-8, nested too deeply, or numbers of thousands of digits
-            item = FieldError(field="body", takes="takes JSON in UTF-8 of a size that can be read")
+            item = FieldError(field="body", takes="must be JSON in UTF-8 within the size limits")
             return answer(status, f"{item.field}: {item.takes}", [item], headers)
         case HTTPStatus.UNPROCESSABLE_ENTITY:  # of what a body holds, before its fields are looked at
             item = FieldError(field="body", takes=str(error.detail))
@@ -153,7 +153,7 @@ def _takes(item: dict[str, Any]) -> str:
         case "json_invalid":
             return f"the body must be JSON: {item['ctx']['error']}"
         case "union_tag_invalid":
-            return f"its name takes one of {item['ctx']['expected_tags']}"
+            return f"name must be one of {item['ctx']['expected_tags']}"
     return message
 
 

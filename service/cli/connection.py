@@ -62,7 +62,7 @@ def find_service(
     # A stack that was asked for by an option has a token of its own, which a variable for another service does not replace.
     token = options.token or (own if place is options else None) or told.token or own
     if token is None:
-        raise typer.BadParameter(f"{url} takes a token: --token, or SYNCBN_TOKEN", param_hint="--token")
+        raise typer.BadParameter(f"{url} needs a token: --token, or SYNCBN_TOKEN", param_hint="--token")
     return url, token
 
 
@@ -85,10 +85,10 @@ def read_config(path: Path) -> ServiceTarget:
             raise refuse(f"holds no TOML: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            field, takes = first["loc"][0], f"takes {', '.join(ServiceTarget.model_fields)}"
+            field, takes = first["loc"][0], f"must be one of {', '.join(ServiceTarget.model_fields)}"
             raise refuse(f"{field}: {takes if first['type'] == 'extra_forbidden' else first['msg']}") from None
     if place.token is not None and place.url is None:
-        raise refuse("token: takes the url of its service beside it")
+        raise refuse("token: must be used with the url of its service")
     if place.token is not None and may_be_read_by_others:
         raise refuse(f"holds a token and may be read by others; `chmod 600 {path}` keeps it to you")
     return place

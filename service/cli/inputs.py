@@ -66,7 +66,7 @@ def find_file(name: str) -> Path:
     path, recipe = Path(name), RECIPES / f"{name}.yaml"
     found = path if path.is_file() else recipe if recipe.is_file() and "/" not in name else None
     if found is None:
-        takes = f"takes a file, or a recipe as `syncbn recipes` lists them (got {name})"
+        takes = f"must be a file, or a recipe that `syncbn recipes` lists (got {name})"
         raise typer.BadParameter(takes, param_hint="file")
     return found
 
@@ -89,9 +89,9 @@ def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
     for pair in pairs:
         name, separator, value = pair.partition("=")
         if not (separator and name):
-            raise typer.BadParameter(f"takes NAME=VALUE (got {pair})", param_hint=option)
+            raise typer.BadParameter(f"must be NAME=VALUE (got {pair})", param_hint=option)
         if name in found:
-            raise typer.BadParameter(f"takes each name once (got {name} twice)", param_hint=option)
+            raise typer.BadParameter(f"must name each name once (got {name} twice)", param_hint=option)
         found[name] = value
     return found
 
@@ -135,4 +135,4 @@ def _refuse_what_json_has_not(value: Any, where: str, option: str) -> None:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(f"{where}: takes what JSON can hold ({error})", param_hint=option) from None
+        raise typer.BadParameter(f"{where}: must be a JSON value ({error})", param_hint=option) from None

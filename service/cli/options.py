@@ -78,4 +78,4 @@ def _whole(kind: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise typer.BadParameter(f"{kind} takes a whole number (got {text})", param_hint="--retries") from None
+        raise typer.BadParameter(f"{kind} must be a whole number (got {text})", param_hint="--retries") from None

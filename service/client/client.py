@@ -43,13 +43,13 @@ class _Base(Operations):
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not (token.isascii() and token.isprintable() and token):
-            raise ValueError("token: takes visible ASCII characters, at least one")
+            raise ValueError("token: must be one or more visible ASCII characters")
         try:
             address = httpx.URL(url.rstrip("/"))
         except httpx.InvalidURL as error:
-            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 ({error}; got {url!r})") from None
+            raise ValueError(f"url: must be an address such as http://127.0.0.1:8000 ({error}; got {url!r})") from None
         if address.scheme not in ("http", "https") or not address.host:
-            raise ValueError(f"url: takes an address such as http://127.0.0.1:8000 (got {url!r})")
+            raise ValueError(f"url: must be an address such as http://127.0.0.1:8000 (got {url!r})")
         self.url = str(address)
         self._headers = {"Authorization": f"Bearer {token}"}
         self._timeout = httpx.Timeout(timeout_seconds)

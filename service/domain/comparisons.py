@@ -66,7 +66,7 @@ class ComparisonSpec(FrozenModel):
     @classmethod
     def _has_variants(cls, matrix: Matrix, info: ValidationInfo) -> Matrix:
         if not matrix and not info.data.get("variants"):
-            raise ValueError("takes a path with its values, unless there are variants")
+            raise ValueError("must have a path with values, unless there are variants")
         return matrix
 
     @field_validator("metric")
@@ -124,7 +124,7 @@ def expand(
     axes = ({VARIANT: list(variants)} if variants else {}) | matrix
     count = math.prod(len(values) for values in axes.values())
     if count > MOST_JOBS:
-        raise InvalidField("matrix", f"{count} jobs", f"takes at most {MOST_JOBS} jobs in all")
+        raise InvalidField("matrix", f"{count} jobs", f"must expand to at most {MOST_JOBS} jobs")
     _refuse_overlaps(matrix, variants)
     _refuse_size(spec, axes, variants, count)
     base = spec.model_dump(mode="json")
@@ -180,7 +180,7 @@ def _refuse_overlaps(matrix: Matrix, variants: Mapping[str, Variant]) -> None:
             if other.startswith(f"{path}."):
                 raise InvalidField(field, other, f"the comparison sets {path} as a whole already")
             if other == path:
-                raise InvalidField(field, other, "takes a path that is set once")
+                raise InvalidField(field, other, "must be a path that is set once")
 
 
 def _changes(point: Variant, matrix: Matrix, variants: Mapping[str, Variant]) -> list[tuple[str, str, Any]]:
@@ -232,7 +232,7 @@ def _set(content: dict[str, Any], field: str, path: str, value: Any) -> None:
     for parent in parents:
         place = place.get(parent) if isinstance(place, dict) else None
     if not isinstance(place, dict) or last not in place:
-        raise InvalidField(field, path, f"takes a path into the spec, one of {', '.join(_paths(content))}")
+        raise InvalidField(field, path, f"must be a path into the spec, one of {', '.join(_paths(content))}")
     place[last] = value
 
 
@@ -259,10 +259,10 @@ def choose_baseline(matrix: Matrix, wanted: Variant | None) -> Variant:
     for path, value in (wanted or {}).items():
         if path not in baseline:
             raise InvalidField(
-                f"baseline.{path}", value, f"takes paths of the matrix: {', '.join(baseline) or 'it has none'}"
+                f"baseline.{path}", value, f"must be a path of the matrix: {', '.join(baseline) or 'it has none'}"
             )
         if value not in matrix[path]:
-            raise InvalidField(f"baseline.{path}", value, f"takes a value of the matrix: {matrix[path]}")
+            raise InvalidField(f"baseline.{path}", value, f"must be a value of the matrix: {matrix[path]}")
         # As the matrix spells it: 1 and 1.0 are one value under two names.
         baseline[path] = matrix[path][matrix[path].index(value)]
     return baseline

@@ -50,7 +50,7 @@ class Measure(FrozenModel):
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         if (self.level is None) == (self.take == "steps_to"):
-            raise ValueError(f"steps_to takes a level, and nothing else does (got {self.take}, level {self.level})")
+            raise ValueError(f"only steps_to must have a level (got {self.take}, level {self.level})")
         return self
 
 
@@ -67,7 +67,7 @@ class Figure(FrozenModel):
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
         if (self.measure is None) != (self.by == "weights"):
-            raise ValueError(f"takes a measure, or by: weights (got by {self.by})")
+            raise ValueError(f"must have a measure, or by: weights (got by {self.by})")
         if (self.against is None) != (self.by == "value"):
             raise ValueError(f"by {self.by} takes {'no ' if self.by == 'value' else ''}against")
         return self

@@ -57,7 +57,7 @@ class SubmitOptions(FrozenModel):
     @classmethod
     def _once(cls, tags: list[str]) -> list[str]:
         if len(set(tags)) < len(tags):
-            raise ValueError(f"takes each tag once (got {tags})")
+            raise ValueError(f"must have each tag once (got {tags})")
         return tags
 
     @field_validator("secrets")
@@ -65,9 +65,7 @@ class SubmitOptions(FrozenModel):
     def _steer_nothing(cls, secrets: dict[str, str]) -> dict[str, str]:
         for variable in secrets:
             if STEERING.fullmatch(variable):
-                raise ValueError(
-                    f"takes no PATH, and none that begin with LD_, PYTHON, RAY_ or SYNCBN_ (got {variable})"
-                )
+                raise ValueError(f"must not be PATH or begin with LD_, PYTHON, RAY_ or SYNCBN_ (got {variable})")
         return secrets
 
     def job(self, *, owner: str, name: str, spec: JobSpec, secrets: dict[str, str], **more: Any) -> Job:
@@ -115,7 +113,7 @@ def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, An
     for path, value in overrides.items():
         if path == "checkpoint.address" or path == "checkpoint" or path.partition(".")[0] in RESUME_KEY_FIELDS:
             fields = ", ".join(RESUME_KEY_FIELDS)
-            takes = f"takes fields that a checkpoint does not depend on: all but {fields} and checkpoint.address"
+            takes = f"must be a field that a checkpoint does not depend on: any but {fields} and checkpoint.address"
             raise InvalidField(f"overrides.{path}", value, takes)
     if job.state == JobState.SUCCEEDED and not overrides:
         raise Conflict(

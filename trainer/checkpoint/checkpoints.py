@@ -237,7 +237,7 @@ class Checkpoints:
         try:
             content = json.loads(self._files.cat_file(f"{self._root}/{name}/{MANIFEST}"))
             if content["format"] != FORMAT:
-                raise CheckpointMismatchError(f"{name}: has format {content['format']}; taken is {FORMAT}")
+                raise CheckpointMismatchError(f"{name}: format must be {FORMAT} (got {content['format']})")
             manifest = Manifest(
                 name=name,
                 step=content["step"],

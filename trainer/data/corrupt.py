@@ -39,7 +39,7 @@ def reading(field: str, name: str) -> Iterator[None]:
     except Image.DecompressionBombError as error:
         raise DataError(field, name, f"must be an image of at most {MAX_IMAGE_PIXELS:,} pixels: {error}") from error
     except Exception as error:
-        takes = f"takes images that can be read: {error}"
+        takes = f"must be a readable image: {error}"
         is_of_storage = isinstance(error, OSError) and error.errno is not None
         if _is_of_pillow(error) and not is_of_storage:
             takes += "; `corrupt_images: skip` leaves such images out"
@@ -149,7 +149,9 @@ def _too_many(names: list[str]) -> DataError:
     others = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     named = ", ".join(names[:NAMED]) + others
     return DataError(
-        "data.corrupt_images", "skip", f"takes a readable image among {len(names)} in a row; all are corrupt: {named}"
+        "data.corrupt_images",
+        "skip",
+        f"must leave a readable image among {len(names)} in a row; all are corrupt: {named}",
     )
 
 

@@ -181,10 +181,10 @@ class Reader(torch.utils.data.Dataset[Any]):
             pixels = self._train_transform(sample.image)
         if pixels.shape != self.shape:
             name = part.name(sample.place)
-            takes = f"takes a crop where images differ in size: {name} makes {tuple(pixels.shape)}, others {self.shape}"
+            takes = f"must be set where images differ in size: {name} makes {tuple(pixels.shape)}, others {self.shape}"
             raise DataError("data.transform.crop", None, takes)
         if not 0 <= sample.label < self._parts.classes:
-            takes = f"takes labels from 0 to {self._parts.classes - 1}: {part.name(sample.place)} has another"
+            takes = f"must have labels from 0 to {self._parts.classes - 1}: {part.name(sample.place)} has another"
             raise DataError("data", sample.label, takes)
         return sample._replace(image=pixels)
 

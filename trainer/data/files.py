@@ -84,11 +84,11 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
             and (spec.format != "images" or class_of(path, folder) is not None)
         }
     except (OSError, ValueError, ImportError) as error:
-        raise DataError(field, address, f"takes a path or an fsspec address that can be read: {error}") from error
+        raise DataError(field, address, f"must be a readable path or fsspec address: {error}") from error
     if not found:
         endings = " or ".join(SUFFIXES[spec.format])
         folders = ", in one folder per class" if spec.format == "images" else ""
-        takes = f"takes files of format {spec.format!r}, which end in {endings}{folders}; there are none"
+        takes = f"must have files of format {spec.format!r}, which end in {endings}{folders}; there are none"
         raise DataError(field, address, takes)
     if isinstance(filesystem, LocalFileSystem):
         _refuse_ways_out(field, Path(folder), list(found))
@@ -108,7 +108,7 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
         first: dict[str, str] = {}  # kind of values: the first file that has it
         for path, (_, kinds) in zip(paths, counts, strict=True):
             if column not in kinds:
-                takes = f"takes a column of {path}: {', '.join(kinds)}"
+                takes = f"must be a column of {path}: {', '.join(kinds)}"
                 if spec.format == "webdataset":
                     takes += f"; {KEY_RULE}"
                 raise DataError(f"data.{name}", column, takes)
@@ -125,7 +125,7 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
     inside = (folder if folder.is_dir() else folder.parent).resolve()
     for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
         if not path.resolve().is_relative_to(inside):
-            raise DataError(field, str(path), f"takes links that stay below {inside}")
+            raise DataError(field, str(path), f"must contain only links that stay below {inside}")
         if not path.exists():
             raise DataError(field, str(path), "must be a link to a file that exists")
 
@@ -155,7 +155,7 @@ def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, d
         with filesystem.open(path, "rb") as file:
             return count(file)
     except (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException) as error:
-        raise DataError(field, path, f"takes files that can be read: {error}") from error
+        raise DataError(field, path, f"must be readable files: {error}") from error
 
 
 def _count_parquet(file: BinaryIO) -> tuple[int, dict[str, str]]:

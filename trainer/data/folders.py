@@ -54,7 +54,7 @@ def open_folders(spec: ImageFolderSpec) -> Parts:
     train_files, test_files = (_list_classes(root, folder) for folder in (spec.train_folder, spec.test_folder))
     unknown = sorted(test_files.keys() - train_files.keys())
     if unknown:
-        takes = f"takes the classes of {spec.train_folder!r}; not among them: {list_some(unknown)}"
+        takes = f"must have the classes of {spec.train_folder!r}; not among them: {list_some(unknown)}"
         raise DataError("data.test_folder", spec.test_folder, takes)
     numbers = {name: number for number, name in enumerate(sorted(train_files))}
     if len(numbers) < 2:
@@ -76,7 +76,7 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
     folder = root / part
     if not folder.is_dir():
         raise DataError(
-            "data.root", str(root), f"takes a folder that holds {part!r}, with a folder of images per class"
+            "data.root", str(root), f"must be a folder that contains {part!r}, with a folder of images per class"
         )
     inside = root.resolve()
     check_link(folder, inside)
@@ -86,10 +86,10 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
         if entry.is_dir()
     }
     if not classes:
-        raise DataError("data.root", str(folder), "takes a folder of images per class; there is none")
+        raise DataError("data.root", str(folder), "must contain a folder of images per class; there is none")
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
-        takes = f"takes images in every class; there are none in {list_some(empty)}. They end in {', '.join(IMAGE_SUFFIXES)}"
+        takes = f"must have images in every class; there are none in {list_some(empty)}. They end in {', '.join(IMAGE_SUFFIXES)}"
         raise DataError("data.root", str(folder), takes)
     return classes
 

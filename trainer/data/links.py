@@ -15,7 +15,9 @@ def check_link(path: Path, inside: Path) -> None:
     except RuntimeError as error:  # links that lead to each other
         raise DataError("data.root", str(path), f"must be a link to a file that exists: {error}") from error
     if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
-        raise DataError("data.root", str(path), f"takes links that stay below {inside} and do not lead in a circle")
+        raise DataError(
+            "data.root", str(path), f"must contain only links that stay below {inside} and do not lead in a circle"
+        )
 
 
 def check_links(root: Path) -> None:
@@ -37,4 +39,4 @@ def check_links(root: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise DataError("data.root", folder, f"takes folders that can be listed: {error}") from error
+            raise DataError("data.root", folder, f"must contain only folders that can be listed: {error}") from error

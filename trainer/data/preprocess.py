@@ -60,7 +60,7 @@ class Preparation:
             value = self._get(value | {"path": row["path"]}, "input_column", "bytes")
         pixels = self._decode(value, row) if isinstance(value, bytes) else self._read_array(value, row)
         if tuple(pixels.shape) != shape:
-            takes = f"takes the shape that a sample has after `transform`: {tuple(pixels.shape)} in {_name(row)}"
+            takes = f"must be the shape of a sample after `transform`: {tuple(pixels.shape)} in {_name(row)}"
             raise DataError("data.shape", list(shape), takes)
         return pixels
 
@@ -81,13 +81,15 @@ class Preparation:
             if array.dtype.kind == "f" and not np.isfinite(array).all():
                 raise ValueError("a number is missing, NaN or infinite")
         except ValueError as error:
-            takes = f"takes a column of images or of arrays of numbers: {error} in {_name(row)}"
+            takes = f"must be a column of images or of arrays of numbers: {error} in {_name(row)}"
             raise DataError("data.input_column", self._spec.input_column, takes) from error
         if array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (1, 3))):
             pixels = torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)
             return self._alter(pixels, array.tobytes())
         if not self._takes_arrays:
-            raise DataError("data.transform", _name(row), "takes images: bytes of a file, or uint8 arrays (H, W, C)")
+            raise DataError(
+                "data.transform", _name(row), "must be used with images: bytes of a file, or uint8 arrays (H, W, C)"
+            )
         if array.size == math.prod(self._spec.shape):
             array = array.reshape(self._spec.shape)
         return torch.from_numpy(array if array.dtype in (np.uint8, np.float64) else array.astype(np.float32))
@@ -109,7 +111,7 @@ class Preparation:
         except ValueError:
             label = -1
         if not 0 <= label < self._spec.classes:
-            takes = f"takes a column of labels from 0 to {self._spec.classes - 1}: {value!r} in {_name(row)}"
+            takes = f"must be a column of labels from 0 to {self._spec.classes - 1}: {value!r} in {_name(row)}"
             raise DataError("data.label_column", self._spec.label_column, takes)
         return label
 

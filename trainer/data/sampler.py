@@ -57,7 +57,7 @@ class Order:
         """
         if spec.global_batch_size > samples:
             raise ConfigurationError(
-                "global_batch_size", spec.global_batch_size, f"takes {samples} at most, all samples of the data"
+                "global_batch_size", spec.global_batch_size, f"must be at most {samples}, all samples of the data"
             )
         self._spec, self._rank, self._world_size = spec, rank, world_size
         self._samples, self._shuffle = samples, shuffle

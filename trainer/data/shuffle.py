@@ -63,7 +63,7 @@ class RowOrder:
             rows = list(islice(source, size))
             if len(rows) < size:
                 raise DataError(
-                    "data", self._samples, "takes files that stay as they are: there are fewer rows than were counted"
+                    "data", self._samples, "must be files that do not change: there are fewer rows than were counted"
                 )
             order = np.arange(size)
             if self._seed is not None and size > 1:

@@ -194,10 +194,10 @@ class _Feeder:
             raise ConfigurationError(
                 "global_batch_size",
                 self._spec.global_batch_size,
-                f"takes {train.samples} at most, all samples of the data",
+                f"must be at most {train.samples}, all samples of the data",
             )
         if not test.samples:
-            raise DataError("data.test", data.test, "takes one sample or more")
+            raise DataError("data.test", data.test, "must have one sample or more")
         classes = _check_classes(data, train, test) if data.format == "images" else []
 
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
@@ -246,9 +246,7 @@ def _reading(field: str, address: str) -> Iterator[None]:
             raise
         # Not all of it, since Ray Data adds advice of its own below; and str() would quote what a KeyError says.
         first_line = str(*cause.args[:1]).partition("\n")[0]
-        raise DataError(
-            field, address, f"takes files that can be read: {type(cause).__name__}: {first_line}"
-        ) from error
+        raise DataError(field, address, f"must be readable files: {type(cause).__name__}: {first_line}") from error
 
 
 def _read(
@@ -301,12 +299,12 @@ def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:
         raise DataError(
             "data.classes",
             data.classes,
-            f"takes {len(classes)}, as many as there are folders of images: {list_some(classes)}",
+            f"must be {len(classes)}, the number of image folders: {list_some(classes)}",
         )
     unknown = sorted(set(test.class_names) - set(classes))
     if unknown:
         raise DataError(
-            "data.test", data.test, f"takes the classes of {data.train}; not among them: {list_some(unknown)}"
+            "data.test", data.test, f"must have the classes of {data.train}; not among them: {list_some(unknown)}"
         )
     return classes
 

@@ -70,7 +70,7 @@ class LibraryImages:
             label = label.item()
         if not isinstance(label, int | np.integer):
             raise DataError(
-                "data.name", label, f"takes a dataset with one whole number as label; {self.name(index)} has none"
+                "data.name", label, f"must be a dataset with one whole number as label; {self.name(index)} has none"
             )
         return int(label)
 
@@ -82,7 +82,7 @@ def find_dataset(full_name: str) -> type[VisionDataset]:
     if not (inspect.isclass(kind) and issubclass(kind, VisionDataset)):
         close = difflib.get_close_matches(name, torchvision.datasets.__all__) or ["CIFAR10"]
         raise ConfigurationError(
-            "data.name", full_name, f"takes a dataset of torchvision, such as {' or '.join(close)}"
+            "data.name", full_name, f"must be a dataset of torchvision, such as {' or '.join(close)}"
         )
     return kind
 
@@ -110,7 +110,7 @@ def find_parts(spec: TorchvisionDataSpec) -> dict[str, list[dict[str, Any]]]:
         test = {"size": FAKE_TEST_SAMPLES, "random_offset": FAKE_TRAIN_SAMPLES}
         return {"train": [{"size": FAKE_TRAIN_SAMPLES, "random_offset": 0}], "test": [test]}
     if spec.root is None:
-        raise ConfigurationError("data.root", None, f"takes the folder that holds the files of {spec.name}")
+        raise ConfigurationError("data.root", None, f"must be the folder with the files of {spec.name}")
     if needed == {"split"}:  # of EMNIST: which of its ways to divide the characters into classes
         return {part: [{"split": spec.split, "train": part == "train"}] for part in ("train", "test")}
     if not needed and "train" in parameters:
@@ -127,7 +127,7 @@ def _has_no_parts(full_name: str, needed: Collection[str] = ()) -> Configuration
     return ConfigurationError(
         "data.name",
         full_name,
-        f"takes a dataset with labelled images to train and to test on; {name} {why}; "
+        f"must be a dataset with labelled images for training and testing; {name} {why}; "
         "`imagefolder` reads its images once they are in folders `train` and `val`, with a folder per class below",
     )
 
@@ -163,7 +163,7 @@ def _open(spec: TorchvisionDataSpec, choices: Sequence[dict[str, Any]]) -> Visio
             if isinstance(error, ValueError) and "Unknown value" in str(error):  # it calls this part otherwise
                 continue
             missing = str(error).splitlines()[0] if str(error) else type(error).__name__
-            takes = f"takes the folder that holds the files of {spec.name}, which is not downloaded: {missing}"
+            takes = f"must be the folder with the files of {spec.name}, which is not downloaded: {missing}"
             raise DataError("data.root", spec.root, takes) from error
         if isinstance(dataset, DatasetFolder):
             dataset.loader = decode  # as images of other folders are read

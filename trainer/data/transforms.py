@@ -90,7 +90,7 @@ def normalize(spec: ImageTransformSpec, images: Tensor, dtype: torch.dtype) -> T
     for field, values in (("mean", spec.mean), ("std", spec.std)):
         if len(values) not in (1, images.shape[1]):
             raise ConfigurationError(
-                f"data.transform.{field}", values, f"takes 1 number or one for each of {images.shape[1]} channels"
+                f"data.transform.{field}", values, f"must be 1 number or one for each of {images.shape[1]} channels"
             )
     mean, std = (scaled.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
     centred = scaled - mean if scaled is images else scaled.sub_(mean)

@@ -29,11 +29,11 @@ def _readable_again(arguments: Any) -> Any:
         if count > MAX_ARGUMENT_VALUES or len(left) > MAX_ARGUMENT_VALUES:
             raise ValueError(f"must have at most {MAX_ARGUMENT_VALUES:,} values in all")
         if depth > DEEPEST:
-            raise ValueError(f"takes at most {DEEPEST} levels of lists and objects")
+            raise ValueError(f"must have at most {DEEPEST} levels of lists and objects")
         if isinstance(value, str) and any(
             character == "\0" or "\ud800" <= character <= "\udfff" for character in value
         ):
-            raise ValueError(f"takes text without NUL characters and halves of surrogate pairs (got {value!r})")
+            raise ValueError(f"must be text without NUL characters and halves of surrogate pairs (got {value!r})")
         if isinstance(value, dict):
             left += [(part, depth + 1) for pair in value.items() for part in pair]
         elif isinstance(value, list):

@@ -42,11 +42,11 @@ class ImageTransformSpec(FrozenModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.random_resized_crop and self.crop is None:
-            raise ValueError("random_resized_crop takes a crop, its size in pixels")
+            raise ValueError("random_resized_crop must have a crop, its size in pixels")
         if self.padding and self.crop is None:
-            raise ValueError("padding takes a crop, the size that is cut from what it makes larger")
+            raise ValueError("padding must have a crop, the size cut from the padded image")
         if any(value <= 0 for value in self.std):
-            raise ValueError(f"std takes positive numbers (got {self.std})")
+            raise ValueError(f"std must be positive numbers (got {self.std})")
         return self
 
     def fitting(self, channels: int) -> Self:
@@ -166,7 +166,7 @@ DataSpec = Annotated[
     Discriminator(
         kind_of,
         custom_error_type="data_name",
-        custom_error_message="takes mnist5k, digits, synthetic, torchvision:<Dataset>, imagefolder or ray as name",
+        custom_error_message="name must be mnist5k, digits, synthetic, torchvision:<Dataset>, imagefolder or ray",
     ),
 ]
 

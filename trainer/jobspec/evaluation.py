@@ -29,7 +29,7 @@ class EvaluationSpec(FrozenModel):
     @classmethod
     def _once(cls, metrics: list[Metric]) -> list[Metric]:
         if len(set(metrics)) < len(metrics):
-            raise ValueError(f"takes each metric once (got {metrics})")
+            raise ValueError(f"must name each metric once (got {metrics})")
         return metrics
 
 

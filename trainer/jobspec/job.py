@@ -177,7 +177,7 @@ class JobSpec(FrozenModel):
     @classmethod
     def _least_first(cls, workers: int | list[int]) -> int | list[int]:
         if not isinstance(workers, int) and workers[0] > workers[1]:
-            raise ValueError(f"takes [least, most] (got {workers})")
+            raise ValueError(f"must be [min, max] (got {workers})")
         return workers
 
     @field_validator("sync_group_size")
@@ -187,20 +187,22 @@ class JobSpec(FrozenModel):
         if size is None or workers is None:
             return size
         if info.data.get("norm") not in (None, Norm.SYNC):
-            raise ValueError("takes norm 'sync'; other norms share no statistics")
+            raise ValueError("must be used with norm 'sync'; other norms share no statistics")
         if not isinstance(workers, int):
-            raise ValueError("takes a fixed number of workers: groups would change with it")
+            raise ValueError("must be used with a fixed number of workers, since groups would change with it")
         if workers % size:
-            raise ValueError(f"takes a divisor of the {workers} workers")
+            raise ValueError(f"must be a divisor of the {workers} workers")
         return size
 
     @field_validator("sharding")
     @classmethod
     def _can_be_sharded(cls, sharding: str, info: ValidationInfo) -> str:
         if sharding == "by_label" and isinstance(info.data.get("data"), RayDataSpec):
-            raise ValueError("'by_label' takes data that is indexed: Ray Data comes in a stream")
+            raise ValueError("'by_label' must be used with indexed data; Ray Data is a stream")
         if sharding == "by_label" and isinstance(info.data.get("num_workers"), list):
-            raise ValueError("'by_label' takes a fixed number of workers: the shards would change with it")
+            raise ValueError(
+                "'by_label' must be used with a fixed number of workers, since the shards would change with it"
+            )
         return sharding
 
     @field_validator("global_batch_size")
@@ -227,7 +229,9 @@ class JobSpec(FrozenModel):
         most = workers if isinstance(workers, int) else workers[1]
         least = least_batch(most, info.data["norm"], info.data.get("sync_group_size"))
         if size // parts < least:
-            raise ValueError(f"{parts} parts of {size} samples leave {size // parts}; each part takes {least} or more")
+            raise ValueError(
+                f"{parts} parts of {size} samples leave {size // parts}; each part must have {least} or more"
+            )
         return parts
 
 

@@ -95,7 +95,9 @@ class LibraryModelSpec(FrozenModel):
     def _load_nothing(cls, arguments: dict[str, JsonValue]) -> dict[str, JsonValue]:
         refused = sorted(arguments.keys() & (LOADING_ARGUMENTS | OWN_ARGUMENTS))
         if refused:
-            raise ValueError(f"takes no {', '.join(refused)}: models start untrained, and fit the dataset and the norm")
+            raise ValueError(
+                f"must not contain {', '.join(refused)}: models start untrained, and fit the dataset and the norm"
+            )
         return arguments
 
 
@@ -132,6 +134,6 @@ ModelSpec = Annotated[
     Discriminator(
         _model_kind,
         custom_error_type="model_name",
-        custom_error_message="takes mlp, cnn, torchvision:<name>, timm:<name> or import:<module>:<function> as name",
+        custom_error_message="name must be mlp, cnn, torchvision:<name>, timm:<name> or import:<module>:<function>",
     ),
 ]

@@ -45,7 +45,7 @@ class SgdSpec(FrozenModel):
     @classmethod
     def _needs_momentum(cls, nesterov: bool, info: ValidationInfo) -> bool:
         if nesterov and info.data.get("momentum") == 0:
-            raise ValueError("true takes a momentum above 0")
+            raise ValueError("must be used with a momentum above 0")
         return nesterov
 
 
@@ -75,7 +75,7 @@ class TorchOptimizerSpec(FrozenModel):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name.removeprefix("torch:") not in TORCH_OPTIMIZERS:
-            raise ValueError(f"takes torch: and one of {', '.join(TORCH_OPTIMIZERS)}")
+            raise ValueError(f"must be torch: and one of {', '.join(TORCH_OPTIMIZERS)}")
         return name
 
     @field_validator("arguments")
@@ -110,7 +110,7 @@ OptimizerSpec = Annotated[
     Discriminator(
         _kind,
         custom_error_type="optimizer_name",
-        custom_error_message="takes sgd, adamw or torch:<class of torch.optim> as name",
+        custom_error_message="name must be sgd, adamw or torch:<class of torch.optim>",
     ),
 ]
 
@@ -141,7 +141,7 @@ class StepSchedule(_Schedule):
     @classmethod
     def _ascend(cls, steps: list[int]) -> list[int]:
         if steps != sorted(set(steps)):
-            raise ValueError(f"takes ascending steps (got {steps})")
+            raise ValueError(f"must be ascending steps (got {steps})")
         return steps
 
 

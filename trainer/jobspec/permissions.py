@@ -65,7 +65,7 @@ class Allowlist(FrozenModel):
         """Raise NotAllowed if a path or address does not lie below a root; links are followed."""
         if not any(_is_below(value, root) for root in self.roots):
             allowed = ", ".join(self.roots) or "none; the operator allows them by SYNCBN_ALLOWED_ROOTS"
-            raise NotAllowed(field, value, f"takes absolute paths and addresses under {allowed}")
+            raise NotAllowed(field, value, f"must be an absolute path or address under {allowed}")
 
 
 def _is_below(value: str, root: str) -> bool:

@@ -29,5 +29,5 @@ class ProbesSpec(FrozenModel):
     @classmethod
     def _once(cls, measure: list[Probe]) -> list[Probe]:
         if len(set(measure)) < len(measure):
-            raise ValueError(f"takes each measurement once (got {measure})")
+            raise ValueError(f"must name each measurement once (got {measure})")
         return measure

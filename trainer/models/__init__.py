@@ -86,7 +86,7 @@ def _trace(model: nn.Module, sample: Tensor, spec: ModelSpec, classes: int) -> T
     if not isinstance(logits, Tensor) or logits.shape != (len(sample), classes):
         found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
         takes = (
-            f"takes a network from {tuple(sample.shape)} to logits of shape {(len(sample), classes)}, not to {found}"
+            f"must be a network from {tuple(sample.shape)} to logits of shape {(len(sample), classes)}, not to {found}"
         )
         raise ConfigurationError("model", spec.name, takes)
     if isinstance(spec, LibraryModelSpec) and spec.activation is not None:

@@ -31,11 +31,13 @@ def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:
     home = getattr(function, "__module__", None)
     if home is None or home.partition(".")[0] != spec.module.partition(".")[0]:
         # What an allowed module has merely imported has not been allowed with it.
-        raise ConfigurationError("model.name", spec.name, f"takes a function of {spec.module}'s own, not of {home}")
+        raise ConfigurationError("model.name", spec.name, f"must be a function defined in {spec.module}, not in {home}")
     try:
         inspect.signature(function).bind(**spec.arguments)
     except TypeError as error:
-        raise ConfigurationError("model.arguments", spec.arguments, f"takes what {spec.name} takes: {error}") from None
+        raise ConfigurationError(
+            "model.arguments", spec.arguments, f"must be arguments of {spec.name}: {error}"
+        ) from None
     found: Callable[..., Any] = function
     return found
 
@@ -49,6 +51,6 @@ def build_imported(spec: ImportedModelSpec) -> nn.Module:
     """
     model = find_function(spec)(**spec.arguments)
     if not isinstance(model, nn.Module):
-        takes = f"takes a function that returns a torch.nn.Module, not {type(model).__name__}"
+        takes = f"must be a function that returns a torch.nn.Module, not {type(model).__name__}"
         raise ConfigurationError("model.name", spec.name, takes)
     return model

@@ -51,13 +51,13 @@ def build_cnn(spec: CnnSpec, shape: Sequence[int], classes: int, seed: int) -> n
     """
     if len(shape) != 3:
         raise ConfigurationError(
-            "model", spec.name, f"takes images (channels, height, width), not samples of {tuple(shape)}"
+            "model", spec.name, f"must be used with images (channels, height, width), not samples of {tuple(shape)}"
         )
     last = len(spec.channels)
     most = min(shape[1:]).bit_length()
     if last > most:
         raise ConfigurationError(
-            "model.channels", spec.channels, f"takes at most {most} levels for images of {shape[1]}x{shape[2]}"
+            "model.channels", spec.channels, f"must be at most {most} levels for images of {shape[1]}x{shape[2]}"
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for level, (inputs, outputs) in enumerate(pairwise([shape[0], *spec.channels]), start=1):

@@ -108,7 +108,7 @@ def _append_local_response_norm(model: nn.Module, path: str) -> None:
     paths = [path for path, _ in model.named_modules() if path]
     if path not in paths:
         close = ", ".join(difflib.get_close_matches(path, paths, n=5)) or ", ".join(paths[:5])
-        takes = f"takes paths of the model's modules, such as {close}"
+        takes = f"must be paths of the model's modules, such as {close}"
         raise ConfigurationError("model.local_response_norm_after", path, takes)
     layer = model.get_submodule(path)
     layers = OrderedDict(layer=layer, local_response_norm=nn.LocalResponseNorm(LOCAL_RESPONSE_SIZE))

@@ -28,11 +28,11 @@ def build_library_model(spec: LibraryModelSpec, shape: Sequence[int], classes: i
     library, _, name = spec.name.partition(":")
     if name not in (names := _names(library)):
         close = ", ".join(difflib.get_close_matches(name, names, n=5)) or "none"
-        raise ConfigurationError("model.name", spec.name, f"takes a model of {library}; of a close name are: {close}")
+        raise ConfigurationError("model.name", spec.name, f"must be a model of {library}; similar names: {close}")
     try:
         model = _build(library, name, spec.arguments, shape[0], classes)
     except Exception as error:  # whatever a builder makes of arguments that it does not take
-        takes = f"takes what the builder of {spec.name} takes: {type(error).__name__}: {error}"
+        takes = f"must be arguments of the builder of {spec.name}: {type(error).__name__}: {error}"
         raise ConfigurationError("model.arguments", spec.arguments, takes) from error
     alter(model, spec)
     return model

@@ -86,7 +86,7 @@ def _build(layer: nn.Module, norm: Norm, dimensions: int) -> nn.Module:
     match norm:
         case Norm.BATCH | Norm.SYNC:
             if dimensions not in BATCH_NORMS:
-                raise ValueError(f"its input has {dimensions} dimensions; taken are 2 to 5")
+                raise ValueError(f"its input must have 2 to 5 dimensions (got {dimensions})")
             momentum = getattr(layer, "momentum", 0.1)
             tracks = layer.track_running_stats if isinstance(layer, _BatchNorm) else True
             successor = BATCH_NORMS[dimensions](channels, eps, momentum, affine, tracks, **place)

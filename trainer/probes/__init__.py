@@ -57,7 +57,9 @@ class Probes:
         self._layers = layers_with_weights(model, named)
         self._shift = Shift(model, named)
         if "shift" in self._wanted and not self._shift.layers:
-            raise ConfigurationError("probes.layers", spec.probes.layers, "shift takes modules with trained weights")
+            raise ConfigurationError(
+                "probes.layers", spec.probes.layers, "must be modules with trained weights for the measurement shift"
+            )
         self._before: dict[str, Moments] = {}
 
     def are_due(self, step: int) -> bool:
@@ -106,7 +108,7 @@ class Probes:
             for places, probes in ((activations, OF_ACTIVATIONS), (norms, OF_NORMS))
         ]
         if any(is_wanted and not places for places, is_wanted in chosen):
-            takes = f"takes paths of modules here: {self._spec.model.name} has no activation modules to go by"
+            takes = f"must be given: {self._spec.model.name} has no activation modules"
             raise ConfigurationError("probes.layers", [], takes)
         of_activations, of_norms = (places if is_wanted else [] for places, is_wanted in chosen)
         return of_activations, of_norms

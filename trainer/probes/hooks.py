@@ -60,7 +60,7 @@ def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module
     missing = [path for path in paths if path not in modules]
     if missing:
         close = difflib.get_close_matches(missing[0], modules, n=5) or list(modules)[:5]
-        takes = f"takes paths of the model's modules, such as {', '.join(close)}"
+        takes = f"must be paths of the model's modules, such as {', '.join(close)}"
         raise ConfigurationError("probes.layers", missing, takes)
     return {path: modules[path] for path in paths}
 
@@ -96,7 +96,9 @@ class Observer:
         unseen = [place.path for place in self._places if place.path not in self.seen[0]]
         # A model may have activations that it does not use; what a user has named must be there.
         if any(place.path in unseen and not place.is_input for place in self._places) or not self.seen[0]:
-            raise ConfigurationError("probes.layers", unseen, "takes modules that the model calls in its forward pass")
+            raise ConfigurationError(
+                "probes.layers", unseen, "must be modules that the model calls in its forward pass"
+            )
 
     def _hook(self, place: HookPoint) -> torch.utils.hooks.RemovableHandle:
         if place.is_input:
@@ -113,7 +115,7 @@ class Observer:
         """Measure at once: an activation may work in place."""
         if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not tensor.is_floating_point():
             found = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            takes = f"takes modules with a floating tensor (samples, channels, ...), not {found}"
+            takes = f"must be modules with a floating-point tensor (samples, channels, ...), not {found}"
             raise ConfigurationError("probes.layers", path, takes)
         if tensor in self._channels_last:
             tensor = tensor.movedim(-1, 1)

@@ -48,7 +48,8 @@ class Outbox:
             self._append({"kind": "identity", "identity": self._identity})
         for field in sorted(self._identity.keys() | identity.keys()):
             if self._identity.get(field) != identity.get(field):
-                takes = f"takes what this run began with, {self._identity.get(field)}, whose metrics are in {self.path}"
+                start = self._identity.get(field)
+                takes = f"must be as at the start of this run, {start}, whose metrics are in {self.path}"
                 raise ConfigurationError(field, identity.get(field), takes)
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:

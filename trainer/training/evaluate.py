@@ -25,7 +25,7 @@ class Evaluator:
 
     def __init__(self, spec: EvaluationSpec, model: nn.Module, dataset: Dataset, worker: RankInfo) -> None:
         if "top5_accuracy" in spec.metrics and dataset.classes <= 5:
-            takes = f"top5_accuracy takes more than 5 classes; there are {dataset.classes}"
+            takes = f"top5_accuracy must have more than 5 classes; there are {dataset.classes}"
             raise ConfigurationError("evaluation.metrics", spec.metrics, takes)
         self._spec, self._model, self._dataset, self._worker = spec, model, dataset, worker
         others = [name for name in spec.metrics if name != "accuracy"]
@@ -68,7 +68,7 @@ class Evaluator:
         loss_sum, right, *by_class = sum_over_workers(sums, self._worker.world_size).tolist()
         samples = sum(by_class)
         if not samples:
-            raise DataError("data.corrupt_images", "skip", "takes a test image that can be read; there is none")
+            raise DataError("data.corrupt_images", "skip", "must leave at least one readable test image")
         self._check_classes(by_class)
         for name, metric in self._metrics.items():
             with warnings.catch_warnings():

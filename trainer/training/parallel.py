@@ -30,7 +30,9 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: RankInfo, shape: tuple[
     blocks = find_blocks(model)
     if spec.activation_checkpointing:
         if not blocks:
-            takes = "takes a model with blocks: modules with parts, in an nn.Sequential or nn.ModuleList"
+            takes = (
+                "must be used with a model that has blocks: modules with children, in an nn.Sequential or nn.ModuleList"
+            )
             raise ConfigurationError("activation_checkpointing", spec.model.name, takes)
         for block in blocks:
             # Not a module around the block, which would change the names of its parameters.

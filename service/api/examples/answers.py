@@ -246,7 +246,7 @@ def _field(field: str, value: Any, takes: str) -> tuple[str, list[FieldError]]:
 PROBLEMS: dict[HTTPStatus, Problem] = {
     status: Problem(title=status.phrase, status=status, detail=detail, errors=errors)
     for status, (detail, errors) in {
-        HTTPStatus.BAD_REQUEST: _field("body", None, "takes JSON in UTF-8 of a size that can be read"),
+        HTTPStatus.BAD_REQUEST: _field("body", None, "must be JSON in UTF-8 within the size limits"),
         HTTPStatus.UNAUTHORIZED: (
             "this call needs the header `Authorization: Bearer <token>` with a valid token",
             [],
@@ -258,8 +258,8 @@ PROBLEMS: dict[HTTPStatus, Problem] = {
             "job job-3f9c2b7a10de has changed since: it is running, attempt 1 is running",
             [],
         ),
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("the body takes at most 256,000 bytes", []),
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE: _field("Content-Type", "text/plain", "takes application/json"),
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE: ("the body must have at most 256,000 bytes", []),
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE: _field("Content-Type", "text/plain", "must be application/json"),
         HTTPStatus.UNPROCESSABLE_ENTITY: _field(
             "spec.global_batch_size", 1, "2 workers with norm 'sync' on 'mnist5k' take 2 to 4000 samples"
         ),

@@ -176,11 +176,11 @@ async def read_logs(
     job = await components.jobs.get(job_id, caller.sees_only)
     wanted = Selection(rank, level)
     if attempt is not None and attempt > job.attempt:
-        raise InvalidField("attempt", attempt, f"takes 1 to {job.attempt}")
+        raise InvalidField("attempt", attempt, f"must be 1 to {job.attempt}")
     if follow:
         place = LogOffset.parse("Last-Event-ID", last_event_id) if last_event_id else LogOffset(attempt or 1)
         if place.attempt > job.attempt:
-            raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
+            raise InvalidField("Last-Event-ID", last_event_id, "must be the id of an event of this stream")
         return Stream(components, caller, follow_log(components, caller, job, place, wanted))
     place = LogOffset(attempt or job.attempt)
     if await on_storage(components.files.log_path(job, place.attempt).is_file):
@@ -197,7 +197,7 @@ async def _text(parts: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
 
 def _sequence(last_event_id: str) -> int:
     if not re.fullmatch(r"[0-9]{1,10}", last_event_id) or int(last_event_id) > LARGEST_PLACE:
-        raise InvalidField("Last-Event-ID", last_event_id, "takes the id of an event of this stream")
+        raise InvalidField("Last-Event-ID", last_event_id, "must be the id of an event of this stream")
     return int(last_event_id)
 
 

@@ -29,7 +29,7 @@ async def show_caller(caller: Reader) -> CallerView:
 async def make_token(body: MakeToken, caller: Admin, components: GivenComponents, request: Request) -> MadeToken:
     """Make a token. Its secret is in this answer and nowhere else; a repetition under the same key answers 409 with its id."""
     if body.owner in RESERVED_OWNERS:
-        raise InvalidField("owner", body.owner, "takes no name of a part of the service")
+        raise InvalidField("owner", body.owner, "must not be the name of a part of the service")
     now = datetime.now(UTC)
     token = Token(
         id=new_id("token"),

@@ -31,7 +31,7 @@ class MakeWebhook(FrozenModel):
     @classmethod
     def _are_ends(cls, states: list[JobState]) -> list[JobState]:
         if not set(states) <= set(ENDS):
-            raise ValueError(f"takes {', '.join(ENDS)}")
+            raise ValueError(f"must be among {', '.join(ENDS)}")
         return states
 
 

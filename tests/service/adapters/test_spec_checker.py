@@ -36,7 +36,7 @@ async def checker():
 async def test_names_and_arguments_are_checked_against_the_libraries(checker, monkeypatch):
     monkeypatch.setenv("SYNCBN_TOKEN", "a secret of the service")
     for model, field, message in [
-        ({"name": "timm:resnet266"}, "spec.model.name", r"takes a model of timm; of a close name are: resnet26"),
+        ({"name": "timm:resnet266"}, "spec.model.name", r"must be a model of timm; similar names: resnet26"),
         ({"name": "torchvision:resnet19"}, "spec.model.name", r"resnet18"),
         ({"name": "timm:resnet26", "arguments": {"junk": 1}}, "spec.model.arguments", "unexpected keyword argument 'junk'"),
         ({"name": "torchvision:resnet18", "arguments": {"x": 1}}, "spec.model.arguments", "unexpected keyword argument 'x'"),

@@ -109,7 +109,7 @@ async def test_a_clone_is_the_same_but_for_what_is_changed(client, busy):
         job[name] for name in ("name", "priority", "tags", "retries")
     ]
     for overrides, field, takes in [
-        ({"optimizer.learning": 1}, "overrides.optimizer.learning", "takes a path into the spec"),
+        ({"optimizer.learning": 1}, "overrides.optimizer.learning", "must be a path into the spec"),
         ({"optimizer.lr": -1}, "overrides.optimizer.lr", "greater than 0"),
         ({"optimizer": {"lr": 1}, "optimizer.lr": 2}, "overrides.optimizer.lr", "set as a whole already"),
     ]:

@@ -106,7 +106,7 @@ async def test_logs_come_from_ray_as_long_as_there_are_no_others(client, ray):
     assert (await client.get(f"/v1/jobs/{job['id']}/logs")).text == f"log of {job['id']}-a1"
     refused = await client.get(f"/v1/jobs/{job['id']}/logs?attempt=2")
     assert refused.status_code == 422
-    assert refused.json()["errors"] == [{"field": "attempt", "value": 2, "takes": "takes 1 to 1"}]
+    assert refused.json()["errors"] == [{"field": "attempt", "value": 2, "takes": "must be 1 to 1"}]
 
 
 async def test_cancelling(client, ray):
@@ -170,8 +170,8 @@ async def test_pages(client):
             "spec.model.hidden[1]",
             "greater than or equal to 1",
         ),
-        ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model", "takes mlp, cnn, torchvision:<name>"),
-        ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "takes mnist5k, digits, synthetic"),
+        ({"spec": SPEC | {"model": {"name": "vgg"}}}, "spec.model", "name must be mlp, cnn, torchvision:<name>"),
+        ({"spec": SPEC | {"data": {"name": "cifar"}}}, "spec.data", "name must be mnist5k, digits, synthetic"),
         ({"spec": SPEC | {"data": {"name": "digits", "root": "/etc"}}}, "spec.data.root", "no such field"),
         ({"spec": SPEC | {"norm": "instance"}}, "spec.norm", "'none', 'batch', 'sync', 'group' or 'layer'"),
         ({"spec": SPEC | {"global_batch_size": 1}}, "spec.global_batch_size", "take 2 to 4000 samples"),

@@ -66,7 +66,7 @@ async def _in_pieces():
 async def test_a_body_that_is_too_large(client, content, headers):
     content = content() if callable(content) else content
     answer = await refused(client, 413, "POST", "/v1/jobs", content=content, headers=JSON | headers)
-    assert answer.json()["detail"] == "the body takes at most 256,000 bytes"
+    assert answer.json()["detail"] == "the body must have at most 256,000 bytes"
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 

@@ -86,20 +86,20 @@ def test_a_submission_under_a_key_is_done_once(syncbn, spec, comparison):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--set", "steps"), "takes NAME=VALUE (got steps)"),
+        (("--set", "steps"), "must be NAME=VALUE (got steps)"),
         (("--set", "steps=[1"), "steps takes JSON or YAML (got [1)"),
         (("--set", "steps=2001-99-99"), "steps takes JSON or YAML (got 2001-99-99)"),
         (("--set", "steps=!!int x"), "steps takes JSON or YAML (got !!int x)"),
         (("--set", "steps=" + "9" * 5_000), "steps takes JSON or YAML (got 9999"),
         (("--set", "steps=" + "[" * 3_000), "steps takes JSON or YAML (got [[["),
-        (("--set", "steps=NaN"), "steps: takes what JSON can hold"),
+        (("--set", "steps=NaN"), "steps: must be a JSON value"),
         (("--set", "steps.x=1"), "steps.x: steps is 10, and has no fields"),
-        (("--set", "a=1", "--set", "a=2"), "takes each name once (got a twice)"),
-        (("--retries", "hang=often"), "hang takes a whole number (got often)"),
+        (("--set", "a=1", "--set", "a=2"), "must name each name once (got a twice)"),
+        (("--retries", "hang=often"), "hang must be a whole number (got often)"),
         (("--retries", "user=1"), "retries.user: Extra inputs"),
         (("--priority", "1000"), "priority: Input should be less than or equal to 100"),
-        (("--tag", "a", "--tag", "a"), "takes each tag once"),
-        (("--secret", "PATH=x"), "takes no PATH"),
+        (("--tag", "a", "--tag", "a"), "must have each tag once"),
+        (("--secret", "PATH=x"), "must not be PATH"),
         (("--queue-seconds", "0"), "queue_seconds: Input should be greater than 0"),
         (("--secret", "A=hf_ABC DEF"), "secrets.A: String should match pattern"),
     ],
@@ -119,8 +119,8 @@ def test_wrong_files_are_named(syncbn, tmp_path):
         ("- 1", "holds no mapping"),
         ("{", "holds no YAML"),
         ("\x00", "holds no YAML"),
-        ("steps: 2020-01-01", "takes what JSON can hold"),
-        ("steps: .nan", "takes what JSON can hold"),
+        ("steps: 2020-01-01", "must be a JSON value"),
+        ("steps: .nan", "must be a JSON value"),
     ]:
         path = tmp_path / "x.yaml"
         path.write_text(text)
@@ -162,10 +162,10 @@ def test_a_service_without_a_token_and_a_faulty_config_file_are_wrong_use(syncbn
     monkeypatch.delenv("SYNCBN_TOKEN")
     code, _, error = syncbn("jobs")
     assert code == 2
-    assert "takes a token" in error
+    assert "needs a token" in error
     code, _, error = syncbn("jobs", "--url", "nonsense", "--token", "x")
     assert code == 2
-    assert "takes an address" in error
+    assert "must be an address" in error
     monkeypatch.delenv("SYNCBN_URL")
     path = default_config_path()
     path.parent.mkdir()
@@ -278,7 +278,7 @@ def test_jobs_are_cancelled_resumed_and_cloned(syncbn, api, spec, comparison):
     assert (cloned["cloned_from"], cloned["spec"]["optimizer"]["lr"]) == (ids[0], 0.25)
     code, printed, told = syncbn("clone", ids[0], "--set", "optimizer.rl=1")
     assert (code, printed) == (1, "")
-    assert "takes a path into the spec" in told
+    assert "must be a path into the spec" in told
     made = read(syncbn("compare", comparison, "--no-wait", "--json"))["comparison"]
     code, printed, _ = syncbn("cancel", made["id"])
     assert code == 0

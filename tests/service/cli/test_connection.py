@@ -68,7 +68,7 @@ def test_a_token_may_come_from_elsewhere_but_not_from_a_file_of_another_service(
     assert find_service(ServiceTarget(token="other"), {}) == ("http://file", "other")
     assert find_service(ServiceTarget(), {"SYNCBN_TOKEN": " other\n"}) == ("http://file", "other")
     assert find_service(ServiceTarget(url="http://option"), {"SYNCBN_TOKEN": "other"}) == ("http://option", "other")
-    with pytest.raises(typer.BadParameter, match="http://option takes a token"):
+    with pytest.raises(typer.BadParameter, match="http://option needs a token"):
         find_service(ServiceTarget(url="http://option"), {})
 
 
@@ -88,9 +88,9 @@ def test_a_token_that_others_may_read_is_refused(config, mode):
     ("text", "told"),
     [
         ("url = ", "holds no TOML"),
-        ('address = "x"', "address: takes url, token, data_dir"),
+        ('address = "x"', "address: must be one of url, token, data_dir"),
         ("url = 5", "url: Input should be a valid string"),
-        ('token = "x"', "token: takes the url of its service beside it"),
+        ('token = "x"', "token: must be used with the url of its service"),
     ],
 )
 def test_what_is_no_config_file_is_refused(config, text, told):

@@ -75,7 +75,7 @@ def test_every_post_has_a_key_of_its_own_unless_one_is_given(api, network, by):
     assert network.sent_keys()[:2] == [mine, mine]
     assert None not in network.sent_keys()
     assert len(set(network.sent_keys())) == 3
-    with pytest.raises(ApiError, match="takes a new key for each request"):
+    with pytest.raises(ApiError, match="must be a new key for each request"):
         by.call(network.url, lambda client: client.submit_job("y", SPEC, key=mine))
 
 
@@ -281,13 +281,13 @@ def test_an_id_stays_within_its_part_of_the_path(network, by):
 @pytest.mark.parametrize(
     ("url", "token", "told"),
     [
-        ("127.0.0.1:8000", "t", "url: takes an address"),
-        ("ftp://host", "t", "url: takes an address"),
-        ("http://", "t", "url: takes an address"),
-        ("http://host:port", "t", "url: takes an address"),
-        ("http://host", "", "token: takes visible ASCII"),
-        ("http://host", "a\nb", "token: takes visible ASCII"),
-        ("http://host", "ä", "token: takes visible ASCII"),
+        ("127.0.0.1:8000", "t", "url: must be an address"),
+        ("ftp://host", "t", "url: must be an address"),
+        ("http://", "t", "url: must be an address"),
+        ("http://host:port", "t", "url: must be an address"),
+        ("http://host", "", "token: must be one or more visible ASCII"),
+        ("http://host", "a\nb", "token: must be one or more visible ASCII"),
+        ("http://host", "ä", "token: must be one or more visible ASCII"),
     ],
 )
 @pytest.mark.parametrize("kind", [Client, AsyncClient])

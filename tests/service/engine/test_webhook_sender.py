@@ -161,7 +161,7 @@ async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
         ("https://two..dots/", "cannot"),
         (f"https://{'a' * 64}.example/", "cannot"),
         ("https://ann:secret@93.184.215.14/", "user name"),
-        ("http://93.184.215.14/", "takes https"),
+        ("http://93.184.215.14/", "must be https"),
     ],
 )
 async def test_urls_that_are_refused(url, words):

@@ -169,7 +169,7 @@ def test_a_wrong_label_is_refused_all_the_same(root, paths):
     parts = open_folders(data)
     one_class = Parts(parts.training, parts.testing, 1, "")
     dataset = ImageDataset(make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0)
-    with pytest.raises(DataError, match=r"takes labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"):
+    with pytest.raises(DataError, match=r"must have labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"):
         next(dataset.train(0))
 
 
@@ -273,9 +273,9 @@ def test_an_error_of_the_storage_may_go_by(monkeypatch, root):
 
 
 def test_the_error_goes_from_process_to_process():
-    error = CorruptImage("data.root", "x.png", "takes images")
+    error = CorruptImage("data.root", "x.png", "must be an image")
     copy = pickle.loads(pickle.dumps(error))
-    assert (type(copy), str(copy)) == (CorruptImage, "data.root: takes images (got 'x.png')")
+    assert (type(copy), str(copy)) == (CorruptImage, "data.root: must be an image (got 'x.png')")
 
 
 def count_here(data):

@@ -58,14 +58,18 @@ def test_files_are_found_at_any_address_of_fsspec(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("parquet", {"train": "/nowhere"}, "data.train: takes files of format 'parquet'"),
-        ("parquet", {"train": "nowhere://x"}, "data.train: takes a path or an fsspec address"),
-        ("parquet", {"format": "webdataset"}, "takes files of format 'webdataset', which end in .tar; there are none"),
-        ("parquet", {"label_column": "y"}, r"data.label_column: takes a column of .*0.parquet: image, label"),
+        ("parquet", {"train": "/nowhere"}, "data.train: must have files of format 'parquet'"),
+        ("parquet", {"train": "nowhere://x"}, "data.train: must be a readable path or fsspec address"),
+        (
+            "parquet",
+            {"format": "webdataset"},
+            "must have files of format 'webdataset', which end in .tar; there are none",
+        ),
+        ("parquet", {"label_column": "y"}, r"data.label_column: must be a column of .*0.parquet: image, label"),
         (
             "webdataset",
             {"input_column": "jpg"},
-            r"data.input_column: takes a column of .*0.tar: png, cls; the key of a sample",
+            r"data.input_column: must be a column of .*0.tar: png, cls; the key of a sample",
         ),
     ],
 )
@@ -79,7 +83,7 @@ def test_what_is_not_there_is_named(kind, changes, message, tmp_path):
 def test_a_file_that_cannot_be_read_is_named(kind, name, tmp_path):
     data = make_stream(kind, tmp_path)
     truncate(tmp_path / "train" / name)
-    with pytest.raises(DataError, match=f"data.train: takes files that can be read.*{name}"):
+    with pytest.raises(DataError, match=f"data.train: must be readable files.*{name}"):
         list_train(data)
 
 
@@ -109,7 +113,7 @@ def test_links_out_of_the_folder_are_refused(tmp_path, way):
     data = make_stream("images", tmp_path)
     outside = write_images(tmp_path / "outside")
     os.symlink(outside / way, tmp_path / "data" / "train" / "a" / "way.png")
-    with pytest.raises(DataError, match="takes links that stay below"):
+    with pytest.raises(DataError, match="must contain only links that stay below"):
         list_train(data)
 
 
@@ -208,12 +212,12 @@ def test_augmentation_depends_on_seed_and_content_alone():
 @pytest.mark.parametrize(
     ("image", "label", "changes", "error"),
     [
-        (b"no image", 3, {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
-        (encode(draw(1)[0][0]), 3, {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
-        (encode(draw(1)[0][0]), b"x", {}, ["data.label_column", "label", "takes a column of labels from 0 to 2: "]),
-        (encode(draw(1)[0][0]), 0, {"shape": [3, 9, 9]}, ["data.shape", "[3, 9, 9]", "takes the shape"]),
-        (np.zeros(5), 0, {"transform": {"crop": 2}}, ["data.transform", "file", "takes images"]),
-        ("text", 0, {}, ["data.input_column", "image", "takes a column of images or of arrays of numbers"]),
+        (b"no image", 3, {}, ["data.label_column", "label", "must be a column of labels from 0 to 2: "]),
+        (encode(draw(1)[0][0]), 3, {}, ["data.label_column", "label", "must be a column of labels from 0 to 2: "]),
+        (encode(draw(1)[0][0]), b"x", {}, ["data.label_column", "label", "must be a column of labels from 0 to 2: "]),
+        (encode(draw(1)[0][0]), 0, {"shape": [3, 9, 9]}, ["data.shape", "[3, 9, 9]", "must be the shape"]),
+        (np.zeros(5), 0, {"transform": {"crop": 2}}, ["data.transform", "file", "must be used with images"]),
+        ("text", 0, {}, ["data.input_column", "image", "must be a column of images or of arrays of numbers"]),
         (None, 0, {"corrupt_images": "skip"}, ["data.input_column", "image", "must hold a value in every row"]),
         ({"bytes": None, "path": "x"}, 0, {}, ["data.input_column", "image", "must hold a value in every row"]),
         (np.nan, 0, {"shape": [1]}, ["data.input_column", "image", "must hold a value in every row"]),
@@ -221,22 +225,27 @@ def test_augmentation_depends_on_seed_and_content_alone():
             np.array([1, np.nan]),
             0,
             {"shape": [2]},
-            ["data.input_column", "image", "takes a column of images or of arr"],
+            ["data.input_column", "image", "must be a column of images or of arr"],
         ),
         (
             np.array([1, np.inf]),
             0,
             {"shape": [2]},
-            ["data.input_column", "image", "takes a column of images or of arr"],
+            ["data.input_column", "image", "must be a column of images or of arr"],
         ),
         (np.ones(2), None, {"shape": [2]}, ["data.label_column", "label", "must hold a value in every row"]),
         (np.ones(2), np.float64("nan"), {"shape": [2]}, ["data.label_column", "label", "must hold a value in every"]),
-        (np.ones(2), 0.5, {"shape": [2]}, ["data.label_column", "label", "takes a column of labels from 0 to 2: 0.5"]),
+        (
+            np.ones(2),
+            0.5,
+            {"shape": [2]},
+            ["data.label_column", "label", "must be a column of labels from 0 to 2: 0.5"],
+        ),
         (
             np.ones(2),
             True,
             {"shape": [2]},
-            ["data.label_column", "label", "takes a column of labels from 0 to 2: True"],
+            ["data.label_column", "label", "must be a column of labels from 0 to 2: True"],
         ),
     ],
 )
@@ -311,5 +320,5 @@ def test_a_corrupt_image_is_marked_and_told_from_others_of_its_file(changes, pla
     assert prepared["label"].tolist() == [CORRUPT, 1]
     field, value, takes = json.loads(prepared["error"][0])
     assert (field, value, prepared["error"][1]) == ("data.input_column", name, "")
-    assert takes.startswith("takes images that can be read: ")
+    assert takes.startswith("must be a readable image: ")
     assert prepared["input"].shape == (2, 3, 12, 10)

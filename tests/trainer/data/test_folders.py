@@ -134,20 +134,26 @@ def empty(path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda root: remove(root), "data.root: takes a folder that holds 'train'"),
-        (lambda root: remove(root / "val"), "data.root: takes a folder that holds 'val'"),
-        (lambda root: [remove(root / "val" / name) for name in ("cat", "dog")], "takes a folder of images per class"),
-        (lambda root: empty(root / "train" / "dog"), "takes images in every class; there are none in dog"),
+        (lambda root: remove(root), "data.root: must be a folder that contains 'train'"),
+        (lambda root: remove(root / "val"), "data.root: must be a folder that contains 'val'"),
+        (
+            lambda root: [remove(root / "val" / name) for name in ("cat", "dog")],
+            "must contain a folder of images per class",
+        ),
+        (lambda root: empty(root / "train" / "dog"), "must have images in every class; there are none in dog"),
         (
             lambda root: remove(root / "train" / "dog"),
-            "data.test_folder: takes the classes of 'train'; not among them: dog",
+            "data.test_folder: must have the classes of 'train'; not among them: dog",
         ),
         (lambda root: (root / "train" / "cat" / "x.png").symlink_to("gone"), "must be a link to a file.*cat/x.png"),
         (lambda root: (root / "train" / "fox").symlink_to("gone"), "must be a link to a file that exists.*train/fox"),
         (lambda root: (root / "train" / "fox").symlink_to("fox"), "must be a link to a file that exists.*train/fox"),
-        (lambda root: (root / "train" / "cat" / "x.png").symlink_to("/etc/hosts"), "takes links that stay below"),
-        (lambda root: move_out(root / "val"), "takes links that stay below"),
-        (lambda root: (root / "train" / "fox").symlink_to("/etc"), "takes links that stay below"),
+        (
+            lambda root: (root / "train" / "cat" / "x.png").symlink_to("/etc/hosts"),
+            "must contain only links that stay below",
+        ),
+        (lambda root: move_out(root / "val"), "must contain only links that stay below"),
+        (lambda root: (root / "train" / "fox").symlink_to("/etc"), "must contain only links that stay below"),
         (lambda root: (root / "train" / "cat" / "loop").symlink_to(root / "train"), "do not lead in a circle"),
     ],
 )
@@ -192,7 +198,7 @@ def test_links_within_the_root_are_followed(root):
 
 
 def test_a_batch_larger_than_the_data_is_refused(root):
-    with pytest.raises(ConfigurationError, match="global_batch_size: takes 10 at most"):
+    with pytest.raises(ConfigurationError, match="global_batch_size: must be at most 10"):
         open_here(make_spec(folder(root), global_batch_size=11))
 
 

@@ -107,7 +107,9 @@ def test_transforms_prepare_digits_for_networks_of_photographs():
 
 def test_a_mean_for_other_channels_is_refused():
     transform = ImageTransformSpec(mean=[0.1, 0.2, 0.3])
-    with pytest.raises(ConfigurationError, match=r"data.transform.mean: takes 1 number or one for each of 1 channels"):
+    with pytest.raises(
+        ConfigurationError, match=r"data.transform.mean: must be 1 number or one for each of 1 channels"
+    ):
         normalize(transform, torch.zeros(2, 1, 4, 4), torch.float32)
 
 

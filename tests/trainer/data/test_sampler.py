@@ -76,5 +76,5 @@ def test_by_label_gives_each_worker_labels_of_its_own(world_size, accumulate, se
 
 
 def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(ConfigurationError, match=r"global_batch_size: takes 5 at most.*\(got 6\)"):
+    with pytest.raises(ConfigurationError, match=r"global_batch_size: must be at most 5.*\(got 6\)"):
         Order(make_spec(DigitsSpec()), 0, 1, samples=5)

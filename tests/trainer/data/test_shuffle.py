@@ -92,9 +92,9 @@ def test_workers_that_ask_one_after_the_other_are_served_from_one_reading():
 def test_a_row_that_cannot_be_read_is_the_same_error_for_every_worker():
     def rows_from(position):
         yield np.zeros(2) + position, 0
-        raise DataError("data.train", "x.tar", "takes whole images")
+        raise DataError("data.train", "x.tar", "must be whole images")
 
     cursor = Cursor(rows_from, 4)
     for _ in range(3):  # workers ask one after the other
-        with pytest.raises(DataError, match="takes whole images"):
+        with pytest.raises(DataError, match="must be whole images"):
             cursor.batch(0)

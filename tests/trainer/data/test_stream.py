@@ -135,7 +135,7 @@ def test_too_many_corrupt_test_rows_in_a_row_end_an_evaluation(tmp_path):
 def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path):
     data = make_stream("webdataset", tmp_path, corrupt_train=(2,), classes=2, corrupt_images="skip")
     spec = make_spec(data)
-    with feeding(spec) as feeder, pytest.raises(DataError, match="takes a column of labels from 0 to 1") as caught:
+    with feeding(spec) as feeder, pytest.raises(DataError, match="must be a column of labels from 0 to 1") as caught:
         take(open_all(spec, 1, feeder=feeder), 0, 3)
     assert type(caught.value) is DataError
 
@@ -175,7 +175,7 @@ def test_a_file_that_breaks_only_as_it_is_read_is_named_by_its_address(kind, par
         with pytest.raises(DataError) as caught:
             take(datasets, 0, 4) if part == "train" else take_test(datasets)
     assert (caught.value.field, caught.value.value) == (f"data.{part}", str(tmp_path / part))
-    assert re.fullmatch(rf"takes files that can be read: {words}.*", caught.value.takes)
+    assert re.fullmatch(rf"must be readable files: {words}.*", caught.value.takes)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # for copying its own context
@@ -226,7 +226,7 @@ def test_data_that_does_not_arrive_in_time_is_a_hang(monkeypatch):
 
 def test_a_feeder_finds_what_is_wrong_as_it_starts(tmp_path):
     spec = make_spec(make_stream("parquet", tmp_path), global_batch_size=22)
-    with pytest.raises(ConfigurationError, match="global_batch_size: takes 21 at most"), feeding(spec):
+    with pytest.raises(ConfigurationError, match="global_batch_size: must be at most 21"), feeding(spec):
         pass
 
 

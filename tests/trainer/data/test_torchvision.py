@@ -65,7 +65,7 @@ def test_emnist_is_read_by_the_split_of_the_spec(tmp_path, split, classes):
     assert parts.training[9][1] == 9
     (alone,) = open_here(make_spec(data))
     assert (alone.shape, alone.classes) == ((1, 28, 28), classes)
-    with pytest.raises(DataError, match=r"data.root: takes the folder that holds the files of torchvision:EMNIST"):
+    with pytest.raises(DataError, match=r"data.root: must be the folder with the files of torchvision:EMNIST"):
         open_library(data.model_copy(update={"split": "mnist"}))
 
 
@@ -114,7 +114,7 @@ def test_a_label_out_of_range_is_named_with_its_image():
     few = Parts(fakes.training, fakes.testing, 2, "")
     dataset = ImageDataset(make_spec(data), data, few, 0, 1, CPU, torch.float32, 0)
     with pytest.raises(
-        DataError, match=r"takes labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
+        DataError, match=r"must have labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
     ):
         next(dataset.train(0))
 
@@ -122,8 +122,8 @@ def test_a_label_out_of_range_is_named_with_its_image():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("CIFAR11", "data.name: takes a dataset of torchvision, such as CIFAR10"),
-        ("os", "data.name: takes a dataset of torchvision"),
+        ("CIFAR11", "data.name: must be a dataset of torchvision, such as CIFAR10"),
+        ("os", "data.name: must be a dataset of torchvision"),
         ("VisionDataset", "with labelled images to train and to test on"),
         ("ImageFolder", "with labelled images to train and to test on"),
         ("SBU", "with labelled images to train and to test on"),
@@ -146,7 +146,7 @@ def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):
     "name", ["MNIST", "CIFAR10", "SVHN", "STL10", "Food101", "ImageNet", "GTSRB", "FGVCAircraft", "DTD"]
 )
 def test_missing_files_are_not_downloaded(name, tmp_path):
-    with pytest.raises(DataError, match=f"data.root: takes the folder that holds the files of torchvision:{name}"):
+    with pytest.raises(DataError, match=f"data.root: must be the folder with the files of torchvision:{name}"):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
@@ -208,7 +208,7 @@ def test_links_out_of_the_root_are_refused_by_name(mnist, tmp_path_factory, of_f
     path = mnist / "MNIST" / "raw" if of_folder else mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(DataError, match=rf"data.root: takes links that stay below {mnist} .*got '{path}'"):
+    with pytest.raises(DataError, match=rf"data.root: must contain only links that stay below {mnist} .*got '{path}'"):
         open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist)))
 
 
@@ -227,14 +227,14 @@ def test_a_folder_that_cannot_be_listed_is_refused(mnist, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", folder)
 
     monkeypatch.setattr("os.scandir", deny)
-    with pytest.raises(DataError, match=r"data.root: takes folders that can be listed: .*Permission denied"):
+    with pytest.raises(
+        DataError, match=r"data.root: must contain only folders that can be listed: .*Permission denied"
+    ):
         open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist)))
 
 
 def test_files_need_a_root():
-    with pytest.raises(
-        ConfigurationError, match=r"data.root: takes the folder that holds the files of torchvision:MNIST"
-    ):
+    with pytest.raises(ConfigurationError, match=r"data.root: must be the folder with the files of torchvision:MNIST"):
         open_library(TorchvisionDataSpec(name=MNIST))
 
 

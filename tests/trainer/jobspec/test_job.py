@@ -39,7 +39,7 @@ def test_yaml_numbers_are_those_of_json(tmp_path):
 
 @pytest.mark.parametrize(("field", "value"), [("padding", 4), ("random_resized_crop", True)])
 def test_what_is_cut_at_random_takes_a_size(field, value):
-    with pytest.raises(ValidationError, match=f"{field} takes a crop"):
+    with pytest.raises(ValidationError, match=f"{field} must have a crop"):
         JobSpec.model_validate({"steps": 1, "data": {"name": "digits", "transform": {field: value}}})
 
 
@@ -69,12 +69,16 @@ def synthetic(**changes):
 @pytest.mark.parametrize(
     ("changes", "field", "takes"),
     [
-        ({"num_workers": [4, 2]}, "num_workers", r"takes \[least, most\]"),
+        ({"num_workers": [4, 2]}, "num_workers", r"must be \[min, max\]"),
         ({"num_workers": [2]}, "num_workers", "at least 2 items"),
-        ({"num_workers": 4, "sync_group_size": 3}, "sync_group_size", "takes a divisor of the 4 workers"),
-        ({"num_workers": [2, 4], "sync_group_size": 2}, "sync_group_size", "takes a fixed number of workers"),
-        ({"num_workers": 4, "norm": "batch", "sync_group_size": 2}, "sync_group_size", "takes norm 'sync'"),
-        ({"num_workers": [2, 4], "sharding": "by_label"}, "sharding", "takes a fixed number of workers"),
+        ({"num_workers": 4, "sync_group_size": 3}, "sync_group_size", "must be a divisor of the 4 workers"),
+        (
+            {"num_workers": [2, 4], "sync_group_size": 2},
+            "sync_group_size",
+            "must be used with a fixed number of workers",
+        ),
+        ({"num_workers": 4, "norm": "batch", "sync_group_size": 2}, "sync_group_size", "must be used with norm 'sync'"),
+        ({"num_workers": [2, 4], "sharding": "by_label"}, "sharding", "must be used with a fixed number of workers"),
         (
             {"num_workers": [2, 4], "norm": "batch", "global_batch_size": 6},
             "global_batch_size",
@@ -84,7 +88,7 @@ def synthetic(**changes):
         ({"global_batch_size": 10, "accumulate": 6}, "accumulate", "6 parts of 10 samples leave 1"),
         ({"early_stop": {"metric": "f1"}}, "early_stop", "'f1' is not among evaluation.metrics"),
         ({"checkpoint": {"keep_best": "auroc"}}, "checkpoint", "'auroc' is not among evaluation.metrics"),
-        ({"evaluation": {"metrics": ["f1", "f1"]}}, "evaluation.metrics", "takes each metric once"),
+        ({"evaluation": {"metrics": ["f1", "f1"]}}, "evaluation.metrics", "must name each metric once"),
         (
             {"model": {"name": "torchvision:resnet18", "arguments": {"weights": "DEFAULT"}}},
             "model.arguments",

@@ -77,7 +77,7 @@ def test_addresses_are_taken_under_their_root(address, is_allowed):
 
 
 def test_checkpoints_are_written_under_a_root_alone():
-    with pytest.raises(NotAllowed, match=r"checkpoint\.address: takes absolute paths and addresses under none"):
+    with pytest.raises(NotAllowed, match=r"checkpoint\.address: must be an absolute path or address under none"):
         Allowlist().check(spec(checkpoint={"address": "/anywhere"}))
 
 

@@ -49,8 +49,11 @@ def test_an_imported_model_is_switched_too():
         (imported("small", module="tests.trainer.none"), r"model.name: there is no module tests.trainer.none"),
         (imported("none"), r"model.name: tests.trainer.models.test_imported has no function none"),
         (imported("number"), r"model.name: tests.trainer.models.test_imported has no function number"),
-        (imported("small", depth=3), r"model.arguments: takes what .*: got an unexpected keyword argument 'depth'"),
-        (imported("no_model"), r"model.name: takes a function that returns a torch.nn.Module, not dict"),
+        (
+            imported("small", depth=3),
+            r"model.arguments: must be arguments of .*: got an unexpected keyword argument 'depth'",
+        ),
+        (imported("no_model"), r"model.name: must be a function that returns a torch.nn.Module, not dict"),
     ],
 )
 def test_an_import_that_gives_no_model_is_named(spec, message):

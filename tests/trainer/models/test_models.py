@@ -113,8 +113,8 @@ def test_the_small_convolutional_network():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((64,), r"model: takes images \(channels, height, width\), not samples of \(64,\) \(got 'cnn'\)"),
-        ((1, 3, 8), r"model.channels: takes at most 2 levels for images of 3x8"),
+        ((64,), r"model: must be used with images \(channels, height, width\), not samples of \(64,\) \(got 'cnn'\)"),
+        ((1, 3, 8), r"model.channels: must be at most 2 levels for images of 3x8"),
     ],
 )
 def test_the_small_convolutional_network_refuses_what_it_cannot_take(shape, message):
@@ -212,10 +212,10 @@ def test_images_of_other_channels(name, channels):
         (
             {"name": "torchvision:resnet19"},
             IMAGE,
-            r"model.name: takes a model of torchvision; .*resnet1.* 'torchvision:resnet19'",
+            r"model.name: must be a model of torchvision; .*resnet1.* 'torchvision:resnet19'",
         ),
-        ({"name": "torchvision:fcn_resnet50"}, IMAGE, r"model.name: takes a model of torchvision; .*resnet50"),
-        ({"name": "timm:resnet10"}, IMAGE, r"model.name: takes a model of timm; .*resnet10t"),
+        ({"name": "torchvision:fcn_resnet50"}, IMAGE, r"model.name: must be a model of torchvision; .*resnet50"),
+        ({"name": "timm:resnet10"}, IMAGE, r"model.name: must be a model of timm; .*resnet10t"),
         ({"name": "timm:qqqqqqqqqqqqqqqqqqqqqqq"}, IMAGE, r"model.name: .* none \("),
         (
             {"name": "torchvision:resnet18", "arguments": {"depth": 3}},
@@ -240,7 +240,7 @@ def test_images_of_other_channels(name, channels):
             IMAGE,
             r"to logits of shape \(2, 5\), not to list",
         ),
-        ({"name": "timm:resnet18.a_tag"}, IMAGE, r"model.name: takes a model of timm; .*resnet18\."),
+        ({"name": "timm:resnet18.a_tag"}, IMAGE, r"model.name: must be a model of timm; .*resnet18\."),
         (
             {"name": "torchvision:resnet18", "dropout": 0.5},
             IMAGE,
@@ -254,7 +254,7 @@ def test_images_of_other_channels(name, channels):
         (
             {"name": "torchvision:googlenet", "local_response_norm_after": ["maxpool"]},
             IMAGE,
-            r"model.local_response_norm_after: takes paths of the model's modules, such as .*maxpool1.*\(got 'maxpool'\)",
+            r"model.local_response_norm_after: must be paths of the model's modules, such as .*maxpool1.*\(got 'maxpool'\)",
         ),
         ({"name": "torchvision:googlenet", "local_response_norm_after": [""]}, IMAGE, r"such as conv1"),
     ],

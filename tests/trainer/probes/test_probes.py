@@ -325,7 +325,7 @@ def test_tokens_have_their_channels_last_and_a_module_used_twice_is_two_places()
     ("probes", "takes"),
     [
         ({"measure": ["drift"], "layers": ["layers.1", "layers.9"]}, r"such as layers.*'layers.9'"),
-        ({"measure": ["shift"], "layers": ["norms"]}, "shift takes modules with trained weights"),
+        ({"measure": ["shift"], "layers": ["norms"]}, "must be modules with trained weights for the measurement shift"),
     ],
 )
 def test_layers_that_are_not_there_are_refused_by_name(probes, takes):

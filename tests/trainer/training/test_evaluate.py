@@ -147,7 +147,7 @@ def train_and_measure(spec):
 
 def test_top_5_of_few_classes_says_nothing_and_is_refused():
     evaluation = EvaluationSpec(metrics=["top5_accuracy"])
-    with pytest.raises(ConfigurationError, match="top5_accuracy takes more than 5 classes; there are 5"):
+    with pytest.raises(ConfigurationError, match="top5_accuracy must have more than 5 classes; there are 5"):
         Evaluator(evaluation, torch.nn.Linear(1, 5), SimpleNamespace(classes=5), here())
 
 

@@ -118,7 +118,7 @@ def test_activations_that_are_computed_anew_change_nothing(norm):
 
 
 def test_a_model_without_blocks_has_no_activations_to_forget():
-    with pytest.raises(ConfigurationError, match="activation_checkpointing: takes a model with blocks"):
+    with pytest.raises(ConfigurationError, match="activation_checkpointing: must be used with a model that has blocks"):
         train_here(make_spec(model=BACKWARDS, activation_checkpointing=True))
 
 

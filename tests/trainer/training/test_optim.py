@@ -49,11 +49,11 @@ def test_each_of_them_trains(name):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"name": "torch:Adams"}, "takes torch: and one of"),
-        ({"name": "torch:LBFGS"}, "takes torch: and one of"),
+        ({"name": "torch:Adams"}, "must be torch: and one of"),
+        ({"name": "torch:LBFGS"}, "must be torch: and one of"),
         ({"name": "torch:Adam", "arguments": {"momentum": 0.9}}, "momentum: torch:Adam takes amsgrad, betas"),
-        ({"name": "adam"}, "takes sgd, adamw or torch:"),
-        ({"name": "sgd", "nesterov": True}, "takes a momentum above 0"),
+        ({"name": "adam"}, "name must be sgd, adamw or torch:"),
+        ({"name": "sgd", "nesterov": True}, "must be used with a momentum above 0"),
         ({"name": "adamw", "betas": [0.9]}, "at least 2 items"),
     ],
 )
@@ -157,7 +157,7 @@ def test_factors(content, step, factor):
 
 
 def test_steps_of_a_schedule_ascend():
-    with pytest.raises(ValidationError, match="takes ascending steps"):
+    with pytest.raises(ValidationError, match="must be ascending steps"):
         schedule(name="step", steps=[20, 10])
 
 
