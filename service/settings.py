@@ -118,7 +118,7 @@ class Settings(BaseSettings):
     )
     webhook_networks: str | None = Field(
         None,
-        description="networks, parted by commas, that webhooks may reach though they are not public, such as `10.1.0.0/16`",
+        description="networks, separated by commas, that webhooks may reach although they are not public, such as `10.1.0.0/16`",
     )
     retention_days: float | None = Field(
         None, gt=0, description="after how long ended jobs are deleted with their files; default: never"
@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     )
     allowed_roots: str | None = Field(
         None,
-        description="folders and fsspec addresses, parted by commas, that specs may read data from and write checkpoints to",
+        description="folders and fsspec addresses, separated by commas, that specs may read data from and write checkpoints to",
     )
     grace_seconds: float = Field(
         5,

@@ -49,7 +49,7 @@ def sync_batch_norm(
 
     Collectives: one forward and one backward, each of one float64 vector, by every rank of the group and in the same
     order of layers. Forward it is an all_reduce of [n, n·mean, M2 + n·mean²], or for float64 input an all_gather of
-    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 3 elements, of which the first two tell whether the ranks
+    [n, mean, M2]; backward an all_reduce of [S, D]. Both have 2C + 3 elements, of which the first two show whether the ranks
     are in the same call. A group of one rank issues none.
 
     A rank without values (N = 0) takes part in both collectives, adds nothing to them and gets an empty output. If no

@@ -68,7 +68,7 @@ def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | 
         with torch.device("meta"):
             built = build_library_model(model, shape or DEFAULT_SHAPE, classes)
     except ConfigurationError as error:
-        # Some builders compute with weights, which the meta device has not; a worker will tell whether they work.
+        # Some builders compute with weights, which the meta device has not; a worker will show whether they work.
         if error.field == "model.arguments" and not isinstance(error.__cause__, TypeError):
             return None
         raise

@@ -77,7 +77,7 @@ def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, examp
         weights: the model's whole state_dict.
         dataset: that it was trained on; names of its classes and the preparation of its images go into the metadata.
         example: inputs (n, *shape), n ≥ 1, on any device.
-        folder: is made anew.
+        folder: is created, replacing an existing one.
     """
     import mlflow.pytorch
     from mlflow.models import infer_signature

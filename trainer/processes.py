@@ -44,11 +44,11 @@ class Descendants:
         """Wait for the end of a child or of a pidfd in `ends`; True if a stop signal came or the lifeline closed."""
         watched = [self._signals, *ends] if lifeline is None else [self._signals, lifeline, *ends]
         readable, _, _ = select.select(watched, [], [], timeout_seconds)
-        told = lifeline in readable  # nothing is ever written to it
+        is_asked = lifeline in readable  # nothing is ever written to it
         if self._signals in readable:
-            told |= not set(STOP_SIGNALS).isdisjoint(os.read(self._signals, 4096))
+            is_asked |= not set(STOP_SIGNALS).isdisjoint(os.read(self._signals, 4096))
         self._reap()
-        return told
+        return is_asked
 
     def stop(self, pid: int, seconds: float) -> None:
         """Ask one child to end, and wait for it no longer than `seconds`."""

@@ -25,7 +25,7 @@ def hide_credentials() -> None:
 
 
 def set_variables(secrets: Mapping[str, str]) -> None:
-    """Set environment variables to what files hold, without the line's end; neither errors nor output tell a value.
+    """Set environment variables to what files hold, without the line's end; neither errors nor output contain a value.
 
     Raises ConfigurationError naming the variable whose file cannot be read, or leads out of its folder.
     """

@@ -139,7 +139,7 @@ def log_models(spec: JobSpec, models: list[ExportedModel], dataset: Dataset, out
 
 
 def _conclude(spec: JobSpec, worker: RankInfo, journal: MetricsLogger, dataset: Dataset, folder: Path) -> None:
-    """Tell what training has shown beside its metrics; every worker calls it."""
+    """Log tags of the run besides its metrics; called by every worker."""
     if getattr(spec.data, "corrupt_images", "refuse") == "skip":
         skipped = count_skipped(dataset, worker)
         if isinstance(journal, RankZeroLogger):

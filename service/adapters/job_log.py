@@ -171,7 +171,7 @@ class AttemptLog:
 
 
 def _level(text: str) -> Level:
-    """Tell how serious a line is, by the word for it near its beginning."""
+    """Return the level of a line, by the level name near its beginning."""
     if (found := LEVEL.search(text, 0, 100)) is not None:
         name = found[1].lower()
         return "error" if name == "critical" else cast("Level", name)

@@ -95,7 +95,7 @@ class RayJobsOverHttp:
     async def cluster(self) -> Cluster:
         """Sum up the resources of all live nodes, and what of them is free; and say which submissions have got theirs.
 
-        What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is told to be in use.
+        What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is reported as in use.
         """
         nodes, status, placed = await asyncio.gather(
             self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}),

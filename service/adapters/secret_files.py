@@ -11,7 +11,7 @@ from service.domain.errors import InvalidField, UpstreamRejected
 SHARED = "shared"
 """The folder whose secrets all owners may use."""
 MOST_NAMES = 20
-"""That an error tells."""
+"""Names listed in an error."""
 
 
 class JobSecrets:

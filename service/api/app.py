@@ -161,12 +161,12 @@ def make_app(
 
     @app.get("/livez", tags=["health"])
     async def live() -> dict[str, str]:
-        """Tell that the process answers."""
+        """Report that the process answers."""
         return {"status": "alive"}
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
     async def ready(request: Request, response: Response) -> Readiness:
-        """Tell whether the database, Ray, MLflow and the storage answer and jobs are looked after; 503 if not.
+        """Report whether database, Ray, MLflow and storage answer and jobs are reconciled; 503 if not.
 
         Each has 5 seconds. An answer may be a second old.
         """

@@ -26,7 +26,7 @@ class Health:
         self._seen: tuple[float, Readiness] | None = None
 
     async def readiness(self) -> Readiness:
-        """Tell the state of everything, as it is or was a second ago."""
+        """Return the state of all dependencies, at most a second old."""
         async with self._turn:
             if self._seen is None or time.monotonic() - self._seen[0] >= SECONDS_KEPT:
                 self._seen = (time.monotonic(), await self._look())

@@ -122,7 +122,7 @@ async def _once(
 
 
 async def _fingerprint(request: Request, caller: Caller) -> str:
-    """Tell a request from others. The token's scopes are part of it: nobody is handed what they may not ask for themselves."""
+    """Return a digest of a request and the scopes of its token, so that no caller gets an answer beyond its scopes."""
     body = await _body_of(request)
     parts = [request.method, request.url.path, request.url.query, " ".join(sorted(caller.scopes))]
     return hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()

@@ -126,7 +126,7 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Ask all routes, since Starlette tells but what the first one of an address takes."""
+    """Return the methods of all routes of an address; Starlette reports only those of the first."""
     scopes = [(method, {**request.scope, "method": method}) for method in METHODS]
     routes = request.app.router.routes
     return [method for method, scope in scopes if any(route.matches(scope)[0] == Match.FULL for route in routes)]

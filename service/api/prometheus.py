@@ -15,7 +15,7 @@ SECONDS_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
 
 
 class Metrics:
-    """All replicas tell the same of the database; times are those of the replica that is asked."""
+    """Metrics of the database, equal at all replicas, and timings of this process."""
 
     def __init__(self, jobs: JobStore, leases: LeaseStore) -> None:
         self._jobs, self._leases = jobs, leases
@@ -74,7 +74,7 @@ class _Snapshot:
                 family.add_metric([owner], getattr(used, f"{resource}_seconds"))
             yield family
         replicas = GaugeMetricFamily(
-            "syncbn_replica_silent_seconds", "Since a replica last told that it is alive", labels=["replica"]
+            "syncbn_replica_silent_seconds", "Seconds since the last heartbeat of a replica", labels=["replica"]
         )
         for replica, silent in self._seen.items():
             replicas.add_metric([replica], silent)

@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
         return self._failed_looks >= LOOKS
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell uvicorn, which asks ten times in a second, whether to end."""
+        """Return whether uvicorn, which asks ten times a second, should exit."""
         health: Health | None = getattr(self._app.state, "health", None)
         self._failed_looks = self._failed_looks + 1 if health is not None and health.has_failed() else 0
         if self.has_failed:

@@ -40,7 +40,7 @@ class JobFeed:
                 logger.warning("streams wait: %s", error, exc_info=not isinstance(error, UpstreamUnavailable))
 
     async def look(self) -> None:
-        """Look once at all that is watched, and tell of what has changed."""
+        """Poll all subscribed jobs once, and notify the subscribers of changes."""
         if self._streams:
             asked = set(self._streams)
             ended = asked - await self._tokens.valid_among(asked)

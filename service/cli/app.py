@@ -31,7 +31,7 @@ DataDir = Annotated[Path, typer.Option(help="folder of the stack's data", envvar
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command and exit; an error that has an explanation is told without a traceback."""
+    """Run the command and exit; an expected error is printed without a traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may have an encoding without the characters of a name
             stream.reconfigure(errors="replace")
@@ -78,16 +78,16 @@ def up(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="port of the API; default: a free one")] = None,
 ) -> None:
-    """Run Ray, MLflow and the API on this machine until told to stop."""
+    """Run Ray, MLflow and the API on this machine until Ctrl-C."""
     output.print(f"Starting Ray, MLflow and the API in {data_dir} …")
 
-    def tell(connection: Connection) -> None:
+    def show(connection: Connection) -> None:
         output.print(f"API docs: {connection.url}/docs")
         output.print(f"MLflow:   {connection.mlflow_url}/ (`syncbn open` prints a link that signs in)")
         output.print(f"Token:    in {data_dir / 'connection.json'}")
         output.print("Ctrl-C stops all of it.")
 
-    reason = run_until_stopped(LocalStack(data_dir, port=port), tell)
+    reason = run_until_stopped(LocalStack(data_dir, port=port), show)
     if reason is not None:
         raise StackError(f"the stack has stopped: {reason}")
     output.print("Stopped.")
@@ -105,8 +105,8 @@ def serve() -> None:
         settings = Settings()
     except ValidationError as error:
         names = [(str(item["loc"][0]).upper(), item["msg"]) for item in error.errors(include_url=False)]
-        told = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
-        raise typer.BadParameter(told, param_hint="settings") from None
+        problems = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
+        raise typer.BadParameter(problems, param_hint="settings") from None
     configure(settings.log_format)
     server = Server(make_app(settings, show_first_token=_show_first_token), settings)
     server.run()

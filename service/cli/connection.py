@@ -52,15 +52,15 @@ def find_service(
         for name in ServiceTarget.model_fields
         if (value := environment.get(f"SYNCBN_{name.upper()}", "").strip())
     }
-    told = ServiceTarget(**variables)
+    given = ServiceTarget(**variables)
     # What says less is not read where it would not count, so that a faulty config file is in nobody's way.
-    place = next((source for source in (options, told) if source.names_one), None) or _config(environment, config_path)
+    place = next((source for source in (options, given) if source.names_one), None) or _config(environment, config_path)
     url, own = place.url, place.token
     if url is None:
         connection = read_connection(place.data_dir or DEFAULT_DATA_DIR)
         url, own = connection.url, connection.token
     # A stack that was asked for by an option has a token of its own, which a variable for another service does not replace.
-    token = options.token or (own if place is options else None) or told.token or own
+    token = options.token or (own if place is options else None) or given.token or own
     if token is None:
         raise typer.BadParameter(f"{url} needs a token: --token, or SYNCBN_TOKEN", param_hint="--token")
     return url, token
@@ -132,7 +132,7 @@ def with_client(command: Callable[Concatenate[Client, Given], None]) -> Callable
         url, token = find_service(place, os.environ, options.pop("config"))
         try:
             client = Client(
-                url, token, tell=lambda message: errors.print(message, style="dim", markup=False, soft_wrap=True)
+                url, token, on_retry=lambda message: errors.print(message, style="dim", markup=False, soft_wrap=True)
             )
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="service") from None

@@ -12,7 +12,7 @@ from service.cli.tables import audit_table, tokens_table
 from service.client import Client
 from service.domain.access import Scope
 
-app = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens, for admins; and tell whose yours is.")
+app = typer.Typer(no_args_is_help=True, help="Make, list and revoke tokens (scope admin); show the current one.")
 
 
 @app.command()
@@ -59,7 +59,7 @@ def revoke(client: Client, token_id: str, as_json: AsJson = False) -> None:
 @app.command()
 @with_client
 def me(client: Client, as_json: AsJson = False) -> None:
-    """Tell whose token yours is, and what it allows."""
+    """Show the owner and scopes of the current token."""
     caller = client.me()
     if as_json:
         print_json(caller)

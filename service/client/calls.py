@@ -168,7 +168,7 @@ def audit(*, page_size: int = 100) -> Listing[AuditList, AuditView]:
 
 
 def create_webhook(body: MakeWebhook | Content, *, key: str | None = None) -> Call[MadeWebhook]:
-    """Have jobs told of by signed messages; the answer alone holds the secret that signs them."""
+    """Create a webhook; its signing secret is only in this answer."""
     return post(MadeWebhook, "/v1/webhooks", _content(body), key=key)
 
 

@@ -30,7 +30,7 @@ class _Base(Operations):
 
     `url` is the service's address, `token` a bearer token. A try of a call may wait for `timeout_seconds` on the network.
     Where the connection fails, or the service is too busy or in trouble, the same request is sent again, as `patience` says and
-    under the same Idempotency-Key; `tell` hears of it. What remains is raised as ApiError.
+    under the same Idempotency-Key; `on_retry` is called with a message. Other errors are raised as ApiError.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class _Base(Operations):
         *,
         timeout_seconds: float = 30,
         patience: RetryPolicy = PATIENT,
-        tell: Callable[[str], None] = lambda _: None,
+        on_retry: Callable[[str], None] = lambda _: None,
     ) -> None:
         if not (token.isascii() and token.isprintable() and token):
             raise ValueError("token: must be one or more visible ASCII characters")
@@ -54,10 +54,10 @@ class _Base(Operations):
         self._headers = {"Authorization": f"Bearer {token}"}
         self._timeout = httpx.Timeout(timeout_seconds)
         self._stream_timeout = httpx.Timeout(timeout_seconds, read=SECONDS_OF_SILENCE)
-        self._patience, self._tell = patience, tell
+        self._patience, self._on_retry = patience, on_retry
 
     def _tries(self) -> Retrier:
-        return Retrier(self._patience, self._tell)
+        return Retrier(self._patience, self._on_retry)
 
 
 class Client(_Base):

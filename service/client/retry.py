@@ -20,7 +20,7 @@ TRANSIENT = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolErr
 class ApiError(Exception):
     """The API refused a request, or could not be reached.
 
-    `problem` is its answer, if there is one; `is_transient` tells that the same request may succeed later.
+    `problem` is its answer, if there is one; `is_transient` means that the same request may succeed later.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often a request is sent, and for how long; a stream counts anew whenever it has brought something."""
+    """Limits on tries and total time of a request; a stream starts from zero after every event."""
 
     tries: int = 8
     total_seconds: float = 60
@@ -52,8 +52,8 @@ PATIENT = RetryPolicy()
 class Retrier:
     """The tries of one request: pauses grow twofold, at random so that clients part, and are as long as the service asks for."""
 
-    def __init__(self, patience: RetryPolicy, tell: Callable[[str], None]) -> None:
-        self._patience, self._tell = patience, tell
+    def __init__(self, patience: RetryPolicy, on_retry: Callable[[str], None]) -> None:
+        self._patience, self._on_retry = patience, on_retry
         self.reset()
 
     def reset(self) -> None:
@@ -67,7 +67,7 @@ class Retrier:
         pause = max(error.retry_after_seconds, random.uniform(longest / 2, longest))  # noqa: S311 - nothing secret
         if not error.is_transient or self._made >= self._patience.tries or time.monotonic() + pause > self._deadline:
             raise error
-        self._tell(f"{error}; trying again in {pause:.1f} s")
+        self._on_retry(f"{error}; trying again in {pause:.1f} s")
         return pause
 
 
@@ -84,7 +84,7 @@ def wrap_http_errors(url: str) -> Iterator[None]:
 
 
 def raise_for_status(url: str, answer: httpx.Response, takes: tuple[int, ...] = ()) -> None:
-    """Raise ApiError if an answer, which has been read, tells of an error."""
+    """Raise ApiError if the status of an answer, whose body has been read, is an error."""
     status = answer.status_code
     if answer.is_success or status in takes:
         return

@@ -246,7 +246,7 @@ def _paths(content: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def without_seed(variant: Variant) -> Variant:
-    """Drop the seed: what is left tells one variant from another."""
+    """Return the variant without its seed."""
     return {path: value for path, value in variant.items() if path != SEED}
 
 

@@ -48,7 +48,7 @@ NOT_PUBLIC = tuple(
 
 
 class Threshold(FrozenModel):
-    """A value of a metric at which the owner is told of a job, once."""
+    """Value of a metric at which a job is reported, once."""
 
     metric: Annotated[str, Field(min_length=1, max_length=200)]
     relation: Literal["at_least", "at_most"]
@@ -59,13 +59,13 @@ class Threshold(FrozenModel):
         return value >= self.bound if self.relation == "at_least" else value <= self.bound
 
     def __str__(self) -> str:
-        """Write it in words, by which messages about it are told apart."""
+        """Return the threshold in words, which identify its messages."""
         return f"{self.metric} {self.relation.replace('_', ' ')} {self.bound!r}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Webhook:
-    """Where an owner is told of what."""
+    """Address of an owner, and filters of the jobs to report."""
 
     id: str
     owner: str
@@ -86,7 +86,7 @@ class Webhook:
         return f"{parts.scheme}://{parts.hostname}"
 
     def is_about(self, job: Job) -> bool:
-        """Whether it tells of a job."""
+        """Return whether the webhook reports a job."""
         return job.owner == self.owner and (self.tag is None or self.tag in job.tags)
 
 
@@ -176,5 +176,5 @@ def _unwrapped(address: IPAddress) -> IPAddress:
 
 
 def read_networks(text: str | None) -> tuple[IPNetwork, ...]:
-    """Read networks such as `10.0.0.0/8`, parted by commas. Raises ValueError."""
+    """Read networks such as `10.0.0.0/8`, separated by commas. Raises ValueError."""
     return tuple(ip_network(part.strip()) for part in (text or "").split(",") if part.strip())

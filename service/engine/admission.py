@@ -14,7 +14,7 @@ from service.engine.submitter import Submitter
 from service.store.jobs import JobStore
 
 FORGET_SECONDS = 60.0
-"""After which all is read again: what was told may have come to be otherwise, as after a commit whose answer was lost."""
+"""Period after which all reasons are read again: they may have changed, as after a commit whose answer was lost."""
 
 
 class Admission:
@@ -23,27 +23,27 @@ class Admission:
     def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Submitter, policy: Callable[[], Policy]) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
         self._lease: Lease | None = None
-        """Under which the following were learnt: another replica may tell jobs otherwise meanwhile."""
+        """Lease token of the following facts; another replica may have changed them since."""
         self._learnt_at = 0.0
         self._known: dict[str, SchedulableJob] = {}
-        self._told: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
         """Why jobs wait, by id."""
 
     async def admit(self, lease: Lease) -> None:
-        """Start the jobs that the plan admits, and tell the others why they wait. Raises UpstreamUnavailable."""
+        """Start the jobs that the plan admits, and store why the others wait. Raises UpstreamUnavailable."""
         now = time.monotonic()
         if lease != self._lease or now - self._learnt_at > FORGET_SECONDS:
-            self._lease, self._learnt_at, self._known, self._told = lease, now, {}, {}
+            self._lease, self._learnt_at, self._known, self._reasons = lease, now, {}, {}
         queue = await self._jobs.queue(self._known)
         self._known = queue.waiting
-        told = self._told | queue.reasons
-        self._told = {candidate.id: told[candidate.id] for candidate in queue.waiting.values()}
+        reasons = self._reasons | queue.reasons
+        self._reasons = {candidate.id: reasons[candidate.id] for candidate in queue.waiting.values()}
         if not queue.waiting:
             return
         try:
             cluster = await self._ray.cluster()
         except UpstreamUnavailable as error:
-            await self._explain(dict.fromkeys(self._told, f"waits for Ray: {error}"), lease)
+            await self._explain(dict.fromkeys(self._reasons, f"waits for Ray: {error}"), lease)
             raise
         active = [replace(job, has_workers=job.submission_id in cluster.placed) for job in queue.active]
         # In a thread: with thousands in the queue it takes long enough to keep requests waiting.
@@ -66,7 +66,7 @@ class Admission:
 
     async def _explain(self, reasons: dict[str, str], lease: Lease) -> None:
         """Keep the reasons of queued jobs true."""
-        changed = {job_id: reason for job_id, reason in reasons.items() if self._told[job_id] != reason}
+        changed = {job_id: reason for job_id, reason in reasons.items() if self._reasons[job_id] != reason}
         if changed:
             await self._jobs.explain(changed, lease)
-            self._told |= changed
+            self._reasons |= changed

@@ -2,7 +2,7 @@
 
 A round loads the jobs, asks Ray and the run's files, and stores each step under the guard of the job's version and of this
 replica's lease, so that nothing is decided on an old state. No network call is made inside a transaction. A kill between any two
-steps is mended by the next round: a job is marked as submitted before Ray is told, under a submission id that does not change.
+steps is repaired by the next tick: a job is marked as submitted before it is sent to Ray, under a constant submission id.
 """
 
 import asyncio
@@ -117,7 +117,7 @@ class Dispatcher:
                 pause, has_failed = self._poll_seconds, False
             except Exception as error:  # one round's trouble, of whatever kind, must not end all the others
                 pause = max(self._poll_seconds, min(2 * pause, LONGEST_PAUSE_SECONDS))
-                # What does not answer is told by readiness as that, and a new process would not mend it; any other trouble is ours.
+                # Readiness reports an upstream that does not answer, which a restart would not repair; other errors are ours.
                 has_failed = not isinstance(error, UpstreamUnavailable)
                 logger.warning("round broken off, the next one in %.1f s: %s", pause, error, exc_info=has_failed)
             self._ended_at = time.monotonic()
@@ -144,7 +144,7 @@ class Dispatcher:
             await self._wait(seconds)
 
     async def _wait(self, seconds: float) -> None:
-        """Wait for the work, and tell of its trouble: that with one job does not keep the others waiting."""
+        """Wait for the work and log its error: an error of one job does not delay the others."""
         if self._work:
             await asyncio.wait(self._work.values(), timeout=seconds)
         ended = {name: task for name, task in self._work.items() if task.done()}
@@ -270,7 +270,7 @@ class Dispatcher:
         return now - since[1]
 
     def _in_grace_period(self, submission: Submission | None, silent_seconds: float) -> bool:
-        """Whether an end that only Ray tells of, or concludes nothing from, is to be given time.
+        """Return whether an end that only Ray reports is still in its grace period.
 
         Ray can call a living driver failed after trouble of its own, files can arrive late on shared storage, and a submission
         whose answer was lost can still arrive. So such an end is believed after some seconds without a sign of life.
@@ -279,14 +279,14 @@ class Dispatcher:
         return not is_certain and silent_seconds < self._grace_seconds
 
     async def _finalize(self, job: Job, lease: Lease) -> None:
-        """Tell MLflow how a job ended."""
+        """Set the end of a job in MLflow."""
         if job.mlflow_run_id is not None:
             await on_storage(self._files.close_attempts, job)
             await self._mlflow.finish(job.mlflow_run_id, job.state)
         await self._jobs.note(job, lease, mlflow_closed=True)
 
     async def _settle_comparison(self, comparison: Comparison) -> None:
-        """Tell MLflow that a comparison has ended, once all of its jobs have there: as failed if any of them did."""
+        """Set the end of a comparison in MLflow, after all of its jobs: failed if any job failed."""
         jobs = await self._jobs.list_by_comparison(comparison.id)
         if not all(job.mlflow_closed for job in jobs):
             return

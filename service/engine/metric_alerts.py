@@ -23,13 +23,13 @@ NOWHERE = _Place(0, 0.0)
 
 
 class Thresholds:
-    """Reads on in the metrics of jobs that somebody has set a threshold for; after a restart anew, and nothing is told twice."""
+    """Reads the metrics of jobs with thresholds incrementally, from the start after a restart; nothing is reported twice."""
 
     def __init__(self, webhooks: WebhookStore, files: RunFiles) -> None:
         self._store, self._files = webhooks, files
         self._webhooks: list[Webhook] = []
         self._places: dict[tuple[str, str], _Place] = {}
-        """How far each webhook has been told of each job: one that is made later is told of all that the job measured before."""
+        """Read offset of each webhook and job; a webhook that is created later gets all earlier measurements of a job."""
 
     async def refresh(self) -> None:
         """Read which thresholds there are, and forget the places of what is not looked at any more."""
@@ -44,7 +44,7 @@ class Thresholds:
             return
         thresholds = [(webhook, threshold) for webhook in wanted for threshold in webhook.thresholds]
         known = [self._places.get((webhook.id, job.id), NOWHERE) for webhook in wanted]
-        place = min(place.byte for place in known)  # what some have been told of is not told again
+        place = min(place.byte for place in known)  # measurements that were reported are not reported again
         while True:
             points, end = await on_storage(self._files.metrics, job, place)
             if end == place:

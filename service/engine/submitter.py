@@ -25,7 +25,7 @@ ACTOR = "dispatcher"
 MOST_REFUSALS = 5
 """Times that Ray may refuse a submission, or MLflow a run, before the job fails."""
 MOST_REFUSED = 10_000
-"""Submissions whose refusals are remembered; of those that are cancelled meanwhile, nobody tells."""
+"""Submissions whose refusals are remembered; cancelled ones are never removed otherwise."""
 MOST_ANCESTORS = 20
 
 

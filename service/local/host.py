@@ -27,7 +27,7 @@ def choose_ports(count: int) -> list[int]:
 
 
 def is_free(port: int) -> bool:
-    """Tell whether a server could listen on this port of the loopback address now."""
+    """Return whether a server could listen on this port of the loopback address now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -57,7 +57,7 @@ def short_folder(data_dir: Path) -> Path:
     """Return the path of the temporary folder that belongs to this data folder: always the same, and short enough for Ray."""
     root = Path(tempfile.gettempdir())
     if len(str(root)) > LONGEST_TEMPORARY_ROOT:
-        root = Path("/tmp")  # noqa: S108 - whoever uses the folder makes it anew, and for its owner alone
+        root = Path("/tmp")  # noqa: S108 - users of the folder create it, for its owner only
     return root / f"syncbn-{sha256(f'{os.getuid()}:{data_dir}'.encode()).hexdigest()[:12]}"
 
 

@@ -174,10 +174,10 @@ def base_environment(layout: Layout) -> dict[str, str]:
 
 
 def probes(layout: Layout, client: httpx.Client) -> dict[str, Callable[[], bool]]:
-    """Return for each part a function that tells whether it is ready; it may raise httpx.HTTPError while the part is not."""
+    """Return for each process a readiness probe, which may raise httpx.HTTPError while it is not ready."""
 
     def ray() -> bool:
-        # The dashboard answers some seconds before the node can run a job; the node's agent tells when it can.
+        # The dashboard answers some seconds before the node can run a job; the node's agent answers when it can.
         jobs = client.get(f"{layout.ray_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         agents = layout.ray_dir.glob("session_latest/dashboard_agent_listen_port_*")
         return jobs.is_success and any(

@@ -132,7 +132,7 @@ class LocalStack:
             raise
 
     def wait(self, timeout_seconds: float | None = None) -> str | None:
-        """Wait for the end and return its reason; None if the stack still runs after the timeout, or was told to stop."""
+        """Wait for the end and return its reason; None if the stack still runs after the timeout, or was asked to stop."""
         if self._kept is None or not self._kept.ended.wait(timeout_seconds) or self._kept.reason is None:
             return None
         log = self._running().log(self._kept.dead_part or "keeper")
@@ -167,9 +167,7 @@ class LocalStack:
         except BlockingIOError:
             os.close(lock)
             where = self.data_dir / "connection.json"
-            raise StackError(
-                f"another stack runs on {self.data_dir} ({where} tells where), or is still stopping"
-            ) from None
+            raise StackError(f"another stack runs on {self.data_dir} (see {where}), or is still stopping") from None
         self._lock = lock
         (self.data_dir / "connection.json").unlink(missing_ok=True)
 
@@ -215,7 +213,7 @@ class LocalStack:
             if not self._api:
                 del waiting["api"]
             names = set(waiting)
-            # A part can answer before its keeper has told which process it is.
+            # A process can answer before its supervisor has reported its id.
             while waiting or not names <= self._kept.process_ids.keys():
                 for name, is_ready in list(waiting.items()):
                     with suppress(httpx.HTTPError):

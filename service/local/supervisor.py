@@ -92,7 +92,7 @@ class SupervisorHandle:
         self._reader.start()
 
     def stop(self) -> None:
-        """Tell the keeper to stop, and return when no process is left."""
+        """Ask the supervisor to stop, and return when no process is left."""
         self._stopping = True
         assert self._guard.stdin is not None
         with suppress(BrokenPipeError):
@@ -138,9 +138,9 @@ def main() -> None:
 def guard(plan: Plan, keeper: int, lifeline: int) -> None:
     """Pass the wish to stop on to the keeper, and end what it left if it was killed."""
     descendants = Descendants()
-    told = False
-    while not told and keeper not in descendants.ended:
-        told = descendants.wait(lifeline=sys.stdin.fileno())
+    is_asked = False
+    while not is_asked and keeper not in descendants.ended:
+        is_asked = descendants.wait(lifeline=sys.stdin.fileno())
     os.close(lifeline)
     if status := descendants.ended.get(keeper, 0):
         report(dead="keeper", reason=f"the keeper of the processes {describe_status(status)}")
@@ -152,27 +152,27 @@ def keep(plan: Plan, lifeline: int) -> None:
     """Start the parts, wait until one dies or the lifeline closes, then stop them all, the last started first."""
     descendants = Descendants()
     running: list[tuple[subprocess.Popen[bytes], ProcessSpec]] = []
-    told = False
+    is_asked = False
     for part in plan.parts:
         try:
             running.append((start(part, plan.directory), part))
         except OSError as error:
             report(dead=part.name, reason=f"{part.name} could not be started: {error}")
-            told = True
+            is_asked = True
             break
     report(started={part.name: process.pid for process, part in running})
     vital: dict[psutil.Process, VitalChild] = {}
-    while not told:
+    while not is_asked:
         ends = [child.end for child in vital.values()]
-        told = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
+        is_asked = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
-        if dead and not told:
+        if dead and not is_asked:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
-            told = True
-        elif not told and (lost := dead_child(vital)):
+            is_asked = True
+        elif not is_asked and (lost := dead_child(vital)):
             report(dead=lost.part, reason=f"{lost.part} lost its {lost.name}")
-            told = True
+            is_asked = True
         note_children(running, vital)
     for process, part in reversed(running):
         descendants.stop(process.pid, part.stop_seconds)

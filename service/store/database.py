@@ -127,7 +127,7 @@ class Database:
                 yield connection
 
     async def _begin(self, transaction: Transaction) -> AsyncConnection:
-        # The database's trouble is told where it is met, for what else is done meanwhile has troubles of its own.
+        # Errors of the database are converted where they occur, since other work in the block has errors of its own.
         with _unavailable():
             connection = await transaction.resources.enter_async_context(self._connect_to_write())
             await connection.begin()
@@ -195,7 +195,7 @@ def upsert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sql
 
 @contextmanager
 def _unavailable() -> Iterator[None]:
-    """Tell the database's own trouble from mistakes of ours, which pass."""
+    """Convert errors of the database; our own mistakes pass unchanged."""
     try:
         yield
     except (DBAPIError, PoolTimeoutError, OSError) as error:

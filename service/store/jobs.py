@@ -74,7 +74,7 @@ class Queue:
     waiting: dict[str, SchedulableJob]
     """By job and attempt, as "id:1"."""
     reasons: dict[str, str]
-    """Why those of them wait that were not known, as it is told now; by the job's id."""
+    """Stored reasons of the waiting jobs that were not known before, by job id."""
     active: list[SchedulableJob]
 
 
@@ -260,12 +260,12 @@ class JobStore:
             return replace(after, version=job.version + 1) if await self._store(connection, job, after, lease) else None
 
     async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
-        """Tell why jobs wait. The words are no fact that anything is decided on, so the version stays."""
+        """Store why jobs wait. No decision depends on the text, so the version does not change."""
         query = update(jobs).where(jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease))
-        told = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
-        for first in range(0, len(told), JOBS_AT_ONCE):  # others write in between
+        rows = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
+        for first in range(0, len(rows), JOBS_AT_ONCE):  # others write in between
             async with self._database.write() as connection:
-                await connection.execute(query.values(reason=bindparam("words")), told[first : first + JOBS_AT_ONCE])
+                await connection.execute(query.values(reason=bindparam("words")), rows[first : first + JOBS_AT_ONCE])
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
         values = job_row(replace(after, version=before.version + 1))

@@ -20,7 +20,7 @@ class LeaseStore:
         self._database = database
 
     async def keep(self, replica: str, seconds: float) -> Mapping[str, Lease]:
-        """Tell that `replica` is alive, renew its leases for so long, take what is its share and free, and give back what is not.
+        """Record a heartbeat of `replica`, renew its leases, take free ones up to its share, and release the rest.
 
         Returns all that it holds, by name.
         """
@@ -57,7 +57,7 @@ class LeaseStore:
             await connection.execute(delete(replicas).where(replicas.c.id == replica))
 
     async def seconds_since_seen(self) -> dict[str, float]:
-        """For each replica, how long ago it told that it is alive."""
+        """Return the age of each replica's last heartbeat."""
         async with self._database.read() as connection:
             now = await _now(connection)
             rows = (await connection.execute(select(replicas))).all()

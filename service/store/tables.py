@@ -229,7 +229,7 @@ deliveries = Table(
     Column("ended_at", UtcDateTime),
     Column("is_delivered", Boolean, nullable=False),
     Column("answer", Text, nullable=False),
-    # One message about one thing, whoever comes to tell of it.
+    # One message per event, whichever replica stores it.
     Index("ix_deliveries_about", "webhook_id", "job_id", "about", unique=True),
     Index("ix_deliveries_due", "ended_at", "due_at"),
     Index("ix_deliveries_next", "webhook_id", "ended_at", "due_at"),

@@ -46,7 +46,7 @@ class TokenStore:
     async def find(self, secret: str) -> Token | None:
         """Find the token of a secret, whether valid or not. That another replica has revoked it may be known a second late.
 
-        How long the comparison of hashes takes tells nothing: who does not know a secret cannot choose its hash.
+        The duration of the comparison of hashes leaks nothing: the hash cannot be chosen without the secret.
         """
         hashed = hash_secret(secret)
         if (known := self._known.get(hashed)) is not None:
@@ -62,7 +62,7 @@ class TokenStore:
         return token
 
     async def valid_among(self, token_ids: Collection[str]) -> set[str]:
-        """Tell which of these tokens still open anything."""
+        """Return which of these tokens are still valid."""
         query = select(tokens.c.id).where(
             tokens.c.id.in_(token_ids),
             tokens.c.revoked_at.is_(None),

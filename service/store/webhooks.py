@@ -79,7 +79,7 @@ class WebhookStore:
             await record(connection, actor, "webhook.delete", webhook.id, f"to {webhook.host}", datetime.now(UTC))
 
     async def with_thresholds(self) -> list[Webhook]:
-        """Read those that tell of metrics."""
+        """Read the webhooks with thresholds."""
         query = select(*COLUMNS).where(webhooks.c.has_thresholds)
         async with self._database.read() as connection:
             return [_webhook(row) for row in (await connection.execute(query)).all()]
@@ -142,7 +142,7 @@ class WebhookStore:
     async def forget_ended(self, time: datetime, most: int) -> int:
         """Delete messages that ended before `time`, about jobs that did so too; return how many.
 
-        While a job runs, they keep it from being told of twice.
+        While a job runs, they prevent repeated messages about it.
         """
         old_jobs = select(jobs.c.id).where(jobs.c.ended_at < time)
         old = (
@@ -155,7 +155,7 @@ class WebhookStore:
 
 
 async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> None:
-    """Store a message to everyone who is told of such an end, inside the transaction that ends the job."""
+    """Store a message for every webhook that matches the end of a job, in the transaction that ends it."""
     rows = (await connection.execute(_kept(select(*COLUMNS).where(webhooks.c.owner == job.owner)))).all()
     for webhook in map(_webhook, rows):
         if job.state in webhook.states and webhook.is_about(job):
@@ -168,7 +168,7 @@ async def forget_deliveries(connection: AsyncConnection, job_ids: Sequence[str])
 
 
 def _kept(query: Select[Any]) -> Select[Any]:
-    """Let the webhooks that are found not be deleted before what is told to them is stored."""
+    """Lock the webhooks found until their messages are stored."""
     return query.with_for_update(read=True, key_share=True)
 
 

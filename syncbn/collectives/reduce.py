@@ -167,18 +167,18 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Collectiv
         watch.raise_failure()
         begin(group).wait()  # the stream waits, not the host
         return
-    told = False
+    is_published = False
 
-    def tell() -> None:
-        nonlocal told
-        told = True
+    def publish() -> None:
+        nonlocal is_published
+        is_published = True
         _publish_position(call, str(call))
 
     def remaining() -> float:
         return max(0.001, limit - (time.monotonic() - started))
 
     try:
-        work = begin(channel_for(group, kind, vector, remaining, tell))
+        work = begin(channel_for(group, kind, vector, remaining, publish))
         _spin(work)
         patience = min(GRACE_SECONDS, remaining() / 2)
         asleep = time.monotonic()
@@ -187,13 +187,13 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Collectiv
         except RuntimeError:
             if time.monotonic() - asleep < patience:
                 raise
-            tell()
+            publish()
             work.wait(timedelta(seconds=remaining()))
     except (RuntimeError, TimeoutError) as error:
         seconds = time.monotonic() - started
         how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
         raise _desync(call, how) from error
-    if told:
+    if is_published:
         _publish_position(call, "")
 
 
@@ -230,7 +230,7 @@ def _desync(call: CollectiveId, how: str) -> DesyncError:
         f"Ranks not in this call: {list(missing)}. "
         + "".join(f"Rank {rank} is in {places[rank]}. " for rank in missing if places.get(rank))
         + "Every rank must run the same layers in the same order and equally often, forward and backward; ranks without "
-        "data pass an empty batch. Layers are told apart by their layer_name."
+        "data pass an empty batch. Layers are identified by layer_name."
     )
     return DesyncError(message, call.site.name, call.phase, call.number, missing)
 

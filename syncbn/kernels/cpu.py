@@ -1,7 +1,7 @@
 """CPU kernels: measure, normalise, reduce and combine gradients of one rank.
 
 On the CPU torch has no kernels for the steps of a synchronised layer. For float32 these are made from those it has: its
-fused batch normalisation takes the step that is wanted if it is told the rest. They count in float32, so short sums are
+fused batch normalisation performs the step for suitable arguments. They count in float32, so short sums are
 put together in float64, and channels whose mean is many deviations from zero are done again in float64.
 
 What is small, of another dtype or on a device without kernels is calculated by the plain formula in float64.
@@ -48,7 +48,7 @@ def along_channels(vector: Tensor, x: Tensor) -> Tensor:
 
 
 def is_columns(x: Tensor) -> bool:
-    """Tell whether a tensor is best seen as columns: its channels lie innermost."""
+    """Return whether a tensor is best processed as columns: its channels are the innermost dimension."""
     if x.is_contiguous():
         return x.numel() == x.shape[0] * x.shape[1]
     return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
@@ -70,7 +70,7 @@ def _is_native(x: Tensor) -> bool:
 
 
 def _is_plain(x: Tensor, statistics: BatchStats | None = None) -> bool:
-    """Tell whether the formula in float64 is the way to go, as where many channels are far, which are copied otherwise."""
+    """Return whether to use the float64 formula, also where many channels are ill-conditioned, which would be copied otherwise."""
     if _is_native(x):
         return x.numel() == 0
     if x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu:

@@ -276,7 +276,7 @@ class Checkpoints:
             try:
                 torch.save(content, cast("IO[bytes]", hashing))
             except RuntimeError as error:
-                # torch tells of its own writer's state, and not of what the storage said.
+                # torch reports the state of its writer instead of the error of the storage.
                 raise hashing.error or error from error
             to_disk(stream)
         return hashing.size, hashing.digest.hexdigest()

@@ -34,10 +34,10 @@ def copy_latest_checkpoint(task: Task) -> str | None:
         # The newest one last: it shows that the others are there.
         for name in dict.fromkeys([*_best(files, theirs, names, task.spec.checkpoint), names[-1]]):
             _copy(files, f"{theirs}/{name}", f"{own}/{name}")
-            print(f"takes over {name} of {job_id}", flush=True)
+            print(f"copies {name} of {job_id}", flush=True)
         return names[-1]
     if not owned:
-        print(f"none of {', '.join(task.context.resumed_from)} has a checkpoint; begins anew", flush=True)
+        print(f"none of {', '.join(task.context.resumed_from)} has a checkpoint; starting from step 0", flush=True)
     return None
 
 

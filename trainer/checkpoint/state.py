@@ -86,7 +86,7 @@ class TrainState:
         }
 
     def restore(self, shared: dict[str, Any], own: dict[str, Any] | None) -> None:
-        """Take over a checkpoint. Without `own`, that of another number of workers, random numbers start anew."""
+        """Load a checkpoint. Without `own`, as for another number of workers, random generators are seeded again."""
         load_model_state(self.model, shared["model"])
         load_optimizer_state(self.optimizer, shared["optimizer"])
         self.schedule.load_state_dict(shared["schedule"])

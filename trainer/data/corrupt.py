@@ -27,7 +27,7 @@ CORRUPT = -1
 def reading(field: str, name: str) -> Iterator[None]:
     """Name the image that cannot be read inside.
 
-    Raises CorruptImage for anything that Pillow does not get along with, which it tells by many kinds of errors; DataError for what
+    Raises CorruptImage for anything that Pillow cannot read, which it reports by many kinds of errors; DataError for what
     the storage has to say, such as that there is no such file, and for an intact image that is not supported.
     """
     try:
@@ -156,7 +156,7 @@ def _too_many(names: list[str]) -> DataError:
 
 
 class SkippedImages:
-    """Names of the corrupt images that were left out, each told as it is met first."""
+    """Names of the corrupt images that were left out; each is logged once."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()

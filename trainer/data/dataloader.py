@@ -191,7 +191,7 @@ class Reader(torch.utils.data.Dataset[Any]):
 
 def count_processes(world_size: int) -> int:
     """Loader processes for one worker: its part of the cores that this machine's workers may use, and one at least."""
-    workers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # Ray Train and torchrun tell
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))  # set by Ray Train and torchrun
     return min(MOST_PROCESSES, max(1, len(os.sched_getaffinity(0)) // workers))
 
 

@@ -3,7 +3,7 @@
 import hashlib
 
 DIGITS = 16
-"""Of 4 bits each: enough to tell datasets apart."""
+"""Hexadecimal digits, 4 bits each: enough to distinguish datasets."""
 
 
 def digest(*parts: object) -> str:

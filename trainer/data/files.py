@@ -131,7 +131,7 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
 
 
 def is_broken(error: BaseException) -> bool:
-    """Whether an error in reading tells that a file is damaged or not as it was described, rather than out of reach."""
+    """Return whether a read error means that a file is damaged or differs from its description, not that it is unreachable."""
     if isinstance(error, MemoryError | ConnectionError | TimeoutError):
         return False
     if isinstance(error, OSError):

@@ -21,7 +21,7 @@ def check_link(path: Path, inside: Path) -> None:
 
 
 def check_links(root: Path) -> None:
-    """Check all links at and below `root`, for who reads there whatever it likes; what is missing is left to that reader to tell.
+    """Check all links at and below `root`, for readers that follow any link; missing files are left to the reader to report.
 
     Each folder is listed once, and nothing but links is looked at. Raises DataError for a link as `check_link` does, and for a
     folder that cannot be listed, since its files may be links too.

@@ -132,5 +132,5 @@ def _is_null(value: Any) -> bool:
 
 
 def _name(row: dict[str, Any]) -> str:
-    """Say where a row comes from, as far as its columns tell."""
+    """Return the origin of a row, as far as its columns show it."""
     return ", ".join(str(row[column]) for column in ("path", "__key__") if column in row)

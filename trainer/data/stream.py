@@ -58,7 +58,7 @@ class Description(NamedTuple):
 def start_feeder(spec: JobSpec, logs: Path | None = None) -> Any:
     """Start the feeder of a run, in the Ray that this process is connected to, and return its handle for `open_dataset`.
 
-    It ends with `stop_feeder`, or with the Ray job. If its process dies, Ray starts it anew: it holds nothing that it cannot find
+    It ends with `stop_feeder`, or with the Ray job. If its process dies, Ray starts it again: it holds nothing that it cannot find
     again. Its output goes to a file in the folder `logs`. Raises ConfigurationError or DataError as `open_dataset` does.
     """
     feeder = (
@@ -156,7 +156,7 @@ class _Feeder:
         return Description(train.samples, test.samples, digest(self._data.format, train.digest, test.digest), names)
 
     def train(self, first_step: int, step: int, rank: int, world_size: int) -> list[Rows]:
-        """Return a worker's share of each part of a step; `first_step` tells streams apart that go on side by side."""
+        """Return a worker's share of each part of a step; `first_step` distinguishes concurrent streams."""
         cursor = self._cursors.pop(first_step, None) or Cursor(
             self._parts[0][1].rows_from, self._spec.global_batch_size
         )

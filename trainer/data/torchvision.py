@@ -59,7 +59,7 @@ class LibraryImages:
         return f"image {index} of {self.title}"
 
     def labels(self) -> Indices:
-        """See Images. Where the dataset does not tell, all images are read; a corrupt one has the label of its replacement."""
+        """See Images. If the dataset has no list of labels, all images are read; a corrupt one has the label of its replacement."""
         for attribute in ("targets", "labels"):
             if (labels := getattr(self.dataset, attribute, None)) is not None:
                 return torch.as_tensor(labels, dtype=torch.int64).numpy()

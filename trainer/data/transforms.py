@@ -13,7 +13,7 @@ from trainer.jobspec import ImageTransformSpec
 
 
 def is_random(spec: ImageTransformSpec) -> bool:
-    """Tell whether training images are altered at random."""
+    """Return whether training images are augmented at random."""
     return bool(spec.crop or spec.flip or spec.color_jitter or spec.auto_augment != "none")
 
 

@@ -51,7 +51,7 @@ class AttemptLock:
         return None
 
     def end(self) -> None:
-        """Tell that this driver has ended."""
+        """Record that this driver has ended."""
         self._is_over.set()
         with suppress(OSError):  # without it others wait a little longer
             self._file.write_bytes(ENDED)

@@ -41,7 +41,7 @@ class RunContent(FrozenModel):
 
 
 class RunHistory:
-    """Keeps `run.json`, written anew as a whole at each start and end."""
+    """Maintains `run.json`, replaced as a whole at each start and end."""
 
     def __init__(self, folder: str, task: Task) -> None:
         self._files, root = fsspec.core.url_to_fs(folder)

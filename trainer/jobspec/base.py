@@ -46,6 +46,6 @@ Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_readable_again)]
 
 
 def kind_of(value: Any, default: str | None = None) -> str | None:
-    """Tell which member of a union a part of a spec is, by its `name` up to the first colon; `default` where it has none."""
+    """Return the union member of a part of a spec: its `name` up to the first colon, or `default` without one."""
     name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
     return default if name is None else str(name).partition(":")[0]

@@ -93,7 +93,7 @@ class JobSpec(FrozenModel):
     channels_last: bool = Field(False, description="memory format of images and kernels")
     compile: bool = Field(False, description="torch.compile; on CPUs it needs g++")
     activation_checkpointing: bool = Field(
-        False, description="forget activations within the model's blocks, and compute them anew for backward"
+        False, description="discard activations within the model's blocks, and recompute them in backward"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="fsdp: parameters and optimiser state are shared out (FSDP2)"

@@ -121,7 +121,7 @@ class ImportedModelSpec(FrozenModel):
 
 
 def _model_kind(value: Any) -> str | None:
-    """Tell which kind of model a part of a spec is: `mlp` unless it says otherwise."""
+    """Return the kind of model of a part of a spec; `mlp` by default."""
     return kind_of(value, default="mlp")
 
 

@@ -11,7 +11,7 @@ from trainer.jobspec.permissions import Allowlist
 
 
 class AttemptContext(FrozenModel):
-    """What the service tells the trainer about one attempt of a job, beside its spec."""
+    """Context of one attempt, sent by the service together with the spec."""
 
     job_id: str
     attempt: int = Field(ge=1)

@@ -77,7 +77,7 @@ def build_cnn(spec: CnnSpec, shape: Sequence[int], classes: int, seed: int) -> n
 
 
 def _initialise(model: nn.Sequential, std: float | None, seed: int) -> nn.Sequential:
-    """Draw the weights anew, by a generator that what torch drew before does not move; `std` None means √(2/fan in)."""
+    """Initialise the weights by a separate generator, independent of earlier draws; `std` None means √(2/fan in)."""
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Linear | nn.Conv2d):

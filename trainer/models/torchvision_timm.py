@@ -17,7 +17,7 @@ from trainer.models.surgery import alter
 COLOURS = 3
 """Channels that torchvision's models take."""
 WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
-"""Models of torchvision which return more than logits in training unless told otherwise, and ask how to initialise."""
+"""Models of torchvision that return more than logits in training by default, and have an argument for initialisation."""
 
 
 def build_library_model(spec: LibraryModelSpec, shape: Sequence[int], classes: int) -> nn.Module:

@@ -1,6 +1,6 @@
 """Trace of a forward pass: normalisation layers reached, and their inputs.
 
-Nothing is told from names or classes of the networks around them, so that it holds for any library's code.
+Names and classes of the surrounding networks are not used, so that it works for any library.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ class Output:
 
 
 class Trace(TorchFunctionMode):
-    """What a forward pass told. It is a mode: torch hands it every call of its functions."""
+    """Record of a forward pass; a torch function mode, which sees every call of torch's functions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -13,16 +13,16 @@ from trainer.tracking.uploader import TrackingProcess
 
 
 class MetricsLogger(Protocol):
-    """Where the loop tells what happens."""
+    """Interface by which the training loop logs."""
 
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
-        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+        """Log the checkpoint that the run resumes from, and those that were rejected."""
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
         """Record metrics measured after `step` steps."""
 
     def update(self, step: int) -> None:
-        """Tell that `step` steps are done."""
+        """Log that `step` steps are done."""
 
 
 class NullLogger:
@@ -46,7 +46,7 @@ class RankZeroLogger:
         self.outbox = outbox
 
     def resume(self, checkpoint: Manifest | None, refused: Sequence[str]) -> None:
-        """Tell from which checkpoint the run goes on, and which ones were not taken."""
+        """Log the checkpoint that the run resumes from, and those that were rejected."""
         for reason in refused:
             print(f"checkpoint refused: {reason}", flush=True)
         if checkpoint is not None:
@@ -60,7 +60,7 @@ class RankZeroLogger:
         self.outbox.log(step, metrics, kind)
 
     def update(self, step: int) -> None:
-        """Tell that `step` steps are done."""
+        """Log that `step` steps are done."""
         self._progress.update(step)
 
 

@@ -41,7 +41,7 @@ class Outbox:
     def belong_to(self, identity: Mapping[str, str]) -> None:
         """Begin, or go on, for a run of this identity. Raises ConfigurationError if an attempt before was another run's.
 
-        Two runs' metrics in one place could not be told apart afterwards.
+        Metrics of two runs in one place could not be distinguished afterwards.
         """
         if self._identity is None:
             self._identity = dict(identity)

@@ -21,7 +21,7 @@ class ProgressFile:
         self._steps_per_second = 0.0
 
     def update(self, step: int) -> None:
-        """Tell that `step` steps are done; writes at most twice a second, and always at the end."""
+        """Record that `step` steps are done; writes at most twice a second, and always at the end."""
         now = time.monotonic()
         if now - self._time < SECONDS_BETWEEN_WRITES and step < self._total_steps:
             return
@@ -40,7 +40,7 @@ class ProgressFile:
 
 
 def read_step(folder: Path) -> int:
-    """Read the step that `progress.json` tells of; 0 if there is none."""
+    """Return the step in `progress.json`; 0 if there is none."""
     try:
         return Progress.model_validate_json((folder / PROGRESS_FILE).read_bytes()).step
     except (OSError, ValidationError):

@@ -137,7 +137,7 @@ class MlflowUploader:
         return True
 
     def _answers(self, client: Any) -> bool:
-        """Tell whether MLflow is there, and so has something against this one line."""
+        """Return whether MLflow answers, and therefore refuses this one line."""
         from mlflow.exceptions import MlflowException
 
         try:

@@ -59,7 +59,7 @@ def train(
     one, and returns once the last one exists; `position` is where the caller can see how far it is.
 
     Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
-    saved, if `notices` tell that a node is about to go.
+    saved, if `notices` announce the preemption of a node.
     """
     notices, position = notices or NoNotices(), position or TrainProgress()
     seed_everything(worker, spec.seed)
@@ -131,13 +131,13 @@ def train(
                 loss_sum += loss.detach()
                 if is_last_part:
                     now = time.monotonic()
-                    wishes = Requests(
+                    requests = Requests(
                         save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
                         stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
                         look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
                         report=checkpoints is not None and checkpoints.has_failed,
                     )
-                    control.begin(loss_sum, wishes if worker.rank == 0 else Requests())
+                    control.begin(loss_sum, requests if worker.rank == 0 else Requests())
                 share = loss * (worker.world_size / spec.global_batch_size)
                 scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         agreed = control.finish()
@@ -154,8 +154,8 @@ def train(
         position.step = step + 1
         position.loss_sum += agreed.loss_sum
         position.samples += spec.global_batch_size
-        save_now, is_late, failed_to_save = agreed.wishes.save, agreed.wishes.stop, agreed.wishes.report
-        if agreed.wishes.look:
+        save_now, is_late, failed_to_save = agreed.requests.save, agreed.requests.stop, agreed.requests.report
+        if agreed.requests.look:
             looked_at, node_goes = time.monotonic(), notices.is_preempted()
 
     remove_activation_checkpointing(model)

@@ -78,7 +78,7 @@ def may_leave_unused(model: nn.Module, spec: JobSpec, shape: tuple[int, ...]) ->
 
 
 def _recompute_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass and of the one that computes anew, in which torch's own BN must not count the batch again."""
+    """Contexts of the first pass and of its recomputation, in which torch's own BN must not count the batch again."""
     plain = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return nullcontext(), _buffers_kept([norm for norm in plain if not isinstance(norm, SyncBatchNorm)])
 

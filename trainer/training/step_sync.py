@@ -17,7 +17,7 @@ from trainer.distributed import RankInfo
 
 @dataclass(frozen=True)
 class Requests:
-    """What a worker wants all of them to do after this step; one worker's wish is enough."""
+    """What a worker wants all of them to do after this step; one worker's flag is enough."""
 
     save: bool = False
     stop: bool = False
@@ -34,7 +34,7 @@ class StepResult:
     loss_sum: float
     """Sum of the losses of all samples of the global batch."""
     is_finite: bool
-    wishes: Requests
+    requests: Requests
 
 
 class StepSync:
@@ -48,11 +48,11 @@ class StepSync:
         self._vector = torch.zeros(6, dtype=torch.float64)
         self._pending: dist.Work | None = None
 
-    def begin(self, loss_sum: Tensor, wishes: Requests) -> None:
+    def begin(self, loss_sum: Tensor, requests: Requests) -> None:
         """Send this worker's part; waits for `loss_sum` to be computed, not for anything after it."""
         loss = float(loss_sum)
         finite = float("-inf") < loss < float("inf")
-        flags = (not finite, wishes.save, wishes.stop, wishes.look, wishes.report)
+        flags = (not finite, requests.save, requests.stop, requests.look, requests.report)
         self._vector = torch.tensor([loss if finite else 0.0, *map(float, flags)], dtype=torch.float64)
         if self._world_size > 1:
             self._pending = dist.all_reduce(self._vector, group=self._group, async_op=True)
@@ -62,19 +62,19 @@ class StepSync:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-        loss, broken, *wishes = self._vector.tolist()
-        return StepResult(loss, broken == 0, Requests(*(wish > 0 for wish in wishes)))
+        loss, broken, *requests = self._vector.tolist()
+        return StepResult(loss, broken == 0, Requests(*(flag > 0 for flag in requests)))
 
 
 class PreemptionNotice(Protocol):
-    """What the cluster tells of its nodes."""
+    """Preemption notices of the cluster."""
 
     def is_preempted(self) -> bool:
         """Ask whether the node of any worker will be taken away; called by all workers together, with one answer for all."""
 
 
 class NoNotices:
-    """A cluster that tells nothing."""
+    """Preemption notices of a cluster that has none."""
 
     def is_preempted(self) -> bool:
         """Say no."""

@@ -15,7 +15,7 @@ router = APIRouter(prefix="/v1", tags=["cluster"], route_class=KnownCaller)
 
 @router.get("/cluster")
 async def show_cluster(_: Reader, components: GivenComponents) -> ClusterView:
-    """Tell what Ray has and has free, and how many jobs there are in each state; owners are not named."""
+    """Show total and free resources of Ray, and the number of jobs per state, without owners."""
     totals = await components.jobs.totals()
     try:
         cluster: Cluster | None = await components.ray.cluster()

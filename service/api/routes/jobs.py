@@ -202,7 +202,7 @@ def _sequence(last_event_id: str) -> int:
 
 
 def etag(job: Job) -> str:
-    """Name a job's present form. Why it waits in the queue is told anew without a change of its version."""
+    """Return the ETag of a job. The reason for waiting in the queue changes without a change of the version."""
     return f'"{job.version}-{crc32(job.reason.encode()):x}"'
 
 

@@ -12,5 +12,5 @@ router = APIRouter(tags=["health"], route_class=Route)
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {CONTENT_TYPE_LATEST: {}}}})
 async def read_metrics(_: Admin, components: GivenComponents) -> Response:
-    """Tell Prometheus of jobs, queue, owners and replicas."""
+    """Return metrics of jobs, queue, owners and replicas for Prometheus."""
     return Response(await components.metrics.text(), media_type=CONTENT_TYPE_LATEST)

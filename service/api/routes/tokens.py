@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1", tags=["access"], route_class=Route)
 
 @router.get("/me")
 async def show_caller(caller: Reader) -> CallerView:
-    """Tell whose token this is, and what it allows."""
+    """Show the owner and scopes of the current token."""
     return CallerView(owner=caller.owner, scopes=list(caller.scopes), token_id=caller.token_id)
 
 

@@ -39,7 +39,7 @@ async def validate_comparison(body: SubmitComparison, caller: Submitter, compone
 async def _validate(
     components: Components, owner: str, terms: SubmitOptions, base: JobSpec, specs: Sequence[JobSpec]
 ) -> Validation:
-    """Check what a submission reaches for; tell what the jobs of these specs would take, and whether the cluster has it."""
+    """Check the names in a submission, and return the resources that its jobs need and whether the cluster has them."""
     for spec in specs:
         components.permissions.check(spec)
     await components.feasibility.check(specs)

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=Route)
 
 @router.post("", status_code=201)
 async def make_webhook(body: MakeWebhook, caller: Submitter, components: GivenComponents) -> MadeWebhook:
-    """Have the caller's jobs told of by signed messages (Standard Webhooks). Networks that are not public are refused."""
+    """Create a webhook, which gets signed messages (Standard Webhooks) about the caller's jobs. Private networks are refused."""
     await components.outgoing.check(str(body.url))
     webhook = Webhook(
         id=new_id("webhook"),

@@ -20,10 +20,10 @@ class MakeWebhook(FrozenModel):
         description="where messages are sent to, by POST: a public https:// address; answers 2xx once it has a message"
     )
     states: Annotated[list[Annotated[JobState, Field(strict=False)]], Field(max_length=len(ENDS))] = Field(
-        ENDS, description="which ends of jobs to tell of"
+        ENDS, description="terminal states of jobs to report"
     )
     thresholds: Annotated[list[Threshold], Field(max_length=10)] = Field(
-        [], description="which values of metrics to tell of: of the first measured one, once for each job"
+        [], description="values of metrics to report, once per job, at the first measurement that meets one"
     )
     tag: Tag | None = Field(None, description="of which of the owner's jobs; null: of all of them")
 

@@ -93,7 +93,7 @@ def test_it_waits_as_long_as_the_service_asks_for(network, by):
     network.faults.append(Answer(429, {"Retry-After": "1"}))
     told = []
     began = time.monotonic()
-    assert by.call(network.url, lambda client: client.me(), tell=told.append).owner == "admin"
+    assert by.call(network.url, lambda client: client.me(), on_retry=told.append).owner == "admin"
     assert 1 <= time.monotonic() - began < 5
     assert "answered 429" in told[0]
     assert "trying again in 1.0 s" in told[0]

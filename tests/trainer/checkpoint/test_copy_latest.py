@@ -40,7 +40,7 @@ def test_ancestors_without_a_finished_checkpoint_are_passed_over(old, tmp_path, 
     unfinished.mkdir(parents=True)
     assert copy_latest_checkpoint(task(tmp_path / "job-6", "job-5", "job-4", "job-1")).startswith("step-000000000020-")
     assert copy_latest_checkpoint(task(tmp_path / "job-7", "job-5", "job-4")) is None
-    assert "none of job-5, job-4 has a checkpoint; begins anew" in capsys.readouterr().out
+    assert "none of job-5, job-4 has a checkpoint; starting from step 0" in capsys.readouterr().out
 
 
 def test_a_copy_that_broke_off_is_done_again(old, tmp_path):

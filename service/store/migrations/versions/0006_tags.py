@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Make the table of tags anew, with the jobs' places."""
+    """Recreate the table of tags, with the places of the jobs."""
     op.rename_table("job_tags", "job_tags_before")
     op.create_table(
         "job_tags",
