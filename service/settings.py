@@ -16,7 +16,7 @@ from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
 
 
 class OwnerQuota(FrozenModel):
-    """What one owner's jobs may hold at one time."""
+    """Limits of one owner's submitted jobs."""
 
     jobs: int | None = Field(None, ge=0)
     cpus: float | None = Field(None, ge=0)
@@ -31,151 +31,158 @@ class Settings(BaseSettings):
     token: SecretStr | None = Field(
         None,
         min_length=16,
-        description="secret of a token with scope admin, 16 characters or more; without it the first start makes one and shows it",
+        description="token with scope admin, at least 16 characters; if it is not set, the first start creates one and prints it",
     )
-    host: str = Field("127.0.0.1", description="address the API listens on")
-    port: int = Field(8000, ge=1, le=65535, description="port the API listens on")
+    host: str = Field("127.0.0.1", description="listen address of the API")
+    port: int = Field(8000, ge=1, le=65535, description="listen port of the API")
     database_url: str = Field(
         "sqlite+aiosqlite:///.syncbn/service.db",
         description="`sqlite+aiosqlite:///path` or `postgresql+asyncpg://user:password@host/name`",
     )
     storage: Path = Field(
         Path(".syncbn/storage"),
-        description="folder for logs, outcomes and models; every node of the cluster mounts it at the same path",
+        description="folder of logs, outcomes and models, mounted at the same path on every node",
     )
-    ray_address: str = Field("http://127.0.0.1:8265", description="Ray's dashboard, which takes job submissions")
+    ray_address: str = Field(
+        "http://127.0.0.1:8265", description="address of Ray's dashboard, which accepts job submissions"
+    )
     public_url: str | None = Field(
-        None, description="this service, as browsers reach it; default: `http://<host>:<port>`"
+        None, description="URL of this service for browsers; default: `http://<host>:<port>`"
     )
     cluster_url: str | None = Field(
-        None, description="this service, as the cluster's nodes reach it, for metrics; default: the public one"
+        None, description="URL of this service for the nodes of the cluster; default: the public URL"
     )
     mlflow_url: str = Field(
-        "http://127.0.0.1:5000", description="MLflow, as this service alone should be able to reach it"
+        "http://127.0.0.1:5000", description="URL of MLflow, which only this service should be able to reach"
     )
     mlflow_secret: SecretStr | None = Field(
         None,
         min_length=16,
-        description="secret that `mlflow server --app-name syncbn` asks for; 16 characters or more",
+        description="secret that `mlflow server --app-name syncbn` requires, at least 16 characters",
     )
     trusted_proxies: str | None = Field(
         None,
-        description="addresses and networks of reverse proxies, separated by commas, whose `X-Forwarded-For` is believed; "
+        description="comma-separated addresses and networks of reverse proxies whose `X-Forwarded-For` is trusted; "
         "default: none",
     )
     poll_seconds: float = Field(
-        0.5, gt=0, le=60, description="pause between two rounds of the dispatcher; up to a second after long ones"
+        0.5, gt=0, le=60, description="interval of the dispatcher's reconcile loop; up to one second after long ticks"
     )
     call_timeout_seconds: float = Field(
-        10, gt=0, le=300, description="time limit of one call to Ray, MLflow or the database"
+        10, gt=0, le=300, description="timeout of one call to Ray, MLflow or the database"
     )
     max_active_jobs: int = Field(
-        8, ge=1, description="jobs that may be with Ray at one time; each costs its head memory"
+        8, ge=1, description="maximum number of submitted jobs; each uses memory of Ray's head"
     )
     replica: str | None = Field(
         None,
         max_length=80,
-        description="name of this process among all that share the database, the same after a restart; default: host name and port",
+        description="name of this replica, unique among those that share the database and constant over restarts; default: host name and port",
     )
     lease_seconds: float = Field(
-        6, ge=1, le=600, description="after how long without a sign of life others take over a replica's work"
+        6,
+        ge=1,
+        le=600,
+        description="seconds without a heartbeat after which other replicas take over a replica's leases",
     )
     backfill_seconds: float = Field(
-        300, ge=0, description="how long smaller jobs may pass the first of the queue while it waits for room"
+        300,
+        ge=0,
+        description="seconds for which smaller jobs may overtake the first job of the queue while it waits for resources",
     )
     patience_seconds: float = Field(
-        21_600, ge=0, description="after how long in the queue a job goes first, whatever the priority of others"
+        21_600, ge=0, description="seconds in the queue after which a job goes first, regardless of priorities"
     )
-    quota_jobs: int | None = Field(None, ge=0, description="jobs that an owner may have with Ray at one time")
-    quota_cpus: float | None = Field(None, ge=0, description="CPUs that an owner's jobs may hold at one time")
-    quota_gpus: float | None = Field(None, ge=0, description="GPUs that an owner's jobs may hold at one time")
+    quota_jobs: int | None = Field(None, ge=0, description="maximum number of submitted jobs per owner")
+    quota_cpus: float | None = Field(None, ge=0, description="maximum number of CPUs of an owner's submitted jobs")
+    quota_gpus: float | None = Field(None, ge=0, description="maximum number of GPUs of an owner's submitted jobs")
     quota_stored_bytes: int | None = Field(
-        1_000_000_000, ge=0, description="bytes that an owner's jobs may take in the database, ended ones included"
+        1_000_000_000,
+        ge=0,
+        description="maximum size of an owner's jobs in the database, including ended ones, in bytes",
     )
     owner_quotas: dict[Owner, OwnerQuota] = Field(
         {},
-        description='other quotas for some owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; what is not given has no limit',
+        description='quotas of single owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; missing fields have no limit',
     )
-    rate_per_second: float = Field(50, gt=0, description="requests that a token may make in a second, in the long run")
-    rate_burst: int = Field(200, ge=1, description="requests that a token may make at once")
+    rate_per_second: float = Field(50, gt=0, description="sustained requests per second and token")
+    rate_burst: int = Field(200, ge=1, description="burst of requests per token")
     check_seconds: float = Field(
         15,
         ge=0,
         le=60,
-        description="how long a submission may wait until its library models, functions and datasets are checked by a process with "
-        "torch; 0: they are not checked",
+        description="seconds that a submission may wait for the check of library models, functions and datasets by a process with "
+        "torch; 0 disables the check",
     )
     streams_per_token: int = Field(
-        50, ge=1, description="logs and timelines that a token may follow at one time, on each replica"
+        50, ge=1, description="maximum number of open log and event streams per token and replica"
     )
     max_artifact_bytes: int = Field(
-        5_000_000_000, ge=1_000_000, description="bytes of one file that a run uploads to MLflow"
+        5_000_000_000, ge=1_000_000, description="maximum size of one artifact of a run, in bytes"
     )
     max_attempt_artifact_bytes: int = Field(
         20_000_000_000,
         ge=1_000_000,
-        description="bytes that one attempt of a job may upload to MLflow in all; a file counts as a million or more",
+        description="maximum size of all artifacts of an attempt, in bytes; a file counts as at least one million",
     )
     webhook_networks: str | None = Field(
         None,
-        description="networks, separated by commas, that webhooks may reach although they are not public, such as `10.1.0.0/16`",
+        description="comma-separated private networks that webhooks may reach, such as `10.1.0.0/16`",
     )
     retention_days: float | None = Field(
-        None, gt=0, description="after how long ended jobs are deleted with their files; default: never"
+        None, gt=0, description="days after which ended jobs and their files are deleted; default: never"
     )
-    log_format: Literal["text", "json"] = Field(
-        "text", description="of the service's own log: lines of text, or JSON objects"
-    )
+    log_format: Literal["text", "json"] = Field("text", description="format of the service's log: `text` or `json`")
     secrets_folder: Path | None = Field(
         None,
-        description="folder of files `<owner>/<name>` and `shared/<name>` that hold jobs' secrets; every node of the cluster "
-        "mounts it at the same path",
+        description="folder of secrets, files `<owner>/<name>` and `shared/<name>`, mounted at the same path on every node of the "
+        "cluster",
     )
     allowed_imports: str | None = Field(
         None,
-        description="functions that `import:` models may name, separated by commas: `package.module:function`, or "
-        "`package.module:*` for all of a module that holds nothing but model builders",
+        description="comma-separated functions that `import:` models may use: `package.module:function`, or "
+        "`package.module:*` for a module that contains only model builders",
     )
     allowed_roots: str | None = Field(
         None,
-        description="folders and fsspec addresses, separated by commas, that specs may read data from and write checkpoints to",
+        description="comma-separated folders and fsspec addresses from which specs may read data and to which they may write checkpoints",
     )
     grace_seconds: float = Field(
         5,
         ge=0,
         le=3600,
-        description="time for a run to show life, or write its outcome, after Ray alone says that it has ended",
+        description="seconds for a heartbeat or an outcome after Ray has reported the end of an attempt",
     )
     silence_seconds: float = Field(
-        60, ge=5, le=3600, description="time without a sign of life after which a run is lost that Ray calls running"
+        60, ge=5, le=3600, description="seconds without a heartbeat after which a running attempt is considered lost"
     )
     start_seconds: float = Field(
         900,
         ge=5,
         le=86_400,
-        description="time that Ray may take to start what was submitted, before that is tried again",
+        description="seconds that Ray may take to start a submission before it is retried",
     )
     ray_auth_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN", "ray_auth_token"),
-        description="Ray's token, if it asks for one",
+        description="Ray's authentication token",
     )
     ray_auth_token_path: Path | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN_PATH", "ray_auth_token_path"),
-        description="or a file that holds it",
+        description="file with Ray's authentication token",
     )
 
     def permissions(self) -> Allowlist:
-        """What the operator allows specs to reach."""
+        """Imports, folders and addresses that specs may use."""
         return Allowlist(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
 
     def networks(self) -> tuple[IPNetwork, ...]:
-        """Networks that webhooks may reach though they are not public."""
+        """Private networks that webhooks may reach."""
         return read_networks(self.webhook_networks)
 
     def retention(self) -> timedelta | None:
-        """For how long ended jobs are kept; None: for ever."""
+        """Time for which ended jobs are kept; None means for ever."""
         return timedelta(days=self.retention_days) if self.retention_days else None
 
     @field_validator("webhook_networks")
@@ -186,7 +193,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _can_be_reached(self) -> Self:
-        """Ask for an address where the one listened on is none that others can use."""
+        """Require a public URL if the listen address is a wildcard."""
         if self.host in ("0.0.0.0", "::") and not self.public_url:  # noqa: S104
             raise ValueError(f"public_url must be set where host is {self.host}")
         return self
@@ -214,11 +221,11 @@ class Settings(BaseSettings):
         return text
 
     def replica_name(self) -> str:
-        """Name of this process among all that share the database."""
+        """Name of this replica."""
         return self.replica or f"{socket.gethostname()[:70]}-{self.port}"
 
     def policy(self) -> Policy:
-        """By which rules jobs are admitted."""
+        """Rules of admission."""
         return Policy(
             most_active=self.max_active_jobs,
             backfill=timedelta(seconds=self.backfill_seconds),
@@ -228,7 +235,7 @@ class Settings(BaseSettings):
         )
 
     def ray_token(self) -> str | None:
-        """Ray's token, from wherever it was given. Raises OSError if the file cannot be read."""
+        """Ray's authentication token. Raises OSError if its file cannot be read."""
         if self.ray_auth_token is not None:
             return self.ray_auth_token.get_secret_value()
         return self.ray_auth_token_path.read_text().strip() if self.ray_auth_token_path else None

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -151,3 +152,13 @@ def test_module_docstrings_begin_with_a_short_noun_phrase():
             assert len(first) <= 80, path
             assert first.split(" ")[0] not in {"What", "Which", "Who", "Whose", "How", "Where", "When"}, path
             assert lines[1:2] in ([], [""]), path
+
+
+def test_text_avoids_words_of_an_idiom_of_its_own():
+    banned = re.compile(r"\b(tell|tells|told|anew|wishes|how-manieth|parted by)\b", re.IGNORECASE)
+    quoted = re.compile(r"cannot tell|could not tell|\.tell\(\)")  # a verdict, and a method of files
+    folders = [ROOT / name for name in ("service", "trainer", "syncbn", "docs")]
+    for path in [ROOT / "README.md", *(path for folder in folders for path in folder.rglob("*"))]:
+        if path.suffix in {".py", ".md", ".yaml"}:
+            for number, line in enumerate(path.read_text().splitlines(), start=1):
+                assert not banned.search(quoted.sub("", line)), f"{path}:{number}: {line}"
