@@ -77,7 +77,8 @@ class Settings(BaseSettings):
     replica: str | None = Field(
         None,
         max_length=80,
-        description="name of this replica, unique among those that share the database and constant over restarts; default: host name and port",
+        description="name of this replica, unique among those that share the database and constant over restarts; "
+        "default: host name and port",
     )
     lease_seconds: float = Field(
         6,
@@ -145,7 +146,8 @@ class Settings(BaseSettings):
     )
     allowed_roots: str | None = Field(
         None,
-        description="comma-separated folders and fsspec addresses from which specs may read data and to which they may write checkpoints",
+        description="comma-separated folders and fsspec addresses from which specs may read data and to which they may write "
+        "checkpoints",
     )
     grace_seconds: float = Field(
         5,
