@@ -76,17 +76,17 @@ FAILURES_PER_SECOND, MOST_FAILURES = 1, 20
 
 
 class Application(FastAPI):
-    """FastAPI, but for answers that come from outside of all middleware: they carry the headers too."""
+    """FastAPI application whose security headers cover answers from outside its middleware."""
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Wrap the whole stack."""
+        """Build the middleware stack."""
         settings: Settings = self.state.settings
         limits = {UPLOADS: settings.max_artifact_bytes, f"{PREFIX}/": MAX_JSON_BYTES}
         limited = DeclaredLength(super().build_middleware_stack(), MAX_BODY_BYTES, limits)
         return Headers(HeadAsGet(BodyDeadline(limited, BODY_SECONDS, (UPLOADS,))))
 
     def openapi(self) -> dict[str, Any]:
-        """Describe the API."""
+        """Return the OpenAPI document."""
         return document(self)
 
 
@@ -96,7 +96,7 @@ def make_app(
     mlflow: MlflowRuns | None = None,
     show_first_token: Callable[[str], None] = print,
 ) -> FastAPI:
-    """Make the application; its components open when it starts and close when it stops.
+    """Create the application; its components are opened at startup and closed at shutdown.
 
     `ray` and `mlflow` stand in for those that the settings name. `show_first_token` is handed the secret of the first admin's
     token if one has to be made, and must neither keep nor log it.
@@ -166,7 +166,7 @@ def make_app(
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
     async def ready(request: Request, response: Response) -> Readiness:
-        """Report whether database, Ray, MLflow and storage answer and jobs are reconciled; 503 if not.
+        """Report whether all dependencies answer and jobs are reconciled; 503 if not.
 
         Each has 5 seconds. An answer may be a second old.
         """

@@ -19,7 +19,7 @@ bearer = HTTPBearer(auto_error=False, description="a token, as `POST /v1/tokens`
 
 
 async def authenticate(request: Request) -> Caller:
-    """Find out once who makes a request. Raises HTTPException with 401 or 429.
+    """Authenticate a request, once. Raises HTTPException with 401 or 429.
 
     The answer to a wrong token is the same whether it is unknown, expired or revoked.
     """
@@ -38,7 +38,7 @@ async def authenticate(request: Request) -> Caller:
 
 
 async def caller_of_session(request: Request) -> Caller | None:
-    """Find out who is signed in, by the session cookie; None if nobody is. Raises HTTPException with 429."""
+    """Return the caller of a session cookie, or None. Raises HTTPException with 429."""
     secret = request.cookies.get(SESSION_COOKIE)
     if not secret:
         return None
@@ -60,12 +60,12 @@ async def _admit(components: Components, token: Token) -> Caller:
 
 
 def limit_rate(components: Components, name: str) -> None:
-    """Count a request of a token or attempt. Raises HTTPException with 429 if it has sent too many."""
+    """Count a request of a token or attempt. Raises HTTPException with 429."""
     _limit(components.rates.take(name, time.monotonic()))
 
 
 def limit_failure(request: Request) -> None:
-    """Count a request without valid credentials. Raises HTTPException with 429 if its address has sent too many.
+    """Count a request without valid credentials, by address. Raises HTTPException with 429.
 
     Valid credentials pass whatever others do: behind a proxy, all callers may have one address.
     """

@@ -8,24 +8,24 @@ logger = logging.getLogger(__name__)
 
 
 class Background:
-    """Tasks of which none ends by itself if all is well."""
+    """Long-running tasks, none of which ends unless it fails."""
 
     def __init__(self) -> None:
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self, name: str, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """Start one; its error, should it have one, is logged when it ends."""
+        """Start a task; its error is logged when it ends."""
         task = asyncio.create_task(work, name=name)
         task.add_done_callback(_tell_end)
         self._tasks.append(task)
         return task
 
     def ended(self) -> list[str]:
-        """Names of the tasks that go on no more."""
+        """Names of the tasks that have ended."""
         return [task.get_name() for task in self._tasks if task.done()]
 
     async def close(self) -> None:
-        """End all of them, each before the next; one that has failed keeps none of the others from it."""
+        """Cancel all tasks in order; a failed one does not prevent the others from ending."""
         for task in self._tasks:
             task.cancel()
             await asyncio.wait([task])

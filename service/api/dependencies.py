@@ -35,7 +35,7 @@ MAX_LARGE_REQUESTS = 2
 
 @dataclass(frozen=True)
 class Components:
-    """The service's components."""
+    """Components of the service."""
 
     database: Database
     jobs: JobStore
@@ -73,12 +73,12 @@ class Components:
 
     @property
     def mlflow_public_url(self) -> str:
-        """Where a browser finds MLflow's pages."""
+        """URL of MLflow's pages for browsers."""
         return f"{self.public_url}/mlflow"
 
 
 def components_of(request: Request) -> Components:
-    """Find the components of the app that a request came to."""
+    """Return the components of the application of a request."""
     components: Components = request.app.state.components
     return components
 

@@ -13,13 +13,13 @@ SMALL_BYTES = 1 << 30
 
 
 class Feasibility:
-    """Checks against the libraries and the cluster. What cannot be checked, since either does not answer, is let pass."""
+    """Checks against libraries and the cluster; an upstream that does not answer passes."""
 
     def __init__(self, ray: RayJobs, checker: SpecChecker) -> None:
         self._ray, self._checker = ray, checker
 
     async def check(self, specs: Sequence[JobSpec]) -> None:
-        """Raise InvalidField naming the field that cannot work."""
+        """Raise InvalidField for a field with a name or argument that does not exist."""
         sizes = await self._checker.check(specs)
         need, largest, size = max(
             ((min_worker_bytes(spec, size), spec, size) for spec, size in zip(specs, sizes, strict=True)),
@@ -34,7 +34,7 @@ class Feasibility:
 
 
 def refuse_memory(spec: JobSpec, size: ModelSize | None, cluster: Cluster) -> None:
-    """Raise InvalidField if no node of the cluster has the memory that a worker needs; if the batch is why, it is named."""
+    """Raise InvalidField if no node has the memory that a worker needs."""
     most, need = cluster.largest_node_bytes, min_worker_bytes(spec, size)
     if most is None or need <= most:
         return

@@ -18,7 +18,7 @@ SECONDS_KEPT = 1.0
 
 
 class Health:
-    """Looks at the components and at the tasks in the background."""
+    """Health checks of the components and background tasks."""
 
     def __init__(self, components: Components, background: Background) -> None:
         self._components, self._background = components, background
@@ -33,7 +33,7 @@ class Health:
             return self._seen[1]
 
     def has_failed(self) -> bool:
-        """Whether this process does not do its part, and will not by itself."""
+        """Return whether this process has failed and does not recover without a restart."""
         return bool(self._background.ended()) or self._components.dispatcher.is_stuck()
 
     async def _look(self) -> Readiness:
@@ -51,7 +51,7 @@ class Health:
         )
 
     def _check_tasks(self) -> Check:
-        """Whether this replica looks after jobs: all of its tasks go on, and its leases hold."""
+        """Check that this replica reconciles jobs: its tasks run and its leases hold."""
         if self.has_failed() or not self._components.replica.is_alive:
             ended = ", ".join(self._background.ended()) or "none"
             logger.warning("the dispatcher is not ready: ended: %s", ended)

@@ -33,10 +33,10 @@ PARAMETER = {
 
 
 class KnownCaller(APIRoute):
-    """A route whose caller is known before anything else is looked at, and that refuses query parameters it does not have."""
+    """Route that authenticates first, and refuses unknown query parameters."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap FastAPI's own handler."""
+        """Return the handler of the route."""
         handle = super().get_route_handler()
         names = {
             parameter.alias
@@ -61,7 +61,7 @@ class KnownCaller(APIRoute):
 
 
 class Route(KnownCaller):
-    """A route whose POSTs may be repeated under a key.
+    """Route whose POST requests may be repeated with an idempotency key.
 
     What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither; after an error
     the key is free. The key is taken with the first write: what a route asks of others, it asks before.
@@ -73,7 +73,7 @@ class Route(KnownCaller):
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Wrap the handler of a known caller's requests."""
+        """Return the handler of authenticated requests."""
         handle = super().get_route_handler()
 
         async def handle_once(request: Request) -> Response:
@@ -89,7 +89,7 @@ class Route(KnownCaller):
 
 
 def answer_repeats_with(request: Request, answer: Response) -> None:
-    """Let repetitions of a request get another answer than the first, which holds what must not be stored."""
+    """Set the stored answer of a request, where the first answer contains a secret."""
     request.state.answer_to_repeats = answer
 
 
@@ -122,7 +122,7 @@ async def _once(
 
 
 async def _fingerprint(request: Request, caller: Caller) -> str:
-    """Return a digest of a request and the scopes of its token, so that no caller gets an answer beyond its scopes."""
+    """Return a digest of a request and the scopes of its token."""
     body = await _body_of(request)
     parts = [request.method, request.url.path, request.url.query, " ".join(sorted(caller.scopes))]
     return hashlib.sha256("\n".join(parts).encode() + b"\n" + body).hexdigest()

@@ -15,14 +15,14 @@ MARKS = (b",", b"[", b"{")
 
 
 class JsonRequest(Request):
-    """A request whose body is refused unparsed if it holds too much, and is parsed beside the event loop otherwise.
+    """Request whose body has a bounded number of values and is parsed in a thread.
 
     Parsing and validation take long for many values, however few bytes these are, and hold Python's lock meanwhile.
     """
 
     @classmethod
     def of(cls, request: Request) -> "JsonRequest":
-        """Return the request as one of these; what has been read of it stays read."""
+        """Return the request as a `JsonRequest`; what has been read of it stays read."""
         if not isinstance(request, cls):
             request.__class__ = cls
         assert isinstance(request, cls)
@@ -43,10 +43,10 @@ _THREADS = ThreadPoolExecutor(2, thread_name_prefix="compute")
 
 
 async def respond(make: Callable[[], BaseModel]) -> Response:
-    """Make an answer's content and write it as JSON in one of the threads."""
+    """Create the content of an answer and serialise it as JSON, in a thread."""
     return Response(await in_thread(lambda: make().model_dump_json().encode()), media_type="application/json")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in one of the threads."""
+    """Call a function in a thread."""
     return await asyncio.get_running_loop().run_in_executor(_THREADS, lambda: function(*args, **kwargs))

@@ -21,19 +21,22 @@ BODY_SECONDS = 60.0
 
 
 class HeaderDeadlineProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which closes a connection whose next header, or rest of a body, does not arrive in time."""
+    """uvicorn protocol that closes a connection whose header arrives too late.
+
+    The same holds for the rest of an unread body.
+    """
 
     header_seconds = HEADER_SECONDS
     linger_seconds = LINGER_SECONDS
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first request's header."""
+        """Start the timeout of the first header."""
         super().connection_made(transport)
         self._close_in(self.header_seconds)
 
     def on_message_begin(self) -> None:
-        """Wait for the header of a request on a connection that is kept alive."""
+        """Start the timeout of a header on a kept-alive connection."""
         super().on_message_begin()
         self._close_in(self.header_seconds)
 
@@ -43,7 +46,7 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the rest of a body that was not read, such as that of a refused request, and no longer than that."""
+        """Start the timeout of the rest of an unread body, such as that of a refused request."""
         if self.cycle.more_body:
             self._close_in(self.linger_seconds)
         super().on_response_complete()
@@ -69,7 +72,10 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
 
 
 class BodyDeadline:
-    """ASGI middleware that limits the time of bodies: reading one that is late raises HTTPException with 408."""
+    """ASGI middleware that limits the time of bodies.
+
+    A late body raises HTTPException with 408 in its reader.
+    """
 
     def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, large_under: tuple[str, ...] = ()) -> None:
         """Allow `seconds` for a body; under the path prefixes of `large_under`, for each part of it."""
@@ -101,7 +107,10 @@ class BodyDeadline:
 
 
 class DeclaredLength:
-    """ASGI middleware that refuses by `Content-Length`, for which Starlette's own limit would answer in plain text."""
+    """ASGI middleware that refuses by `Content-Length`.
+
+    Starlette's own limit would answer in plain text.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_under: dict[str, int]) -> None:
         """Allow `max_bytes`, and other numbers under the path prefixes of `max_bytes_under`."""
@@ -122,7 +131,7 @@ class DeclaredLength:
 
 
 class HeadAsGet:
-    """ASGI middleware; a stream is ended once its header is known."""
+    """ASGI middleware that answers HEAD as GET without the body; a stream ends after its header."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

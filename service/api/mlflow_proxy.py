@@ -53,13 +53,13 @@ Charge = Callable[[int], Awaitable[None]]
 
 
 class Slots:
-    """Requests that each caller may have under way at the same time."""
+    """Bounded number of concurrent requests per caller."""
 
     def __init__(self, maximum: int) -> None:
         self._maximum, self._taken = maximum, Counter[str]()
 
     def take(self, name: str) -> Callable[[], None]:
-        """Take a slot; return the function that gives it back. Raises HTTPException with 429."""
+        """Take a slot; return the function that releases it. Raises HTTPException with 429."""
         if self._taken[name] >= self._maximum:
             detail = f"at most {self._maximum} such requests at the same time"
             raise HTTPException(429, detail, headers={"Retry-After": "1"})
@@ -74,7 +74,7 @@ class Slots:
 
 
 class ForwardedAnswer(StreamingResponse):
-    """MLflow's answer as it comes, until `deadline` of the event loop's clock.
+    """Streamed answer of MLflow, until `deadline` of the event loop's clock.
 
     However it ends, the connection to MLflow and the caller's slot are free afterwards.
     """
@@ -87,7 +87,7 @@ class ForwardedAnswer(StreamingResponse):
         super().__init__(answer.aiter_raw(), answer.status_code, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, to the end or to the caller's."""
+        """Send the answer until its end or the end of the connection."""
         try:
             async with asyncio.timeout_at(self._deadline):
                 await super().__call__(scope, receive, send)
@@ -97,7 +97,7 @@ class ForwardedAnswer(StreamingResponse):
 
 
 class MlflowProxy:
-    """Decides on each request under `/mlflow/` and forwards it; an attempt may upload `max_attempt_bytes` in all."""
+    """Authorises and forwards requests under `/mlflow/`."""
 
     def __init__(self, max_attempt_bytes: int) -> None:
         self._max_attempt_bytes = max_attempt_bytes
@@ -106,7 +106,7 @@ class MlflowProxy:
         """Run and model; a model's run never changes."""
 
     async def forward(self, request: Request) -> Response:
-        """Forward one request. Raises HTTPException with 401, 403, 413 or 429, InvalidField, NotFound and UpstreamUnavailable."""
+        """Forward one request. Raises HTTPException, InvalidField, NotFound and UpstreamUnavailable."""
         path = request.scope["path"].removeprefix(PREFIX)
         if not path:  # the page's own addresses are relative to the folder
             return RedirectResponse(f"{PREFIX}/")
@@ -204,7 +204,7 @@ def _is_artifact(path: str) -> bool:
 
 
 async def _counted(request: Request, charge: Charge) -> AsyncIterator[bytes]:
-    """Pass the body of an upload on, until no more bytes may be uploaded. Raises HTTPException with 413."""
+    """Yield the body of an upload. Raises HTTPException with 413 beyond the limit."""
     counted = max(int(request.headers.get("content-length", 0)), MIN_COUNTED_BYTES)
     await charge(counted)
     uncounted = -counted

@@ -53,12 +53,12 @@ ASK_OTHERS = {"report_comparison", "show_curves", "read_logs"}
 
 
 def operation_id(route: APIRoute) -> str:
-    """Name an operation after its function."""
+    """Return the operation id of a route: the name of its function."""
     return route.name
 
 
 def document(app: FastAPI) -> dict[str, Any]:
-    """Make the document of an application, once."""
+    """Create the document of an application, once."""
     if app.openapi_schema is None:
         content = get_openapi(
             title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
@@ -102,7 +102,7 @@ def _complete(path: str, method: str, operation: Operation) -> None:
 
 
 def _errors(path: str, method: str, operation: Operation) -> Iterator[HTTPStatus]:
-    """The errors that an operation may answer with, by what it takes."""
+    """Return the possible errors of an operation, from its parameters and body."""
     if "security" not in operation:
         return
     parameters = {parameter["name"] for parameter in operation.get("parameters", ())}

@@ -16,12 +16,12 @@ PageToken = Annotated[str | None, Query(description="`next_page_token` of the pa
 
 
 def token_of(place: int | None) -> str | None:
-    """Write a place as a page token."""
+    """Encode a place as a page token."""
     return None if place is None else base64.urlsafe_b64encode(str(place).encode()).decode().rstrip("=")
 
 
 def place_of(token: str | None) -> int | None:
-    """Read a page token. Raises InvalidField."""
+    """Decode a page token. Raises InvalidField."""
     if not token:
         return None
     try:

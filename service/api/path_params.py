@@ -10,16 +10,16 @@ from starlette.convertors import Convertor, register_url_convertor
 
 
 class IdentifierConvertor(Convertor[str]):
-    """Up to a slash or colon, so that `GET …:cancel` is a method that the verb does not take, and no strange identifier."""
+    """Identifier up to a slash or colon, so that `GET …:cancel` is a wrong method."""
 
     regex = "[^/:]+"
 
     def convert(self, value: str) -> str:
-        """Read from an address."""
+        """Decode the parameter."""
         return value
 
     def to_string(self, value: str) -> str:
-        """Write into an address."""
+        """Encode the parameter."""
         return value
 
 

@@ -49,7 +49,7 @@ LONGEST_VALUE = 200
 def answer(
     status: HTTPStatus, detail: str, errors: Sequence[FieldError] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    """Make an answer of a problem."""
+    """Return the answer for a problem."""
     problem = Problem(title=status.phrase, status=status, detail=detail, errors=list(errors))
     # Text from a request may hold half a surrogate pair, which UTF-8 cannot; as escapes of JSON everything can be sent.
     content = json.dumps(problem.model_dump(), ensure_ascii=True)
@@ -57,12 +57,12 @@ def answer(
 
 
 def too_large(most_bytes: int) -> str:
-    """Say that a body is too large."""
+    """Return the message for a body that is too large."""
     return f"the body must have at most {most_bytes:,} bytes"
 
 
 def install(app: FastAPI) -> None:
-    """Map every error of `app`."""
+    """Register the error handlers of `app`."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
     app.add_exception_handler(NotAllowed, _on_refusal)
@@ -138,7 +138,7 @@ def _on_mistake_of_ours(_: Request, error: Exception) -> Response:
 
 
 def _path(location: Sequence[str | int], body: Any) -> str:
-    """Write an error's location as a path into what the user sent."""
+    """Return the location of an error as a path into the request."""
     where, *parts = location
     return (field_path(parts, body) or "body") if where == "body" else ".".join(str(part) for part in parts)
 
@@ -158,7 +158,7 @@ def _takes(item: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> Any:
-    """A value that may be sent back as JSON, cut where it is long."""
+    """Return a value as JSON for an answer, shortened if it is long."""
     if isinstance(value, bool | int | float | None) and value == value and value not in (float("inf"), float("-inf")):
         return value
     text = value if isinstance(value, str) else repr(value)

@@ -38,7 +38,7 @@ class Metrics:
         )
 
     async def text(self) -> bytes:
-        """Write all of it as Prometheus reads it. Raises UpstreamUnavailable."""
+        """Return all metrics in the text format of Prometheus. Raises UpstreamUnavailable."""
         totals, seen = await self._jobs.totals(), await self._leases.seconds_since_seen()
         registry = CollectorRegistry()
         registry.register(_Snapshot(totals, seen, datetime.now(UTC)))
@@ -46,13 +46,13 @@ class Metrics:
 
 
 class _Snapshot:
-    """The database's part, as of one moment."""
+    """Metrics of the database at one moment."""
 
     def __init__(self, totals: Totals, seen: dict[str, float], now: datetime) -> None:
         self._totals, self._seen, self._now = totals, seen, now
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metrics; Prometheus' own name for it."""
+        """Yield the metrics, for the Prometheus client."""
         states = GaugeMetricFamily("syncbn_jobs", "Jobs by state", labels=["state"])
         for state in JobState:
             states.add_metric([state.value], self._totals.jobs.get(state, 0))

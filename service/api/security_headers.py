@@ -13,7 +13,7 @@ DOCS = (
 
 
 def headers_of(path: str) -> dict[str, str]:
-    """The headers of an answer to a request of `path`."""
+    """Return the security headers of an answer for `path`."""
     headers = {
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
@@ -24,7 +24,7 @@ def headers_of(path: str) -> dict[str, str]:
 
 
 class Headers:
-    """ASGI middleware that adds them; it holds back nothing, so streams pass as they come."""
+    """ASGI middleware that adds the headers without buffering."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

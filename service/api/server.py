@@ -25,7 +25,7 @@ SECONDS_TO_EXIT = 20.0
 
 
 class Server(uvicorn.Server):
-    """Serves the application until SIGINT or SIGTERM, of which a second one ends it at once, or until it has failed."""
+    """Server that runs until SIGINT, SIGTERM or a failure. A second signal ends it at once."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
         self._app = app
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
 
     @property
     def has_failed(self) -> bool:
-        """Whether it has ended, or is about to, because the service goes on no more; a new process may do better."""
+        """Return whether the service has failed, so that a new process should replace it."""
         return self._failed_looks >= LOOKS
 
     async def on_tick(self, counter: int) -> bool:
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the streams, whose readers go on elsewhere or later, and then all else."""
+        """Close the streams, whose readers resume elsewhere or later, and then shut down."""
         if (components := getattr(self._app.state, "components", None)) is not None:
             await components.watch.close()
         await super().shutdown(sockets)

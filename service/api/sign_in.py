@@ -57,7 +57,7 @@ router = APIRouter(include_in_schema=False)
 
 
 def sign_in_page(target: str | None = None, message: str = INVITATION, *, status: int = 200) -> HTMLResponse:
-    """Make the page with the form; `target` is where the browser goes from there."""
+    """Return the page with the form; `target` is the next page."""
     content = PAGE.format(
         style=STYLE, script=SCRIPT, message=html.escape(message), target=html.escape(local_path(target), quote=True)
     )
@@ -67,13 +67,13 @@ def sign_in_page(target: str | None = None, message: str = INVITATION, *, status
 
 @router.get("/sign-in")
 async def show_sign_in(next: str | None = None) -> Response:  # noqa: A002
-    """Show the form, which a link's code submits by itself."""
+    """Show the form, which the code of a link submits automatically."""
     return sign_in_page(next)
 
 
 @router.post("/sign-in")
 async def sign_in(request: Request) -> Response:
-    """Sign in with a token, or with the code of a link, which is used up by it."""
+    """Sign in with a token, or with the code of a link, which works once."""
     form = parse_qs((await _read(request)).decode(errors="replace"))
     secret, code, target = (form.get(name, [""])[0].strip() for name in ("token", "code", "next"))
     components = components_of(request)
@@ -120,7 +120,7 @@ async def _start_session(request: Request, components: Components, token: Token,
 
 
 def sign_in_url(public_url: str, code: str, target: str) -> str:
-    """Make the address of a link that signs in once and leads to `target`."""
+    """Return the URL of a link that signs in once and leads to `target`."""
     return f"{public_url}/sign-in#code={code}&next={quote(local_path(target), safe='/')}"
 
 

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobFeed:
-    """Keeps the newest pulse of every job that somebody watches, and knows whose token has ended meanwhile."""
+    """Newest snapshots of subscribed jobs, and ended tokens."""
 
     def __init__(self, jobs: JobStore, tokens: TokenStore, poll_seconds: float, most_streams: int) -> None:
         self._jobs, self._tokens, self._poll_seconds = jobs, tokens, poll_seconds
@@ -31,7 +31,7 @@ class JobFeed:
         self.is_closing = False
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Poll until cancelled."""
         while True:
             await asyncio.sleep(self._poll_seconds)
             try:
@@ -54,25 +54,25 @@ class JobFeed:
                     self._changed.notify_all()
 
     def open_stream(self, token_id: str) -> bool:
-        """Count one more stream of a token, to be closed by `close_stream`; False if it has as many as it may."""
+        """Count a stream of a token, closed by `close_stream`; False at its limit."""
         if self._streams[token_id] >= self._most_streams:
             return False
         self._streams[token_id] += 1
         return True
 
     def close_stream(self, token_id: str) -> None:
-        """Count one stream less."""
+        """Uncount a stream."""
         self._streams[token_id] -= 1
         if not self._streams[token_id]:
             del self._streams[token_id]
 
     def is_over(self, token_id: str) -> bool:
-        """Whether streams of this token are to end: it was revoked or has expired, or the service stops."""
+        """Return whether streams of a token must end: it is invalid, or the service stops."""
         return self.is_closing or token_id in self._ended_tokens
 
     @contextmanager
     def watching(self, job_id: str) -> Iterator[None]:
-        """Have a job looked at."""
+        """Subscribe to a job."""
         self._watched[job_id] += 1
         try:
             yield
@@ -83,7 +83,7 @@ class JobFeed:
                 self._pulses.pop(job_id, None)
 
     async def next(self, job_id: str, seen: JobSnapshot | None, token_id: str, seconds: float) -> JobSnapshot | None:
-        """Wait, so long at most, until a job's pulse is another than `seen` or the token's streams are over.
+        """Wait until the snapshot of a job differs from `seen`, the token ends, or a timeout.
 
         Returns what the pulse is then, None if nobody has looked.
         """
@@ -98,7 +98,7 @@ class JobFeed:
             return self._pulses.get(job_id, seen)
 
     async def close(self) -> None:
-        """End all streams, so that who reads them turns to another replica, or to this one after its restart."""
+        """End all streams, so that their readers connect to another replica or after a restart."""
         async with self._changed:
             self.is_closing = True
             self._changed.notify_all()

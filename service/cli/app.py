@@ -95,7 +95,7 @@ def up(
 
 @app.command()
 def serve() -> None:
-    """Run the API and the dispatcher alone; database, Ray and MLflow are given by SYNCBN_* settings."""
+    """Run only the API and the dispatcher, configured by SYNCBN_* variables."""
     from service.api.app import make_app
     from service.api.server import Server
     from service.logging import configure

@@ -22,7 +22,7 @@ def open_pages(
     browser: Annotated[bool, typer.Option("--browser", help="open the link in this machine's browser")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print a link to MLflow's pages that signs a browser in once, within ten minutes."""
+    """Print a link to MLflow's pages that signs a browser in once within ten minutes."""
     link = sign_in_link(client, _page_of(client, of) if of else None)
     if as_json:
         print_json({"url": link})
@@ -33,7 +33,7 @@ def open_pages(
 
 
 def sign_in_link(client: Client, page_url: str | None) -> str:
-    """Make a link that signs in once and leads to a page of the service, by default MLflow's first one."""
+    """Return a link that signs in once and leads to a page, by default MLflow's home page."""
     address = urlsplit(page_url or HOME)
     return client.create_sign_in_link(address.path + (f"#{address.fragment}" if address.fragment else "")).url
 

@@ -13,7 +13,7 @@ app = typer.Typer()
 @app.command()
 @with_client
 def cluster(client: Client, as_json: AsJson = False) -> None:
-    """Show what the cluster has and has free, jobs by state, and whether the service is in order."""
+    """Show total and free resources, jobs by state, and health checks."""
     found, readiness = client.cluster(), client.ready()
     if as_json:
         print_json(found.model_dump(mode="json") | {"readiness": readiness})

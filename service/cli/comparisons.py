@@ -39,7 +39,10 @@ def compare(
     wait: Annotated[bool, typer.Option(help="wait for the jobs and show the report")] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a comparison: a recipe, or a file with name, spec, matrix and, if you like, baseline, metric and target."""
+    """Submit a comparison: a recipe, or a file with name, spec and matrix.
+
+    The file may also have baseline, metric and target.
+    """
     body, recipe = read_comparison(find_file(file), preset)
     terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
     comparison = client.submit_comparison(body | terms.model_dump(mode="json", exclude_unset=True), key=key)
@@ -71,7 +74,7 @@ def report(
     plot: Annotated[Path | None, typer.Option(help="also draw the curves into this PNG file")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a comparison's table, as far as its jobs are."""
+    """Show the report of a comparison, also while its jobs run."""
     found = client.report(comparison_id, curves=plot is not None)
     if as_json:
         print_json(found)
@@ -83,7 +86,7 @@ def report(
 
 @app.command()
 def recipes(as_json: AsJson = False) -> None:
-    """List the recipes: ready comparisons, each of which tests one claim about batch normalisation."""
+    """List the recipes: ready comparisons that test one claim each."""
     found = all_recipes()
     if as_json:
         print_json(found)
@@ -92,7 +95,7 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 def _verdict(client: Client, recipe: Recipe, comparison: ComparisonView) -> RecipeVerdict:
-    """Collect what a verdict is made of, and judge."""
+    """Collect the runs of a recipe and return its verdict."""
     curves = {metric: client.curves(comparison.id, metric) for metric in metrics_of(recipe)}
     points = {(metric, run.job_id): run.points for metric, found in curves.items() for run in found.runs}
     runs = [

@@ -25,7 +25,7 @@ PANEL = "Which service"
 
 
 class ServiceTarget(BaseModel):
-    """What one source says of the service; its `url` goes before its `data_dir`."""
+    """Service given by one source; `url` takes precedence over `data_dir`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -35,14 +35,14 @@ class ServiceTarget(BaseModel):
 
     @property
     def names_one(self) -> bool:
-        """Whether a service can be found by it."""
+        """Return whether it names a service."""
         return self.url is not None or self.data_dir is not None
 
 
 def find_service(
     options: ServiceTarget, environment: Mapping[str, str], config_path: Path | None = None
 ) -> tuple[str, str]:
-    """Return the address and the token of the service: by `options`, else `environment`, else the config file, else the stack.
+    """Return address and token by options, environment, config file or stack, in this order.
 
     A token of an option or a variable goes to whichever service was chosen; that of the config file to its own alone, so that
     no address that is tried out gets it. Raises BadParameter, StackError and OSError.
@@ -67,7 +67,7 @@ def find_service(
 
 
 def default_config_path() -> Path:
-    """Where the config file is looked for: `~/.config/syncbn/config.toml` on Linux."""
+    """Return the path of the config file: `~/.config/syncbn/config.toml` on Linux."""
     return Path(typer.get_app_dir("syncbn")) / "config.toml"
 
 
@@ -124,7 +124,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def with_client(command: Callable[Concatenate[Client, Given], None]) -> Callable[..., None]:
-    """Give a command its client as first argument, and the options that say which service is called."""
+    """Decorate a command: add the service options, and pass a client as first argument."""
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:

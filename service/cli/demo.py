@@ -23,7 +23,7 @@ MOST_SECONDS = 1_800
 
 
 def run_demo(data_dir: Path, console: Console, *, keep: bool, recipe_path: Path = RECIPE) -> int:
-    """Run the demo preset of `recipe_path` on a stack of its own and return the exit code: 0 if every job succeeded."""
+    """Run the demo preset of a recipe on a new stack and return the exit code."""
     began = time.monotonic()
     body = read_recipe(recipe_path).request("demo")
     console.print(f"Starting Ray, MLflow and the API in {data_dir} …")

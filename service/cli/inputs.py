@@ -16,7 +16,7 @@ RECIPES = Path(str(files("trainer"))) / "recipes"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
-    """Names of recipes that begin so, for the shell."""
+    """Complete names of recipes."""
     return [path.stem for path in sorted(RECIPES.glob("*.yaml")) if path.stem.startswith(incomplete)]
 
 
@@ -36,7 +36,7 @@ Set = Annotated[
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping. Raises BadParameter."""
+    """Read a YAML mapping from a file. Raises BadParameter."""
     try:
         content = read_yaml(STANDARD_INPUT if path == DASH else path)
     except FileNotFoundError:
@@ -50,17 +50,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def name_of(path: Path) -> str:
-    """The name of what a file describes, if nothing else names it."""
+    """Return the default name of a submission: that of its file."""
     return "standard input" if path == DASH else path.stem
 
 
 def recipes() -> list[Recipe]:
-    """All recipes, by name."""
+    """Return all recipes by name."""
     return [read_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))]
 
 
 def find_file(name: str) -> Path:
-    """The file of this name, else the recipe's; `-` is standard input. Raises BadParameter."""
+    """Return the path of a file or recipe; `-` is standard input. Raises BadParameter."""
     if name == str(DASH):
         return DASH
     path, recipe = Path(name), RECIPES / f"{name}.yaml"
@@ -72,7 +72,7 @@ def find_file(name: str) -> Path:
 
 
 def read_comparison(path: Path, preset: str) -> tuple[dict[str, Any], Recipe | None]:
-    """Return the comparison in a file, and the recipe if it is one's. Raises BadParameter."""
+    """Return the comparison in a file, and its recipe if any. Raises BadParameter."""
     content = read_mapping(path)
     if "presets" not in content:
         return {"name": name_of(path)} | content, None
@@ -102,7 +102,7 @@ def parse_overrides(pairs: Sequence[str] | None) -> dict[str, Any]:
 
 
 def override(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Set fields of a spec as it stands in a file, where those of defaults may be missing. Raises BadParameter."""
+    """Set fields of a spec, creating missing parents. Raises BadParameter."""
     for path, value in overrides.items():
         *parents, last = path.split(".")
         place = content
@@ -114,7 +114,7 @@ def override(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
 
 
 def _value(path: str, text: str) -> Any:
-    """Read JSON, in which 1e-3 is a number, else YAML, in which words need no quotes."""
+    """Parse a value as JSON, in which 1e-3 is a number, or else as YAML."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -131,7 +131,7 @@ def _yaml(path: str, text: str) -> Any:
 
 
 def _refuse_what_json_has_not(value: Any, where: str, option: str) -> None:
-    """Refuse the dates, sets and infinities that YAML has."""
+    """Refuse YAML values that JSON does not have: dates, sets, infinities."""
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -55,7 +55,7 @@ def submit(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit one job: a file with a spec."""
+    """Submit one job from a file with its spec."""
     content = read_mapping(spec)
     override(content, parse_overrides(overrides))
     terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
@@ -71,7 +71,7 @@ def validate(
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Have a job or a comparison checked, and nothing stored: whether it is valid, what it takes, and whether that is there."""
+    """Check a job or comparison without storing it, and show the resources it needs."""
     path, changes = find_file(file), parse_overrides(overrides)
     content = read_mapping(path)
     if {"spec", "presets"} & content.keys():
@@ -99,7 +99,7 @@ def jobs(
     limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs, newest first: those that meet all conditions."""
+    """List jobs that match all filters, newest first."""
     listing = client.jobs(
         state=state, owner=owner, comparison=comparison, norm=norm, tag=tag, page_size=min(limit, MAX_PAGE_SIZE)
     )
@@ -115,7 +115,7 @@ def jobs(
 @app.command()
 @with_client
 def show(client: Client, job_id: JobId, as_json: AsJson = False) -> None:
-    """Show one job, and its timeline."""
+    """Show a job and its timeline."""
     job, events = client.job(job_id), client.events(job_id).events
     if as_json:
         print_json(job.model_dump(mode="json") | {"events": events})
@@ -130,7 +130,7 @@ def cancel(
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="jobs, or comparisons with all their jobs")],
     as_json: AsJson = False,
 ) -> None:
-    """Ask for jobs to be cancelled; they keep their checkpoints."""
+    """Cancel jobs; their checkpoints are kept."""
     asked: list[JobView] = []
     for each in ids:
         if each.startswith("comparison-"):
@@ -156,7 +156,7 @@ def resume(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a new job that goes on from the checkpoints of one that has ended."""
+    """Submit a new job that continues from the checkpoints of an ended one."""
     job = client.resume(job_id, name=name, overrides=parse_overrides(overrides), key=key)
     _submitted(client, job, wait=wait, as_json=as_json)
 
@@ -172,7 +172,7 @@ def clone(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a new job like another one, from its beginning."""
+    """Submit a new job with the spec of another one, from step 0."""
     job = client.clone(job_id, name=name, overrides=parse_overrides(overrides), key=key)
     _submitted(client, job, wait=wait, as_json=as_json)
 

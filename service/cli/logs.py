@@ -38,7 +38,7 @@ def logs(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a job's driver and workers printed; a worker's lines begin with its rank. With -f and --json, an object a line."""
+    """Print the log of a job; lines of workers begin with their rank."""
     shown = str if raw else visible
     colour = True if raw else None  # else escape sequences are taken out where the output is no terminal
     if not follow:

@@ -56,7 +56,7 @@ def make_terms(
     run_seconds: float | None,
     secrets: list[str] | None,
 ) -> SubmitOptions:
-    """Make the terms of what was given; the rest is left to the service. Raises BadParameter naming the field."""
+    """Return the submit options that were given. Raises BadParameter naming the field."""
     values: dict[str, Any] = {
         "tags": tags or None,
         "priority": priority,

@@ -21,12 +21,12 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """Write control characters as escapes: what jobs print and users write must not steer a terminal."""
+    """Escape control characters, so that text of jobs and users cannot control a terminal."""
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class SafeConsole(Console):
-    """A console that shows control characters in what it prints as escapes."""
+    """Console that escapes control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make text of a string, before its width counts in a layout."""
@@ -47,7 +47,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")
 
 
 class ExitCode(IntEnum):
-    """How a command ended."""
+    """Exit codes of commands."""
 
     GOOD = 0
     FAILED = 1
@@ -62,18 +62,18 @@ class ExitCode(IntEnum):
 
 
 def print_json(content: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
-    """Print data for programs."""
+    """Print data as JSON."""
     typer.echo(json.dumps(_plain(content), indent=2))
 
 
 def tell_error(message: str) -> None:
-    """Say what went wrong."""
+    """Print an error."""
     errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
 
 
 @contextmanager
 def interruptible(hint: str) -> Iterator[None]:
-    """Let Ctrl-C end the waiting, and nothing else; `hint` says what goes on and how to come back to it."""
+    """Let Ctrl-C end the waiting only; `hint` says how to continue it."""
     try:
         yield
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from trainer.jobspec import Progress as JobProgress
 
 
 class JobBars:
-    """A live bar per job; use as a context manager, and `show` each look at the jobs."""
+    """Live progress bars of jobs; a context manager."""
 
     def __init__(self, console: Console = errors) -> None:
         self._progress = Progress(
@@ -42,7 +42,7 @@ class JobBars:
         self._progress.stop()
 
     def show(self, jobs: Sequence[JobSummaryView]) -> None:
-        """Bring the bars up to date."""
+        """Update the bars."""
         for job in jobs:
             if job.id not in self._tasks:
                 self._tasks[job.id] = self._progress.add_task(escape(job.name), total=job.steps, state="", speed="")
@@ -53,7 +53,7 @@ class JobBars:
 
 
 def wait_for_job(client: Client, job: JobView) -> JobView:
-    """Wait for a job's end, and return the job as it is then."""
+    """Wait for the end of a job and return the job."""
     hint = f"{job.id} goes on; `syncbn logs -f {job.id}` follows it, `syncbn cancel {job.id}` ends it."
     with interruptible(hint), JobBars() as bars:
         bars.show([job])
@@ -70,7 +70,7 @@ def wait_for_job(client: Client, job: JobView) -> JobView:
 
 
 def wait_for_comparison(client: Client, comparison: ComparisonView) -> ComparisonView:
-    """Wait until all jobs of a comparison have ended, and return it as it is then."""
+    """Wait until all jobs of a comparison have ended and return it."""
     hint = (
         f"{comparison.id} goes on; `syncbn report {comparison.id}` shows how far it is, "
         f"`syncbn cancel {comparison.id}` ends it."

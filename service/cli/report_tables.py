@@ -14,7 +14,7 @@ from service.domain.verdicts import Finding, Interval, RecipeVerdict
 
 
 def report_table(report: Report) -> Table:
-    """A row per variant."""
+    """Table of variants."""
     target = "–" if report.target is None else f"{report.target:.3g}"
     sign = {"max": "≥", "min": "≤"}[report.direction]  # of the metric, once the target is reached
     origin = "" if report.target_is_given else " (the baseline's best)"
@@ -57,7 +57,7 @@ def _ratio(variant: VariantReport) -> str:
 
 
 def verdict_table(recipe: Recipe, verdict: RecipeVerdict) -> Table:
-    """A row per rule and figure of a recipe."""
+    """Table of a recipe's rules and figures."""
     title = f"{recipe.name}: the claim {verdict.judgement}" if verdict.judgement in ("holds", "fails") else recipe.name
     caption = f"{escape(recipe.claim)} Falsified by {escape(recipe.falsified_if)}."
     table = Table(*FINDING_HEADINGS, title=f"{title}; median and range over seeds", caption=caption)
@@ -70,7 +70,7 @@ FINDING_HEADINGS = ("measured", "first", "second", "result", "95 % interval", "m
 
 
 def finding_cells(finding: Finding) -> list[str]:
-    """Return what one finding says, as `FINDING_HEADINGS` name it."""
+    """Return one finding as a row under `FINDING_HEADINGS`."""
     figure, values = finding.figure, finding.values
     has_sides = figure.by in ("ratio", "difference")
     return [
@@ -86,7 +86,7 @@ def finding_cells(finding: Finding) -> list[str]:
 
 
 def _intervals(values: Sequence[Interval | None]) -> str:
-    """Write median and range; a number of which only the lower bound is known counts by that, and is marked."""
+    """Format median and range; lower bounds are marked."""
     known = [value for value in values if value is not None]
     found = spread([value.low for value in known])
     if found is None:
@@ -97,7 +97,10 @@ def _intervals(values: Sequence[Interval | None]) -> str:
 
 
 def save_plot(report: Report, path: Path) -> None:
-    """Draw the metric against steps, a line per run and a colour per variant, as in Ioffe & Szegedy 2015, Figure 1 (a)."""
+    """Plot the metric against steps: a line per run, a colour per variant.
+
+    As in Ioffe & Szegedy 2015, Figure 1 (a).
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")

@@ -31,13 +31,13 @@ NOTHING = "–"
 
 
 def state_text(job: JobSummaryView) -> str:
-    """A job's state in its colour; with the reason where it waits or did not go well."""
+    """Return the state of a job in colour, with the reason if it waits or failed."""
     text = _state(job.state)
     return f"{text}: {escape(job.reason)}" if job.state in ("queued", "failed") else text
 
 
 def jobs_table(jobs: Sequence[JobSummaryView]) -> Table:
-    """A row per job."""
+    """Table of jobs."""
     table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
     for job in jobs:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else NOTHING
@@ -47,7 +47,7 @@ def jobs_table(jobs: Sequence[JobSummaryView]) -> Table:
 
 
 def job_view(job: JobView, events: Sequence[EventView]) -> Group:
-    """A job, and its timeline."""
+    """Job and its timeline."""
     progress = job.progress
     terms = {
         "priority": job.priority or None,
@@ -81,7 +81,7 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
 
 
 def needs_view(found: Validation) -> RenderableType:
-    """What a checked submission would take."""
+    """Resources of a checked submission."""
     fits = {True: "yes", False: "no; it would wait in the queue", None: "Ray does not answer"}[found.fits]
     most = "" if found.most == found.least else f", {_resources(found.most)} at most"
     return _facts(
@@ -95,7 +95,7 @@ def needs_view(found: Validation) -> RenderableType:
 
 
 def tokens_table(tokens: Sequence[TokenView]) -> Table:
-    """Tokens, without their secrets."""
+    """Table of tokens without their secrets."""
     table = _table("token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes"))
     for token in tokens:
         times = [_time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)]
@@ -104,7 +104,7 @@ def tokens_table(tokens: Sequence[TokenView]) -> Table:
 
 
 def audit_table(records: Sequence[AuditView]) -> Table:
-    """What was done with tokens."""
+    """Table of audit records."""
     table = _table("time", "by", "action", "token", "what", whole=("time", "action", "token"))
     for record in records:
         table.add_row(_time(record.at), record.actor, record.action, record.subject, escape(record.detail))
@@ -112,7 +112,7 @@ def audit_table(records: Sequence[AuditView]) -> Table:
 
 
 def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
-    """What there is, what waits for it, and what answers."""
+    """Cluster, queue and health checks."""
     counts = ", ".join(f"{count} {state}" for state, count in cluster.jobs.items() if count)
     checks = {
         "database": readiness.database,
@@ -133,7 +133,7 @@ def cluster_view(cluster: ClusterView, readiness: Readiness) -> RenderableType:
 
 
 def recipes_table(recipes: Sequence[Recipe]) -> Table:
-    """A row per recipe."""
+    """Table of recipes."""
     table = _table("recipe", "claim", "presets", whole=("recipe",))
     for recipe in recipes:
         table.add_row(recipe.name, escape(recipe.claim), ", ".join(recipe.presets))
@@ -141,7 +141,7 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 
 def _facts(facts: Mapping[str, Any]) -> Table:
-    """A row per fact; those that are not there are left out."""
+    """Table of facts without the missing ones."""
     table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         if value not in (None, ""):
@@ -150,7 +150,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
 
 
 def _spec_text(spec: JobSpec) -> str:
-    """A spec as YAML: what is compared in any case, and of the rest what is not as by default."""
+    """Return a spec as YAML without default values, except for compared fields."""
     changed = spec.model_dump(mode="json", exclude_defaults=True)
     named = {
         "norm": spec.norm.value,
@@ -161,7 +161,7 @@ def _spec_text(spec: JobSpec) -> str:
 
 
 def _table(*headings: str, whole: Sequence[str]) -> Table:
-    """A table whose `whole` columns are not cut while others can be."""
+    """Table whose `whole` columns are shortened last."""
     columns = (Column(heading, no_wrap=heading in whole, overflow="fold") for heading in headings)
     return Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
 

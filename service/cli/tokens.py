@@ -25,7 +25,7 @@ def create(
     expires_days: Annotated[int | None, typer.Option(min=1, max=3650, help="default: it does not expire")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a token. Its secret is printed this once."""
+    """Create a token and print its secret, once."""
     made = client.create_token(owner, scope, name, expires_days * 86_400 if expires_days else None)
     if as_json:
         print_json(made)
@@ -48,7 +48,7 @@ def list_tokens(client: Client, as_json: AsJson = False) -> None:
 @app.command()
 @with_client
 def revoke(client: Client, token_id: str, as_json: AsJson = False) -> None:
-    """Let a token open nothing from now on."""
+    """Revoke a token."""
     revoked = client.revoke_token(token_id)
     if as_json:
         print_json(revoked)
@@ -74,7 +74,7 @@ def audit(
     limit: Annotated[int, typer.Option(min=1, help="how many, newest first")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List who made and revoked tokens, and made and deleted webhooks, newest first."""
+    """List created and revoked tokens and webhooks, newest first."""
     found = list(islice(client.audit(page_size=min(limit, MAX_PAGE_SIZE)), limit))
     if as_json:
         print_json(found)

@@ -15,7 +15,7 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class Page(Protocol):
-    """A part of a list."""
+    """Page of a list."""
 
     next_page_token: str | None
 
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, kw_only=True)
 class Call(Generic[A]):
-    """One request, however often it is sent."""
+    """Description of one request."""
 
     method: Literal["GET", "POST", "DELETE"]
     route: str
@@ -41,7 +41,7 @@ class Call(Generic[A]):
     """States of HTTP that are no error here, beside those of success."""
 
     def request(self, client: httpx.Client | httpx.AsyncClient, timeout: httpx.Timeout) -> httpx.Request:
-        """Make the request."""
+        """Build the HTTP request."""
         address = self.route.format_map({name: quote(value, safe="") for name, value in self.path.items()})
         return client.build_request(
             self.method,
@@ -55,20 +55,20 @@ class Call(Generic[A]):
 
 @dataclass(frozen=True)
 class Listing(Generic[P, Item]):
-    """A list that is read page by page."""
+    """List that is read page by page."""
 
     first: Call[P]
     items: Callable[[P], Sequence[Item]]
 
     def after(self, page: P) -> Call[P] | None:
-        """The call for the page after this one; None after the last."""
+        """Return the call for the next page; None after the last."""
         if page.next_page_token is None:
             return None
         return replace(self.first, query={**self.first.query, "page_token": page.next_page_token})
 
 
 def get(answer: type[M], route: str, query: Content | None = None, **path: str) -> Call[M]:
-    """Make a call that asks."""
+    """Return a GET call."""
     return Call(method="GET", route=route, path=path, query=query or {}, read=_reads(answer))
 
 
@@ -81,7 +81,7 @@ def post(
     headers: Mapping[str, str] | None = None,
     **path: str,
 ) -> Call[M]:
-    """Make a call that changes something, once however often it is sent."""
+    """Return a POST call with an idempotency key."""
     headers = {"Idempotency-Key": key or str(uuid4()), **(headers or {})}
     return Call(method="POST", route=route, path=path, body=body, headers=headers, read=_reads(answer))
 
@@ -96,5 +96,5 @@ def read_text(response: httpx.Response) -> str:
 
 
 def given(values: Content) -> dict[str, Any]:
-    """What was given of optional values."""
+    """Return the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}

@@ -31,7 +31,7 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class JobWithTag(NamedTuple):
-    """A job, and the `ETag` of its present form."""
+    """Job and its `ETag`."""
 
     job: JobView
     etag: str
@@ -40,12 +40,12 @@ class JobWithTag(NamedTuple):
 def submit_job(
     name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None, *, key: str | None = None
 ) -> Call[JobView]:
-    """Submit one job. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
+    """Submit one job, once per `key` (default: a new key)."""
     return post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
 
 
 def validate_job(name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None) -> Call[Validation]:
-    """Have a job checked, and nothing stored."""
+    """Check a job without storing it."""
     return post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
 
 
@@ -73,13 +73,13 @@ def jobs(
     tag: str | None = None,
     page_size: int = 100,
 ) -> Listing[JobList, JobSummaryView]:
-    """Go through the jobs that meet all conditions, newest first."""
+    """List the jobs that match all filters, newest first."""
     query = {"owner": owner, "state": state, "comparison": comparison, "norm": norm, "tag": tag}
     return Listing(get(JobList, "/v1/jobs", query | {"page_size": page_size}), lambda page: page.jobs)
 
 
 def cancel(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
-    """Ask for a job to be cancelled; with `if_match`, an `ETag`, only if it has not changed since."""
+    """Cancel a job; with `if_match`, an `ETag`, only if it is unchanged."""
     headers = {"If-Match": if_match} if if_match else {}
     return post(JobView, "/v1/jobs/{job_id}:cancel", headers=headers, job_id=job_id)
 
@@ -87,35 +87,44 @@ def cancel(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
 def resume(
     job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
 ) -> Call[JobView]:
-    """Submit a new job that goes on from the checkpoints of one that has ended; `overrides` are paths into its spec."""
+    """Submit a new job that continues from the checkpoints of an ended one.
+
+    `overrides` are paths into its spec.
+    """
     return post(JobView, "/v1/jobs/{job_id}:resume", _change(name, overrides), key=key, job_id=job_id)
 
 
 def clone(
     job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
 ) -> Call[JobView]:
-    """Submit a new job like another one, from its beginning; `overrides` are paths into its spec."""
+    """Submit a new job with the spec of another one, from step 0.
+
+    `overrides` are paths into its spec.
+    """
     return post(JobView, "/v1/jobs/{job_id}:clone", _change(name, overrides), key=key, job_id=job_id)
 
 
 def events(job_id: str) -> Call[EventList]:
-    """List a job's transitions."""
+    """List the state changes of a job."""
     return get(EventList, "/v1/jobs/{job_id}/events", job_id=job_id)
 
 
 def logs(job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None) -> Call[str]:
-    """Read the log of an attempt, by default the last: lines of one worker alone, or of a level or a more serious one."""
+    """Read the log of an attempt, by default the last.
+
+    Filters: `rank` of a worker, and minimum `level`.
+    """
     query = {"attempt": attempt, "rank": rank, "level": level}
     return Call(method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=read_text)
 
 
 def submit_comparison(body: SubmitComparison | Content, *, key: str | None = None) -> Call[ComparisonView]:
-    """Submit a comparison. Under the same `key` (default: a new one) it is submitted once, however often this is called."""
+    """Submit a comparison, once per `key` (default: a new key)."""
     return post(ComparisonView, "/v1/comparisons", _content(body), key=key)
 
 
 def validate_comparison(body: SubmitComparison | Content) -> Call[Validation]:
-    """Have a comparison checked, and nothing stored."""
+    """Check a comparison without storing it."""
     return post(Validation, "/v1/comparisons:validate", _content(body))
 
 
@@ -125,45 +134,48 @@ def comparison(comparison_id: str) -> Call[ComparisonView]:
 
 
 def report(comparison_id: str, *, curves: bool = False) -> Call[Report]:
-    """Read a comparison's report, with each run's curve if asked for."""
+    """Return the report of a comparison, optionally with the curves of its runs."""
     return get(Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id)
 
 
 def curves(comparison_id: str, metric: str) -> Call[Curves]:
-    """Read one metric of all runs of a comparison."""
+    """Return one metric of all runs of a comparison."""
     return get(Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id)
 
 
 def me() -> Call[CallerView]:
-    """Ask whose token this is, and what it allows."""
+    """Return the owner and scopes of the current token."""
     return get(CallerView, "/v1/me")
 
 
 def create_sign_in_link(next: str = HOME) -> Call[SignInLink]:  # noqa: A002 - as the API calls it
-    """Make a link that signs a browser in once, and leads to the path `next` of the service."""
+    """Create a link that signs a browser in once and leads to the path `next`."""
     return post(SignInLink, "/v1/sign-in-links", {"next": next})
 
 
 def create_token(
     owner: str, scopes: Sequence[Scope | str], name: str = "token", expires_in_seconds: int | None = None
 ) -> Call[MadeToken]:
-    """Make a token; the answer alone holds its secret. If that is lost on its way, ApiError names the token to revoke."""
+    """Create a token; its secret is only in this answer.
+
+    If the answer is lost, ApiError names the token to revoke.
+    """
     body = {"owner": owner, "scopes": list(scopes), "name": name, "expires_in_seconds": expires_in_seconds}
     return post(MadeToken, "/v1/tokens", body)
 
 
 def tokens(*, page_size: int = 100) -> Listing[TokenList, TokenView]:
-    """Go through all tokens, newest first."""
+    """List all tokens, newest first."""
     return Listing(get(TokenList, "/v1/tokens", {"page_size": page_size}), lambda page: page.tokens)
 
 
 def revoke_token(token_id: str) -> Call[TokenView]:
-    """Let a token open nothing from now on."""
+    """Revoke a token."""
     return post(TokenView, "/v1/tokens/{token_id}:revoke", token_id=token_id)
 
 
 def audit(*, page_size: int = 100) -> Listing[AuditList, AuditView]:
-    """Go through all that was done with tokens, newest first."""
+    """List the audit records, newest first."""
     return Listing(get(AuditList, "/v1/audit", {"page_size": page_size}), lambda page: page.records)
 
 
@@ -173,7 +185,7 @@ def create_webhook(body: MakeWebhook | Content, *, key: str | None = None) -> Ca
 
 
 def webhooks(*, page_size: int = 100) -> Listing[WebhookList, WebhookView]:
-    """Go through the webhooks, newest first."""
+    """List the webhooks, newest first."""
     return Listing(get(WebhookList, "/v1/webhooks", {"page_size": page_size}), lambda page: page.webhooks)
 
 
@@ -183,35 +195,35 @@ def webhook(webhook_id: str) -> Call[WebhookView]:
 
 
 def delete_webhook(webhook_id: str) -> Call[None]:
-    """Delete a webhook. If the answer was lost on its way, the next try finds none, and ApiError says so."""
+    """Delete a webhook. If the answer is lost, the retry raises ApiError with 404."""
     return Call(
         method="DELETE", route="/v1/webhooks/{webhook_id}", path={"webhook_id": webhook_id}, read=lambda _: None
     )
 
 
 def deliveries(webhook_id: str, *, page_size: int = 100) -> Listing[DeliveryList, DeliveryView]:
-    """Go through a webhook's messages and what became of them, newest first."""
+    """List the messages of a webhook and their results, newest first."""
     first = get(DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id)
     return Listing(first, lambda page: page.deliveries)
 
 
 def cluster() -> Call[ClusterView]:
-    """Ask what Ray has and has free, and how many jobs there are for it."""
+    """Return the resources of Ray and the numbers of jobs."""
     return get(ClusterView, "/v1/cluster")
 
 
 def ready() -> Call[Readiness]:
-    """Ask what the service depends on; also when not all of it answers."""
+    """Return the health checks, also when some of them fail."""
     return replace(get(Readiness, "/readyz"), takes=(503,))
 
 
 def alive() -> Call[None]:
-    """Ask whether the service answers at all."""
+    """Check that the service answers."""
     return Call(method="GET", route="/livez", read=lambda _: None)
 
 
 def metrics() -> Call[str]:
-    """Read what Prometheus reads."""
+    """Return the metrics for Prometheus."""
     return Call(method="GET", route="/metrics", read=read_text)
 
 

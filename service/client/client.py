@@ -26,7 +26,7 @@ BROKEN_OFF = "the stream ended before the job did"
 
 
 class _Base(Operations):
-    """What both clients are made of.
+    """Base of both clients.
 
     `url` is the service's address, `token` a bearer token. A try of a call may wait for `timeout_seconds` on the network.
     Where the connection fails, or the service is too busy or in trouble, the same request is sent again, as `patience` says and
@@ -61,7 +61,7 @@ class _Base(Operations):
 
 
 class Client(_Base):
-    """Calls the API and waits for its answers; also a context manager."""
+    """Blocking client; a context manager."""
 
     @cached_property
     def _http(self) -> httpx.Client:
@@ -74,7 +74,7 @@ class Client(_Base):
         self._http.close()
 
     def send(self, call: Call[A]) -> A:
-        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        """Send a request with retries and return its parsed answer. Raises ApiError."""
         tries = self._tries()
         request = call.request(self._http, self._timeout)
         while True:
@@ -87,7 +87,7 @@ class Client(_Base):
                 time.sleep(tries.next_delay(error))
 
     def paginate(self, listing: Listing[P, Item]) -> Iterator[Item]:
-        """Yield the items of all pages, each page when it is needed."""
+        """Yield the items of all pages, loaded as needed."""
         call: Call[P] | None = listing.first
         while call is not None:
             page = self.send(call)
@@ -95,7 +95,7 @@ class Client(_Base):
             call = listing.after(page)
 
     def follow(self, stream: Stream[E]) -> Iterator[E]:
-        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        """Yield the events of a stream to its end, reconnecting as needed. Raises ApiError."""
         following = SseCursor(stream, self._tries())
         while not following.is_over:
             try:
@@ -118,7 +118,7 @@ class Client(_Base):
     def wait(
         self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
     ) -> ComparisonView:
-        """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
+        """Wait until all jobs of a comparison have ended; `watch` gets each poll. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_seconds
         while not _has_ended(comparison := self.comparison(comparison_id), deadline, watch):
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -126,7 +126,7 @@ class Client(_Base):
 
 
 class AsyncClient(_Base):
-    """The same for asyncio; an asynchronous context manager."""
+    """Client for asyncio; an asynchronous context manager."""
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
@@ -139,7 +139,7 @@ class AsyncClient(_Base):
         await self._http.aclose()
 
     async def send(self, call: Call[A]) -> A:
-        """Send a request, again where that may help, and read its answer. Raises ApiError."""
+        """Send a request with retries and return its parsed answer. Raises ApiError."""
         tries = self._tries()
         request = call.request(self._http, self._timeout)
         while True:
@@ -152,7 +152,7 @@ class AsyncClient(_Base):
                 await asyncio.sleep(tries.next_delay(error))
 
     async def paginate(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
-        """Yield the items of all pages, each page when it is needed."""
+        """Yield the items of all pages, loaded as needed."""
         call: Call[P] | None = listing.first
         while call is not None:
             page = await self.send(call)
@@ -161,7 +161,7 @@ class AsyncClient(_Base):
             call = listing.after(page)
 
     async def follow(self, stream: Stream[E]) -> AsyncIterator[E]:
-        """Yield a stream's events to its end, over as many connections as it takes. Raises ApiError."""
+        """Yield the events of a stream to its end, reconnecting as needed. Raises ApiError."""
         following = SseCursor(stream, self._tries())
         while not following.is_over:
             try:
@@ -184,7 +184,7 @@ class AsyncClient(_Base):
     async def wait(
         self, comparison_id: str, timeout_seconds: float, watch: Callable[[ComparisonView], None]
     ) -> ComparisonView:
-        """Wait until all jobs of a comparison have ended, showing each look at it to `watch`. Raises TimeoutError."""
+        """Wait until all jobs of a comparison have ended; `watch` gets each poll. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_seconds
         while not _has_ended(comparison := await self.comparison(comparison_id), deadline, watch):  # noqa: ASYNC110
             await asyncio.sleep(SECONDS_BETWEEN_LOOKS)

@@ -21,7 +21,7 @@ Given = ParamSpec("Given")
 
 
 class Sent(Generic[Given, A]):
-    """A method that sends one call."""
+    """Descriptor of a method that sends one call."""
 
     def __init__(self, describe: Callable[Given, Call[A]]) -> None:
         self._describe = describe
@@ -39,7 +39,7 @@ class Sent(Generic[Given, A]):
 
 
 class Listed(Generic[Given, P, Item]):
-    """A method that goes through a list."""
+    """Descriptor of a method that iterates over a list."""
 
     def __init__(self, describe: Callable[Given, Listing[P, Item]]) -> None:
         self._describe = describe
@@ -59,7 +59,7 @@ class Listed(Generic[Given, P, Item]):
 
 
 class Followed(Generic[Given, E]):
-    """A method that follows a stream."""
+    """Descriptor of a method that follows a stream."""
 
     def __init__(self, describe: Callable[Given, Stream[E]]) -> None:
         self._describe = describe
@@ -77,7 +77,7 @@ class Followed(Generic[Given, E]):
 
 
 class Operations:
-    """All that the API does."""
+    """Methods of the API."""
 
     submit_job = Sent(calls.submit_job)
     validate_job = Sent(calls.validate_job)

@@ -18,7 +18,7 @@ TRANSIENT = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolErr
 
 
 class ApiError(Exception):
-    """The API refused a request, or could not be reached.
+    """The API refused a request or did not answer.
 
     `problem` is its answer, if there is one; `is_transient` means that the same request may succeed later.
     """
@@ -50,18 +50,18 @@ PATIENT = RetryPolicy()
 
 
 class Retrier:
-    """The tries of one request: pauses grow twofold, at random so that clients part, and are as long as the service asks for."""
+    """Tries of one request, with exponential backoff, jitter and `Retry-After`."""
 
     def __init__(self, patience: RetryPolicy, on_retry: Callable[[str], None]) -> None:
         self._patience, self._on_retry = patience, on_retry
         self.reset()
 
     def reset(self) -> None:
-        """Forget the tries before; of a stream, because it has brought something."""
+        """Reset the count of tries, as after an event of a stream."""
         self._made, self._deadline = 0, time.monotonic() + self._patience.total_seconds
 
     def next_delay(self, error: ApiError) -> float:
-        """Return the seconds to wait before the next try; raises the error if there is none."""
+        """Return the seconds until the next try; raise the error if there is none."""
         self._made += 1
         longest = min(self._patience.first_pause_seconds * 2 ** (self._made - 1), self._patience.longest_pause_seconds)
         pause = max(error.retry_after_seconds, random.uniform(longest / 2, longest))  # noqa: S311 - nothing secret
@@ -73,7 +73,7 @@ class Retrier:
 
 @contextmanager
 def wrap_http_errors(url: str) -> Iterator[None]:
-    """Raise ApiError for whatever httpx raises, and for answers that no service of this kind gives."""
+    """Convert errors of httpx, and answers that are not of this API, to ApiError."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -100,7 +100,7 @@ def raise_for_status(url: str, answer: httpx.Response, takes: tuple[int, ...] = 
 
 
 def _seconds(after: str | None) -> float:
-    """Read a `Retry-After`: seconds, or a date."""
+    """Parse a `Retry-After` header: seconds, or a date."""
     if after is None or after.isdecimal():
         return float(after or 0)
     try:

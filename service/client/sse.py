@@ -23,7 +23,7 @@ MIN_HEALTHY_SECONDS = 15.0
 
 
 class LogLine(BaseModel):
-    """One line of a log."""
+    """Line of a log."""
 
     rank: int | None
     """Of the worker that printed it; None for the driver."""
@@ -32,11 +32,11 @@ class LogLine(BaseModel):
 
 
 class UnfinishedLine(LogLine):
-    """The present text of a line that a progress bar overwrites; it is replaced by the next one, and by the whole line at last."""
+    """Current text of a line that a progress bar overwrites, until the next event."""
 
 
 class Ended(BaseModel):
-    """The last event of every stream: the job has ended."""
+    """Last event of every stream: the job has ended."""
 
     state: JobState
 
@@ -46,7 +46,7 @@ E = TypeVar("E", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Stream(Generic[E]):
-    """What is followed, and how its events are read."""
+    """Description of a stream and its events."""
 
     call: Call[None]
     kinds: Mapping[str, type[E]]
@@ -54,7 +54,7 @@ class Stream(Generic[E]):
 
 
 class SseCursor(Generic[E]):
-    """How far a stream has come, over all its connections."""
+    """Position of a stream over all its connections."""
 
     def __init__(self, stream: Stream[E], tries: Retrier) -> None:
         self._stream, self._tries = stream, tries
@@ -64,17 +64,17 @@ class SseCursor(Generic[E]):
         self.is_over = False
 
     def call(self) -> Call[None]:
-        """The call that goes on where the stream broke off."""
+        """Return the call that resumes the stream."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
         self._answer, self._opened_at, self._has_taken = None, time.monotonic(), False
         return replace(self._stream.call, headers=headers)
 
     def open(self, answer: httpx.Response) -> None:
-        """Begin with a connection."""
+        """Start a connection."""
         self._answer = answer
 
     def take(self, event: ServerSentEvent) -> E | None:
-        """Read an event. Raises ValidationError if it is none of this stream."""
+        """Parse an event. Raises ValidationError."""
         kind = self._stream.kinds.get(event.event)
         taken = None if kind is None else kind.model_validate_json(event.data)
         self._last_id, self._has_taken = event.id or self._last_id, True
@@ -82,7 +82,7 @@ class SseCursor(Generic[E]):
         return taken
 
     def next_delay(self, error: ApiError) -> float:
-        """Return the seconds to wait before the next connection; raises the error once too many have brought nothing."""
+        """Return the seconds until the next connection; raise the error after too many failures."""
         has_spoken = self._answer is not None and self._answer.num_bytes_downloaded > 0
         if self._has_taken or (has_spoken and time.monotonic() - self._opened_at >= MIN_HEALTHY_SECONDS):
             self._tries.reset()
@@ -97,7 +97,7 @@ def follow_logs(
     level: Level | None = None,
     unfinished: bool = False,
 ) -> Stream[LogLine | Ended]:
-    """Yield each line of a job's log as it is written, of all attempts from `attempt` on, and `Ended` at last.
+    """Yield the lines of a job's log as they are written, over all attempts, and then `Ended`.
 
     With `unfinished` also `UnfinishedLine`, once a second at most.
     """
@@ -109,7 +109,7 @@ def follow_logs(
 
 
 def follow_events(job_id: str) -> Stream[EventView | Progress | Ended]:
-    """Yield each transition of a job and its progress as they come, and `Ended` at last."""
+    """Yield state changes and progress of a job as they happen, and then `Ended`."""
     call = _call("/v1/jobs/{job_id}/events", job_id, {"follow": True})
     return Stream(call, {"transition": EventView, "progress": Progress, "end": Ended})
 

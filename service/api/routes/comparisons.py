@@ -23,7 +23,7 @@ router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"], route_class=R
 async def submit_comparison(
     body: SubmitComparison, caller: Submitter, components: GivenComponents, response: Response
 ) -> ComparisonView:
-    """Store a comparison and one job for each point of its matrix, all or none."""
+    """Submit a comparison: one job per point of its matrix, in one transaction."""
     points = await in_thread(expand, body.spec, body.matrix, body.variants)
     for _, spec in points:
         components.permissions.check(spec)
@@ -72,7 +72,7 @@ async def report_comparison(
     components: GivenComponents,
     curves: Annotated[bool, Query(description="include each run's curve")] = False,
 ) -> Response:
-    """Compare the variants by what MLflow holds of their runs."""
+    """Compare the variants of a comparison by their runs in MLflow."""
     comparison = await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.list_by_comparison(comparison_id)
     specs = await components.jobs.specs_of(comparison_id)
@@ -94,7 +94,7 @@ async def show_curves(
         ),
     ] = "accuracy",
 ) -> Response:
-    """Show one metric of all runs, as MLflow holds it."""
+    """Return one metric of all runs of a comparison."""
     await components.comparisons.get(comparison_id, caller.sees_only)
     jobs = await components.jobs.list_by_comparison(comparison_id)
     curves = await read_curves(jobs, metric, components.mlflow)

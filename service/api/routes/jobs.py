@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 
 @router.post("", status_code=202)
 async def submit_job(body: SubmitJob, caller: Submitter, components: GivenComponents, response: Response) -> JobView:
-    """Store a job and answer with its address; the dispatcher takes it from there."""
+    """Submit a job."""
     check_size(body.spec)
     components.permissions.check(body.spec)
     await components.feasibility.check([body.spec])
@@ -43,7 +43,7 @@ async def submit_job(body: SubmitJob, caller: Submitter, components: GivenCompon
 
 
 async def _after(job_id: str, make: Callable[..., Job], body: ChangeJob, caller: Caller, components: Components) -> Job:
-    """Make a job after the example of another one; it is the caller's, who must be allowed all that it reaches for."""
+    """Create a job from another one, with the owner and permissions of the caller."""
     old = await components.jobs.get(job_id, caller.sees_only)
     await components.files.ensure_space()
     secrets = await components.secrets.resolve(caller.owner, old.secrets)
@@ -73,7 +73,7 @@ async def list_jobs(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobList | Response:
-    """List jobs, newest first: those that meet all conditions, and of these the caller's own; an admin sees all."""
+    """List the jobs of the caller (scope admin: all) that match all filters, newest first."""
     if caller.sees_only not in (None, owner or caller.sees_only):
         return JobList(jobs=[], next_page_token=None)
     wanted = Filter(owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
@@ -96,7 +96,7 @@ async def show_job(
     response: Response,
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=200)] = None,
 ) -> JobView | Response:
-    """Show one job. Its `ETag` changes whenever it does."""
+    """Show a job, with an `ETag` that changes with it."""
     job = await components.jobs.get(job_id, caller.sees_only)
     if if_none_match == etag(job):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag(job)})
@@ -113,7 +113,7 @@ async def cancel_job(
         str | None, Header(alias="If-Match", max_length=200, description="the `ETag` that the job must have")
     ] = None,
 ) -> JobView:
-    """Ask for a job to be cancelled; its state follows. A job that has ended in another way answers 409."""
+    """Request the cancellation of a job. A job that has ended otherwise answers 409."""
     job = await components.jobs.get(job_id, caller.sees_only)
     version = _version(job, if_match) if if_match else None
     job = await components.jobs.request_cancel(job_id, caller.owner, version)
@@ -125,7 +125,7 @@ async def cancel_job(
 async def resume_job(
     job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
 ) -> JobView:
-    """Submit a new job that goes on from the checkpoints of one that has ended."""
+    """Submit a new job that continues from the checkpoints of an ended one."""
     return await _add(await _after(job_id, resume, body, caller, components), components, response)
 
 
@@ -133,7 +133,7 @@ async def resume_job(
 async def clone_job(
     job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
 ) -> JobView:
-    """Submit a new job like another one, from its beginning."""
+    """Submit a new job with the spec of another one, from step 0."""
     return await _add(await _after(job_id, clone, body, caller, components), components, response)
 
 
@@ -149,7 +149,7 @@ async def list_events(
         str | None, Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,10}$", description="go on after this event")
     ] = None,
 ) -> EventList | Response:
-    """List a job's transitions in order."""
+    """List the state changes of a job in order."""
     job = await components.jobs.get(job_id, caller.sees_only)
     after = _sequence(last_event_id) if last_event_id else 0
     if follow:
@@ -172,7 +172,7 @@ async def read_logs(
         str | None, Header(alias="Last-Event-ID", pattern=PLACE.pattern, description="go on after this event")
     ] = None,
 ) -> Response:
-    """Read what a job's driver and workers printed; empty before it has started."""
+    """Return or follow the log of a job; empty before it has started."""
     job = await components.jobs.get(job_id, caller.sees_only)
     wanted = Selection(rank, level)
     if attempt is not None and attempt > job.attempt:
@@ -202,7 +202,7 @@ def _sequence(last_event_id: str) -> int:
 
 
 def etag(job: Job) -> str:
-    """Return the ETag of a job. The reason for waiting in the queue changes without a change of the version."""
+    """Return the ETag of a job, from its version and its reason for waiting."""
     return f'"{job.version}-{crc32(job.reason.encode()):x}"'
 
 

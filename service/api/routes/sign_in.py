@@ -14,7 +14,7 @@ router = APIRouter(prefix="/v1", tags=["access"], route_class=KnownCaller)
 
 @router.post("/sign-in-links", status_code=201)
 async def make_sign_in_link(body: MakeSignInLink, caller: Reader, components: GivenComponents) -> SignInLink:
-    """Make a link that signs a browser in once, as the caller's token, within ten minutes.
+    """Create a link that signs a browser in once within ten minutes.
 
     The browser may then read MLflow's pages for 12 hours, as long as the token is valid.
     """

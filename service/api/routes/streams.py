@@ -34,7 +34,7 @@ JSON = TypeAdapter(Any)
 
 
 def described(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """What the document says of an answer that may be a stream: its events, of which `end` is the last."""
+    """Return the OpenAPI description of a stream's events, of which `end` is the last."""
     fields = {
         "event": {"enum": [*kinds, "end"]},
         "id": {"type": "string", "description": "to go on after, as `Last-Event-ID`"},
@@ -44,13 +44,13 @@ def described(*kinds: str) -> dict[int | str, dict[str, Any]]:
 
 
 def event(data: Any, *, kind: str | None = None, place: object = None) -> bytes:
-    """Write one event."""
+    """Encode one event."""
     text = JSON.dump_json(data).decode()
     return format_sse_event(data_str=text, event=kind, id=None if place is None else str(place))
 
 
 class Stream(StreamingResponse):
-    """Events as they come, counted among those of the caller's token until they end. Raises HTTPException with 429."""
+    """Stream of events, counted per token. Raises HTTPException with 429."""
 
     def __init__(self, components: Components, caller: Caller, events: AsyncIterator[bytes]) -> None:
         if not components.watch.open_stream(caller.token_id):
@@ -62,7 +62,7 @@ class Stream(StreamingResponse):
         super().__init__(events, media_type=MEDIA_TYPE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, to the end of the stream or of the connection."""
+        """Send events until the end of the stream or the connection."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -73,7 +73,7 @@ SIGN_OF_LIFE = format_sse_event(comment="still here")
 
 
 async def read_log(components: Components, job: Job, place: LogOffset, wanted: Selection) -> AsyncIterator[list[Line]]:
-    """Yield the lines that an attempt's log has now, some at a time."""
+    """Yield the current lines of an attempt's log in batches."""
     log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
     async for lines in _in_parts(log.read(is_over=True)):
         yield [line for line in lines if wanted.takes(line)]
@@ -82,7 +82,7 @@ async def read_log(components: Components, job: Job, place: LogOffset, wanted: S
 async def follow_log(
     components: Components, caller: Caller, job: Job, place: LogOffset, wanted: Selection
 ) -> AsyncIterator[bytes]:
-    """Stream a job's log from a place on until the job, or the caller's token, has ended."""
+    """Stream the log of a job from an offset until the job or the token ends."""
     with components.watch.watching(job.id):
         pulse = JobSnapshot(job.version, job.state, job.attempt, job.progress)
         log = AttemptLog(components.files.attempt_folder(job, place.attempt), place)
@@ -118,7 +118,7 @@ async def follow_log(
 
 
 async def follow_events(components: Components, caller: Caller, job: Job, after: int) -> AsyncIterator[bytes]:
-    """Stream a job's transitions, those after number `after`, and its progress, until the job, or the caller's token, has ended."""
+    """Stream state changes after number `after`, and progress, until the job or token ends."""
     with components.watch.watching(job.id):
         pulse: JobSnapshot | None = None
         while not components.watch.is_over(caller.token_id):
@@ -143,6 +143,6 @@ def _content(line: Line) -> dict[str, Any]:
 
 
 async def _in_parts(lines: Iterator[Line]) -> AsyncIterator[list[Line]]:
-    """Read lines in a thread, so many at a time, and wait for them so long at most. Raises UpstreamUnavailable."""
+    """Read a batch of lines in a thread. Raises UpstreamUnavailable after a timeout."""
     while part := await on_threads(READERS, lambda: list(islice(lines, LINES_AT_ONCE))):
         yield part

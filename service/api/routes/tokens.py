@@ -27,7 +27,7 @@ async def show_caller(caller: Reader) -> CallerView:
 
 @router.post("/tokens", status_code=201)
 async def make_token(body: MakeToken, caller: Admin, components: GivenComponents, request: Request) -> MadeToken:
-    """Make a token. Its secret is in this answer and nowhere else; a repetition under the same key answers 409 with its id."""
+    """Create a token; its secret is only in this answer."""
     if body.owner in RESERVED_OWNERS:
         raise InvalidField("owner", body.owner, "must not be the name of a part of the service")
     now = datetime.now(UTC)
@@ -59,7 +59,7 @@ async def list_tokens(
 
 @router.post("/tokens/{token_id:identifier}:revoke")
 async def revoke_token(token_id: TokenId, caller: Admin, components: GivenComponents) -> TokenView:
-    """Let a token open nothing from now on. The last valid one with scope admin answers 409."""
+    """Revoke a token. The last valid one with scope admin answers 409."""
     return TokenView.of(await components.tokens.revoke(token_id, caller))
 
 
@@ -67,6 +67,6 @@ async def revoke_token(token_id: TokenId, caller: Admin, components: GivenCompon
 async def list_audit(
     _: Admin, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
 ) -> AuditList:
-    """List who made and revoked tokens, and made and deleted webhooks, newest first; what was done to a job is among its events."""
+    """List created and revoked tokens and webhooks, newest first."""
     records, more = await components.audit.page(page_size, place_of(page_token))
     return AuditList(records=[AuditView.of(record) for record in records], next_page_token=token_of(more))

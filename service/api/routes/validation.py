@@ -23,14 +23,14 @@ router = APIRouter(prefix="/v1", route_class=KnownCaller)
 
 @router.post("/jobs:validate", tags=["jobs"])
 async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
-    """Check a submission, and store nothing."""
+    """Check a submission without storing it."""
     check_size(body.spec)
     return await _validate(components, caller.owner, body, body.spec, [body.spec])
 
 
 @router.post("/comparisons:validate", tags=["comparisons"])
 async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
-    """Check a comparison, and store nothing."""
+    """Check a comparison without storing it."""
     specs = [spec for _, spec in await in_thread(expand, body.spec, body.matrix, body.variants)]
     choose_baseline(body.axes, body.baseline)
     return await _validate(components, caller.owner, body, body.spec, specs)
@@ -39,7 +39,7 @@ async def validate_comparison(body: SubmitComparison, caller: Submitter, compone
 async def _validate(
     components: Components, owner: str, terms: SubmitOptions, base: JobSpec, specs: Sequence[JobSpec]
 ) -> Validation:
-    """Check the names in a submission, and return the resources that its jobs need and whether the cluster has them."""
+    """Check names, and return the resources needed and whether the cluster has them."""
     for spec in specs:
         components.permissions.check(spec)
     await components.feasibility.check(specs)

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], route_class=Route)
 
 @router.post("", status_code=201)
 async def make_webhook(body: MakeWebhook, caller: Submitter, components: GivenComponents) -> MadeWebhook:
-    """Create a webhook, which gets signed messages (Standard Webhooks) about the caller's jobs. Private networks are refused."""
+    """Create a webhook for signed messages (Standard Webhooks) about the caller's jobs."""
     await components.outgoing.check(str(body.url))
     webhook = Webhook(
         id=new_id("webhook"),
@@ -38,7 +38,7 @@ async def make_webhook(body: MakeWebhook, caller: Submitter, components: GivenCo
 async def list_webhooks(
     caller: Reader, components: GivenComponents, page_size: PageSize = 50, page_token: PageToken = None
 ) -> WebhookList:
-    """List the caller's webhooks, newest first; an admin sees all."""
+    """List the webhooks of the caller (scope admin: all), newest first."""
     webhooks, more = await components.webhooks.page(page_size, place_of(page_token), caller.sees_only)
     return WebhookList(webhooks=[WebhookView.of(webhook) for webhook in webhooks], next_page_token=token_of(more))
 
@@ -51,7 +51,7 @@ async def show_webhook(webhook_id: WebhookId, caller: Reader, components: GivenC
 
 @router.delete("/{webhook_id}", status_code=204)
 async def delete_webhook(webhook_id: WebhookId, caller: Submitter, components: GivenComponents) -> None:
-    """Delete a webhook with its messages; those on their way are not sent any more."""
+    """Delete a webhook and its messages, including unsent ones."""
     await components.webhooks.delete(await components.webhooks.get(webhook_id, caller.sees_only), caller)
 
 
@@ -63,7 +63,7 @@ async def list_deliveries(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> DeliveryList:
-    """List a webhook's messages and what became of them, newest first."""
+    """List the messages of a webhook and their results, newest first."""
     webhook = await components.webhooks.get(webhook_id, caller.sees_only)
     found, more = await components.webhooks.deliveries_of(webhook.id, page_size, place_of(page_token))
     return DeliveryList(deliveries=[DeliveryView.of(delivery) for delivery in found], next_page_token=token_of(more))

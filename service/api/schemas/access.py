@@ -11,7 +11,7 @@ from trainer.jobspec import FrozenModel
 
 
 class MakeToken(FrozenModel):
-    """A token to make."""
+    """Request for a new token."""
 
     owner: Owner
     # JSON has no enumerations, so words are taken for them.
@@ -43,7 +43,7 @@ class TokenView(BaseModel):
 
 
 class MadeToken(TokenView):
-    """A new token with its secret, which is shown this once."""
+    """New token with its secret, which is shown once."""
 
     token: str = Field(description="what goes into `Authorization: Bearer <token>`")
 
@@ -56,7 +56,7 @@ class TokenList(BaseModel):
 
 
 class MakeSignInLink(FrozenModel):
-    """Where a link that signs in leads."""
+    """Target of a sign-in link."""
 
     next: str = Field(
         HOME,
@@ -68,13 +68,13 @@ class MakeSignInLink(FrozenModel):
 
 
 class SignInLink(BaseModel):
-    """A link that signs a browser in, once."""
+    """Link that signs a browser in once."""
 
     url: str
 
 
 class AuditView(BaseModel):
-    """What somebody did to a token or a webhook."""
+    """Audit record of an action on a token or a webhook."""
 
     at: datetime
     actor: str = Field(description="whose token it was; `service`: the service itself, when it started")
@@ -97,7 +97,7 @@ class AuditList(BaseModel):
 
 
 class CallerView(BaseModel):
-    """Whose token a request showed."""
+    """Owner and scopes of the current token."""
 
     owner: str
     scopes: list[Scope]

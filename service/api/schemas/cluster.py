@@ -8,7 +8,7 @@ from service.domain.jobs import JobState
 
 
 class Resources(BaseModel):
-    """What jobs compete for."""
+    """Resources of the cluster."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -17,7 +17,7 @@ class Resources(BaseModel):
 
 
 class ClusterView(BaseModel):
-    """What Ray has, and how many jobs there are for it."""
+    """Resources of Ray, and numbers of jobs."""
 
     total: Resources | None = Field(description="of all live nodes; null: Ray does not answer")
     free: Resources | None = Field(description="what nobody holds, as Ray saw it some seconds ago at most")

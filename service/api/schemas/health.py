@@ -4,14 +4,14 @@ from pydantic import BaseModel, Field
 
 
 class Check(BaseModel):
-    """State of one thing the service depends on."""
+    """Health of one dependency."""
 
     ok: bool
     detail: str
 
 
 class Readiness(BaseModel):
-    """State of all things the service depends on."""
+    """Health of all dependencies."""
 
     ready: bool
     database: Check

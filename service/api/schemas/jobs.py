@@ -14,14 +14,14 @@ from trainer.jobspec import FrozenModel, JobSpec, Progress
 
 
 class SubmitJob(SubmitOptions):
-    """A job to run."""
+    """Request for a new job."""
 
     name: Name
     spec: JobSpec
 
 
 class ChangeJob(FrozenModel):
-    """A new job after the example of another one."""
+    """Request for a job from another one."""
 
     name: Name | None = Field(None, description="null: that of the other job")
     overrides: dict[str, JsonValue] = Field(
@@ -30,7 +30,7 @@ class ChangeJob(FrozenModel):
 
 
 class Needs(BaseModel):
-    """What a job takes of the cluster."""
+    """Resources that a job needs."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -39,7 +39,7 @@ class Needs(BaseModel):
 
 
 class Validation(BaseModel):
-    """What would be stored, had it been submitted."""
+    """Resolved submission, and the resources that it needs."""
 
     jobs: int
     spec: JobSpec = Field(description="with all defaults; of a comparison, the base spec")
@@ -50,7 +50,7 @@ class Validation(BaseModel):
 
 
 class JobSummaryView(BaseModel):
-    """A job as lists show it: all but its spec."""
+    """Job without its spec, as in lists."""
 
     id: str
     name: str
@@ -92,20 +92,20 @@ class JobSummaryView(BaseModel):
 
 
 class JobView(JobSummaryView):
-    """A job as it stands."""
+    """Job."""
 
     spec: JobSpec
 
 
 class JobList(BaseModel):
-    """A page of jobs, newest first, without their specs."""
+    """Page of jobs without their specs, newest first."""
 
     jobs: list[JobSummaryView]
     next_page_token: str | None = Field(description="pass it as `page_token` for the next page; null on the last one")
 
 
 class EventView(BaseModel):
-    """A transition of a job, or a wish about it."""
+    """State change of a job, or a request about it."""
 
     sequence: int = Field(description="grows over all events")
     at: datetime
@@ -121,13 +121,13 @@ class EventView(BaseModel):
 
 
 class EventList(BaseModel):
-    """A job's timeline."""
+    """Timeline of a job."""
 
     events: list[EventView]
 
 
 def run_url(base: str, of: JobRecord | Comparison) -> str | None:
-    """Where a browser finds a run in MLflow; None as long as there is none."""
+    """Return the URL of a run in MLflow, or None."""
     if of.mlflow_run_id is None:
         return None
     return f"{base}/#/experiments/{of.mlflow_experiment_id}/runs/{of.mlflow_run_id}"

@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field
 
 
 class FieldError(BaseModel):
-    """One field that cannot be taken."""
+    """Invalid field of a request."""
 
     field: str = Field(description="path into the body or name of the parameter")
     value: Any = Field(None, description="what was sent")

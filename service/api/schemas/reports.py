@@ -22,7 +22,7 @@ class SpreadView(BaseModel):
 
 
 class RunCurve(BaseModel):
-    """One run's metric by step."""
+    """Metric of a run by step."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -40,7 +40,7 @@ class Curves(BaseModel):
 
 
 class VariantReport(BaseModel):
-    """What one variant shows."""
+    """Results of one variant."""
 
     variant: dict[str, Any]
     label: str
@@ -69,7 +69,7 @@ class VariantReport(BaseModel):
 
 
 class Report(BaseModel):
-    """A comparison's table."""
+    """Report of a comparison."""
 
     comparison_id: str
     name: str

@@ -14,7 +14,7 @@ ENDS = [state for state in JobState if state.is_terminal]
 
 
 class MakeWebhook(FrozenModel):
-    """A webhook to make."""
+    """Request for a new webhook."""
 
     url: Annotated[HttpUrl, Field(strict=False)] = Field(
         description="where messages are sent to, by POST: a public https:// address; answers 2xx once it has a message"
@@ -53,7 +53,7 @@ class WebhookView(BaseModel):
 
 
 class MadeWebhook(WebhookView):
-    """A new webhook with the secret that its messages are signed by."""
+    """New webhook with its signing secret."""
 
     secret: str = Field(
         description="for a library of Standard Webhooks, which checks the header `webhook-signature` by it"
@@ -68,7 +68,7 @@ class WebhookList(BaseModel):
 
 
 class DeliveryView(BaseModel):
-    """A message, and what became of it."""
+    """Message and its result."""
 
     id: str = Field(description="the header `webhook-id`, the same in all tries")
     job_id: str
