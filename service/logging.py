@@ -12,7 +12,7 @@ job_in_hand: ContextVar[str | None] = ContextVar("job_in_hand", default=None)
 
 
 def configure(form: LogFormat) -> None:
-    """Log to the standard error from now on."""
+    """Configure logging to standard error."""
     handler = logging.StreamHandler()
     handler.addFilter(_add_job)
     if form == "json":

@@ -24,7 +24,10 @@ class OwnerQuota(FrozenModel):
 
 
 class Settings(BaseSettings):
-    """One field per `SYNCBN_*` variable, and Ray's own two; a test compares them with docs/configuration.md."""
+    """Settings from `SYNCBN_*` variables and two of Ray.
+
+    A test compares them with docs/configuration.md.
+    """
 
     model_config = SettingsConfigDict(env_prefix="SYNCBN_", frozen=True)
 

@@ -32,7 +32,7 @@ PLACE = re.compile(r"^([1-9][0-9]{0,5}):([0-9]{1,15})$")
 
 @dataclass(frozen=True, order=True)
 class LogOffset:
-    """Where a line ends, and so where to go on: the attempt, and bytes of its file."""
+    """Offset after a line: the attempt, and bytes of its log."""
 
     attempt: int = 1
     offset: int = 0
@@ -42,7 +42,7 @@ class LogOffset:
 
     @classmethod
     def parse(cls, field: str, text: str) -> "LogOffset":
-        """Read what `str` made. Raises InvalidField."""
+        """Parse the text form of an offset. Raises InvalidField."""
         if (found := PLACE.match(text)) is None:
             raise InvalidField(field, text, "must be the id of an event of this stream, such as 1:4096")
         return cls(int(found[1]), int(found[2]))
@@ -50,7 +50,7 @@ class LogOffset:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a log."""
+    """Line of a log."""
 
     place: LogOffset
     """Its end."""
@@ -62,21 +62,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which lines to show; None is all."""
+    """Filter of lines; None means all."""
 
     rank: int | None = None
     level: Level | None = None
     """The least."""
 
     def takes(self, line: Line) -> bool:
-        """Whether to show a line."""
+        """Return whether a line matches."""
         return (self.rank is None or line.rank == self.rank) and (
             self.level is None or LEVELS.index(line.level) >= LEVELS.index(self.level)
         )
 
 
 class AttemptLog:
-    """Reads the log files in an attempt's folder as one, from a place on, as far as they have been written."""
+    """Log files of an attempt, read as one from an offset."""
 
     def __init__(self, folder: Path, place: LogOffset) -> None:
         self._folder, self._start = folder, place
@@ -86,7 +86,7 @@ class AttemptLog:
         self._index_offset = 0
 
     def read(self, *, is_over: bool = False) -> Iterator[Line]:
-        """Yield the whole lines that there are now; with `is_over`, what is left at the end of a file is one too."""
+        """Yield the complete lines; with `is_over`, also the incomplete one at the end of a file."""
         for name, end in self._segments():
             yield from self._read_file(name, end, is_whole=True)
         if is_over or not (self._folder / LOG_INDEX_FILE).exists():
@@ -97,7 +97,7 @@ class AttemptLog:
             self._start = self.place
 
     def unfinished(self) -> list[Line]:
-        """Return the present text of lines that carriage returns overwrite, such as progress bars, and that are not whole yet."""
+        """Return the current text of incomplete lines that carriage returns overwrite."""
         lines = []
         for path in self._files():
             with suppress(FileNotFoundError), path.open("rb") as file:
@@ -109,7 +109,7 @@ class AttemptLog:
         return lines
 
     def _segments(self) -> Iterator[tuple[str, int]]:
-        """Yield the new entries of the index: a file, and up to where to read it."""
+        """Yield the new entries of the index: a file, and the end to read up to."""
         try:
             index = (self._folder / LOG_INDEX_FILE).open("rb")
         except FileNotFoundError:
@@ -127,7 +127,7 @@ class AttemptLog:
         return sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name))
 
     def _read_file(self, name: str, end: int, *, is_whole: bool) -> Iterator[Line]:
-        """Yield the lines of a file up to `end`; with `is_whole`, a line ends there at the latest."""
+        """Yield the lines of a file up to `end`; with `is_whole`, the last one ends there."""
         self._skip(name, end)
         if self._ends.get(name, 0) >= end:
             return
@@ -150,7 +150,7 @@ class AttemptLog:
                 yield self._line(name, rest, len(rest))
 
     def _skip(self, name: str, end: int) -> None:
-        """Pass by what lies before the place to start from."""
+        """Skip the bytes before the start offset."""
         size = min(self._start.offset - self.place.offset, end - self._ends.get(name, 0))
         if size > 0:
             self._move(name, size)

@@ -36,33 +36,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunAddress:
-    """Where a run is found."""
+    """Identifiers of a run."""
 
     run_id: str
     experiment_id: str
 
 
 class MlflowRuns(Protocol):
-    """Runs as the service needs them. All calls raise UpstreamUnavailable if MLflow does not answer in time."""
+    """Interface to runs in MLflow. All calls raise UpstreamUnavailable after a timeout."""
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
-        """Find or make a comparison's parent run, in the experiment named after it."""
+        """Find or create the parent run of a comparison, in the experiment of its name."""
 
     async def start_job(self, job: Job, comparison: Comparison | None) -> RunAddress:
-        """Find or make a job's run, with its resolved spec as params, and tag it with the attempt."""
+        """Find or create the run of a job, with its spec as params, and tag the attempt."""
 
     async def finish(self, run_id: str, state: JobState) -> None:
         """Record a terminal state."""
 
     async def curve(self, run_id: str, metric: str) -> Curve:
-        """Read a metric by step; empty if the run has none of that name."""
+        """Read a metric by step; empty if the run does not have it."""
 
     async def check(self) -> None:
-        """Ask for an answer."""
+        """Check that MLflow answers."""
 
 
 class MlflowRunsOverHttp:
-    """MlflowRuns on a real MLflow server."""
+    """MlflowRuns on an MLflow server."""
 
     def __init__(self, url: str, timeout_seconds: float, secret: str | None = None) -> None:
         self._url, self._timeout_seconds, self._secret = url, timeout_seconds, secret
@@ -73,7 +73,7 @@ class MlflowRunsOverHttp:
 
     @property
     def _client(self) -> "MlflowClient":
-        """The client, in one of the threads: MLflow takes seconds to import, which nothing else needs to wait for."""
+        """The client; call it in a thread, since MLflow takes seconds to import."""
         with self._loading:
             if self._loaded is None:
                 # MLflow's own defaults, 7 retries of 120 seconds, would keep the dispatcher waiting for minutes.
@@ -92,12 +92,12 @@ class MlflowRunsOverHttp:
             return self._loaded
 
     async def start_comparison(self, comparison: Comparison) -> RunAddress:
-        """Find or make a comparison's parent run, in the experiment named after it."""
+        """Find or create the parent run of a comparison, in the experiment of its name."""
         tags = {COMPARISON_TAG: comparison.id, "baseline": describe(comparison.baseline), "metric": comparison.metric}
         return await self._call(lambda: self._start(comparison.name, comparison.name, COMPARISON_TAG, tags))
 
     async def start_job(self, job: Job, comparison: Comparison | None) -> RunAddress:
-        """Find or make a job's run, with its resolved spec as params, and tag it with the attempt."""
+        """Find or create the run of a job, with its spec as params, and tag the attempt."""
         spec = job.spec
         tags = {
             JOB_TAG: job.id,
@@ -115,20 +115,20 @@ class MlflowRunsOverHttp:
         return await self._call(lambda: self._start(experiment, job.name, JOB_TAG, tags, params))
 
     async def finish(self, run_id: str, state: JobState) -> None:
-        """Record a terminal state; a run that was deleted in MLflow stays so."""
+        """Record a terminal state; a deleted run stays deleted."""
         await self._call(
             lambda: self._unless_gone(None, lambda: self._client.set_terminated(run_id, MLFLOW_STATUS[state]))
         )
 
     async def curve(self, run_id: str, metric: str) -> Curve:
-        """Read a metric by step; empty if the run has none of that name, or was deleted in MLflow."""
+        """Read a metric by step; empty if the run does not have it or is deleted."""
         history: list[Any] = await self._call(
             lambda: self._unless_gone([], lambda: self._client.get_metric_history(run_id, metric))
         )
         return sorted({point.step: point.value for point in history}.items())
 
     async def check(self) -> None:
-        """Ask for an answer."""
+        """Check that MLflow answers."""
         await self._call(lambda: self._client.search_experiments(max_results=1))
 
     def _start(
@@ -199,7 +199,7 @@ class MlflowRunsOverHttp:
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Name nested fields by dotted paths: `optimizer.lr`."""
+    """Flatten nested fields to dotted paths such as `optimizer.lr`."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -208,7 +208,7 @@ def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @cache
 def git_commit() -> str:
-    """Commit of the running code, for the record: SYNCBN_GIT_COMMIT, or that of the checkout it runs from, or `unknown`."""
+    """Return the commit of the running code, from SYNCBN_GIT_COMMIT or the checkout, or `unknown`."""
     if commit := os.environ.get("SYNCBN_GIT_COMMIT"):
         return commit
     root = Path(__file__).parents[2]
@@ -226,7 +226,7 @@ READS_AT_ONCE = 8
 
 
 async def read_curves(jobs: Sequence[JobSummary], metric: str, mlflow: MlflowRuns) -> dict[str, Curve]:
-    """Read a metric by job id; empty for jobs that have none of that name, or no run yet."""
+    """Read a metric by job id; empty for jobs without a run or this metric."""
     gate = asyncio.Semaphore(READS_AT_ONCE)
 
     async def read(job: JobSummary) -> Curve:

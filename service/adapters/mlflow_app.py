@@ -18,7 +18,7 @@ HEALTH_PATH = "/health"
 
 
 class SecretRequired:
-    """ASGI middleware that answers 401 unless the request carries `Authorization: Bearer <secret>`.
+    """ASGI middleware that answers 401 without `Authorization: Bearer <secret>`.
 
     `GET /health`, which answers "OK" and nothing else, is open for health checks. WebSockets are closed.
     """
@@ -46,7 +46,7 @@ class SecretRequired:
 
 
 def create_app() -> ASGIApp:
-    """Create MLflow's application behind the secret of `SYNCBN_MLFLOW_SECRET`. Raises ValueError if that is too short."""
+    """Create MLflow's application behind SYNCBN_MLFLOW_SECRET. Raises ValueError."""
     secret = os.environ.pop(SECRET_VARIABLE, "")
     if len(secret) < MIN_SECRET_LENGTH:
         raise ValueError(f"{SECRET_VARIABLE}: must have at least {MIN_SECRET_LENGTH} characters (got {len(secret)})")

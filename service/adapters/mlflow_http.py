@@ -37,7 +37,7 @@ RETURNED_HEADERS = (
 
 
 class Kind(StrEnum):
-    """What a request is for."""
+    """Kind of a request, which has its own connections."""
 
     READ = "read"
     METRICS = "metrics"
@@ -45,7 +45,7 @@ class Kind(StrEnum):
 
 
 class MlflowHttp:
-    """Client of the MLflow server at `url`, with the secret that it asks for.
+    """Client of the MLflow server at `url`, with its secret.
 
     Each step of a request (connecting, the next part of a body) may take `timeout_seconds`.
     """
@@ -74,7 +74,7 @@ class MlflowHttp:
         content: bytes | AsyncIterator[bytes] | None = None,
         kind: Kind = Kind.READ,
     ) -> httpx.Response:
-        """Send a request and return the answer with its body unread. Raises UpstreamUnavailable."""
+        """Send a request and return the answer, body unread. Raises UpstreamUnavailable."""
         client, params = self._clients[kind], httpx.QueryParams(tuple(query))
         sent = {name: value for name, value in (headers or {}).items() if name in FORWARDED_HEADERS}
         request = client.build_request(method, path, params=params or None, headers=sent, content=content)
@@ -84,7 +84,7 @@ class MlflowHttp:
             raise UpstreamUnavailable(f"MLflow did not answer: {type(error).__name__}") from error
 
     async def get_json(self, path: str) -> Any:
-        """Read a JSON answer; None unless it is a success. Raises UpstreamUnavailable."""
+        """Return a JSON answer, or None without success. Raises UpstreamUnavailable."""
         answer = await self.send("GET", path, kind=Kind.METRICS)
         try:
             return json.loads(await answer.aread()) if answer.is_success else None

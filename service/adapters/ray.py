@@ -24,26 +24,26 @@ SECONDS_TO_STOP = 10
 
 
 class RayJobs(Protocol):
-    """Submissions as the dispatcher needs them. All calls raise UpstreamUnavailable if Ray does not answer in time."""
+    """Interface to submissions in Ray. All calls raise UpstreamUnavailable after a timeout."""
 
     async def submit(self, submission_id: str, task_file: Path) -> None:
-        """Submit an attempt by its task file; a submission that Ray already has is left as it is. Raises UpstreamRejected."""
+        """Submit an attempt by its task file, once. Raises UpstreamRejected."""
 
     async def find(self, submission_id: str) -> Submission | None:
-        """Ask for a submission; None if Ray does not know it."""
+        """Return a submission; None if Ray does not know it."""
 
     async def stop(self, submission_id: str) -> None:
-        """Ask for a running submission to be stopped; one that has ended, or is unknown, is left alone."""
+        """Stop a running submission; no effect on ended or unknown ones."""
 
     async def logs(self, submission_id: str) -> str:
-        """Read what the driver printed before its output went to the project's storage."""
+        """Return the early output of the driver, before it writes to the storage."""
 
     async def cluster(self) -> Cluster:
-        """Sum up the resources of all live nodes, and what of them is free."""
+        """Return total and free resources of all live nodes."""
 
 
 class RayJobsOverHttp:
-    """RayJobs on a real cluster."""
+    """RayJobs over the REST API of a cluster."""
 
     def __init__(self, address: str, token: str | None, timeout_seconds: float) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -57,7 +57,7 @@ class RayJobsOverHttp:
         await self._http.aclose()
 
     async def submit(self, submission_id: str, task_file: Path) -> None:
-        """Submit an attempt by its task file; a submission that Ray already has is left as it is."""
+        """Submit an attempt by its task file, once."""
         variables = {
             JOB_VARIABLE: str(task_file),
             # Ray Train stops its workers cleanly on SIGINT alone, and Ray's 3 seconds are too few for that.
@@ -73,7 +73,7 @@ class RayJobsOverHttp:
             )
 
     async def find(self, submission_id: str) -> Submission | None:
-        """Ask for a submission; None if Ray does not know it."""
+        """Return a submission; None if Ray does not know it."""
         answer = await self._call("GET", f"/api/jobs/{submission_id}")
         if answer.status_code == httpx.codes.NOT_FOUND:
             return None
@@ -82,18 +82,18 @@ class RayJobsOverHttp:
             return Submission(RayStatus(content["status"]), content.get("message") or "")
 
     async def stop(self, submission_id: str) -> None:
-        """Ask for a running submission to be stopped; one that has ended, or is unknown, is left alone."""
+        """Stop a running submission; no effect on ended or unknown ones."""
         answer = await self._call("POST", f"/api/jobs/{submission_id}/stop")
         if answer.status_code != httpx.codes.NOT_FOUND:
             self._content(answer)
 
     async def logs(self, submission_id: str) -> str:
-        """Read what the driver printed before its output went to the project's storage."""
+        """Return the early output of the driver, before it writes to the storage."""
         answer = await self._call("GET", f"/api/jobs/{submission_id}/logs")
         return "" if answer.status_code == httpx.codes.NOT_FOUND else str(self._content(answer)["logs"])
 
     async def cluster(self) -> Cluster:
-        """Sum up the resources of all live nodes, and what of them is free; and say which submissions have got theirs.
+        """Return total and free resources, and the submissions that have theirs.
 
         What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is reported as in use.
         """
@@ -122,7 +122,7 @@ class RayJobsOverHttp:
         return Cluster(_sum(total.values()), _sum(free), placed, memory or None)
 
     async def _placed(self) -> frozenset[str]:
-        """Find the submissions whose workers' placement group Ray has made."""
+        """Return the submissions whose placement group is created."""
         created = {"filter_keys": "state", "filter_predicates": "=", "filter_values": "CREATED", "limit": "10000"}
         answer = self._content(await self._call("GET", "/api/v0/placement_groups", params=created))
         with _understood(answer):
@@ -159,7 +159,7 @@ def _sum(nodes: Iterable[Mapping[str, float]]) -> Capacity:
 
 @contextmanager
 def _understood(answer: object) -> Iterator[None]:
-    """Take an answer of another form than Ray's for no answer of Ray."""
+    """Convert answers that are not Ray's to UpstreamUnavailable."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:

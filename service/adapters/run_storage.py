@@ -52,7 +52,7 @@ MARK_FILE = ".storage"
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured after a step."""
+    """Metrics measured after a step."""
 
     step: int
     metrics: dict[str, float]
@@ -62,12 +62,12 @@ POINT = TypeAdapter(Point)
 
 
 async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Work on files in a thread, and wait for it so long at most. Raises UpstreamUnavailable."""
+    """Call a function on files in a thread. Raises UpstreamUnavailable after a timeout."""
     return await on_threads(STORAGE_THREADS, partial(copy_context().run, work, *arguments, **options))
 
 
 async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
-    """Work on files in one of these threads, and wait for it so long at most. Raises UpstreamUnavailable."""
+    """Call a function on files in one of `threads`. Raises UpstreamUnavailable after a timeout."""
     try:
         async with asyncio.timeout(STORAGE_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -78,7 +78,7 @@ async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
 
 
 class RunFiles:
-    """The files of all runs, under one folder that the cluster shares."""
+    """Files of all runs under a folder that the cluster shares."""
 
     def __init__(self, storage: Path) -> None:
         self._storage = storage.resolve()
@@ -87,7 +87,7 @@ class RunFiles:
         self._full: StorageFull | None = None
 
     def check(self) -> None:
-        """Write a file and read it.
+        """Check the storage by writing and reading a file.
 
         Raises OSError, also if what was there once is not: a mount that is gone leaves an empty folder.
         """
@@ -106,7 +106,7 @@ class RunFiles:
                 raise OSError(errno.EIO, "the storage does not return what was written")
 
     async def ensure_space(self) -> None:
-        """Raise StorageFull if the storage had no space some seconds ago. With other errors of the storage, jobs can wait."""
+        """Raise StorageFull if the storage was full some seconds ago."""
         if time.monotonic() - self._probed_at > SECONDS_BETWEEN_PROBES:
             self._probed_at = time.monotonic()
             try:
@@ -129,14 +129,14 @@ class RunFiles:
         return attempt_folder(self.job_folder(job.id), attempt or job.attempt)
 
     def close_attempts(self, job: Job, last: int | None = None) -> None:
-        """Let no driver of the attempts up to `last`, by default the current one, start or go on from now on."""
+        """Close the attempts up to `last` (default: current): their drivers do not start and end."""
         for attempt in range(1, (job.attempt if last is None else last) + 1):
             folder = self.attempt_folder(job, attempt)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / CLOSED_FILE).touch()
 
     def write_task(self, task: Task) -> Path:
-        """Write an attempt's task file, for its owner alone to read, and return its path."""
+        """Write the task file of an attempt, readable only by its user, and return its path."""
         path = attempt_folder(self.job_folder(task.context.job_id), task.context.attempt) / TASK_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{TASK_FILE}.")
@@ -145,26 +145,26 @@ class RunFiles:
         return Path(name).replace(path)
 
     def task(self, job: Job) -> Task | None:
-        """Read the task file of the current attempt; None if it has not been handed over yet."""
+        """Return the task of the current attempt, or None."""
         return self._read(job, TASK_FILE, Task)
 
     def progress(self, job: Job) -> Progress | None:
-        """Read how far the current attempt is; None if it has not said yet."""
+        """Return the progress of the current attempt, or None."""
         return self._read(job, PROGRESS_FILE, Progress)
 
     def sign_of_life(self, job: Job) -> float | None:
-        """When the driver of the current attempt last showed that it lives, by its own clock; None before its first sign."""
+        """Return the time of the last heartbeat of the current attempt, by the driver's clock."""
         try:
             return (self.attempt_folder(job) / DRIVER_FILE).stat().st_mtime
         except FileNotFoundError:
             return None
 
     def outcome(self, job: Job) -> Outcome | None:
-        """Read how the current attempt ended; None if it has not written that."""
+        """Return the outcome of the current attempt, or None."""
         return self._read(job, OUTCOME_FILE, Outcome)
 
     def metrics(self, job: Job, place: int) -> tuple[list[Point], int]:
-        """Read what a job has measured, from a place in its outbox on and so much at once; also the place after that."""
+        """Read measurements from an offset of the outbox; also return the next offset."""
         try:
             with (self.job_folder(job.id) / OUTBOX_FILE).open("rb") as file:
                 file.seek(place)
@@ -176,7 +176,7 @@ class RunFiles:
         return list(_points(lines)), place + sum(map(len, lines))
 
     def log_path(self, job: Job, attempt: int) -> Path:
-        """Where an attempt's log is, once there is one."""
+        """Return the folder of an attempt's log, if it exists."""
         return self.attempt_folder(job, attempt) / LOG_FILE
 
     def _read(self, job: Job, name: str, kind: type[M]) -> M | None:
@@ -188,7 +188,7 @@ class RunFiles:
 
 
 def _points(lines: Iterable[bytes]) -> Iterator[Point]:
-    """Read the measurements among lines; others, such as the half one that a killed attempt leaves, are passed by."""
+    """Parse the measurements among lines; incomplete and other lines are skipped."""
     for text in lines:
         with suppress(ValidationError):
             yield POINT.validate_json(text)

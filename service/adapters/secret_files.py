@@ -15,13 +15,13 @@ MOST_NAMES = 20
 
 
 class JobSecrets:
-    """The secrets in `folder`, which the cluster's nodes mount at the same path: `<owner>/<name>` and `shared/<name>`."""
+    """Secrets `<owner>/<name>` and `shared/<name>` in a folder that all nodes mount."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder.absolute() if folder else None
 
     async def resolve(self, owner: str, secrets: dict[str, str]) -> dict[str, str]:
-        """Write references in full, as `<owner>/<name>`.
+        """Return references in full, as `<owner>/<name>`.
 
         Raises InvalidField for what the owner may not use, or is not there; UpstreamUnavailable if the folder does not answer.
         """
@@ -32,7 +32,7 @@ class JobSecrets:
         )
 
     def paths(self, secrets: dict[str, str]) -> dict[str, str]:
-        """Where the cluster's nodes find the values. Raises UpstreamRejected if the operator has taken the folder away."""
+        """Return the paths of the values. Raises UpstreamRejected without the folder."""
         if secrets and self._folder is None:
             raise UpstreamRejected(
                 f"the job needs secrets ({', '.join(secrets.values())}), and SYNCBN_SECRETS_FOLDER is not set"
@@ -49,7 +49,7 @@ class JobSecrets:
         return reference
 
     def _is_there(self, reference: str) -> bool:
-        """Whether there is such a file, and links do not lead out of its owner's folder."""
+        """Return whether a file exists inside the owner's folder, also after links."""
         assert self._folder is not None
         path = self._folder / reference
         try:

@@ -39,7 +39,7 @@ INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a spec."""
+    """Result of the checks of a spec."""
 
     error: tuple[str, object, str] | None = None
     """Field, value and message."""
@@ -54,14 +54,14 @@ def _needs_libraries(spec: JobSpec) -> bool:
 
 
 def _key(spec: JobSpec) -> str:
-    """Name what is checked of a spec."""
+    """Return the key of a spec's checks."""
     parts = [part.model_dump_json() for part in (spec.model, spec.data, spec.optimizer)]
     content = " ".join([*parts, str(spec.norm == Norm.NONE)])
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 class SpecChecker:
-    """Starts `python -m trainer.check` when there is something to check, and asks it about one spec at a time.
+    """Client of `python -m trainer.check`, which it starts when needed.
 
     A check takes at most `timeout_seconds`, of which the first ones take several for importing torch. What cannot be checked in
     time, or at all, is left to the workers to find out.
@@ -75,7 +75,7 @@ class SpecChecker:
         self._known: TTLCache[str, Answer] = TTLCache(1_000, KNOWN_SECONDS)
 
     async def check(self, specs: Sequence[JobSpec]) -> list[ModelSize | None]:
-        """Measure the models of libraries among those of the specs; None for others, and for what could not be measured.
+        """Return the sizes of library models; None for others and unmeasured ones.
 
         Raises InvalidField if one of the specs names something that does not exist, or does not take its arguments.
         """

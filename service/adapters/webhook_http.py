@@ -23,29 +23,29 @@ PORTS = {"https": 443, "http": 80}
 
 
 class Forbidden(httpcore.ConnectError):
-    """A name stands for an address where nothing is sent to."""
+    """A host resolves to an address that must not be reached."""
 
 
 class Resolver:
-    """Looks up names' addresses in threads of its own: a slow server of names keeps nothing else waiting."""
+    """Resolver in separate threads, so that a slow name server delays nothing else."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, thread_name_prefix="names")
 
     async def look_up(self, host: str, port: int) -> list[IPAddress]:
-        """Look up a name's addresses. Raises OSError, and UnicodeError for what cannot be a name."""
+        """Resolve a host name. Raises OSError and UnicodeError."""
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         async with asyncio.timeout(SECONDS_TO_RESOLVE):
             found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
         return list(dict.fromkeys(ip_address(str(item[4][0]).partition("%")[0]) for item in found))
 
     def close(self) -> None:
-        """Look up nothing more; what is being looked up is not waited for."""
+        """Stop without waiting for running lookups."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class SsrfGuard(httpcore.AsyncNetworkBackend):
-    """Connects to the addresses that it has looked at itself: a name that is asked for twice may get two answers."""
+    """Network backend that connects to the addresses it has checked (SSRF, DNS rebinding)."""
 
     def __init__(self, names: Resolver, may_be_reached: Callable[[IPAddress], bool]) -> None:
         self._names, self._may_be_reached, self._backend = names, may_be_reached, httpcore.AnyIOBackend()
@@ -58,7 +58,7 @@ class SsrfGuard(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first of a name's addresses that answers. Raises Forbidden if one of them must not be reached."""
+        """Connect to the first address that answers. Raises Forbidden for private addresses."""
         addresses = await self._names.look_up(host, port)
         if not all(map(self._may_be_reached, addresses)):
             raise Forbidden(f"{host} is not an address that messages are sent to")
@@ -72,7 +72,7 @@ class SsrfGuard(httpcore.AsyncNetworkBackend):
 
 
 class WebhookHttp:
-    """Sends messages; `allowed` are networks that are reached though they are not public."""
+    """HTTP client of webhooks; `allowed` are private networks that it may reach."""
 
     def __init__(self, allowed: Sequence[IPNetwork], seconds: float) -> None:
         self._allowed, self._seconds, self._names = allowed, seconds, Resolver()
@@ -88,7 +88,7 @@ class WebhookHttp:
         }
 
     async def check(self, url: str) -> None:
-        """Raise InvalidField for an address that no message would be sent to."""
+        """Raise InvalidField for an address to which no message would be sent."""
         parts = urlsplit(url)
         host = parts.hostname or ""
         if parts.username is not None or parts.password is not None:
@@ -105,7 +105,7 @@ class WebhookHttp:
             raise InvalidField("url", url, "must be https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS")
 
     async def post(self, url: str, body: str, headers: dict[str, str]) -> int:
-        """Send a body, and return the status of the answer, of which no more is read. Redirections are not followed.
+        """POST a body and return the status. Redirects are not followed.
 
         Raises OSError or httpcore's errors if there is none in time.
         """

@@ -25,7 +25,7 @@ Owner = Annotated[
 
 
 class Scope(StrEnum):
-    """What a token allows: to look at one's own things, to make and change them, or all things of all owners."""
+    """Scopes of a token: read own jobs, also submit and change them, or everything."""
 
     READ = "read"
     SUBMIT = "submit"
@@ -41,7 +41,7 @@ IMPLIED: dict[Scope, frozenset[Scope]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A token as it is kept: all but its secret, of which nothing but a hash is stored."""
+    """Token without its secret, which is stored as a hash."""
 
     id: str
     owner: str
@@ -55,31 +55,31 @@ class Token:
     """To the minute."""
 
     def is_valid(self, now: datetime) -> bool:
-        """Whether it still opens anything."""
+        """Return whether the token is valid."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a request: the owner that the token stands for, and what it allows."""
+    """Caller of a request: owner and scopes of the token."""
 
     owner: str
     scopes: tuple[Scope, ...]
     token_id: str
 
     def may(self, scope: Scope) -> bool:
-        """Whether one of the scopes is, or implies, another one."""
+        """Return whether one of the scopes is, or implies, `scope`."""
         return any(scope in IMPLIED[held] for held in self.scopes)
 
     @property
     def sees_only(self) -> str | None:
-        """The owner whose things alone the caller sees; None: an admin sees all."""
+        """Owner whose jobs the caller sees; None for all (scope admin)."""
         return None if self.may(Scope.ADMIN) else self.owner
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """What somebody did that is no event of a job."""
+    """Audit record."""
 
     sequence: int = 0
     """Grows over all records; the database gives it."""
@@ -96,12 +96,12 @@ class AuditRecord:
 
 
 def new_secret() -> str:
-    """Make a token's secret: 256 random bits."""
+    """Return a new secret of 256 random bits."""
     return SECRET_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_secret(secret: str) -> str:
-    """Hash a token's secret. A fast hash is right: nobody finds 256 random bits by trying, and every request is hashed."""
+    """Hash a secret. A fast hash suffices for 256 random bits, and every request needs one."""
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
@@ -110,14 +110,14 @@ MOST_NAMES = 10_000
 
 
 class RateLimit:
-    """Lets each name do `burst` things at once, and `per_second` in the long run."""
+    """Token bucket per name: `burst` requests at once, `per_second` sustained."""
 
     def __init__(self, per_second: float, burst: int) -> None:
         self._interval, self._span = 1 / per_second, burst / per_second
         self._full_at: dict[str, float] = {}
 
     def take(self, name: str, now: float) -> float:
-        """Do one thing at time `now` in seconds; return 0, or how many seconds it comes too early, and then it does not count."""
+        """Take a token at time `now`; return 0, or the seconds to wait."""
         full_at = max(self._full_at.get(name, now), now) + self._interval
         if (early := full_at - now - self._span) > 1e-9:
             return early
@@ -134,7 +134,7 @@ HOME = "/mlflow/"
 
 
 class CredentialKind(StrEnum):
-    """What a credential is for."""
+    """Kinds of credentials."""
 
     SIGN_IN = "sign_in"
     """One sign-in of a browser; used up by it."""
@@ -145,7 +145,7 @@ class CredentialKind(StrEnum):
 
 
 def local_path(target: str | None) -> str:
-    """Return `target` if it is a path on this service, else the home page: a sign-in must not redirect to another site."""
+    """Return `target` if it is a path of this service, else the home page."""
     is_local = target is not None and target.startswith("/") and not target.startswith(("//", "/\\"))
     has_controls = target is not None and any(ord(letter) < 0x20 or letter == "\\" for letter in target)
     return target if target is not None and is_local and not has_controls else HOME

@@ -33,7 +33,7 @@ Variant = dict[str, Any]
 
 
 class ComparisonSpec(FrozenModel):
-    """What to compare: one base spec under several variants, and by which metric."""
+    """Axes of a comparison, and its metric, baseline and target."""
 
     spec: JobSpec
     variants: dict[
@@ -80,13 +80,13 @@ class ComparisonSpec(FrozenModel):
 
     @property
     def axes(self) -> Matrix:
-        """The matrix, with the names of the variants as its first axis if there are any."""
+        """The matrix, with the names of the variants, if any, as its first axis."""
         return ({VARIANT: list(self.variants)} if self.variants else {}) | self.matrix
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One base spec under several variants, and what is to be compared."""
+    """Comparison: one base spec under several variants."""
 
     id: str
     name: str
@@ -102,7 +102,7 @@ class Comparison:
 
 
 def warnings_of(specs: Sequence[JobSpec]) -> list[str]:
-    """List what to know before submitting these specs, or reading what their runs show, each once."""
+    """Return warnings about specs and their comparison, each once."""
     found = dict.fromkeys(warning for spec in specs for warning in spec_warnings(spec))
     parts = sorted({spec.accumulate for spec in specs if spec.norm in SHARES_BATCH})
     if len(parts) > 1:
@@ -114,7 +114,7 @@ def warnings_of(specs: Sequence[JobSpec]) -> list[str]:
 def expand(
     spec: JobSpec, matrix: Matrix, variants: Mapping[str, Variant] | None = None
 ) -> list[tuple[Variant, JobSpec]]:
-    """Make one spec per point of `matrix`, in its order, for each of the named `variants`; the last key varies fastest.
+    """Return one spec per point of `matrix` and variant; the last key varies fastest.
 
     Raises InvalidField naming the key and the value that cannot be taken.
     """
@@ -143,12 +143,12 @@ def expand(
 
 
 def size_of(content: Any) -> int:
-    """Bytes of `content` as JSON."""
+    """Return the size of `content` as JSON in bytes."""
     return len(json.dumps(content, separators=(",", ":")))
 
 
 def check_size(spec: JobSpec) -> int:
-    """Return the bytes of a spec as JSON. Raises InvalidField if these are too many."""
+    """Return the size of a spec as JSON. Raises InvalidField if it is too large."""
     size = len(spec.model_dump_json())
     if size > MAX_SPEC_BYTES:
         raise InvalidField(
@@ -158,7 +158,7 @@ def check_size(spec: JobSpec) -> int:
 
 
 def _refuse_size(spec: JobSpec, axes: Matrix, variants: Mapping[str, Variant], count: int) -> None:
-    """Refuse a comparison whose jobs would take too much, before any of them is made."""
+    """Raise InvalidField for a comparison whose jobs would be too large, before expanding it."""
     largest = {path: max(size_of(value) for value in values) for path, values in axes.items()}
     point = sum(len(path) + size + 4 for path, size in largest.items())
     if point > MAX_VARIANT_BYTES:
@@ -172,7 +172,7 @@ def _refuse_size(spec: JobSpec, axes: Matrix, variants: Mapping[str, Variant], c
 
 
 def _refuse_overlaps(matrix: Matrix, variants: Mapping[str, Variant]) -> None:
-    """Refuse a path that is set by, or within, another one of the same point: which value holds would be a matter of order."""
+    """Raise InvalidField for a path that is set twice, or within another one of the point."""
     of_matrix = [(f"matrix.{path}", path) for path in matrix]
     for name, variant in variants.items() or [("", {})]:
         fields = [*of_matrix, *((f"variants.{name}.{path}", path) for path in variant)]
@@ -184,7 +184,7 @@ def _refuse_overlaps(matrix: Matrix, variants: Mapping[str, Variant]) -> None:
 
 
 def _changes(point: Variant, matrix: Matrix, variants: Mapping[str, Variant]) -> list[tuple[str, str, Any]]:
-    """List what a point sets: the field of the request, the path into the spec, and the value."""
+    """Return the settings of a point: request field, path into the spec, value."""
     named = point.get(VARIANT) if variants else None
     changes = (
         [(f"variants.{named}.{path}", path, value) for path, value in variants.get(named, {}).items()] if named else []
@@ -197,7 +197,7 @@ def _changes(point: Variant, matrix: Matrix, variants: Mapping[str, Variant]) ->
 
 
 def override(spec: JobSpec, overrides: Mapping[str, Any]) -> JobSpec:
-    """Set the fields at these paths. Raises InvalidField naming the path and the value that cannot be taken."""
+    """Set the fields at these paths. Raises InvalidField."""
     for path, other in itertools.permutations(overrides, 2):
         if other.startswith(f"{path}."):
             raise InvalidField(f"overrides.{other}", other, f"{path} is set as a whole already")
@@ -226,7 +226,7 @@ def _resolve(
 
 
 def _set(content: dict[str, Any], field: str, path: str, value: Any) -> None:
-    """Set the field at a dotted `path`; it must be there already, so that a misspelt path is an error and not a new field."""
+    """Set the existing field at a dotted `path`; a misspelt path is an error."""
     *parents, last = path.split(".")
     place: Any = content
     for parent in parents:
@@ -251,7 +251,7 @@ def without_seed(variant: Variant) -> Variant:
 
 
 def choose_baseline(matrix: Matrix, wanted: Variant | None) -> Variant:
-    """Complete the variant that the others are measured against: `wanted`, with the matrix's first value where it says nothing.
+    """Return the baseline: `wanted`, completed by the first values of the matrix.
 
     Raises InvalidField if `wanted` names a path or value that the matrix does not have.
     """
@@ -269,7 +269,7 @@ def choose_baseline(matrix: Matrix, wanted: Variant | None) -> Variant:
 
 
 def describe(variant: Variant) -> str:
-    """Name a variant for people: `norm=sync optimizer.lr=0.1`."""
+    """Return the display name of a variant: `norm=sync optimizer.lr=0.1`."""
     return " ".join(f"{path}={_plain(value)}" for path, value in variant.items()) or "base"
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 
 class ServiceError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base class of errors with a message for users."""
 
 
 MAX_SHOWN = 200
@@ -12,7 +12,7 @@ MAX_SHOWN = 200
 
 
 class InvalidField(ServiceError):  # noqa: N818 - names say what is the case
-    """A field of a request holds a value that cannot be taken."""
+    """A field of a request has an invalid value."""
 
     def __init__(self, field: str, value: Any, takes: str) -> None:
         super().__init__(f"{field}: {takes} (got {shown(value)})")
@@ -20,27 +20,27 @@ class InvalidField(ServiceError):  # noqa: N818 - names say what is the case
 
 
 class NotFound(ServiceError):  # noqa: N818
-    """No such job or comparison."""
+    """The object does not exist, or belongs to another owner."""
 
 
 class Conflict(ServiceError):  # noqa: N818
-    """The request does not fit the state that the thing is in."""
+    """The request conflicts with the state of the object."""
 
 
 class RequestInProgress(ServiceError):  # noqa: N818
-    """The same request came before, and has not been answered yet; its answer will be there soon."""
+    """The first request with this idempotency key is in flight."""
 
 
 class VersionMismatch(ServiceError):  # noqa: N818
-    """The thing is not any more what the request says that it is."""
+    """The object has changed since the version in the request."""
 
 
 class QuotaExceeded(ServiceError):  # noqa: N818
-    """The request would take more than its owner may have."""
+    """The request exceeds a quota of its owner."""
 
 
 class UpstreamUnavailable(ServiceError):  # noqa: N818
-    """Ray, MLflow or the database did not answer, or not in time; trying again may help."""
+    """Ray, MLflow or the database did not answer in time; a retry may succeed."""
 
 
 class StorageFull(UpstreamUnavailable):
@@ -48,10 +48,10 @@ class StorageFull(UpstreamUnavailable):
 
 
 class UpstreamRejected(ServiceError):  # noqa: N818
-    """Ray or MLflow answered that it does not take something; trying again helps only if the trouble was a passing one."""
+    """Ray or MLflow refused a request; a retry helps only after a temporary error."""
 
 
 def shown(value: Any) -> str:
-    """Write a value for a message, shortened if it is long."""
+    """Return a value for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

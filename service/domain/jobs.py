@@ -12,7 +12,7 @@ from trainer.jobspec import JobSpec, Progress
 
 
 class JobState(StrEnum):
-    """Facts about a job. A wish, such as to cancel it, is a flag of the job."""
+    """States of a job. Requests, such as to cancel it, are flags."""
 
     QUEUED = "queued"
     SUBMITTED = "submitted"
@@ -23,7 +23,7 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the state never changes again."""
+        """Whether the state is terminal."""
         return not TRANSITIONS[self]
 
 
@@ -44,7 +44,7 @@ ACTIVE_STATES = frozenset({JobState.SUBMITTED, JobState.RUNNING})
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """What is known of a job apart from its spec, which may be large."""
+    """Job without its spec, which may be large."""
 
     id: str
     name: str
@@ -91,7 +91,7 @@ class JobRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class JobSummary(JobRecord):
-    """A job as it is listed."""
+    """Job in lists."""
 
     norm: str
     seed: int
@@ -100,7 +100,7 @@ class JobSummary(JobRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Job(JobRecord):
-    """One run that a user asked for."""
+    """Job: one training run that a user submitted."""
 
     spec: JobSpec
 
@@ -121,23 +121,23 @@ class Job(JobRecord):
 
     @property
     def queue_until(self) -> datetime | None:
-        """When it has waited too long for its first attempt; None: never."""
+        """End of the queue time limit; None without a limit."""
         if self.queue_seconds is None or self.attempt > 1:
             return None
         return self.created_at + timedelta(seconds=self.queue_seconds)
 
     @property
     def submission_id(self) -> str:
-        """Ray's name for this attempt: known before Ray is asked, so that a crash in between can be repaired."""
+        """Submission id of the attempt, known before Ray is called, so that crashes can be repaired."""
         return submission_id(self.id, self.attempt)
 
     def seconds_run(self, now: datetime) -> float:
-        """How long its attempts ran, all together."""
+        """Return the total run time of all attempts in seconds."""
         current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
         return self.ran_seconds + current
 
     def after(self, step: "Transition", now: datetime) -> "Job":
-        """Return the job as a transition leaves it, but for its version."""
+        """Return the job after a transition, except for its version."""
         after = replace(self, state=step.state, reason=step.reason)
         if step.state == JobState.RUNNING:
             return replace(after, started_at=now)
@@ -155,7 +155,7 @@ class Job(JobRecord):
         return replace(after, ran_seconds=self.seconds_run(now), ended_at=now) if step.state.is_terminal else after
 
     def candidate(self) -> SchedulableJob:
-        """What the scheduler knows of it."""
+        """Return the job for the scheduler."""
         return SchedulableJob(
             id=self.id,
             owner=self.owner,
@@ -170,7 +170,7 @@ class Job(JobRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class Transition:
-    """A step of a job's life: what changes, and why."""
+    """Transition of a job: new state, reason and failure counts."""
 
     state: JobState
     reason: str
@@ -181,7 +181,7 @@ class Transition:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """A transition that happened, or a wish that was expressed: a job's timeline."""
+    """Entry of a job's timeline: a transition or a request."""
 
     sequence: int = 0
     """Grows over all events; the database gives it."""
@@ -201,15 +201,15 @@ LONGEST_NAME = 200
 
 
 def submission_id(job_id: str, attempt: int) -> str:
-    """Name an attempt in Ray."""
+    """Return the submission id of an attempt."""
     return f"{job_id}-a{attempt}"
 
 
 def new_id(kind: str) -> str:
-    """Make an identifier such as `job-3f9c2b7a10de`: safe in addresses, file names and Ray's submission ids."""
+    """Return a new id such as `job-3f9c2b7a10de`, safe in URLs and file names."""
     return f"{kind}-{secrets.token_hex(6)}"
 
 
 def is_legal(before: JobState, after: JobState) -> bool:
-    """Whether a job may go from `before` to `after`."""
+    """Return whether a transition from `before` to `after` is legal."""
     return after in TRANSITIONS[before]

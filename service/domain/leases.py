@@ -18,18 +18,18 @@ LEASES = (SCHEDULER, *(f"shard-{number}" for number in range(SHARDS)))
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to do a part of the work, for now."""
+    """Time-limited ownership of a part of the work."""
 
     name: str
     token: int
 
 
 def shard_of(job_id: str) -> int:
-    """The part that a job belongs to."""
+    """Return the shard of a job."""
     return crc32(job_id.encode()) % SHARDS
 
 
 def share_of(replica: str, alive: Collection[str]) -> frozenset[str]:
-    """The leases that a replica should hold, where these ones are alive: as many as others, or one more."""
+    """Return the leases that a replica should hold, given the live replicas."""
     order = sorted({*alive, replica})
     return frozenset(LEASES[order.index(replica) :: len(order)])

@@ -32,7 +32,7 @@ class RayStatus(StrEnum):
 
 @dataclass(frozen=True)
 class Submission:
-    """What Ray says of one attempt."""
+    """Submission of an attempt, as Ray reports it."""
 
     status: RayStatus
     message: str

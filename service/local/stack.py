@@ -91,28 +91,28 @@ class LocalStack:
 
     @property
     def connection(self) -> Connection:
-        """Where this stack is found."""
+        """Connection of this stack."""
         layout = self._running()
         return Connection(layout.api_url, layout.api_token, layout.mlflow_public_url, layout.ray_url)
 
     @property
     def mlflow(self) -> tuple[str, str]:
-        """The address of MLflow's own server, and the secret that it asks for."""
+        """Address and secret of the MLflow server."""
         layout = self._running()
         return layout.mlflow_url, layout.mlflow_secret
 
     @property
     def api_environment(self) -> dict[str, str]:
-        """The environment in which `syncbn serve` joins this stack."""
+        """Environment for `syncbn serve` in this stack."""
         return processes.api_environment(self._running())
 
     @property
     def process_ids(self) -> dict[str, int]:
-        """The process that was started for each part."""
+        """Process id of each part."""
         return dict(self._kept.process_ids) if self._kept else {}
 
     def start(self) -> None:
-        """Start every part and return when all answer; raise StackError, with nothing left running, when one does not."""
+        """Start all processes and return when all answer. Raises StackError, with nothing left running."""
         if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
             raise StackError(f"not installed: {', '.join(missing)}; pip install 'syncbn[service,trainer]'")
         self._take_data_dir()
@@ -132,14 +132,14 @@ class LocalStack:
             raise
 
     def wait(self, timeout_seconds: float | None = None) -> str | None:
-        """Wait for the end and return its reason; None if the stack still runs after the timeout, or was asked to stop."""
+        """Wait for the end and return its reason; None after the timeout or a requested stop."""
         if self._kept is None or not self._kept.ended.wait(timeout_seconds) or self._kept.reason is None:
             return None
         log = self._running().log(self._kept.dead_part or "keeper")
         return f"{self._kept.reason}; the end of {log}:\n{tail(log)}"
 
     def stop(self) -> None:
-        """Stop every part and return when no process is left; harmless when nothing runs."""
+        """Stop all processes and return when none is left; no effect if nothing runs."""
         self._stop_parts()
         if self._lock is not None:
             (self.data_dir / "connection.json").unlink(missing_ok=True)

@@ -33,7 +33,7 @@ VITAL_SECONDS = 1.0  # between two looks at the vital children
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
-    """One program to keep running.
+    """Process to run.
 
     `stop_seconds` is what it gets between SIGTERM and SIGKILL; the end of a child that runs one of the programs `required_children`
     counts as its own, for it may take long to notice, or never do.
@@ -49,7 +49,7 @@ class ProcessSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to keep: parts in their order of start (stopped in reverse), and the paths to remove when all have ended."""
+    """Processes in start order (stopped in reverse), and paths to remove at the end."""
 
     parts: Sequence[ProcessSpec]
     directory: str
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class VitalChild:
-    """A child of a part that the part cannot do without."""
+    """Child process that a process cannot work without."""
 
     part: str
     name: str
@@ -67,7 +67,7 @@ class VitalChild:
 
 
 class SupervisorHandle:
-    """The asker's end of a keeper: `ended` is set once a part has died (`reason` says how) or everything has stopped."""
+    """Handle of a supervisor: `ended` is set when a process has died (`reason`) or all have stopped."""
 
     def __init__(self, plan: Plan, *, log: Path, pass_fds: Sequence[int] = ()) -> None:
         self.ended = threading.Event()
@@ -115,7 +115,7 @@ class SupervisorHandle:
 
 
 def main() -> None:
-    """Be the guard, and fork the keeper."""
+    """Run the guardian, which forks the supervisor."""
     line = sys.stdin.buffer.readline()
     if not line:
         return
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def guard(plan: Plan, keeper: int, lifeline: int) -> None:
-    """Pass the wish to stop on to the keeper, and end what it left if it was killed."""
+    """Pass a stop request on to the supervisor, and end its descendants if it was killed."""
     descendants = Descendants()
     is_asked = False
     while not is_asked and keeper not in descendants.ended:
@@ -149,7 +149,7 @@ def guard(plan: Plan, keeper: int, lifeline: int) -> None:
 
 
 def keep(plan: Plan, lifeline: int) -> None:
-    """Start the parts, wait until one dies or the lifeline closes, then stop them all, the last started first."""
+    """Start the processes, wait until one dies or the lifeline closes, then stop all in reverse order."""
     descendants = Descendants()
     running: list[tuple[subprocess.Popen[bytes], ProcessSpec]] = []
     is_asked = False
@@ -182,7 +182,7 @@ def keep(plan: Plan, lifeline: int) -> None:
 def note_children(
     running: Sequence[tuple[subprocess.Popen[bytes], ProcessSpec]], vital: dict[psutil.Process, VitalChild]
 ) -> None:
-    """Note the vital children that have come to life."""
+    """Record new required children."""
     for process, part in running:
         if part.required_children:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
@@ -192,13 +192,13 @@ def note_children(
 
 
 def dead_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
-    """Return a vital child that has ended. It is the first to end: its end is noticed before others can follow."""
+    """Return the first required child that has ended, or None."""
     ended, _, _ = select.select([child.end for child in vital.values()], [], [], 0)
     return next((child for child in vital.values() if child.end in ended), None)
 
 
 def start(part: ProcessSpec, directory: str) -> subprocess.Popen[bytes]:
-    """Start one part. `Descendants` collects its end, not the `Popen`, which must stay referenced for as long."""
+    """Start a process. `Descendants` collects its status, and the `Popen` must stay referenced."""
     with Path(part.log).open("wb") as log:
         return subprocess.Popen(
             part.command,
@@ -213,13 +213,13 @@ def start(part: ProcessSpec, directory: str) -> subprocess.Popen[bytes]:
 
 
 def end_all(descendants: Descendants) -> None:
-    """End every descendant, and report those that cannot be ended."""
+    """End all descendants, and report those that cannot be ended."""
     if left := descendants.end():
         report(left=left)
 
 
 def report(**event: Any) -> None:
-    """Write one event; nobody may be left to read it."""
+    """Write one event, also if no reader is left."""
     with suppress(BrokenPipeError):
         os.write(sys.stdout.fileno(), json.dumps(event).encode() + b"\n")
 

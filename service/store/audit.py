@@ -16,13 +16,13 @@ COLUMNS = [audit.c[field.name] for field in fields(AuditRecord)]
 
 
 class AuditStore:
-    """Queries about what was done."""
+    """Audit records in the database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def page(self, size: int, before: int | None) -> tuple[list[AuditRecord], int | None]:
-        """Read up to `size` records, newest first, older than place `before`; also the place to go on from, if there is more."""
+        """Return a page of records, newest first, and the place of the next page."""
         async with self._database.read() as connection:
             rows, more = await read_page(connection, select(*COLUMNS), audit.c.sequence, size, before)
         return [
@@ -33,7 +33,7 @@ class AuditStore:
 async def record(
     connection: AsyncConnection, actor: Caller | None, action: str, subject: str, detail: str, at: datetime
 ) -> None:
-    """Note what was done, inside the caller's transaction; without an actor it was the service itself."""
+    """Store a record in the caller's transaction; without an actor it is the service."""
     values = {
         "at": at,
         "actor": actor.owner if actor else SERVICE,

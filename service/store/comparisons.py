@@ -17,20 +17,20 @@ COLUMNS = [comparisons.c[field.name] for field in fields(Comparison)]
 
 
 class ComparisonStore:
-    """Queries about comparisons."""
+    """Comparisons in the database."""
 
     def __init__(self, database: Database, max_stored_bytes: int | None = None) -> None:
-        """Refuse jobs by which those of their owner would take more than `max_stored_bytes`; None: no limit."""
+        """`max_stored_bytes` limits the stored jobs of an owner; None means no limit."""
         self._database, self._max_stored_bytes = database, max_stored_bytes
 
     async def add(self, comparison: Comparison, jobs: Sequence[Job]) -> None:
-        """Store a comparison and all of its jobs in one transaction. Raises QuotaExceeded."""
+        """Store a comparison and its jobs in one transaction. Raises QuotaExceeded."""
         async with self._database.write() as connection:
             await connection.execute(insert(comparisons).values(**asdict(comparison)))
             await insert_jobs(connection, jobs, self._max_stored_bytes)
 
     async def get(self, comparison_id: str, owner: str | None = None) -> Comparison:
-        """Read one comparison. Raises NotFound, also if it is not `owner`'s."""
+        """Return a comparison. Raises NotFound, also if it is not `owner`'s."""
         query = select(*COLUMNS).where(comparisons.c.id == comparison_id)
         if owner is not None:
             query = query.where(comparisons.c.owner == owner)
@@ -41,13 +41,13 @@ class ComparisonStore:
         return Comparison(**row._asdict())
 
     async def open_jobs(self) -> list[Comparison]:
-        """Read the comparisons whose parent run MLflow does not yet know the end of."""
+        """Return the comparisons whose parent run is not closed in MLflow."""
         async with self._database.read() as connection:
             rows = (await connection.execute(select(*COLUMNS).where(comparisons.c.mlflow_closed.is_(False)))).all()
         return [Comparison(**row._asdict()) for row in rows]
 
     async def note(self, comparison_id: str, **changes: Any) -> None:
-        """Store what became known of the comparison's run in MLflow."""
+        """Update fields of a comparison."""
         assert changes.keys() <= {"mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"}, changes
         async with self._database.write() as connection:
             await connection.execute(update(comparisons).where(comparisons.c.id == comparison_id).values(**changes))

@@ -16,17 +16,17 @@ TOKEN_COLUMNS = [tokens.c[field.name] for field in fields(Token)]
 
 
 class CredentialStore:
-    """Queries about sign-in links, sessions and the credentials of attempts."""
+    """Sign-in links, sessions and credentials of attempts in the database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def add_for_token(self, kind: CredentialKind, token_id: str, lifetime: timedelta) -> str:
-        """Store a new sign-in link or session of a token, and return its secret."""
+        """Create a sign-in link or session of a token, and return its secret."""
         return await self._add(kind, token_id=token_id, expires_at=datetime.now(UTC) + lifetime)
 
     async def add_for_attempt(self, job: Job) -> str:
-        """Store a new credential for the job's present attempt, and return its secret. It is valid while the attempt is active.
+        """Create a credential of the current attempt, valid while it is active; return its secret.
 
         Those of its earlier attempts are deleted.
         """
@@ -42,7 +42,7 @@ class CredentialStore:
         return secret
 
     async def find_token(self, kind: CredentialKind, secret: str) -> Token | None:
-        """Find the token behind a sign-in link or session that has not expired."""
+        """Return the token of a valid sign-in link or session."""
         query = (
             select(*TOKEN_COLUMNS)
             .join(credentials, credentials.c.token_id == tokens.c.id)
@@ -57,13 +57,13 @@ class CredentialStore:
         return None if row is None else read_token(row)
 
     async def delete(self, kind: CredentialKind, secret: str) -> bool:
-        """Delete a credential; return whether it was there, which is true for one caller only."""
+        """Delete a credential; return whether it existed, which is true for one caller only."""
         query = delete(credentials).where(credentials.c.hash == hash_secret(secret), credentials.c.kind == kind.value)
         async with self._database.write() as connection:
             return (await connection.execute(query)).rowcount == 1
 
     async def find_grant(self, secret: str) -> Grant | None:
-        """Find what an attempt may write to; None once it is not its job's active attempt any more."""
+        """Return the grant of an attempt; None if it is no longer the active attempt."""
         query = (
             select(jobs.c.id, jobs.c.mlflow_run_id, jobs.c.mlflow_experiment_id)
             .join(credentials, and_(credentials.c.job_id == jobs.c.id, credentials.c.attempt == jobs.c.attempt))
@@ -79,7 +79,7 @@ class CredentialStore:
         return None if row is None else Grant(*row)
 
     async def count_upload(self, secret: str, number: int, max_bytes: int) -> bool:
-        """Count bytes that an attempt uploads; return False, and count nothing, if they would be more than `max_bytes` in all."""
+        """Count uploaded bytes of an attempt; return False without counting beyond `max_bytes`."""
         counted = credentials.c.uploaded_bytes + number
         query = (
             update(credentials)
@@ -90,7 +90,7 @@ class CredentialStore:
             return (await connection.execute(query)).rowcount == 1
 
     async def delete_expired(self) -> None:
-        """Delete what opens nothing any more."""
+        """Delete expired credentials."""
         is_active = exists().where(
             jobs.c.id == credentials.c.job_id,
             jobs.c.attempt == credentials.c.attempt,

@@ -49,7 +49,7 @@ async def _nothing() -> None:
 
 @dataclass
 class Transaction:
-    """One that several reads and writes of a task are part of; it begins with the first write."""
+    """Transaction of several reads and writes of a task; it begins with the first write."""
 
     resources: AsyncExitStack
     first: Callable[[], Awaitable[object]]
@@ -58,7 +58,7 @@ class Transaction:
 
 
 class Database:
-    """Connections to the database at `url`; whoever waits longer than `timeout_seconds` for it gets UpstreamUnavailable."""
+    """Database at `url`. Waits beyond `timeout_seconds` raise UpstreamUnavailable."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         self._engine, self._timeout_seconds = _open(url, timeout_seconds), timeout_seconds
@@ -73,7 +73,7 @@ class Database:
 
     @asynccontextmanager
     async def transaction(self, first: Callable[[], Awaitable[object]] = _nothing) -> AsyncIterator[None]:
-        """Make all writes of this task, and the reads after the first of them, one transaction.
+        """Join all writes of this task, and the reads after the first one, in one transaction.
 
         It is committed at the end and rolled back on an error. It begins with the first write, and with `first` in it: so what is
         asked of others before anything is stored, such as a name's address, keeps no writer waiting. Raises UpstreamUnavailable.
@@ -94,7 +94,7 @@ class Database:
             call()
 
     def after_commit(self, call: Callable[[], None]) -> None:
-        """Call when what this task has written is there for others to see: now, or at the end of its transaction."""
+        """Call a function after the commit of this task's transaction, or now without one."""
         if (transaction := self._joined()) is None:
             call()
         else:
@@ -102,7 +102,7 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for queries. Raises UpstreamUnavailable."""
+        """Yield a connection for queries. Raises UpstreamUnavailable."""
         if (transaction := self._joined()) is not None and transaction.connection is not None:
             with _unavailable():
                 yield transaction.connection
@@ -113,7 +113,7 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for one transaction, committed at the end and rolled back on an error. Raises UpstreamUnavailable.
+        """Yield a connection for one transaction. Raises UpstreamUnavailable.
 
         Inside `transaction()` it is that one, and so is what an error rolls back: it must be let through.
         """
@@ -137,7 +137,7 @@ class Database:
 
     @asynccontextmanager
     async def _connect_to_write(self) -> AsyncIterator[AsyncConnection]:
-        """Connect, when it is this task's turn."""
+        """Connect, in turn."""
         async with AsyncExitStack() as stack:
             if self._writer is not None:
                 try:
@@ -154,7 +154,7 @@ class Database:
         return None if task is None else self._transactions.get(task)
 
     async def migrate(self) -> None:
-        """Bring the tables to the newest migration, in one transaction."""
+        """Migrate the tables to the newest version in one transaction."""
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.set_main_option("path_separator", "os")
@@ -168,7 +168,7 @@ class Database:
             await connection.run_sync(upgrade)
 
     async def check(self) -> None:
-        """Write, commit and read. Raises UpstreamUnavailable."""
+        """Check the database by writing and reading. Raises UpstreamUnavailable."""
         async with self.write() as connection:
             if connection.dialect.name == "sqlite":  # which does not write a row that does not change
                 await connection.exec_driver_sql(f"PRAGMA user_version={randbelow(2**31)}")
@@ -183,13 +183,13 @@ class Database:
 
 
 async def advisory_lock(connection: AsyncConnection, lock: int) -> None:
-    """Let transactions that name the same `lock`, any number, go one after the other; on SQLite all that write do."""
+    """Serialise transactions with the same `lock` number; on SQLite all writers are."""
     if connection.dialect.name == "postgresql":
         await connection.execute(select(func.pg_advisory_xact_lock(lock)))
 
 
 def upsert(connection: AsyncConnection, table: Table) -> postgresql.Insert | sqlite_dialect.Insert:
-    """Begin an INSERT that may say what a conflict is to do, as both kinds of database can, each by a class of its own."""
+    """Return an INSERT with ON CONFLICT support for either database."""
     return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite_dialect.insert)(table)
 
 
@@ -209,7 +209,7 @@ def _unavailable() -> Iterator[None]:
 
 
 def _is_of_the_server(error: DBAPIError) -> bool:
-    """Whether the database itself is in trouble, by the error's kind or its SQLSTATE, or gave way in a conflict."""
+    """Return whether an error means that the database is unavailable, or a conflict to retry."""
     state = _sqlstate(error)
     return (
         error.connection_invalidated

@@ -15,7 +15,7 @@ IS_IT = and_(keys.c.owner == bindparam("owner"), keys.c.key == bindparam("key"))
 
 
 def _taking(is_ours: ColumnElement[bool]) -> Select[Any]:
-    """Select whether nobody else holds a key, in one row, and the fingerprint of the request that it had before, if any."""
+    """Statement that takes a key and returns the fingerprint of its earlier request."""
     one = select(literal(1)).subquery()
     return select(is_ours, keys.c.fingerprint).select_from(one.outerjoin(keys, IS_IT))
 
@@ -31,7 +31,7 @@ IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answe
 
 @dataclass(frozen=True)
 class StoredAnswer:
-    """What the first request of a key was, and what it was answered."""
+    """First request of a key, and its stored response."""
 
     fingerprint: str
     status: int
@@ -40,19 +40,19 @@ class StoredAnswer:
 
 
 class IdempotencyStore:
-    """Queries about keys. Inside `Database.transaction()` a key is stored with all that its request stores, or not at all."""
+    """Idempotency keys in the database, stored in the transaction of their request."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def find(self, owner: str, key: str) -> StoredAnswer | None:
-        """Read what a key's request was answered; None if it has not been answered yet."""
+        """Return the stored response of a key, or None."""
         async with self._database.read() as connection:
             row = (await connection.execute(BY_KEY, {"owner": owner, "key": key})).one_or_none()
         return None if row is None else StoredAnswer(row.fingerprint, row.status, row.headers, row.body)
 
     async def take(self, owner: str, key: str) -> None:
-        """Hold a key until the end of the transaction. Raises RequestInProgress if another replica holds it or it is answered."""
+        """Take a key until the end of the transaction. Raises RequestInProgress."""
         async with self._database.write() as connection:
             named = {"owner": owner, "key": key, "name": f"{owner} {key}"}
             is_ours, before = (await connection.execute(TAKE[connection.dialect.name], named)).one()
@@ -60,7 +60,7 @@ class IdempotencyStore:
                 raise RequestInProgress(IN_FLIGHT)
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
-        """Keep the answer to a request. Raises RequestInProgress if its key has got one; then roll back."""
+        """Store the response of a request. Raises RequestInProgress if there is one; then roll back."""
         row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
             try:
@@ -69,6 +69,6 @@ class IdempotencyStore:
                 raise RequestInProgress(IN_FLIGHT) from None
 
     async def forget_before(self, time: datetime) -> int:
-        """Delete the keys that are older; return how many. Clients may count on a key for 24 hours."""
+        """Delete older keys and return their number. Keys are guaranteed for 24 hours."""
         async with self._database.write() as connection:
             return (await connection.execute(delete(keys).where(keys.c.created_at < time))).rowcount

@@ -24,7 +24,7 @@ BYTES_BESIDE_SPEC = 1_000
 
 
 async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_stored_bytes: int | None = None) -> None:
-    """Store new jobs of one owner with their first events, inside the caller's transaction. Raises QuotaExceeded."""
+    """Store new jobs of one owner in the caller's transaction. Raises QuotaExceeded."""
 
     def insert_some(connection: Connection, some: Sequence[Job]) -> int:
         tags_of = {job.id: job.tags for job in some}
@@ -48,5 +48,5 @@ async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_store
 
 
 def _stored_bytes(job: Job) -> int:
-    """Bytes that a job takes in the database, with its events, about."""
+    """Return the approximate size of a job and its events in the database."""
     return len(job.spec.model_dump_json()) + size_of(job.variant) + BYTES_BESIDE_SPEC

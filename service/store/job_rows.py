@@ -60,7 +60,7 @@ def read_job(row: Any) -> Job:
 
 
 async def read_summaries(rows: Sequence[Any]) -> list[JobSummary]:
-    """Convert rows of SUMMARY_COLUMNS to summaries: in a thread if there are many, so that other requests go on meanwhile."""
+    """Convert rows of SUMMARY_COLUMNS to summaries, in a thread if there are many."""
     if len(rows) <= MADE_AT_ONCE:
         return [_summary(row) for row in rows]
     return await asyncio.to_thread(lambda: [_summary(row) for row in rows])
@@ -87,7 +87,7 @@ def read_progress(content: Any) -> Progress | None:
 
 
 def read_candidate(row: Any) -> SchedulableJob:
-    """Convert a row of CANDIDATE_COLUMNS to what the scheduler decides on."""
+    """Convert a row of CANDIDATE_COLUMNS to a schedulable job."""
     return SchedulableJob(
         id=row.id,
         owner=row.owner,
@@ -101,7 +101,7 @@ def read_candidate(row: Any) -> SchedulableJob:
 
 
 def event_row(job: Job, at: datetime, actor: str) -> dict[str, Any]:
-    """Return the row of the event by which a job came to its state."""
+    """Return the row of the event of a job's last transition."""
     return {
         "job_id": job.id,
         "at": at,

@@ -58,7 +58,7 @@ ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which jobs to list; None is all."""
+    """Filters of a list of jobs; None means all."""
 
     owner: str | None = None
     state: JobState | None = None
@@ -69,7 +69,7 @@ class Filter:
 
 @dataclass(frozen=True)
 class Queue:
-    """What the scheduler decides on."""
+    """Queue and active jobs, for the scheduler."""
 
     waiting: dict[str, SchedulableJob]
     """By job and attempt, as "id:1"."""
@@ -80,7 +80,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """What changes of a job while it goes on."""
+    """Snapshot of the changing fields of a job."""
 
     version: int
     state: JobState
@@ -89,13 +89,13 @@ class JobSnapshot:
 
 
 class JobStore:
-    """Queries about jobs. A stored change either happens whole or, if the job has changed since it was read, not at all.
+    """Jobs in the database. Updates are guarded by the version of the job.
 
     A change that is made under a lease does not happen either if another replica has taken the lease since.
     """
 
     def __init__(self, database: Database, max_stored_bytes: int | None = None) -> None:
-        """Refuse jobs by which those of their owner would take more than `max_stored_bytes`; None: no limit."""
+        """`max_stored_bytes` limits the stored jobs of an owner; None means no limit."""
         self._database, self._max_stored_bytes = database, max_stored_bytes
 
     async def add(self, job: Job) -> None:
@@ -113,7 +113,7 @@ class JobStore:
             await insert_jobs(connection, [job], self._max_stored_bytes)
 
     async def get(self, job_id: str, owner: str | None = None) -> Job:
-        """Read one job. Raises NotFound, also if it is not `owner`'s."""
+        """Return a job. Raises NotFound, also if it is not `owner`'s."""
         query = select(*COLUMNS).where(jobs.c.id == job_id)
         found = await self._read(query if owner is None else query.where(jobs.c.owner == owner))
         if not found:
@@ -123,7 +123,7 @@ class JobStore:
     async def page(
         self, size: int, before: int | None, wanted: Filter = Filter()
     ) -> tuple[list[JobSummary], int | None]:
-        """Read up to `size` jobs, newest first, older than place `before`; also the place to go on from, if there is more."""
+        """Return a page of jobs, newest first, and the place of the next page."""
         query = select(*SUMMARY_COLUMNS)
         for name in ("owner", "state", "comparison_id", "norm"):
             if (value := getattr(wanted, name)) is not None:
@@ -137,14 +137,14 @@ class JobStore:
         return await read_summaries(rows), more
 
     async def list_by_comparison(self, comparison_id: str) -> list[JobSummary]:
-        """Read a comparison's jobs in the order of its matrix."""
+        """Return the jobs of a comparison in the order of its matrix."""
         query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
         return await read_summaries(rows)
 
     async def specs_of(self, comparison_id: str) -> list[JobSpec]:
-        """Read the specs of a comparison's jobs, in the order of its matrix."""
+        """Return the specs of a comparison's jobs in the order of its matrix."""
         # As text, and read in a thread: all together they may be large.
         query = select(cast(jobs.c.spec, Text)).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
         async with self._database.read() as connection:
@@ -152,7 +152,7 @@ class JobStore:
         return await asyncio.to_thread(lambda: [JobSpec.model_validate_json(text) for text in found])
 
     async def open_jobs(self, shards: Collection[int]) -> list[Job]:
-        """Read the jobs of these shards that there is something to do for, oldest first; not those that only wait in the queue."""
+        """Return the open jobs of these shards, oldest first, except those that only wait."""
         waits = jobs.c.state == JobState.QUEUED
         has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_until <= datetime.now(UTC))
         query = select(*COLUMNS).where(
@@ -161,7 +161,7 @@ class JobStore:
         return await self._read(query.order_by(jobs.c.sequence))
 
     async def queue(self, known: Mapping[str, SchedulableJob] = MappingProxyType({})) -> Queue:
-        """Read what the scheduler has to know of all jobs that wait, and of those that are with Ray.
+        """Return the queued and active jobs for the scheduler.
 
         What is known already, by job and attempt, is not read again: while a job waits, nothing that counts changes.
         """
@@ -186,7 +186,7 @@ class JobStore:
         return Queue(found, reasons, [read_candidate(row) for row in active])
 
     async def snapshots(self, job_ids: Collection[str]) -> dict[str, JobSnapshot]:
-        """Read the pulses of these jobs, by id; of those there are."""
+        """Return the snapshots of existing jobs by id."""
         query = select(jobs.c.id, jobs.c.version, jobs.c.state, jobs.c.attempt, jobs.c.progress)
         async with self._database.read() as connection:
             rows = (await connection.execute(query.where(jobs.c.id.in_(job_ids)))).all()
@@ -196,19 +196,19 @@ class JobStore:
         }
 
     async def totals(self) -> Totals:
-        """Sum up all jobs."""
+        """Return the totals of all jobs."""
         async with self._database.read() as connection:
             return await read_totals(connection)
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
-        """Read a job's events in order, those after number `after`."""
+        """Return the events of a job after number `after`, in order."""
         query = select(*EVENT_COLUMNS).where(events.c.job_id == job_id, events.c.sequence > after)
         async with self._database.read() as connection:
             rows = (await connection.execute(query.order_by(events.c.sequence))).all()
         return [read_event(row) for row in rows]
 
     async def request_cancel(self, job_id: str, actor: str, version: int | None = None) -> Job:
-        """Set the wish to cancel; asking twice changes nothing.
+        """Set the cancel flag; idempotent.
 
         Raises NotFound; Conflict if the job has ended otherwise; Changed if it has another `version` than the given one.
         """
@@ -236,7 +236,7 @@ class JobStore:
         return job
 
     async def advance(self, job: Job, step: Transition, actor: str, lease: Lease | None = None) -> Job | None:
-        """Take `job` a step further, with its event; None if it has changed since it was read, and then nothing is stored."""
+        """Apply a transition with its event; None, without an effect, if the job has changed."""
         if not is_legal(job.state, step.state):
             raise AssertionError(f"{job.id}: {job.state} -> {step.state} is no transition")
         now = datetime.now(UTC)
@@ -253,7 +253,7 @@ class JobStore:
         return replace(after, version=job.version + 1)
 
     async def note(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:
-        """Store facts about `job` that are no transition; None if it has changed since it was read."""
+        """Update fields of a job without a transition; None if the job has changed."""
         assert changes.keys() <= NOTED, changes
         after = replace(job, **changes)
         async with self._database.write() as connection:

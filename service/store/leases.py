@@ -14,7 +14,7 @@ LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class LeaseStore:
-    """Gives out leases. Times are the database's, so that the clocks of replicas need not agree."""
+    """Leases in the database, by its clock, so that clocks of replicas need not agree."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -47,7 +47,7 @@ class LeaseStore:
         return held
 
     async def release(self, replica: str) -> None:
-        """Let others take over at once."""
+        """Release all leases of a replica."""
         async with self._database.write() as connection:
             # In the order of `keep`, or the two could wait for each other.
             await connection.execute(select(leases.c.name).order_by(leases.c.name).with_for_update())
@@ -65,7 +65,7 @@ class LeaseStore:
 
 
 def is_held(lease: Lease) -> ColumnElement[bool]:
-    """Condition that nobody has taken a lease since, for a change that depends on it."""
+    """Return the condition that a lease is still held, for guarded updates."""
     return exists().where(leases.c.name == lease.name, leases.c.token == lease.token)
 
 

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 async def read_page(
     connection: AsyncConnection, query: Select[Any], sequence: Column[int], size: int, before: int | None
 ) -> tuple[list[Row[Any]], int | None]:
-    """Read up to `size` rows, older than place `before` in `sequence`; also the place to go on from, if there is more."""
+    """Return up to `size` rows before a place, and the place of the next page."""
     query = query.add_columns(sequence.label("place")).order_by(sequence.desc()).limit(size + 1)
     if before is not None:
         query = query.where(sequence < before)

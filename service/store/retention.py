@@ -12,13 +12,13 @@ from service.store.webhooks import forget_deliveries
 
 
 class RetentionStore:
-    """Queries about old jobs, and about folders that are left of them."""
+    """Deletion of old jobs, and remaining folders, in the database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def forget_jobs(self, time: datetime, most: int) -> int:
-        """Delete jobs that ended before `time`, the oldest first, and return how many.
+        """Delete jobs that ended before `time`, oldest first, and return their number.
 
         With them go their events, tags and messages, and the comparisons that have no job left; their folders are `folders_left`.
         Not deleted are jobs that MLflow does not know the end of yet, those that another one was resumed from, as long as it is
@@ -44,12 +44,12 @@ class RetentionStore:
             return len(old)
 
     async def folders_left(self) -> list[str]:
-        """Read the ids of the deleted jobs whose folders may still be there."""
+        """Return the ids of deleted jobs whose folders may still exist."""
         async with self._database.read() as connection:
             return list((await connection.execute(select(deleted_jobs.c.id))).scalars())
 
     async def forget_folder(self, job_id: str) -> None:
-        """Note that a deleted job's folder is gone."""
+        """Record that the folder of a deleted job is gone."""
         async with self._database.write() as connection:
             await connection.execute(delete(deleted_jobs).where(deleted_jobs.c.id == job_id))
 

@@ -11,7 +11,7 @@ import aiosqlite
 
 
 class Cursor:
-    """What SQLAlchemy asks of aiosqlite's cursor; all rows are read at once."""
+    """Cursor with the interface of aiosqlite; all rows are read at once."""
 
     arraysize = 1
 
@@ -25,14 +25,14 @@ class Cursor:
         return self
 
     async def execute(self, sql: str, parameters: Sequence[Any] = ()) -> "Cursor":
-        """Run a statement, and read what it returns. A transaction begins with the statement after its beginning, in one way."""
+        """Run a statement and fetch its rows. BEGIN is sent together with the first statement."""
         if sql.startswith("BEGIN"):
             self._connection.begin = sql
             return self
         return await self._run(lambda connection: connection.execute(sql, parameters))
 
     async def executemany(self, sql: str, parameters: Iterable[Sequence[Any]]) -> "Cursor":
-        """Run a statement for each of several sets of parameters."""
+        """Run a statement for several sets of parameters."""
         return await self._run(lambda connection: connection.executemany(sql, parameters))
 
     async def fetchall(self) -> list[Any]:
@@ -41,7 +41,7 @@ class Cursor:
         return rows
 
     async def close(self) -> None:
-        """Do nothing: SQLite's own cursor is closed already."""
+        """No-op: the cursor of SQLite is already closed."""
 
     async def _run(self, statement: Callable[[sqlite3.Connection], sqlite3.Cursor]) -> "Cursor":
         begin, self._connection.begin = self._connection.begin, None
@@ -61,7 +61,7 @@ class Cursor:
 
 
 class Connection(aiosqlite.Connection):
-    """One connection, in a thread of its own."""
+    """Connection with its own thread."""
 
     begin: str | None = None
     """A statement that waits for the one after it."""
@@ -69,26 +69,26 @@ class Connection(aiosqlite.Connection):
     """Set before the thread is asked to begin one: whoever is cancelled meanwhile must still roll it back."""
 
     async def commit(self) -> None:
-        """Commit what has begun, if anything has."""
+        """Commit the open transaction, if any."""
         self.begin = None
         if self.may_be_in_transaction:
             await super().commit()
             self.may_be_in_transaction = False
 
     async def rollback(self) -> None:
-        """Roll back what has begun; where nothing has, as after reading, there is no need to ask the thread."""
+        """Roll back the open transaction, if any."""
         self.begin = None
         if self.may_be_in_transaction:
             await super().rollback()
             self.may_be_in_transaction = False
 
     def cursor(self) -> Cursor:  # type: ignore[override]  # aiosqlite's own is a coroutine that goes to the thread
-        """Make a cursor."""
+        """Return a cursor."""
         return Cursor(self)
 
 
 def connect(path: str, **options: Any) -> Connection:
-    """Begin to connect, as `aiosqlite.connect` does."""
+    """Connect, as `aiosqlite.connect` does."""
     connection = Connection(lambda: sqlite3.connect(path, **options), iter_chunk_size=64)
     connection._thread.daemon = True  # as SQLAlchemy has it: who has not closed its connections may end too
     return connection

@@ -28,7 +28,7 @@ from sqlalchemy import (
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """Time with zone, also on SQLite, which keeps none."""
+    """Timestamp with time zone, also on SQLite, which stores none."""
 
     impl = DateTime(timezone=True)
     cache_ok = True

@@ -29,7 +29,7 @@ BETWEEN_NOTES = timedelta(minutes=1)
 
 
 class TokenStore:
-    """Queries about tokens. No secret is stored, nor read: a token is found by the hash of its secret."""
+    """Tokens in the database, found by the hash of their secret."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -39,12 +39,12 @@ class TokenStore:
         """Of tokens, as far as they are known here."""
 
     async def add(self, token: Token, secret: str, maker: Caller | None) -> None:
-        """Store a new token; a maker of None is the service itself."""
+        """Create a token; without an actor it is the service."""
         async with self._database.write() as connection:
             await _add(connection, token, secret, maker)
 
     async def find(self, secret: str) -> Token | None:
-        """Find the token of a secret, whether valid or not. That another replica has revoked it may be known a second late.
+        """Return the token of a secret, valid or not; a revocation elsewhere is seen within a second.
 
         The duration of the comparison of hashes leaks nothing: the hash cannot be chosen without the secret.
         """
@@ -72,7 +72,7 @@ class TokenStore:
             return set((await connection.execute(query)).scalars())
 
     async def note_use(self, token: Token) -> None:
-        """Store that a token is used, to the minute."""
+        """Store the time of last use, to the minute."""
         now = datetime.now(UTC)
         if token.last_used_at is not None and now - token.last_used_at < BETWEEN_NOTES:
             return
@@ -85,13 +85,13 @@ class TokenStore:
         self._database.after_commit(self._forget)
 
     async def page(self, size: int, before: int | None) -> tuple[list[Token], int | None]:
-        """Read up to `size` tokens, newest first, older than place `before`; also the place to go on from, if there is more."""
+        """Return a page of tokens, newest first, and the place of the next page."""
         async with self._database.read() as connection:
             rows, more = await read_page(connection, select(*COLUMNS), tokens.c.sequence, size, before)
         return [read_token(row) for row in rows], more
 
     async def revoke(self, token_id: str, actor: Caller) -> Token:
-        """Let a token open nothing from now on; revoking twice changes nothing.
+        """Revoke a token; idempotent.
 
         Raises NotFound, and Conflict for the last valid token of an admin, after which nobody could make another one.
         """
@@ -120,7 +120,7 @@ class TokenStore:
         self._changes += 1
 
     async def ensure_admin(self, given: str | None, show: Callable[[str], None]) -> None:
-        """See to it that there is a way in: a token for the admin with the given secret or, if there is no token at all, a new one.
+        """Ensure an admin token: with the given secret, or a new one if no token exists.
 
         A given one that is known is left as it is, revoked or not. A new secret is handed to `show` before it is stored: a crash in
         between leaves a useless secret, not a closed service.
@@ -152,6 +152,6 @@ def _admin(name: str) -> Token:
 
 
 def read_token(row: Any) -> Token:
-    """Make a token of its row."""
+    """Convert a row to a token."""
     values = {field.name: getattr(row, field.name) for field in fields(Token)}
     return Token(**(values | {"scopes": tuple(Scope(scope) for scope in row.scopes)}))

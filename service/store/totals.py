@@ -13,7 +13,7 @@ from service.store.usage import Usage, read_usage
 
 @dataclass(frozen=True)
 class Totals:
-    """All jobs, summed up, and what they used."""
+    """Totals of all jobs, and their usage."""
 
     jobs: dict[JobState, int]
     queued: dict[str, int]
@@ -24,7 +24,7 @@ class Totals:
 
 
 async def read_totals(connection: AsyncConnection) -> Totals:
-    """Sum up all jobs."""
+    """Return the totals of all jobs."""
     states = select(jobs.c.state, func.count()).group_by(jobs.c.state)
     queued = (
         select(jobs.c.owner, func.count(), func.min(jobs.c.queued_at))

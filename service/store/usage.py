@@ -12,14 +12,14 @@ from service.store.tables import usage
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds of attempts that have ended, times what they may have held at most."""
+    """Seconds of ended attempts times their maximum resources."""
 
     gpu_seconds: float
     cpu_seconds: float
 
 
 async def add_usage(connection: AsyncConnection, owner: str, seconds: float, held: Capacity) -> None:
-    """Add that an attempt has ended, inside the caller's transaction; the last of it, for others of the owner wait from here on."""
+    """Add the usage of an ended attempt in the caller's transaction, as its last statement."""
     values = {"owner": owner, "gpu_seconds": seconds * held.gpus, "cpu_seconds": seconds * held.cpus}
     query = upsert(connection, usage).values(**values)
     sums = {name: usage.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
@@ -27,7 +27,7 @@ async def add_usage(connection: AsyncConnection, owner: str, seconds: float, hel
 
 
 async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) -> int:
-    """Add to the bytes that an owner's jobs take, inside the caller's transaction; return their sum."""
+    """Add to the stored bytes of an owner in the caller's transaction; return the sum."""
     query = upsert(connection, usage).values(owner=owner, gpu_seconds=0.0, cpu_seconds=0.0, stored_bytes=count)
     sums = {"stored_bytes": usage.c.stored_bytes + query.excluded.stored_bytes}
     query = query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums)
@@ -35,6 +35,6 @@ async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) 
 
 
 async def read_usage(connection: AsyncConnection) -> dict[str, Usage]:
-    """Read what each owner has used."""
+    """Return the usage of each owner."""
     rows = (await connection.execute(select(usage))).all()
     return {row.owner: Usage(row.gpu_seconds, row.cpu_seconds) for row in rows}

@@ -28,13 +28,13 @@ COUNT_LOCK = 5_021_505
 
 
 class WebhookStore:
-    """Queries about webhooks and messages."""
+    """Webhooks and messages in the database."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def add(self, webhook: Webhook, maker: Caller) -> None:
-        """Store a new webhook. Raises Conflict if its owner has too many."""
+        """Create a webhook. Raises Conflict if its owner has too many."""
         row = asdict(webhook) | {
             "states": [state.value for state in webhook.states],
             "thresholds": [threshold.model_dump() for threshold in webhook.thresholds],
@@ -51,7 +51,7 @@ class WebhookStore:
             await record(connection, maker, "webhook.create", webhook.id, f"to {webhook.host}", webhook.created_at)
 
     async def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
-        """Read one. Raises NotFound, also if it is not `owner`'s."""
+        """Return a webhook. Raises NotFound, also if it is not `owner`'s."""
         query = select(*COLUMNS).where(webhooks.c.id == webhook_id)
         async with self._database.read() as connection:
             row = (await connection.execute(query)).one_or_none()
@@ -60,7 +60,7 @@ class WebhookStore:
         return _webhook(row)
 
     async def page(self, size: int, before: int | None, owner: str | None) -> tuple[list[Webhook], int | None]:
-        """Read up to `size`, newest first, older than place `before`; also the place to go on from, if there is more."""
+        """Return a page of webhooks, newest first, and the place of the next page."""
         query = select(*COLUMNS)
         query = query if owner is None else query.where(webhooks.c.owner == owner)
         async with self._database.read() as connection:
@@ -68,7 +68,7 @@ class WebhookStore:
         return [_webhook(row) for row in rows], more
 
     async def delete(self, webhook: Webhook, actor: Caller) -> None:
-        """Delete one, with its messages: those on their way are not sent any more. Raises NotFound."""
+        """Delete a webhook and its messages, including unsent ones. Raises NotFound."""
         # Locked first: a message that is being stored just now is waited for, and who comes later finds no webhook any more.
         row = select(webhooks.c.id).where(webhooks.c.id == webhook.id).with_for_update()
         async with self._database.write() as connection:
@@ -85,7 +85,7 @@ class WebhookStore:
             return [_webhook(row) for row in (await connection.execute(query)).all()]
 
     async def announce(self, webhook: Webhook, job: Job, met: Threshold, step: int, value: float) -> None:
-        """Store a message about a threshold that a job has met, unless there has been one, or there is no such webhook any more."""
+        """Store a message about a threshold, once per job, if the webhook still exists."""
         now = datetime.now(UTC)
         known = select(deliveries.c.id).where(
             deliveries.c.webhook_id == webhook.id, deliveries.c.job_id == job.id, deliveries.c.about == str(met)
@@ -98,14 +98,14 @@ class WebhookStore:
                 await _send(connection, webhook, job, str(met), write_message(job, now, met, step, value), now)
 
     async def deliveries_of(self, webhook_id: str, size: int, before: int | None) -> tuple[list[Delivery], int | None]:
-        """Read up to `size` messages of a webhook, newest first, older than place `before`; also the place to go on from."""
+        """Return a page of a webhook's messages, newest first, and the place of the next page."""
         query = select(*DELIVERY_COLUMNS).where(deliveries.c.webhook_id == webhook_id)
         async with self._database.read() as connection:
             rows, more = await read_page(connection, query, deliveries.c.sequence, size, before)
         return [_delivery(row) for row in rows], more
 
     async def claim_due(self, most: int, seconds: float, busy: Collection[str] = ()) -> list[tuple[Webhook, Delivery]]:
-        """Take messages that are due, the longest due first, and keep other replicas from them for so many seconds.
+        """Take due messages, oldest first, and reserve them for some seconds.
 
         Of each webhook it is one at most, and none of those that are `busy`: so a slow receiver keeps only its own waiting.
         """
@@ -132,7 +132,7 @@ class WebhookStore:
         return [(found[delivery.webhook_id], delivery) for delivery in due]
 
     async def note_try(self, delivery: Delivery) -> None:
-        """Store what became of a try, unless somebody else has tried since: a sender may come back late."""
+        """Store the result of a try, unless another sender has tried since."""
         is_as_it_was = (deliveries.c.ended_at.is_(None), deliveries.c.tries == delivery.tries - 1)
         query = update(deliveries).where(deliveries.c.id == delivery.id, *is_as_it_was)
         values = {name: getattr(delivery, name) for name in ("due_at", "tries", "ended_at", "is_delivered", "answer")}
@@ -140,7 +140,7 @@ class WebhookStore:
             await connection.execute(query.values(**values))
 
     async def forget_ended(self, time: datetime, most: int) -> int:
-        """Delete messages that ended before `time`, about jobs that did so too; return how many.
+        """Delete messages that ended before `time`, about jobs that did too; return their number.
 
         While a job runs, they prevent repeated messages about it.
         """
@@ -163,7 +163,7 @@ async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> N
 
 
 async def forget_deliveries(connection: AsyncConnection, job_ids: Sequence[str]) -> None:
-    """Delete the messages about jobs, inside the transaction that deletes those."""
+    """Delete messages about jobs, in the transaction that deletes the jobs."""
     await connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(job_ids)))
 
 
