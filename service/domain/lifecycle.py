@@ -16,7 +16,7 @@ OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class RayStatus(StrEnum):
-    """Ray's states of a submission."""
+    """States of a submission in Ray."""
 
     PENDING = "PENDING"
     RUNNING = "RUNNING"
@@ -39,7 +39,7 @@ class Submission:
 
 
 def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, now: datetime) -> Transition | None:
-    """Decide the next transition of a job that was handed to Ray, or none; `submission` is None if Ray does not know it.
+    """Return the next transition of a submitted job, or None; `submission` is None if unknown to Ray.
 
     The outcome that the run itself wrote is believed before Ray, whose record is lost with its head. A submitted job that Ray
     does not know is left as it is, to be handed over (again): its submission may never have arrived.
@@ -69,7 +69,7 @@ def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, 
 
 
 def explain_driver(submission: Submission) -> tuple[Blame, str]:
-    """Say in one sentence how a driver ended that left no outcome, and whose fault that was; Ray's message quotes its log."""
+    """Return reason and failure kind of a driver that left no outcome, from Ray's message."""
     if (found := EXIT_CODE.search(submission.message)) is not None:
         status = int(found[1])
         status = 128 - status if status > 128 else status  # as a shell reports a signal
@@ -81,12 +81,12 @@ def explain_driver(submission: Submission) -> tuple[Blame, str]:
 
 
 def is_overtime(job: Job, now: datetime) -> bool:
-    """Whether a job has run longer than it may."""
+    """Return whether a job has exceeded its run time limit."""
     return job.run_seconds is not None and job.seconds_run(now) > job.run_seconds
 
 
 def after_failure(job: Job, blame: Blame, what: str, now: datetime) -> Transition:
-    """Queue a job for another attempt, if it has one left for failures of this kind."""
+    """Return the transition after a failure: queued again if a retry of this kind is left."""
     failures = job.failures.increment(blame)
     count, allowed = failures.of(blame), job.retries.allowed(blame)
     if blame == Blame.USER:

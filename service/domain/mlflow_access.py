@@ -45,7 +45,7 @@ RESERVED_PREFIXES = ("mlflow.", "syncbn.")
 
 @dataclass(frozen=True)
 class Grant:
-    """What one running attempt of a job may write to."""
+    """Run that a running attempt may write to."""
 
     job_id: str
     run_id: str
@@ -54,7 +54,7 @@ class Grant:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """A request of an attempt that may be forwarded."""
+    """Request of an attempt, as it is forwarded."""
 
     query: dict[str, str]
     body: dict[str, Any] | None = None
@@ -64,20 +64,20 @@ class Forwarded:
 
 
 def is_clean(path: str) -> bool:
-    """Whether a decoded path says the same to every server: no empty, `.` or `..` parts, backslashes, `%` or control characters."""
+    """Return whether a decoded path is unambiguous: no empty or dot parts, backslashes or controls."""
     parts = path.removeprefix("/").split("/")
     has_odd_part = any(part in (".", "..") or (not part and at < len(parts) - 1) for at, part in enumerate(parts))
     return path.startswith("/") and not has_odd_part and not re.search(r"[\\%\x00-\x1f\x7f]", path)
 
 
 def is_readable(method: str, path: str) -> bool:
-    """Whether a caller who has signed in may send this request; `path` is decoded and clean."""
+    """Return whether a signed-in caller may send this request; `path` is decoded and clean."""
     method = "GET" if method == "HEAD" else method
     return any(method == allowed and pattern.fullmatch(path) for allowed, pattern in READABLE)
 
 
 def of_attempt(grant: Grant, method: str, path: str, query: dict[str, str], body: bytes) -> Forwarded | None:
-    """Decide on a request of an attempt: what is forwarded, or None if it may not send this.
+    """Return the request of an attempt as it is forwarded, or None if it is not allowed.
 
     Bodies are rebuilt from the fields that are allowed, so that no second spelling of a run's id gets past the check. Raises
     InvalidField if the body is not a JSON object or names another run.
@@ -145,7 +145,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """Read a body that is a JSON object. Raises InvalidField."""
+    """Parse a body as a JSON object. Raises InvalidField."""
     try:
         content = json.loads(body or b"{}", parse_constant=_refuse_constant)
     except (ValueError, RecursionError):

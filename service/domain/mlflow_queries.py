@@ -61,7 +61,7 @@ MAX_TOKENS = 1_000
 
 
 def bounded(path: str, query: Pairs, body: bytes | None) -> tuple[Pairs, bytes | None]:
-    """Return the query string and the body to forward in place of a reader's. Raises InvalidField."""
+    """Return the bounded query string and body of a reader's request. Raises InvalidField."""
     route = path.rpartition("mlflow/")[2]
     if body is None:
         return _bounded_query(route, query), None
@@ -90,7 +90,7 @@ def _bounded_query(route: str, query: Pairs) -> Pairs:
 
 
 def _bounded_fields(route: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields under their first spelling, with the page size that is forwarded. Raises InvalidField."""
+    """Return the fields in canonical spelling with a bounded page size. Raises InvalidField."""
     content = dict(given)
     for name, second in CAMEL_CASE.items():
         if second in content:
@@ -123,7 +123,7 @@ def _positive(value: Any) -> int:
 
 
 def _graphql_arguments(content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Find the route that a GraphQL request stands for and its arguments, which are part of `content`. Raises InvalidField."""
+    """Return the route and arguments of a GraphQL request. Raises InvalidField."""
     query, variables = content.get("query"), content.get("variables")
     try:
         field, variable = _root_field(str(query))
@@ -138,7 +138,7 @@ def _graphql_arguments(content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _root_field(query: str) -> tuple[str, str]:
-    """Read the one field of a GraphQL document, as MLflow's UI sends it, and the variable that is its input.
+    """Return the only field of a GraphQL document and its input variable.
 
     Aliases, fragments, literals and defaults, by which a request could be multiplied, raise ValueError.
     """
@@ -162,7 +162,7 @@ def _is_typename(node: object) -> bool:
 
 
 def _is_plain(field: FieldNode) -> bool:
-    """Whether neither the field nor any below it has an alias, and those below no arguments."""
+    """Return whether a field has no aliases, and its subfields no arguments."""
     below = field.selection_set.selections if field.selection_set else ()
     return field.alias is None and all(
         isinstance(node, FieldNode) and not node.arguments and _is_plain(node) for node in below

@@ -28,7 +28,7 @@ Selection = dict[str, JsonValue]
 
 
 class Window(FrozenModel):
-    """The values of one path at which a measure is large enough."""
+    """Values of a path at which a measure is large enough."""
 
     along: str = Field(description="path of the matrix")
     at_least: float
@@ -36,7 +36,7 @@ class Window(FrozenModel):
 
 
 class Measure(FrozenModel):
-    """What one run's curve comes to; with a window, what the runs of one seed come to."""
+    """Measure of a run's curve, or with a window of the runs of one seed."""
 
     metric: str = "accuracy"
     minus: str | None = Field(None, description="metric that is subtracted, step by step")
@@ -55,7 +55,7 @@ class Measure(FrozenModel):
 
 
 class Figure(FrozenModel):
-    """A number that a recipe reports for each seed."""
+    """Figure of a recipe: a number per seed."""
 
     says: str = Field(description="what the number is, in words")
     measure: Measure | None = None
@@ -73,20 +73,20 @@ class Figure(FrozenModel):
         return self
 
     def cases(self) -> list[tuple[Selection, Selection, Selection]]:
-        """List what is asked: a value of `each`, and with it `of` and `against`, unless they name one themselves."""
+        """Return the cases of a figure: each value of `each` with its `of` and `against`."""
         places: list[Selection] = [{path: value} for path, values in self.each.items() for value in values] or [{}]
         return [(place, place | self.of, place | (self.against or {})) for place in places]
 
 
 class Rule(Figure):
-    """A figure, and what must hold of it."""
+    """Rule of a recipe: a figure and its bound."""
 
     relation: Literal["above", "at_least", "below", "at_most"]
     bound: float
 
 
 class Recipe(FrozenModel):
-    """A ready comparison that tests one claim."""
+    """Recipe: a comparison that tests one claim."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]+$", max_length=60)]
     claim: str = Field(description="one sentence")
@@ -98,7 +98,7 @@ class Recipe(FrozenModel):
     figures: list[Figure] = Field([], description="reported beside the verdict, which they do not decide")
 
     def request(self, preset: str) -> dict[str, Any]:
-        """Return a preset as the body of POST /v1/comparisons. Raises ValueError if the recipe has no such preset."""
+        """Return a preset as the body of POST /v1/comparisons. Raises ValueError."""
         for name, comparison in self.presets.items():
             if name == preset:
                 return {"name": self.name, **comparison.model_dump(mode="json", exclude_unset=True)}
@@ -106,5 +106,5 @@ class Recipe(FrozenModel):
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Read a recipe file. Raises OSError if it cannot be read, and ValueError naming what in it cannot be taken."""
+    """Read a recipe file. Raises OSError, and ValueError naming the invalid field."""
     return Recipe.model_validate(read_yaml(path))

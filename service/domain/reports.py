@@ -12,7 +12,7 @@ from trainer.jobspec import Direction, JobSpec, metric_direction
 
 @dataclass(frozen=True, kw_only=True)
 class RunCurve:
-    """One run's metric by step."""
+    """Metric of a run by step."""
 
     job_id: str
     seed: int
@@ -22,7 +22,7 @@ class RunCurve:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantReport:
-    """What one variant shows."""
+    """Results of a variant."""
 
     variant: dict[str, Any]
     label: str
@@ -32,7 +32,7 @@ class VariantReport:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonReport:
-    """What a comparison shows."""
+    """Report of a comparison."""
 
     comparison: Comparison
     finished: bool
@@ -47,7 +47,7 @@ class ComparisonReport:
 def make_report(
     comparison: Comparison, jobs: Sequence[JobSummary], specs: Sequence[JobSpec], curves: Mapping[str, Curve]
 ) -> ComparisonReport:
-    """Measure each variant of `jobs`, which have `specs`, by their `curves` (by job id), in the order of the matrix."""
+    """Return the report of `jobs` with `specs` and `curves` (by job id), in matrix order."""
     groups: dict[str, tuple[Variant, dict[int, JobSummary]]] = {}
     for job in jobs:
         variant = without_seed(job.variant)
@@ -87,5 +87,5 @@ def make_report(
 
 
 def _warnings_about_seeds(seeds: int) -> list[str]:
-    """Say why several seeds that agree get no verdict; that of one seed says so itself."""
+    """Return the warning that two seeds are too few for a verdict."""
     return [f"seed: faster and slower take at least {MIN_SEEDS} seeds (got {seeds})"] if 1 < seeds < MIN_SEEDS else []

@@ -13,7 +13,7 @@ FIRST_PAUSE, LONGEST_PAUSE = timedelta(seconds=2), timedelta(minutes=5)
 
 
 class Blame(StrEnum):
-    """Whose fault the end of an attempt was: each has tries of its own, so that none uses up another's."""
+    """Failure kinds that are retried separately."""
 
     USER = "user"
     INFRASTRUCTURE = "infrastructure"
@@ -37,7 +37,7 @@ BLAME: dict[Cause, Blame] = {
 
 
 class Retries(FrozenModel):
-    """How many more attempts a job gets, by whom an end is blamed on. What is the user's own mistake would only recur."""
+    """Numbers of retries per failure kind. Failures of the user are not retried."""
 
     infrastructure: int = Field(5, ge=0, le=1_000, description="after a lost worker, driver, node or cluster")
     preempted: int = Field(100, ge=0, le=10_000, description="after a node was taken away with notice")
@@ -45,7 +45,7 @@ class Retries(FrozenModel):
     unknown: int = Field(1, ge=0, le=1_000, description="after a failure whose cause is not known")
 
     def allowed(self, blame: Blame) -> int:
-        """Attempts after the first that may be spent on ends of this kind."""
+        """Return the number of retries for a kind."""
         match blame:
             case Blame.INFRASTRUCTURE:
                 return self.infrastructure
@@ -60,20 +60,20 @@ class Retries(FrozenModel):
 
 
 def pause(failures: int) -> timedelta:
-    """How long to wait after so many ends of one kind: twice as long after each, up to a limit."""
+    """Return the pause after a number of failures of one kind: exponential, up to a limit."""
     return min(FIRST_PAUSE * int(2 ** min(failures - 1, 16)), LONGEST_PAUSE)
 
 
 @dataclass(frozen=True)
 class Failures:
-    """Ends of attempts so far, by whom they are blamed on."""
+    """Numbers of failures so far per kind."""
 
     counts: dict[Blame, int] = field(default_factory=dict)
 
     def increment(self, blame: Blame) -> "Failures":
-        """These and one more."""
+        """Return the numbers with one more failure."""
         return Failures(self.counts | {blame: self.counts.get(blame, 0) + 1})
 
     def of(self, blame: Blame) -> int:
-        """How many of one kind."""
+        """Return the number of failures of one kind."""
         return self.counts.get(blame, 0)

@@ -9,7 +9,7 @@ from trainer.jobspec import JobSpec
 
 @dataclass(frozen=True)
 class Capacity:
-    """An amount of what jobs compete for."""
+    """Amount of resources."""
 
     cpus: float = 0
     gpus: float = 0
@@ -24,21 +24,21 @@ class Capacity:
         return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
 
     def holds(self, need: "Capacity") -> bool:
-        """Whether `need` fits."""
+        """Return whether `need` fits."""
         return need.cpus <= self.cpus and need.gpus <= self.gpus
 
     def at_most(self, other: "Capacity") -> "Capacity":
-        """The smaller of both, each resource for itself."""
+        """Return the minimum per resource."""
         return Capacity(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
 
     def share_of(self, total: "Capacity") -> float:
-        """The dominant share (Ghodsi et al. 2011, Dominant Resource Fairness): the larger of both resources' parts of `total`."""
+        """Return the dominant share of `total` (Ghodsi et al. 2011, Dominant Resource Fairness)."""
         return max(self.cpus / total.cpus if total.cpus else 0.0, self.gpus / total.gpus if total.gpus else 0.0)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What Ray has."""
+    """Resources of the cluster."""
 
     total: Capacity
     free: Capacity
@@ -51,14 +51,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Quota:
-    """What an owner's jobs may hold at one time; None is without a limit."""
+    """Limits of an owner's submitted jobs; None means no limit."""
 
     jobs: int | None = None
     cpus: float | None = None
     gpus: float | None = None
 
     def takes(self, jobs: int, held: Capacity) -> bool:
-        """Whether so much may be held."""
+        """Return whether a usage is within the quota."""
         return (
             (self.jobs is None or jobs <= self.jobs)
             and (self.cpus is None or held.cpus <= self.cpus)
@@ -68,7 +68,7 @@ class Quota:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulableJob:
-    """What the scheduler knows of a job that waits, or that is with Ray."""
+    """Queued or active job, as the scheduler sees it."""
 
     id: str
     owner: str
@@ -88,7 +88,7 @@ class SchedulableJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The operator's rules."""
+    """Scheduling policy of the operator."""
 
     most_active: int
     """Jobs that may be with Ray at one time: each costs its head memory."""
@@ -102,7 +102,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now."""
+    """Plan: jobs to submit, and reasons of the others."""
 
     admitted: list[SchedulableJob]
     """In the order in which they go to Ray."""
@@ -111,12 +111,12 @@ class Plan:
 
 
 def least_needs(spec: JobSpec) -> Capacity:
-    """Resources that a job needs to start: one CPU for each worker, and one GPU where asked for."""
+    """Return the resources that a job needs to start: a CPU per worker, and GPUs as requested."""
     return _resources(spec, spec.min_workers)
 
 
 def most_needs(spec: JobSpec) -> Capacity:
-    """Resources that a job may hold while it runs."""
+    """Return the maximum resources of a job while it runs."""
     return _resources(spec, spec.max_workers)
 
 
@@ -127,7 +127,7 @@ def _resources(spec: JobSpec, workers: int) -> Capacity:
 def plan(
     waiting: Iterable[SchedulableJob], active: Sequence[SchedulableJob], cluster: Cluster, policy: Policy, now: datetime
 ) -> Plan:
-    """Choose the jobs to submit now.
+    """Return the plan for now.
 
     Who waits longer than `policy.patience` comes first, the oldest before others; then priority; then the owner with the smallest
     dominant share of the cluster; then age. A job is admitted only if its whole gang fits what is free and its owner's quota takes
@@ -166,7 +166,7 @@ def _next(
     now: datetime,
     reasons: dict[str, str],
 ) -> SchedulableJob | None:
-    """Find the first in order that may start; the reasons of all that it passes, or of all, are set."""
+    """Return the first job that may start, and set the reasons of those before it."""
     held: dict[str, Capacity] = {}
     counts: dict[str, int] = {}
     for job in running:
@@ -203,7 +203,7 @@ def _next(
 
 
 def _free(running: Sequence[SchedulableJob], cluster: Cluster) -> Capacity:
-    """What is free by our own count, and by Ray's less what Ray has not yet given to those that were submitted."""
+    """Return the free resources: the smaller of our count and Ray's, less pending submissions."""
     ours, not_placed = Capacity(), Capacity()
     for job in running:
         ours += job.most

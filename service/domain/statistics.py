@@ -40,7 +40,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True)
 class VariantResult:
-    """What a variant's runs show."""
+    """Results of a variant's runs."""
 
     n: int
     """Runs with a curve."""
@@ -60,17 +60,17 @@ class VariantResult:
 
 
 def steps_to_target(curve: Curve, target: float, direction: Direction = "max") -> int | None:
-    """First step at which the metric is `target` or better; None if it never is."""
+    """Return the first step at which the metric is `target` or better, or None."""
     return next((step for step, value in curve if is_reached(value, target, direction)), None)
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Median and range of `values`; None if there are none."""
+    """Return median and range of `values`, or None without values."""
     return Spread(median=median(values), low=min(values), high=max(values)) if values else None
 
 
 def mean_interval(bounds: Sequence[tuple[float, float]], *, is_ratio: bool = False) -> tuple[float, float] | None:
-    """Student's t interval of the mean over paired seeds: mean ± t · s / √n with n - 1 degrees of freedom, level `CONFIDENCE`.
+    """Return Student's t interval of the mean over paired seeds: mean ± t · s / √n. It has n - 1 degrees of freedom and level `CONFIDENCE`.
 
     Of ratios it is that of the geometric mean, from their logarithms: a ratio and its inverse get the same verdict. Its level does
     not depend on n, unlike that of the range; it assumes that seeds (of ratios, their logarithms) are about normal.
@@ -109,12 +109,12 @@ def _exp(value: float) -> float:
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
-    """Median and range of the best values of the curves that have values."""
+    """Return median and range of the best values of non-empty curves."""
     return spread([best_value((value for _, value in curve), direction) for curve in curves if curve])
 
 
 def default_target(baseline: Mapping[int, Curve], direction: Direction = "max") -> float | None:
-    """The baseline's best value, median over its seeds: the target in Figure 3 of Ioffe & Szegedy 2015."""
+    """Return the median best value of the baseline, the target in Figure 3 of the paper."""
     best = best_of(baseline.values(), direction)
     return best.median if best else None
 
@@ -129,7 +129,7 @@ def compare(
     failed: int = 0,
     unfinished: int = 0,
 ) -> VariantResult:
-    """Measure a variant's `runs` (curve by seed) against the baseline's.
+    """Return the results of a variant's `runs` (curve by seed) against the baseline's.
 
     Ratios are taken seed by seed. "faster" and "slower" are said only if every run reached the target and the interval of the
     ratio is above or below 1; of one seed, which has no interval, they are said as such. `failed` and `unfinished` count the runs
@@ -159,7 +159,7 @@ def compare(
 def _ratios(
     reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float, direction: Direction
 ) -> list[tuple[float, float]]:
-    """Bounds of the baseline's steps over the variant's for each seed that both have.
+    """Return bounds of the ratio of steps, baseline to variant, per common seed.
 
     Step 0 counts as 1, for a ratio needs a divisor. A baseline that never gets there would have taken its last step or more.
     """

@@ -31,7 +31,7 @@ STEERING = re.compile(r"PATH|(LD_|PYTHON|RAY_|SYNCBN_).*")
 
 
 class SubmitOptions(FrozenModel):
-    """Place in the queue, limits and retries; the same for all jobs of a comparison."""
+    """Priority, limits, retries, tags and secrets, the same for all jobs of a comparison."""
 
     priority: int = Field(
         0, ge=-100, le=100, description="jobs of a higher one go first; equal ones by their owners' shares, then by age"
@@ -69,7 +69,7 @@ class SubmitOptions(FrozenModel):
         return secrets
 
     def job(self, *, owner: str, name: str, spec: JobSpec, secrets: dict[str, str], **more: Any) -> Job:
-        """Make a new job on these terms; `secrets` are those of the terms, in full."""
+        """Return a new job with these options; `secrets` are full references."""
         now = datetime.now(UTC)
         return Job(
             id=new_id("job"),
@@ -90,20 +90,20 @@ class SubmitOptions(FrozenModel):
 
 
 def terms_of(job: Job) -> SubmitOptions:
-    """The terms that a job was submitted on."""
+    """Return the options with which a job was submitted."""
     return SubmitOptions(
         **{name: getattr(job, name) for name in SubmitOptions.model_fields if name != "tags"}, tags=list(job.tags)
     )
 
 
 def clone(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
-    """Make a new job like another one, with some fields of its spec changed. Raises InvalidField."""
+    """Return a new job with the spec of another one and `overrides`. Raises InvalidField."""
     spec = override(job.spec, overrides)
     return terms_of(job).job(owner=owner, name=name or job.name, spec=spec, secrets=secrets, cloned_from=job.id)
 
 
 def resume(job: Job, *, owner: str, name: str | None, overrides: Mapping[str, Any], secrets: dict[str, str]) -> Job:
-    """Make a new job that goes on from the checkpoints of one that has ended.
+    """Return a new job that continues from the checkpoints of an ended one.
 
     Raises Conflict if it has not ended, or has nothing left to do; InvalidField for what cannot change in between, and for another
     number of steps under a schedule that depends on it, without a choice.

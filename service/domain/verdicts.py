@@ -21,7 +21,7 @@ Judgement = Literal["holds", "fails", "cannot tell", "not enough data"]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What is known of one finished run."""
+    """Finished run."""
 
     variant: Variant
     """Point of the matrix, without the seed."""
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Interval:
-    """A number of which only bounds may be known."""
+    """Number that may be known only by bounds."""
 
     low: float
     high: float
@@ -47,7 +47,7 @@ UNKNOWN = Interval(-math.inf, math.inf)
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A figure's number for one case and seed; None where runs are missing."""
+    """Number of a figure for one case and seed; None if runs are missing."""
 
     seed: int
     number: Interval | None
@@ -57,7 +57,7 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A figure in one case, such as one learning rate, over seeds."""
+    """Figure in one case, such as one learning rate, over seeds."""
 
     figure: Figure
     case: Selection
@@ -70,21 +70,21 @@ class Finding:
 
     @property
     def shows_no_difference(self) -> bool:
-        """Whether the interval of a ratio or difference contains that of equal sides."""
+        """Return whether the interval of a ratio or difference contains equality."""
         equal = {"ratio": 1.0, "difference": 0.0}.get(self.figure.by)
         return equal is not None and self.interval is not None and self.interval.low <= equal <= self.interval.high
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeVerdict:
-    """What the runs say about a recipe's claim."""
+    """Verdict of a recipe's runs."""
 
     judgement: Judgement
     findings: Sequence[Finding]
 
 
 def judge(recipe: Recipe, runs: Sequence[Run]) -> RecipeVerdict:
-    """Judge a recipe by the runs of one of its presets, of which some may be missing."""
+    """Return the verdict of a recipe by the runs of a preset, some of which may be missing."""
     findings = [finding for figure in (*recipe.verdict, *recipe.figures) for finding in _find(figure, runs)]
     found = {finding.judgement for finding in findings}
     order: tuple[Judgement, ...] = ("fails", "not enough data", "cannot tell")
@@ -93,7 +93,7 @@ def judge(recipe: Recipe, runs: Sequence[Run]) -> RecipeVerdict:
 
 
 def select(selection: Selection, variants: Sequence[Variant], beside: str | None = None) -> list[int]:
-    """Return the places of the variants that a selection means: those it gives all paths of, but for the one `beside`."""
+    """Return the indices of the variants that equal a selection in all paths except `beside`."""
     return [
         place
         for place, variant in enumerate(variants)
@@ -102,7 +102,7 @@ def select(selection: Selection, variants: Sequence[Variant], beside: str | None
 
 
 def metrics_of(recipe: Recipe) -> set[str]:
-    """Collect the metrics whose curves the recipe's verdict and figures are made of."""
+    """Return the metrics that the verdict and figures of a recipe need."""
     measures = [figure.measure for figure in (*recipe.verdict, *recipe.figures) if figure.measure is not None]
     return {name for measure in measures for name in (measure.metric, measure.minus) if name is not None}
 
@@ -130,7 +130,7 @@ def _judge(rule: Rule, interval: Interval | None, *, is_complete: bool) -> Judge
 
 
 def _holds(number: Interval, rule: Rule) -> bool | None:
-    """Whether a number keeps to the bound; None where it may or may not."""
+    """Return whether a number is within the bound; None if it is undecided."""
     ends = (number.low, number.high)
     match rule.relation:
         case "above":
@@ -145,7 +145,7 @@ def _holds(number: Interval, rule: Rule) -> bool | None:
 
 
 def _value(figure: Figure, of: Selection, against: Selection, runs: Sequence[Run], seed: int) -> Value:
-    """Measure one seed's runs."""
+    """Return the measure of one seed's runs."""
     if figure.measure is None:
         return Value(seed=seed, number=_weight_difference(_single(of, runs), _single(against, runs)))
     one = _measure(figure.measure, of, runs)
@@ -171,7 +171,7 @@ def _weight_difference(one: Run | None, other: Run | None) -> Interval | None:
 
 
 def _ratio(one: Interval, other: Interval) -> Interval:
-    """Divide; nothing by nothing is nothing, so that an empty window is no wider than another."""
+    """Divide; 0/0 is 0, so that an empty window is not wider than another."""
 
     def divide(a: float, b: float) -> float:
         if b == 0:

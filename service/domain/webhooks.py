@@ -55,7 +55,7 @@ class Threshold(FrozenModel):
     bound: Annotated[float, Field(allow_inf_nan=False)]
 
     def is_met(self, value: float) -> bool:
-        """Whether a measured value meets it; one that is no number does not."""
+        """Return whether a value meets the threshold; NaN does not."""
         return value >= self.bound if self.relation == "at_least" else value <= self.bound
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Webhook:
 
     @property
     def host(self) -> str:
-        """Scheme and host of its address, whose path may be a secret."""
+        """Scheme and host of the address, whose path may be secret."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.hostname}"
 
@@ -92,7 +92,7 @@ class Webhook:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One message on its way. Its id stays the same in all tries, so that a receiver knows a repeated one."""
+    """Message to send. Its id is constant over all tries, so that receivers can ignore duplicates."""
 
     id: str
     webhook_id: str
@@ -111,19 +111,19 @@ class Delivery:
 
 
 def new_webhook_secret() -> str:
-    """Make a secret: 256 random bits."""
+    """Return a new secret of 256 random bits."""
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
-    """Sign a message: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`; the timestamp is in seconds since 1970."""
+    """Return the signature of a message: `v1,` and base64 of HMAC-SHA256 over `id.timestamp.body`."""
     key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
     digest = hmac.new(key, f"{message_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
     return "v1," + base64.b64encode(digest).decode()
 
 
 def write_message(job: Job, at: datetime, met: Threshold | None = None, step: int = 0, value: float = 0.0) -> str:
-    """Write what a receiver gets, as JSON: a job's end or, if one was `met`, a threshold with where and by which value."""
+    """Return the JSON body of a message: the end of a job, or the threshold that was `met`."""
     data: dict[str, Any] = {
         "job_id": job.id,
         "name": job.name,
@@ -143,12 +143,12 @@ def write_message(job: Job, at: datetime, met: Threshold | None = None, step: in
 
 
 def pause_after(tries: int) -> int | None:
-    """Seconds to wait after so many tries that have failed; None: it is given up."""
+    """Return the seconds until the next try, or None if the message is dropped."""
     return PAUSES_SECONDS[tries - 1] if tries <= len(PAUSES_SECONDS) else None
 
 
 def may_be_reached(address: IPAddress, allowed: Sequence[IPNetwork]) -> bool:
-    """Whether messages may go to an address: a public one, or one in a network that the operator allows.
+    """Return whether an address is public or in an allowed network.
 
     An IPv4 address that is only written as one of IPv6 is judged as what it is.
     """
@@ -161,7 +161,7 @@ def may_be_reached(address: IPAddress, allowed: Sequence[IPNetwork]) -> bool:
 
 
 def is_in(address: IPAddress, networks: Sequence[IPNetwork]) -> bool:
-    """Whether one of the networks holds an address."""
+    """Return whether one of the networks contains an address."""
     address = _unwrapped(address)
     return any(address.version == network.version and address in network for network in networks)
 

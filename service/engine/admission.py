@@ -18,7 +18,7 @@ FORGET_SECONDS = 60.0
 
 
 class Admission:
-    """Looks at the queue and starts what fits."""
+    """Admission of queued jobs."""
 
     def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Submitter, policy: Callable[[], Policy]) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
@@ -65,7 +65,7 @@ class Admission:
         await self._attempts.start(await self._jobs.get(job_id), lease)
 
     async def _explain(self, reasons: dict[str, str], lease: Lease) -> None:
-        """Keep the reasons of queued jobs true."""
+        """Store changed reasons of queued jobs."""
         changed = {job_id: reason for job_id, reason in reasons.items() if self._reasons[job_id] != reason}
         if changed:
             await self._jobs.explain(changed, lease)

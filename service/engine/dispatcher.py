@@ -52,7 +52,7 @@ SECONDS_TO_HEAR = 1.0
 
 
 class Dispatcher:
-    """Brings jobs from the queue to their end."""
+    """Dispatcher of jobs, from the queue to their end."""
 
     def __init__(
         self,
@@ -89,16 +89,16 @@ class Dispatcher:
         self._failing_since: float | None = None
 
     def wake(self) -> None:
-        """Let the next round come as soon as it may: something was asked for."""
+        """Start the next tick as soon as possible."""
         self._woken.set()
 
     def is_stuck(self) -> bool:
-        """Whether something has taken far longer than all time limits allow, or each round has failed for so long."""
+        """Return whether work hangs, or all ticks have failed, beyond all time limits."""
         since = min(self._ended_at, *self._began.values(), self._failing_since or math.inf)
         return time.monotonic() - since > STUCK_SECONDS
 
     async def run(self) -> None:
-        """Run rounds until cancelled. A round that fails is logged, and the next one tries again."""
+        """Run ticks until cancelled. A failed tick is logged, and the next one retries."""
         try:
             await self._run()
         finally:
@@ -130,7 +130,7 @@ class Dispatcher:
                 await asyncio.wait_for(self._woken.wait(), pause - rest)
 
     async def round(self, seconds: float = WAIT_SECONDS) -> None:
-        """Do all that can be done now, by the leases that this replica holds, and wait for its end so long at most.
+        """Reconcile all jobs of the leases that this replica holds, within a time limit.
 
         Raises UpstreamUnavailable if the database or Ray is; the trouble with one job is logged.
         """
@@ -203,7 +203,7 @@ class Dispatcher:
             await self._jobs.advance(job, Transition(state=JobState.FAILED, reason=reason), ACTOR, lease)
 
     async def _observe(self, job: Job, lease: Lease) -> None:
-        """Compare a job with what Ray and its files say, and take the step that follows."""
+        """Observe a job in Ray and its files, and apply the next transition."""
         submission = await self._ray.find(job.submission_id)
         outcome, progress, sign = await on_storage(self._read_files, job)
         await self._thresholds.look(job)
@@ -248,7 +248,7 @@ class Dispatcher:
             await self._ray.stop(job.submission_id)
 
     async def _cancel_before_it_starts(self, job: Job, lease: Lease) -> None:
-        """Cancel a job that Ray has not started: Ray takes no notice of a stop then, and may start it much later.
+        """Cancel a job that Ray has not started. Ray ignores a stop then, and may start it much later.
 
         Ray calls a job running before it starts its driver. So one that is still pending after the attempt was closed finds it so.
         """
@@ -262,7 +262,7 @@ class Dispatcher:
         return self._files.outcome(job), self._files.progress(job), self._files.sign_of_life(job)
 
     def _heartbeat_age(self, job: Job, submission: Submission | None, sign: float | None) -> float:
-        """How long neither Ray nor the driver has said anything new; by this process's clock, since others may be wrong."""
+        """Return the age of the last sign of life of Ray or the driver, by this process's clock."""
         now, seen = time.monotonic(), (submission, sign)
         since = self._last_seen.setdefault(job.submission_id, (seen, now))
         if since[0] != seen:

@@ -15,7 +15,10 @@ RENEWALS = 3
 
 
 class Replica:
-    """Holds leases. Another process of the same name, as after a restart, must have ended: its leases are taken over at once."""
+    """Holder of leases.
+
+    A former process of the same name must have ended, since its leases are taken over.
+    """
 
     def __init__(self, leases: LeaseStore, name: str, lease_seconds: float) -> None:
         self._leases, self.name, self._lease_seconds = leases, name, lease_seconds
@@ -23,17 +26,17 @@ class Replica:
         self._renewed_at = 0.0
 
     async def start(self) -> None:
-        """Take what a process of this name held before, under new tokens, and the share of the rest."""
+        """Take the leases of a former process of this name under new tokens, and a share of the rest."""
         await self._leases.release(self.name)
         await self.renew()
 
     @property
     def is_alive(self) -> bool:
-        """Whether its leases still hold."""
+        """Whether the leases still hold."""
         return time.monotonic() - self._renewed_at <= self._lease_seconds
 
     async def run(self, is_stuck: Callable[[], bool]) -> None:
-        """Renew the leases until cancelled, and then give them back; not while the work they are for is stuck."""
+        """Renew the leases until cancelled, unless the work hangs, and then release them."""
         try:
             while True:
                 await asyncio.sleep(self._lease_seconds / RENEWALS)
@@ -61,17 +64,17 @@ class Replica:
         self._renewed_at = began
 
     def lease(self, name: str) -> Lease | None:
-        """A lease, if this replica holds it."""
+        """Return a lease if this replica holds it."""
         return self._held.get(name) if self.is_alive else None
 
     def scheduler(self) -> Lease | None:
-        """The right to admit jobs."""
+        """Scheduler lease, if held."""
         return self.lease(SCHEDULER)
 
     def of_job(self, job_id: str) -> Lease | None:
-        """The right to look after a job."""
+        """Return the lease of a job's shard, if held."""
         return self.lease(f"shard-{shard_of(job_id)}")
 
     def shards(self) -> set[int]:
-        """The shards whose jobs this replica looks after."""
+        """Return the shards that this replica reconciles."""
         return {int(name.removeprefix("shard-")) for name in self._held if name != SCHEDULER and self.lease(name)}

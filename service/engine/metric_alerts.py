@@ -23,7 +23,7 @@ NOWHERE = _Place(0, 0.0)
 
 
 class Thresholds:
-    """Reads the metrics of jobs with thresholds incrementally, from the start after a restart; nothing is reported twice."""
+    """Metric alerts: reads the metrics of jobs incrementally; nothing is reported twice."""
 
     def __init__(self, webhooks: WebhookStore, files: RunFiles) -> None:
         self._store, self._files = webhooks, files
@@ -32,13 +32,13 @@ class Thresholds:
         """Read offset of each webhook and job; a webhook that is created later gets all earlier measurements of a job."""
 
     async def refresh(self) -> None:
-        """Read which thresholds there are, and forget the places of what is not looked at any more."""
+        """Load the thresholds, and drop the offsets of jobs that are no longer read."""
         self._webhooks = await self._store.with_thresholds()
         since = time.monotonic() - FORGET_SECONDS
         self._places = {key: place for key, place in self._places.items() if place.looked_at > since}
 
     async def look(self, job: Job) -> None:
-        """Report what a job has met since the last look. Raises UpstreamUnavailable; the next look is then at the same again."""
+        """Report thresholds that a job has met since the last poll. Raises UpstreamUnavailable."""
         wanted = [webhook for webhook in self._webhooks if webhook.is_about(job)]
         if not wanted:
             return

@@ -28,7 +28,7 @@ MOST_MESSAGES_AT_ONCE = 1_000
 
 
 class Retention:
-    """Deletes for all replicas, where the scheduler's lease is held. `keep` is for how long jobs are kept; None: for ever."""
+    """Retention, run by the holder of the scheduler lease. `keep` is None for unlimited."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Retention:
         self._credentials, self._files, self._keep = credentials, files, keep
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Run until cancelled."""
         while True:
             try:
                 await self.round()
@@ -53,7 +53,7 @@ class Retention:
             await asyncio.sleep(PAUSE_SECONDS)
 
     async def round(self) -> int:
-        """Delete all that is old enough; return how many jobs that were."""
+        """Delete everything that is old enough; return the number of jobs."""
         if self._replica.scheduler() is None:
             return 0
         now, count = datetime.now(UTC), 0

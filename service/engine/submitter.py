@@ -30,7 +30,7 @@ MOST_ANCESTORS = 20
 
 
 class Submitter:
-    """Brings queued jobs to Ray. All of it may be repeated: after a crash in between, it is done again under the same names."""
+    """Submitter of queued jobs. All steps are idempotent, so that a crash in between can be repaired."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Submitter:
         self._refusals: Counter[str] = Counter()
 
     async def start(self, job: Job, lease: Lease) -> None:
-        """Mark a queued job as submitted, and only then hand it to Ray; nothing is done if it has changed meanwhile."""
+        """Mark a queued job as submitted, and then submit it; no effect if it has changed."""
         if job.state != JobState.QUEUED or job.cancel_requested:
             return
         try:
@@ -68,7 +68,7 @@ class Submitter:
             await self.submit(submitted, lease)
 
     async def submit(self, job: Job, lease: Lease) -> None:
-        """Give a submitted job to Ray."""
+        """Submit a job to Ray."""
         await on_storage(self._files.close_attempts, job, job.attempt - 1)
         try:
             context = AttemptContext(
@@ -91,14 +91,14 @@ class Submitter:
             self._refusals.pop(job.submission_id, None)
 
     async def _mlflow_token(self, job: Job) -> str:
-        """Return the attempt's credential: that of its task file if it was handed over before, whose driver may have read it."""
+        """Return the credential of an attempt, from its task file if there is one."""
         task = await on_storage(self._files.task, job)
         token = task.context.mlflow_token if task else None
         grant = await self._credentials.find_grant(token) if token else None
         return token if token and grant and grant.job_id == job.id else await self._credentials.add_for_attempt(job)
 
     async def _ancestors(self, job: Job) -> tuple[str, ...]:
-        """The jobs whose checkpoints a job may go on from, newest first: one that was resumed may have saved none of its own."""
+        """Return the ids of the jobs that a job may resume from, newest first."""
         found: list[str] = []
         while job.resumed_from is not None and len(found) < MOST_ANCESTORS:
             found.append(job.resumed_from)
@@ -109,7 +109,7 @@ class Submitter:
         return tuple(found)
 
     async def _with_run(self, job: Job, lease: Lease) -> Job | None:
-        """See to it that MLflow has a run for the job, and for its comparison."""
+        """Ensure that MLflow has a run for the job and its comparison."""
         comparison = await self._comparisons.get(job.comparison_id) if job.comparison_id else None
         if comparison is not None and comparison.mlflow_run_id is None:
             parent = await self._mlflow.start_comparison(comparison)

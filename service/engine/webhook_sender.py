@@ -21,7 +21,7 @@ GONE = 410
 
 
 class WebhookSender:
-    """Looks for messages that are due, and sends them; several replicas may do so side by side."""
+    """Sender of due messages; several replicas may run one each."""
 
     def __init__(
         self, webhooks: WebhookStore, outgoing: WebhookHttp, sent: Counter, *, poll_seconds: float, send_seconds: float
@@ -32,7 +32,7 @@ class WebhookSender:
         """By webhook."""
 
     async def run(self) -> None:
-        """Send until cancelled. What is cut off by the end is sent again, by whoever looks next."""
+        """Send until cancelled. Interrupted messages are sent again later."""
         try:
             while True:
                 try:
@@ -49,7 +49,7 @@ class WebhookSender:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def take(self) -> int:
-        """Begin to send what is due, but for webhooks that a message is on its way to; return how much it is."""
+        """Start sending due messages, one per webhook; return their number."""
         free = MOST_AT_ONCE - len(self._on_their_way)
         due = await self._webhooks.claim_due(free, 2 * self._send_seconds, self._on_their_way.keys()) if free else []
         for webhook, delivery in due:
@@ -57,7 +57,7 @@ class WebhookSender:
         return len(due)
 
     async def _pause(self) -> None:
-        """Wait until it may be that more is due, or can be sent."""
+        """Wait until more messages may be due."""
         if self._on_their_way:
             tasks = self._on_their_way.values()
             await asyncio.wait(tasks, timeout=self._poll_seconds, return_when=asyncio.FIRST_COMPLETED)

@@ -16,7 +16,7 @@ LONGEST_TEMPORARY_ROOT = 19
 
 
 def choose_ports(count: int) -> list[int]:
-    """Choose different ports on which nothing listens at the moment."""
+    """Return different free ports."""
     chosen: list[int] = []
     for port in secrets.SystemRandom().sample(PORTS, 100 * count):
         if is_free(port):
@@ -27,7 +27,7 @@ def choose_ports(count: int) -> list[int]:
 
 
 def is_free(port: int) -> bool:
-    """Return whether a server could listen on this port of the loopback address now."""
+    """Return whether a port of the loopback address is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -38,14 +38,14 @@ def is_free(port: int) -> bool:
 
 
 def keep_secret(path: Path) -> str:
-    """Return the token in this file, which is made at the first call."""
+    """Return the token in a file, which is created at the first call."""
     if not path.exists():
         write_private(path, secrets.token_urlsafe(32))
     return path.read_text()
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner may read, all at once."""
+    """Write a file atomically, readable only by its user."""
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
     with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -54,7 +54,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def short_folder(data_dir: Path) -> Path:
-    """Return the path of the temporary folder that belongs to this data folder: always the same, and short enough for Ray."""
+    """Return the temporary folder of a data folder: a constant path, short enough for Ray."""
     root = Path(tempfile.gettempdir())
     if len(str(root)) > LONGEST_TEMPORARY_ROOT:
         root = Path("/tmp")  # noqa: S108 - users of the folder create it, for its owner only

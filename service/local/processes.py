@@ -30,7 +30,7 @@ CLOSED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where one stack keeps its state (all below `data_dir`, but for Ray's short-lived files) and which ports it uses."""
+    """Folders and ports of a stack. Only Ray's temporary files are outside `data_dir`."""
 
     data_dir: Path
     ray_dir: Path
@@ -45,31 +45,31 @@ class Layout:
 
     @property
     def api_url(self) -> str:
-        """The service's REST API."""
+        """URL of the REST API."""
         return f"http://{HOST}:{self.api_port}"
 
     @property
     def mlflow_url(self) -> str:
-        """MLflow's server, which asks for `mlflow_secret`."""
+        """URL of the MLflow server, which requires `mlflow_secret`."""
         return f"http://{HOST}:{self.mlflow_port}"
 
     @property
     def mlflow_public_url(self) -> str:
-        """MLflow's pages, through the API."""
+        """URL of MLflow's pages, through the API."""
         return f"{self.api_url}/mlflow"
 
     @property
     def ray_url(self) -> str:
-        """Ray's dashboard, which is also its job server."""
+        """URL of Ray's dashboard and job server."""
         return f"http://{HOST}:{self.ray_port}"
 
     def log(self, part: str) -> Path:
-        """Where the part's output goes."""
+        """Return the log file of a process."""
         return self.data_dir / "logs" / f"{part}.log"
 
 
 def ray_head(layout: Layout) -> ProcessSpec:
-    """Return Ray's head node; every port but two is left to the operating system."""
+    """Return the process of Ray's head node; all ports but two are chosen by the system."""
     options = {
         "node-ip-address": HOST,
         "port": 0,
@@ -105,7 +105,7 @@ def ray_head(layout: Layout) -> ProcessSpec:
 
 
 def mlflow_server(layout: Layout) -> ProcessSpec:
-    """Return MLflow's server on SQLite, through which artifacts go too, behind a secret of the stack."""
+    """Return the MLflow server on SQLite, with proxied artifacts, behind a secret."""
     options = {
         "backend-store-uri": f"sqlite:///{layout.data_dir}/mlflow.db",
         "artifacts-destination": (layout.data_dir / "mlflow-artifacts").as_uri(),
@@ -125,7 +125,7 @@ def mlflow_server(layout: Layout) -> ProcessSpec:
 
 
 def api_server(layout: Layout) -> ProcessSpec:
-    """Return the API with its dispatcher."""
+    """Return the process of the API with its dispatcher."""
     return ProcessSpec(
         name="api",
         command=[sys.executable, "-m", "service.cli.app", "serve"],
@@ -136,7 +136,7 @@ def api_server(layout: Layout) -> ProcessSpec:
 
 
 def api_environment(layout: Layout) -> dict[str, str]:
-    """Return the environment in which `syncbn serve` joins this stack."""
+    """Return the environment for `syncbn serve` in this stack."""
     return base_environment(layout) | {
         "SYNCBN_DATABASE_URL": f"sqlite+aiosqlite:///{layout.data_dir}/service.db",
         "SYNCBN_RAY_ADDRESS": layout.ray_url,
@@ -150,7 +150,7 @@ def api_environment(layout: Layout) -> dict[str, str]:
 
 
 def base_environment(layout: Layout) -> dict[str, str]:
-    """Return what every part gets: the caller's environment without settings that would lead Ray or MLflow elsewhere."""
+    """Return the common environment, without settings that redirect Ray or MLflow."""
     inherited = {
         name: value
         for name, value in os.environ.items()

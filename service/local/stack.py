@@ -29,16 +29,16 @@ PORT_TAKEN_WORDS = ("already in use", "Failed to bind to")  # uvicorn's and Ray'
 
 
 class StackError(Exception):
-    """The stack cannot start, or does not run; the message says which part, why, and what to do."""
+    """The stack cannot start, or does not run."""
 
 
 class PortTakenError(StackError):
-    """Somebody took a chosen port before the part could."""
+    """A chosen port was taken before the process could listen on it."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where a running stack is found, and the token its API asks for."""
+    """Address and token of a running stack."""
 
     url: str
     token: str
@@ -47,7 +47,7 @@ class Connection:
 
 
 def read_connection(data_dir: Path) -> Connection:
-    """Return the connection of the stack that runs on this data folder, or raise StackError."""
+    """Return the connection of the stack that runs in a data folder. Raises StackError."""
     try:
         return Connection(**json.loads((data_dir / "connection.json").read_text()))
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def read_connection(data_dir: Path) -> Connection:
 
 
 class LocalStack:
-    """One embedded stack; as a context manager it runs from `start` to `stop`.
+    """Embedded stack; a context manager from `start` to `stop`.
 
     Whatever happens to this process or to a part, all processes of the stack end within 15 seconds.
     Without `api`, Ray and MLflow run alone, and `api_environment` is what `syncbn serve` needs to join them.
