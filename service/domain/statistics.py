@@ -70,7 +70,9 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def mean_interval(bounds: Sequence[tuple[float, float]], *, is_ratio: bool = False) -> tuple[float, float] | None:
-    """Return Student's t interval of the mean over paired seeds: mean ± t · s / √n. It has n - 1 degrees of freedom and level `CONFIDENCE`.
+    """Return Student's t interval of the mean over paired seeds: mean ± t · s / √n.
+
+    It has n - 1 degrees of freedom and level `CONFIDENCE`.
 
     Of ratios it is that of the geometric mean, from their logarithms: a ratio and its inverse get the same verdict. Its level does
     not depend on n, unlike that of the range; it assumes that seeds (of ratios, their logarithms) are about normal.
