@@ -192,7 +192,7 @@ def test_buffers_that_differ_between_ranks_do_not_reach_the_statistics():
 
 def raise_on_a_single_value():
     layer = SyncBatchNorm(3)
-    with pytest.raises(ValueError, match="1 value per channel"):
+    with pytest.raises(ValueError, match="2 or more values per channel"):
         layer(torch.randn(1 - dist.get_rank(), 3))
     return layer.state_dict()
 

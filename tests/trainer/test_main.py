@@ -105,7 +105,7 @@ def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
     assert not (tmp_path / "out/attempt-1" / LOG_FILE).exists()
     again = run("spec.yaml", "--output", "out", cwd=tmp_path)
     assert again.returncode == 2
-    assert "holds files already" in again.stderr
+    assert "is not empty" in again.stderr
 
 
 @pytest.mark.ray

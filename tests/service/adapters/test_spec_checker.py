@@ -52,7 +52,11 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         ({"name": "torchvision:EuroSAT"}, "spec.data.name", "EuroSAT has no such parts"),
         ({"name": "torchvision:EMNIST"}, "spec.data.split", "must be one of balanced"),
         ({"name": "torchvision:EMNIST", "split": "small"}, "spec.data.split", "must be one of balanced"),
-        ({"name": "torchvision:CIFAR10", "root": None}, "spec.data.root", "holds the files of torchvision:CIFAR10"),
+        (
+            {"name": "torchvision:CIFAR10", "root": None},
+            "spec.data.root",
+            "must be the folder with the files of torchvision:CIFAR10",
+        ),
     ]:
         with pytest.raises(InvalidField, match=message) as refused:
             await checker.check([spec(data={"root": "/nowhere"} | data)])

@@ -64,7 +64,7 @@ async def test_slow_names_keep_no_look_at_files_waiting(slow_names):
 async def test_a_name_that_is_not_found_in_time_is_refused(slow_names, monkeypatch):
     monkeypatch.setattr("service.adapters.webhook_http.SECONDS_TO_RESOLVE", 0.1)
     outgoing = WebhookHttp([], 5)
-    with pytest.raises(InvalidField, match="can be found"):
+    with pytest.raises(InvalidField, match="does not resolve"):
         await outgoing.check("https://slow.example/")
     await outgoing.close()
 

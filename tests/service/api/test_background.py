@@ -13,7 +13,7 @@ from service.local.host import choose_ports
 SERVE = """
 import service.api.server
 from service.cli.app import app
-from service.engine import dispatcher, webhooks
+from service.engine import dispatcher, webhook_sender
 
 async def fail(self):
     raise ZeroDivisionError("a mistake of ours")
@@ -47,7 +47,7 @@ async def test_one_that_has_failed_keeps_none_of_the_others_from_their_end():
 
 @pytest.mark.parametrize(
     "trouble",
-    ["webhooks.WebhookSender.run = fail", "dispatcher.STUCK_SECONDS = 0.5; dispatcher.Dispatcher.round = fail"],
+    ["webhook_sender.WebhookSender.run = fail", "dispatcher.STUCK_SECONDS = 0.5; dispatcher.Dispatcher.round = fail"],
 )
 def test_a_service_that_goes_on_no_more_ends_to_be_started_anew(tmp_path, trouble):
     settings = {

@@ -124,10 +124,10 @@ def test_a_label_out_of_range_is_named_with_its_image():
     [
         ("CIFAR11", "data.name: must be a dataset of torchvision, such as CIFAR10"),
         ("os", "data.name: must be a dataset of torchvision"),
-        ("VisionDataset", "with labelled images to train and to test on"),
-        ("ImageFolder", "with labelled images to train and to test on"),
-        ("SBU", "with labelled images to train and to test on"),
-        ("Kinetics", "with labelled images to train and to test on"),
+        ("VisionDataset", "with labelled images for training and testing"),
+        ("ImageFolder", "with labelled images for training and testing"),
+        ("SBU", "with labelled images for training and testing"),
+        ("Kinetics", "with labelled images for training and testing"),
         ("Kinetics", "Kinetics needs frames_per_clip, which a spec cannot give"),
         ("EMNIST", "data.split: must be one of balanced, byclass, .* for torchvision:EMNIST"),
         (
