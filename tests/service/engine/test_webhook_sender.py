@@ -157,9 +157,9 @@ async def test_an_address_is_looked_at_again_when_it_is_connected_to(receiver):
         ("https://[::ffff:10.0.0.1]/", "public address"),
         ("https://2130706433/", "public address"),  # 127.0.0.1 as one number
         ("https://localhost:8443/", "public address"),
-        ("https://there-is-no-such-name.invalid/", "cannot"),
-        ("https://two..dots/", "cannot"),
-        (f"https://{'a' * 64}.example/", "cannot"),
+        ("https://there-is-no-such-name.invalid/", "does not resolve"),
+        ("https://two..dots/", "does not resolve"),
+        (f"https://{'a' * 64}.example/", "does not resolve"),
         ("https://ann:secret@93.184.215.14/", "user name"),
         ("http://93.184.215.14/", "must be https"),
     ],

@@ -55,7 +55,7 @@ def flip_a_bit(path):
         ("shared.pt", cut_short, "torn: shared.pt has"),
         ("shared.pt", flip_a_bit, "torn: shared.pt has"),
         ("rank-00000.pt", lambda path: path.unlink(), "torn: rank-00000.pt is missing"),
-        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "has format 99; taken is 3"),
+        ("manifest.json", lambda path: path.write_text('{"format": 99}'), "format must be 3 (got 99)"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, file, damage, told):
