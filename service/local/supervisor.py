@@ -165,12 +165,15 @@ def keep(plan: Plan, lifeline: int) -> None:
     while not is_asked:
         ends = [child.end for child in vital.values()]
         is_asked = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
+        lost = dead_child(vital)
+        if lost:  # the kernel may end it with its parent, before the end of the parent can be seen
+            descendants.wait_for_end(next(process.pid for process, part in running if part.name == lost.part), 0.1)
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
         if dead and not is_asked:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
             is_asked = True
-        elif not is_asked and (lost := dead_child(vital)):
+        elif lost and not is_asked:
             report(dead=lost.part, reason=f"{lost.part} lost its {lost.name}")
             is_asked = True
         note_children(running, vital)

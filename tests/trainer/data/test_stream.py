@@ -190,7 +190,7 @@ def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
     _Feeder(make_spec(DigitsSpec()).model_dump_json())  # how it sets up Ray Data
     rows = ray.data.range(3).map_batches(lambda columns: columns["cls"])
     with (
-        pytest.raises(DataError, match=r"files that can be read: KeyError: cls \(got 'x'\)"),
+        pytest.raises(DataError, match=r"must be readable files: KeyError: cls \(got 'x'\)"),
         _reading("data.train", "x"),
     ):
         rows.take_all()

@@ -111,7 +111,7 @@ def test_another_run_does_not_mix_its_metrics_into_those_there_are(tmp_path):
     same, other = Outbox(tmp_path), Outbox(tmp_path)
     same.belong_to({"optimizer": "0.1", "seed": "0"})
     with pytest.raises(
-        ConfigurationError, match=r"optimizer: must be the same as at the start of this run, 0.1, .*\(got '0.2'\)"
+        ConfigurationError, match=r"optimizer: must be as at the start of this run, 0.1, .*\(got '0.2'\)"
     ):
         other.belong_to({"optimizer": "0.2", "seed": "0"})
     same.close()
