@@ -61,6 +61,8 @@ class VitalChild:
     """Child process that a process cannot work without."""
 
     part: str
+    parent: int
+    """Process id of the part."""
     name: str
     end: int
     """A pidfd, readable once the child has ended."""
@@ -167,7 +169,7 @@ def keep(plan: Plan, lifeline: int) -> None:
         is_asked = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
         lost = dead_child(vital)
         if lost:  # the kernel may end it with its parent, before the end of the parent can be seen
-            descendants.wait_for_end(next(process.pid for process, part in running if part.name == lost.part), 0.1)
+            descendants.wait_for_end(lost.parent, 0.1)
         dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
         if dead and not is_asked:
             part, status = dead[0]
@@ -191,7 +193,7 @@ def note_children(
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 for child in psutil.Process(process.pid).children():
                     if child not in vital and (name := child.name()) in part.required_children:
-                        vital[child] = VitalChild(part.name, name, os.pidfd_open(child.pid))
+                        vital[child] = VitalChild(part.name, process.pid, name, os.pidfd_open(child.pid))
 
 
 def dead_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
