@@ -1,13 +1,13 @@
-"""Forward and backward passes with their collectives; custom operators.
+"""Autograd function of the layer, and its custom operators.
 
-In eager mode `SyncBatchNormFunction` calls `forward` and `backward` directly. The compiler must not trace them, since they wait for
-other ranks and read values; for the compiler they are the operators syncbn::forward and syncbn::backward, which run the same code.
-A compiled layer issues the same collectives and computes the same bits.
+In eager mode `SyncBatchNormFunction` calls `syncbn.passes` directly. The compiler must not trace them, since
+they wait for other ranks and read values; for the compiler they are the operators syncbn::forward
+and syncbn::backward, which run the same code. A compiled layer issues the same collectives and computes the
+same bits.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 from syncbn.collectives.context import LayerCollectives
-from syncbn.collectives.reduce import gather_from_ranks, group_size, sum_over_ranks
-from syncbn.errors import InputError
-from syncbn.kernels import cpu as kernels
-from syncbn.kernels.statistics import BatchStats, at_least_one
-from syncbn.moments import Moments
+from syncbn.collectives.handle import HANDLE_TYPE, site_of
+from syncbn.errors import ExportError, InputError
+from syncbn.kernels import cuda
+from syncbn.kernels.layout import is_columns
+from syncbn.kernels.statistics import HEAD, BatchStats, RunningStats
+from syncbn.passes import backward, differentiable_gradients, forward
 
 
 def normalise(
@@ -29,23 +30,45 @@ def normalise(
     eps: float,
     site: LayerCollectives,
     mask: Tensor | None = None,
+    running: RunningStats | None = None,
 ) -> tuple[Tensor, BatchStats]:
-    """Normalise by the statistics of all ranks, differentiably; `sync_batch_norm` has the formulas.
+    """Normalise by the statistics of all ranks, differentiably.
 
-    `mask` is boolean with the shape of x without channels. Values where it is False are ignored and become 0.
+    Running statistics are updated. `sync_batch_norm` has the formulas. `mask` is boolean with the shape of x
+    without channels. Values where it is False are ignored and become 0.
     """
+    if torch.compiler.is_exporting() or _is_recorded():
+        raise ExportError(
+            f"layer {site.name!r}: a program with synchronised statistics cannot be exported; export the "
+            "model in evaluation mode, or after revert_sync_batchnorm"
+        )
     if torch.compiler.is_compiling():
         # The setting is an argument, so that the compiler guards on it.
-        output, totals = _NormaliseCompiled.apply(x, mask, weight, bias, eps, site.key, site.share_wanted)
-        return output, BatchStats.unpack(totals, x.shape[1], eps, read=False)
-    output, statistics = SyncBatchNormFunction.apply(x, mask, weight, bias, eps, site, torch.is_grad_enabled())
+        output, vector = _NormaliseCompiled.apply(x, mask, weight, bias, eps, site.handle, site.share_wanted)
+        statistics = BatchStats.of(vector, x.shape[1], eps)
+        if running is not None:
+            running.update(statistics, statistics.is_new & (statistics.count > 1))
+        return output, statistics
+    if torch._C._are_functorch_transforms_active():
+        if running is not None:
+            raise InputError(
+                f"layer {site.name!r}: running statistics cannot be updated in a transform of torch.func; "
+                "set track_running_stats to False, or use evaluation mode"
+            )
+        output, vector = _NormaliseTransformed.apply(x, mask, weight, bias, eps, site)
+        return output, BatchStats.of(vector, x.shape[1], eps)
+    output, statistics = SyncBatchNormFunction.apply(
+        x, mask, weight, bias, eps, site, running, torch.is_grad_enabled()
+    )
     return output, statistics
 
 
-def moments_of(statistics: BatchStats) -> Moments:
-    """Return count, mean and M2."""
-    count = torch.as_tensor(statistics.count, dtype=torch.float64, device=statistics.moments.device)
-    return Moments(count, statistics.mean, statistics.variance * count)
+def _is_recorded() -> bool:
+    """Return whether jit.trace or make_fx records operators, without collectives."""
+    if torch.compiler.is_compiling():
+        return False
+    proxies = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    return proxies is not None or torch._C._get_tracing_state() is not None
 
 
 class SyncBatchNormFunction(Function):
@@ -60,13 +83,14 @@ class SyncBatchNormFunction(Function):
         bias: Tensor | None,
         eps: float,
         site: LayerCollectives,
+        running: RunningStats | None,
         with_graph: bool,
     ) -> tuple[Tensor, BatchStats]:
-        """See `forward` of this module."""
+        """See `syncbn.passes.forward`."""
         keep_record = not (with_graph and any(ctx.needs_input_grad))
-        y, statistics = forward(x, mask, weight, bias, eps, site, keep_record)
-        # The layer may be deleted before backward, which needs its collectives; and a checkpoint may recompute this pass while
-        # the graph exists.
+        y, statistics = forward(x, mask, weight, bias, eps, site, running, keep_record)
+        # The layer may be deleted before backward, which needs its collectives; and a checkpoint may
+        # recompute this pass while the graph exists.
         ctx.site, ctx.statistics, ctx.record = site, statistics, site.newest
         ctx.save_for_backward(x, mask, weight)
         ctx.set_materialize_grads(False)
@@ -76,11 +100,77 @@ class SyncBatchNormFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        """See `backward` of this module."""
+        """See `syncbn.passes.backward`."""
         x, mask, weight = ctx.saved_tensors
-        differentiate = _differentiable_gradients if torch.is_grad_enabled() else backward
-        gradients = differentiate(torch.zeros_like(x) if dy is None else dy, x, mask, weight, ctx.statistics, ctx.site)
-        return _wanted(ctx, weight, *gradients)
+        differentiate = differentiable_gradients if torch.is_grad_enabled() else backward
+        gradients = differentiate(
+            torch.zeros_like(x) if dy is None else dy, x, mask, weight, ctx.statistics, ctx.site
+        )
+        return *_wanted(ctx, weight, *gradients), None
+
+
+class _NormaliseTransformed(Function):
+    """Autograd function in transforms of torch.func.
+
+    It is separate, since binding the arguments of a function with `setup_context` costs tens of microseconds.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        site: LayerCollectives,
+    ) -> tuple[Tensor, Tensor]:
+        """See `syncbn.passes.forward`."""
+        y, statistics = forward(x, mask, weight, bias, eps, site, None, keep_record=False)
+        return y.data, statistics.vector
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save what backward needs."""
+        x, mask, weight, bias, ctx.eps, ctx.site = inputs
+        ctx.save_for_backward(x, mask, weight, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        """See `syncbn.passes.differentiable_gradients`."""
+        x, mask, weight, vector = ctx.saved_tensors
+        group = ctx.site.last_group
+        statistics = BatchStats.of(vector, x.shape[1], ctx.eps, group=group)
+        gradients = differentiable_gradients(dy, x, mask, weight, statistics, ctx.site)
+        return _wanted(ctx, weight, *gradients)[:6]
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *others: Any,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Normalise by one call, in which the mapped dimension is part of the channels."""
+        x_dim, mask_dim, *parameter_dims = in_dims[:4]
+        if mask_dim is not None:
+            raise InputError("mask: must not be mapped by torch.func.vmap")
+        size = info.batch_size
+        x = x.unsqueeze(1).expand(-1, size, *x.shape[1:]) if x_dim is None else x.movedim(x_dim, 1)
+        parameters = [
+            None
+            if parameter is None
+            else (parameter if dim is None else parameter.movedim(dim, 0)).expand(x.shape[1:3]).flatten()
+            for parameter, dim in zip((weight, bias), parameter_dims, strict=True)
+        ]
+        y, vector = _NormaliseTransformed.apply(x.flatten(1, 2), mask, *parameters, *others)
+        per_channel = vector[HEAD:].view(-1, *x.shape[1:3]).movedim(1, 0).flatten(1)  # (size, 2C or 3C)
+        vector = torch.cat([vector[:HEAD].expand(size, HEAD), per_channel], dim=1)
+        return (y.view(x.shape), vector), (1, 0)
 
 
 class _NormaliseCompiled(Function):
@@ -94,28 +184,33 @@ class _NormaliseCompiled(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
-        key: Tensor,
+        handle: Any,
         share: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, totals = torch.ops.syncbn.forward(x, mask, weight, bias, eps, key, share)
-        ctx.save_for_backward(x, mask, weight, totals, key)
-        ctx.mark_non_differentiable(totals)
+        y, vector, rounded = torch.ops.syncbn.forward(x, mask, weight, bias, eps, handle, share)
+        ctx.save_for_backward(x, mask, weight, vector, rounded)
+        ctx.handle = handle
+        ctx.mark_non_differentiable(vector)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps = eps
-        return y, totals
+        return y, vector
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        x, mask, weight, totals, key = ctx.saved_tensors
+        x, mask, weight, *statistics = ctx.saved_tensors
         dy = torch.zeros_like(x) if dy is None else dy
-        return _wanted(ctx, weight, *torch.ops.syncbn.backward(dy, x, mask, weight, totals, ctx.eps, key))
+        gradients = torch.ops.syncbn.backward(dy, x, mask, weight, *statistics, ctx.eps, ctx.handle)
+        return _wanted(ctx, weight, *gradients)
 
 
 def _wanted(
     ctx: Any, weight: Tensor | None, dx: Tensor, weight_gradient: Tensor, bias_gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return the requested gradients in the order of forward's arguments and in the dtypes of the parameters."""
+    """Return the requested gradients in the order of forward's arguments.
+
+    Gradients of parameters have the dtypes of the parameters.
+    """
     return (
         dx if ctx.needs_input_grad[0] else None,
         None,
@@ -127,203 +222,91 @@ def _wanted(
     )
 
 
-def select(x: Tensor, mask: Tensor) -> Tensor:
-    """Return the values selected by the mask, shape (n, C). n may differ between ranks and may be 0."""
-    return x.movedim(1, -1)[mask]
-
-
-def put_back(values: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """Return selected values in the shape and memory format of x, with 0 elsewhere."""
-    positions = x.movedim(1, -1)
-    return torch.zeros_like(positions).index_put((mask,), values).movedim(-1, 1)
-
-
-def forward(
+def _forward_operator(
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    site: LayerCollectives,
-    keep_record: bool,
-) -> tuple[Tensor, BatchStats]:
-    """Measure the values of this rank, exchange statistics, normalise."""
-    if mask is not None:
-        y, statistics = forward(select(x, mask), None, weight, bias, eps, site, keep_record)
-        return put_back(y, mask, x), statistics
-    statistics = _exchange_moments(x, eps, site, keep_record)
-    return kernels.normalise(x, statistics, weight, bias), statistics
-
-
-def _exchange_moments(x: Tensor, eps: float, site: LayerCollectives, keep_record: bool) -> BatchStats:
-    """Measure x and merge with the other ranks by one collective; with one rank there is none."""
-    count = x.numel() // x.shape[1]
-    # Branches depend only on group size, dtype and settings of the layer, which are equal on every rank, and not on the number
-    # of values or requires_grad. A recomputation happens on every rank. So every rank reaches the collective.
-    in_float64 = x.dtype == torch.float64
-    sums = kernels.measure(x) if in_float64 else kernels.measure_sums(x)
-    if (recalled := site.lookup(x, sums)) is not None:
-        return replace(recalled, update_count=0.0)
-    exchange = _exchange_parts if in_float64 else _exchange_sums
-    statistics = replace(exchange(count, *sums, eps, site), ranks=group_size(site.process_group))
-    site.ranks = statistics.ranks
-    # If the total is 1, no rank has more than 1 value, so every rank reads the total and all raise together. A rank with more
-    # values does not read it, since that would make the host wait for the device.
-    if count <= 1 and statistics.count == 1:
-        raise InputError(
-            "input: all ranks together must have 2 or more values per channel in training "
-            f"(got 1; shape {tuple(x.shape)} on this rank)"
-        )
-    site.store(x, sums, statistics, keep_record)
-    return statistics
-
-
-def _exchange_sums(count: int, total: Tensor, squares: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
-    """Sum [n, Σx, Σx²] over the ranks: mean = Σx / n, variance = Σx² / n - mean².
-
-    The subtraction has an error of about 2^-52·mean², below the resolution of float32 values.
-    """
-    parts = [total, squares]
-    if site.share_wanted:
-        parts.append(squares.to(torch.float64).addcmul(total.to(torch.float64), total, value=-1 / max(count, 1)))
-    (everyone,), sums = sum_over_ranks([count], parts, site, "forward")
-    channels = len(total)
-    moments = sums[: 2 * channels].view(2, channels).div_(at_least_one(everyone))
-    mean, variance = moments.unbind()
-    # Rounding can make the variance of a constant channel negative, and its square root NaN.
-    variance.addcmul_(mean, mean, value=-1).clamp_(min=0)
-    return BatchStats(everyone, everyone, moments, sums[2 * channels :] if site.share_wanted else None, eps)
-
-
-def _exchange_parts(count: int, mean: Tensor, m2: Tensor, eps: float, site: LayerCollectives) -> BatchStats:
-    """Gather [n, mean, M2] of the ranks and merge them.
-
-    Adding and subtracting n·mean² would cost float64 values (mean/std)² units in the last place. A shift by a shared value would
-    avoid this, but no value is known to be shared before the first collective: the running mean starts at 0, and ranks that
-    have loaded different buffers would produce a silent error.
-    """
-    # A separate phase, so that ranks with different dtypes get a DesyncError.
-    gathered = gather_from_ranks([count], [mean, m2], site, "forward in float64")
-    parts = [Moments.unpack(part) for part in gathered]
-    merged = Moments.merge(parts)
-    within = torch.stack([part.m2 for part in parts]).sum(0) if site.share_wanted else None
-    everyone = merged.count if merged.count.is_cuda else merged.count.item()
-    return BatchStats(everyone, everyone, torch.stack([merged.mean, merged.variance]), within, eps)
-
-
-def backward(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
+    handle: Any,
+    share: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias, the latter two in the accumulation dtype."""
-    if mask is not None:
-        dx, weight_gradient, bias_gradient = backward(select(dy, mask), select(x, mask), None, weight, statistics, site)
-        return put_back(dx, mask, x), weight_gradient, bias_gradient
-    bias_gradient, weight_gradient = kernels.reduce_gradient(dy, x, statistics)
-    # A rank that is empty or needs no gradient of x still adds its sums, which are part of the dx of other ranks.
-    # The zero makes the vector as long as that of forward, so that both share a channel, and a rank that skipped a layer is
-    # detected by its stamp on backends without channels.
-    _, sums = sum_over_ranks([0], [bias_gradient, weight_gradient], site, "backward", statistics.ranks)
-    gradient_means = sums.view(2, x.shape[1]).div_(at_least_one(statistics.count))
-    dx = kernels.combine_gradient(dy, x, statistics, weight, gradient_means)
-    return dx, weight_gradient, bias_gradient
-
-
-class _SumOverRanks(Function):
-    """Sum of a vector over the ranks, differentiable any number of times; a known sum is not exchanged again."""
-
-    @staticmethod
-    def forward(ctx: Any, vector: Tensor, site: LayerCollectives, ranks: int, known: Tensor | None) -> Tensor:
-        ctx.site, ctx.ranks = site, ranks
-        return sum_over_ranks([], [vector], site, "backward", ranks)[1] if known is None else known.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _SumOverRanks.apply(gradient, ctx.site, ctx.ranks, None), None, None, None
-
-
-def _differentiable_gradients(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, statistics: BatchStats, site: LayerCollectives
-) -> tuple[Tensor, ...]:
-    """Return the gradients of `backward` by differentiable operations, for double backward.
-
-    The layer is written as a function of x around the mean of the forward pass, with Σ(x - mean) and Σ(x - mean)² of all ranks as
-    `_SumOverRanks`. Its derivative takes one collective, and the derivative of the gradient further ones: every rank must
-    differentiate equally often.
-    """
-    if mask is not None:
-        selected = select(dy, mask), select(x, mask)
-        dx, *gradients = _differentiable_gradients(*selected, None, weight, statistics, site)
-        return put_back(dx, mask, x), *gradients
-    with torch.enable_grad():
-        moments = moments_of(statistics)
-        # A rank that needs no gradient of x also takes part in the collective.
-        values = x if x.requires_grad else x.detach().requires_grad_()
-        ones = torch.ones_like(moments.mean)
-        scale = (ones if weight is None else weight).to(torch.float64).detach().requires_grad_()
-        if weight is not None and weight.requires_grad:
-            scale = weight.to(torch.float64)
-        shift = torch.zeros_like(ones).requires_grad_()
-        dimensions = kernels.reduced_dimensions(x)
-        centred = values.to(torch.float64) - kernels.along_channels(moments.mean, x)
-        local = torch.cat([centred.sum(dimensions), centred.square().sum(dimensions)])
-        known = torch.cat([torch.zeros_like(ones), moments.m2])
-        count = moments.count.clamp(min=1)
-        mean, square = (_SumOverRanks.apply(local, site, statistics.ranks, known) / count).chunk(2)
-        normalised = (centred - kernels.along_channels(mean, x)) * kernels.along_channels(
-            (square - mean.square() + statistics.eps).rsqrt(), x
-        )
-        y = normalised * kernels.along_channels(scale, x) + kernels.along_channels(shift, x)
-        dx, weight_gradient, bias_gradient = torch.autograd.grad(
-            y, (values, scale, shift), dy.to(torch.float64), create_graph=True
-        )
-    return dx, weight_gradient, bias_gradient
-
-
-def _forward_operator(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
-) -> tuple[Tensor, Tensor]:
-    # The compiled graph does not hold the statistics, so `LayerCollectives` keeps the newest ones.
-    y, statistics = forward(_plain(x), mask, weight, bias, eps, LayerCollectives.of(key), keep_record=True)
-    return y, statistics.pack()
+    # The compiled graph does not hold the statistics, so `LayerCollectives` keeps the newest ones. The graph
+    # updates running statistics itself.
+    site = site_of(handle)
+    y, statistics = forward(_plain(x), mask, weight, bias, eps, site, None, keep_record=True)
+    rounded = statistics.rounded
+    return y, statistics.vector.clone(), x.new_empty(0) if rounded is None else rounded.clone()
 
 
 def _backward_operator(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    vector: Tensor,
+    rounded: Tensor,
+    eps: float,
+    handle: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    site = LayerCollectives.of(key)
-    statistics = BatchStats.unpack(totals, x.shape[1], eps, read=not x.is_cuda, ranks=site.ranks)
+    site = site_of(handle)
+    count = None if cuda.is_native(x) else vector[1].item()
+    statistics = BatchStats.of(vector, x.shape[1], eps, count=count, rounded=rounded, group=site.last_group)
     dx, *gradients = backward(dy, _plain(x), mask, weight, statistics, site)
     weight_gradient, bias_gradient = (gradient.to(torch.float64) for gradient in gradients)
     return dx, weight_gradient, bias_gradient
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Return a contiguous or channels-last tensor, whose result has a layout that the compiler can predict."""
-    return x if kernels.is_columns(x) and x.movedim(1, -1).is_contiguous() else x.contiguous()
+    """Return a contiguous or channels-last tensor.
+
+    The compiler can predict the layout of a result only for these.
+    """
+    return x if x.is_contiguous() or is_columns(x) else x.contiguous()
 
 
 def _forward_shapes(
-    x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, key: Tensor, share: bool
-) -> tuple[Tensor, Tensor]:
-    vectors = 3 if share else 2
-    return torch.empty_like(_plain(x)), x.new_empty(vectors * x.shape[1] + 2, dtype=torch.float64)
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    handle: Any,
+    share: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[1]
+    vector = x.new_empty(HEAD + (3 if share else 2) * channels, dtype=torch.float64)
+    rounded = x.new_empty(2, channels, dtype=cuda.accumulator(x)) if cuda.is_native(x) else x.new_empty(0)
+    return torch.empty_like(_plain(x)), vector, rounded
 
 
 def _backward_shapes(
-    dy: Tensor, x: Tensor, mask: Tensor | None, weight: Tensor | None, totals: Tensor, eps: float, key: Tensor
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    vector: Tensor,
+    rounded: Tensor,
+    eps: float,
+    handle: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradient = totals.new_empty(x.shape[1])
+    gradient = vector.new_empty(x.shape[1])
     return torch.empty_like(_plain(x)), gradient, torch.empty_like(gradient)
 
 
+# Ranks meet in these operators, and their stamps change: no CUDA graph may contain them.
+TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 torch.library.define(
     "syncbn::forward",
-    "(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, float eps, Tensor key, bool share) -> (Tensor, Tensor)",
+    f"(Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, float eps, {HANDLE_TYPE} handle, bool share)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 torch.library.define(
     "syncbn::backward",
-    "(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor totals, float eps, Tensor key)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor dy, Tensor x, Tensor? mask, Tensor? weight, Tensor vector, Tensor rounded, float eps,"
+    f" {HANDLE_TYPE} handle) -> (Tensor, Tensor, Tensor)",
+    tags=TAGS,
 )
 torch.library.impl("syncbn::forward", "default", _forward_operator)
 torch.library.impl("syncbn::backward", "default", _backward_operator)

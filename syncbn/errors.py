@@ -4,6 +4,7 @@ SyncBatchNormError
 ├── InputError        (also ValueError)    the input tensors cannot be normalised
 ├── GroupError        (also ValueError)    this rank cannot synchronise over the process group
 ├── ConversionError   (also TypeError)     a module cannot be converted without changing its behaviour
+├── ExportError       (also RuntimeError)  a program with collectives cannot be exported
 └── DesyncError       (also RuntimeError)  the ranks are not in the same call of the same layer
 """
 
@@ -15,31 +16,39 @@ class SyncBatchNormError(Exception):
 
 
 class InputError(SyncBatchNormError, ValueError):
-    """A tensor has an unsupported shape, dtype or device, or all ranks together have too few values."""
+    """Unsupported shape, dtype or device of a tensor, or too few values on all ranks."""
 
 
 class GroupError(SyncBatchNormError, ValueError):
-    """This rank cannot synchronise over the process group."""
+    """Process group over which this rank cannot synchronise."""
 
 
 class ConversionError(SyncBatchNormError, TypeError):
-    """Conversion to a synchronised layer would change the behaviour of a module."""
+    """Conversion that would change the behaviour of a module."""
+
+
+class ExportError(SyncBatchNormError, RuntimeError):
+    """Export of a training program, whose collectives an exported program cannot have."""
 
 
 class DesyncError(SyncBatchNormError, RuntimeError):
-    """A collective of a layer was paired with another call, or ranks did not join it within the timeout.
+    """Collective that was mispaired or that ranks did not join within the timeout.
 
     The ranks are out of step and statistics may be mixed. Do not continue with this process group.
     """
 
-    def __init__(self, message: str, layer: str, phase: str, call_number: int, missing_ranks: tuple[int, ...]) -> None:
+    def __init__(
+        self, message: str, layer: str, phase: str, call_number: int, missing_ranks: tuple[int, ...]
+    ) -> None:
         super().__init__(message)
         self.layer = layer
         """Name of the layer on this rank."""
         self.phase = phase
         """"forward" or "backward"."""
         self.call_number = call_number
-        """Sequence number of the collective on this rank: calls of this layer and phase so far, including this one."""
+        """Sequence number of the collective on this rank: calls of this layer and phase so far, including
+        this one.
+        """
         self.missing_ranks = missing_ranks
         """Global ranks that were not seen in the same call."""
 

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 
 
 def new_sync_groups(size: int) -> ProcessGroup | None:
-    """Divide all ranks into groups of consecutive ranks, and return the group of this rank.
+    """Divide all ranks into groups of consecutive ranks; return this rank's group.
 
-    The groups are ranks 0 to size - 1, size to 2·size - 1, and so on. Statistics over part of a large batch regularise like those
-    of small batches. Ranks of one machine are consecutive, so groups of their number keep collectives inside a machine.
+    The groups are ranks 0 to size - 1, size to 2·size - 1, and so on. Statistics over part of a large batch
+    regularise like those of small batches. Ranks of one machine are consecutive, so groups of their number
+    keep collectives inside a machine.
 
     Collectives: torch.distributed.new_group on all ranks; none if there is one group of all ranks.
 
@@ -29,7 +30,8 @@ def new_sync_groups(size: int) -> ProcessGroup | None:
     Raises:
         GroupError: `size` does not divide the number of ranks.
 
-    Source: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4 (ghost batch normalisation).
+    Source: Hoffer, Hubara & Soudry 2017, "Train longer, generalize better", section 4 (ghost batch
+    normalisation).
     """
     world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if size < 1 or world_size % size:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import moments_of, normalise, put_back, select
+from syncbn.autograd import normalise
 from syncbn.collectives.context import LayerCollectives, next_layer_number
 from syncbn.errors import InputError
 from syncbn.functional import check_input
-from syncbn.kernels.statistics import BatchStats, at_least_one
+from syncbn.fx import FxLeaf
+from syncbn.kernels.statistics import BatchStats, RunningStats
 from syncbn.moments import Moments
+from syncbn.passes import moments_of, put_back, select
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(FxLeaf, _BatchNorm):
     """Batch normalisation with statistics over the data of all ranks in training.
 
     In training, with n, μ and σ² the count, mean and biased variance of a channel over all ranks:
@@ -32,44 +34,51 @@ class SyncBatchNorm(_BatchNorm):
         running_mean ← (1 - momentum)·running_mean + momentum·μ
         running_var  ← (1 - momentum)·running_var  + momentum·σ²·n/(n - 1)
 
-    In evaluation μ and σ² are the running statistics, or, where none are kept, those of this rank's own batch.
+    In evaluation μ and σ² are the running statistics or, without these, the statistics of this rank's batch.
 
-    The signature is that of torch.nn.SyncBatchNorm; parameters, buffers and state_dict are those of torch.nn.BatchNorm1d, 2d and
-    3d. Ranks exchange float64 values, including counts, and every rank gets the same bits. The buffers therefore need no
-    broadcast, which would mix those of different process groups: pass `broadcast_buffers=False` to DistributedDataParallel,
-    from torch 2.13 on `forward_sync_buffers=False`.
+    The signature is that of torch.nn.SyncBatchNorm; parameters, buffers and state_dict are those of
+    torch.nn.BatchNorm1d, 2d and 3d. Ranks exchange float64 values, including counts, and every rank gets the
+    same bits. The buffers therefore need no broadcast, which would mix those of different process groups:
+    pass `broadcast_buffers=False` to DistributedDataParallel, from torch 2.13 on
+    `forward_sync_buffers=False`.
 
-    The gradient of the input is that of the *sum* of the ranks' losses; `sync_batch_norm` says how to weight the losses
-    of uneven ranks. Double backward is supported and issues further collectives, which all ranks must reach.
+    The gradient of the input is that of the *sum* of the ranks' losses; `sync_batch_norm` says how to weight
+    the losses of uneven ranks. Double backward is supported and issues further collectives, which all ranks
+    must reach.
 
-    Collectives: in training one forward and one backward, see `sync_batch_norm`; in evaluation none. All ranks of the group must
-    be in training mode at the same time. Without torch.distributed, or in a group of one rank, the layer issues none and is
-    plain batch normalisation.
+    Collectives: in training one forward and one backward, see `sync_batch_norm`; in evaluation none. All
+    ranks of the group must be in training mode at the same time. Without torch.distributed, or in a group of
+    one rank, the layer issues none and is plain batch normalisation.
 
-    A rank without values (N = 0) takes part in both collectives and has the same buffers as the others afterwards. If no rank has a
-    value, buffers and num_batches_tracked are unchanged.
+    A rank without values (N = 0) takes part in both collectives and has the same buffers as the others
+    afterwards. If no rank has a value, buffers and num_batches_tracked are unchanged.
 
     Shape: input and output (N, C, *) with any number of trailing dimensions.
 
     Args:
         num_features: channels C.
         eps: added to the variance.
-        momentum: weight of the newest batch in the running statistics; None gives all batches the same weight.
+        momentum: weight of the newest batch in the running statistics; None gives all batches the same
+            weight.
         affine: whether the layer has weight and bias.
         track_running_stats: whether to keep running statistics.
         process_group: ranks to synchronise over; None means all ranks.
         device: device of parameters and buffers.
-        dtype: dtype of parameters and buffers. The input may have another floating dtype, which the output then has too.
+        dtype: dtype of parameters and buffers. The input may have another floating dtype, which the output
+            then has too.
         bias: whether the layer has a bias in addition to the weight.
 
     Raises:
-        InputError: forward got an unsupported shape, dtype or device (on this rank, before any collective), or all ranks
-            together have a single value per channel in training (on every rank).
+        InputError: forward got an unsupported shape, dtype or device (on this rank, before any collective),
+            or all ranks together have a single value per channel in training (on every rank).
         GroupError: forward in training on a rank outside the process group (before any collective).
 
-    Source: Ioffe & Szegedy 2015, "Batch Normalization", Algorithm 1 and section 3.2. Running averages instead of the population
-    statistics of Algorithm 2 follow torch.
+    Source: Ioffe & Szegedy 2015, "Batch Normalization", Algorithm 1 and section 3.2. Running averages instead
+    of the population statistics of Algorithm 2 follow torch.
     """
+
+    convert_sync_batchnorm: ClassVar[Callable[..., nn.Module]]
+    """`syncbn.convert_sync_batchnorm`, as torch.nn.SyncBatchNorm has it; `syncbn.convert` assigns it."""
 
     def __init__(
         self,
@@ -91,13 +100,19 @@ class SyncBatchNorm(_BatchNorm):
         self._init_collectives("", process_group)
 
     def _init_collectives(self, name: str, process_group: ProcessGroup | None) -> None:
-        """Initialise sequence numbers under a layer name that is equal on every rank; "" means a number."""
+        """Initialise sequence numbers under a layer name that is equal on every rank.
+
+        The name "" means a number.
+        """
         self._site = LayerCollectives(name or f"SyncBatchNorm {next_layer_number()}", process_group)
         self._between_worker_variance_share: Tensor | None = None
         self._watchers: tuple[Callable[[Moments], None], ...] = ()
 
     def register_stats_hook(self, watcher: Callable[[Moments], None]) -> Callable[[], None]:
-        """Call a function with the moments of all ranks in each training pass; return a function that removes the hook."""
+        """Register a function that gets the moments of all ranks in training passes.
+
+        Returns a function that removes the hook.
+        """
         self._watchers = (*self._watchers, watcher)
 
         def end() -> None:
@@ -120,9 +135,10 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def layer_name(self) -> str:
-        """Name by which ranks identify the layer: its path in the converted model, or a number in construction order.
+        """Name by which ranks identify the layer.
 
-        It must be equal on every rank. Set it where ranks construct different numbers of layers.
+        By default its path in the converted model, or a number in construction order. It must be equal on
+        every rank. Set it where ranks construct different numbers of layers.
         """
         return self._site.name
 
@@ -141,9 +157,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def track_between_rank_variance(self) -> bool:
-        """Whether to measure `between_worker_variance_share`, which adds C float64 numbers to the forward collective.
+        """Whether to measure `between_worker_variance_share`.
 
-        Default: False. It must be equal on every rank.
+        This adds C float64 numbers to the forward collective. Default: False. It must be equal on every rank.
         """
         return self._site.share_wanted
 
@@ -153,44 +169,51 @@ class SyncBatchNorm(_BatchNorm):
 
     @property
     def between_worker_variance_share(self) -> Tensor | None:
-        """Share of the variance between ranks in the total variance per channel, for the newest training batch.
+        """Share of the variance between ranks in the total variance per channel.
+
+        It is that of the newest training batch:
 
             1 - Σᵢ M2ᵢ / M2,  with M2ᵢ = Σ(x - mean)² over rank i's values around its own mean, M2 over all
 
-        Shape (C,), float64, between 0 and 1; 0 where there is no variance. Near 0, synchronising has no effect in this layer. None
-        unless `track_between_rank_variance` is set and a batch has been seen since.
+        Shape (C,), float64, between 0 and 1; 0 where there is no variance. Near 0, synchronising has no
+        effect in this layer. None unless `track_between_rank_variance` is set and a batch has been seen
+        since.
         """
         return self._between_worker_variance_share
 
-    @classmethod
-    def convert_sync_batchnorm(cls, module: ModuleType, process_group: ProcessGroup | None = None) -> ModuleType:
-        """Convert every batch normalisation layer of a module; see `syncbn.convert_sync_batchnorm`."""
-        from syncbn.convert import convert_sync_batchnorm  # imports this module
-
-        return convert_sync_batchnorm(module, process_group)
-
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002 - named as in the base class
-        """Normalise by the statistics of all ranks in training, and by running statistics in evaluation.
+    def forward(
+        self,
+        input: Tensor,  # noqa: A002 - named as in the base class
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Normalise by statistics over all ranks, or in evaluation by running ones.
 
         Args:
             input: shape (N, C, *).
-            mask: boolean, shape (N, *), True where the input has values. Other positions, such as padding, are ignored and are
-                0 in the output and in the gradient. None means that all positions have values.
+            mask: boolean, shape (N, *), True where the input has values. Other positions, such as padding,
+                are ignored and are 0 in the output and in the gradient. None means that all positions have
+                values.
         """
         self._check(input)
         if mask is not None:
             _check_mask(mask, input)
         if not self.training:
             return self._evaluate(input, mask)
-        output, statistics = normalise(input, self.weight, self.bias, self.eps, self._site, mask)
+        output, statistics = normalise(
+            input, self.weight, self.bias, self.eps, self._site, mask, self._running_statistics()
+        )
+        self._report(statistics)
+        return output
+
+    def _report(self, statistics: BatchStats) -> None:
+        """Call the hooks, and set the share of the variance between ranks."""
         for watcher in self._watchers:
             watcher(moments_of(statistics))
-        if self.track_running_stats:
-            self._update_running_statistics(statistics)
         if statistics.within_rank_m2 is not None:
             m2 = statistics.variance * statistics.count
-            self._between_worker_variance_share = torch.where(m2 > 0, 1 - statistics.within_rank_m2 / m2, 0).clamp(0, 1)
-        return output
+            self._between_worker_variance_share = torch.where(
+                m2 > 0, 1 - statistics.within_rank_m2 / m2, 0
+            ).clamp(0, 1)
 
     def _check(self, x: Tensor) -> None:
         buffers = {"running_mean": self.running_mean, "running_var": self.running_var}
@@ -202,7 +225,8 @@ class SyncBatchNorm(_BatchNorm):
             )
 
     def _evaluate(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        # torch requires parameters and statistics in the dtype of the input, or in float32 for half precision.
+        # torch requires parameters and statistics in the dtype of the input, or in float32 for half
+        # precision.
         dtype = torch.promote_types(x.dtype, torch.float32)
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
         mean, variance, weight, bias = (None if vector is None else vector.to(dtype) for vector in vectors)
@@ -210,34 +234,24 @@ class SyncBatchNorm(_BatchNorm):
         if use_own_batch and mask is not None:
             return put_back(self._evaluate(select(x, mask), None), mask, x)
         if mask is not None:
-            # Padding may be NaN, and NaN times a zero gradient would be NaN in the gradients of weight and bias.
+            # Padding may be NaN, and NaN times a zero gradient would be NaN in the gradients of weight and
+            # bias.
             x = x.where(mask.unsqueeze(1), 0)
         y = F.batch_norm(x, mean, variance, weight, bias, training=use_own_batch, eps=self.eps)
         return y if mask is None else y.where(mask.unsqueeze(1), 0)
 
-    @torch.no_grad()
-    def _update_running_statistics(self, statistics: BatchStats) -> None:
-        # Without new values the weight is 0 and keeps the buffers. A branch would make the host wait for a device, and break the
-        # compiled graph.
-        count, update_count = statistics.count, statistics.update_count
-        weight: Tensor | float = update_count / at_least_one(count)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(update_count > 0)
-        if self.momentum is not None:
-            weight = weight * self.momentum
-        elif self.num_batches_tracked is not None:
-            weight = weight / self.num_batches_tracked.clamp(min=1).to(torch.float64)
-        unbiased_variance = statistics.variance * (count / at_least_one(count - 1))
-        for running, statistic in ((self.running_mean, statistics.mean), (self.running_var, unbiased_variance)):
-            if running is not None:
-                running.copy_(running.to(torch.float64).lerp_(statistic, weight))
+    def _running_statistics(self) -> RunningStats | None:
+        mean, variance, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats or mean is None or variance is None or batches is None:
+            return None
+        return RunningStats(mean, variance, batches, self.momentum)
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:
     if mask.dtype != torch.bool or mask.shape != x.shape[:1] + x.shape[2:]:
         raise InputError(
-            f"mask: must be torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])} for an input of shape {tuple(x.shape)} "
-            f"(got {mask.dtype} of shape {tuple(mask.shape)})"
+            f"mask: must be torch.bool of shape {tuple(x.shape[:1] + x.shape[2:])} for an input of shape "
+            f"{tuple(x.shape)} (got {mask.dtype} of shape {tuple(mask.shape)})"
         )
     if mask.device != x.device:
         raise InputError(f"mask: must be on the device of the input, {x.device} (got {mask.device})")

@@ -15,24 +15,25 @@ from syncbn.moments import Moments
 
 @torch.no_grad()
 def update_population_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Replace the running statistics by means over training batches: E[x] = E_B[μ_B], Var[x] = m/(m-1)·E_B[σ²_B].
+    """Replace running statistics by means over training batches.
 
-    μ_B and σ²_B are those of a batch of all ranks. Batches, and ranks within them, may differ in size: a batch counts by
-    its values n_B, as if each of them voted, and its own n_B/(n_B - 1) corrects its variance:
+    In the paper E[x] = E_B[μ_B] and Var[x] = m/(m-1)·E_B[σ²_B], with μ_B and σ²_B of a batch over all ranks.
+    Here batches, and ranks within them, may differ in size: a batch is weighted by its number of values n_B,
+    and n_B/(n_B - 1) corrects its variance:
 
         mean = Σ_B n_B·μ_B / Σ_B n_B,   var = Σ_B n_B·(σ²_B·n_B/(n_B - 1)) / Σ_B n_B
 
-    With equal sizes these are the paper's. The model runs in training mode without gradients and gets back the modes it
-    had; of its parameters and buffers only running_mean, running_var and num_batches_tracked of its `SyncBatchNorm`
-    layers change, and layers that keep no running statistics are left alone. num_batches_tracked becomes the number of
-    batches with any value.
+    With equal sizes these are the formulas of the paper. The model runs in training mode without gradients,
+    and its modes are restored. Of its parameters and buffers, only running_mean, running_var and
+    num_batches_tracked of `SyncBatchNorm` layers change; layers without running statistics are ignored.
+    num_batches_tracked becomes the number of batches with values.
 
-    Collectives: those of the model's forward passes. So each rank brings the same number of batches; one that has less
-    data brings empty ones.
+    Collectives: those of the model's forward passes. Every rank must pass the same number of batches; a rank
+    with less data passes empty ones.
 
     Args:
         model: called as model(batch), or as model(*batch) for a tuple or list.
-        batches: this rank's batches.
+        batches: batches of this rank.
 
     Raises:
         InputError: there is no batch; nothing has changed.
@@ -43,7 +44,9 @@ def update_population_statistics(model: nn.Module, batches: Iterable[Any]) -> No
     layers = [layer for layer in layers if layer.running_mean is not None]
     sums = {layer: _Sums(layer) for layer in layers}
     others = {
-        buffer: buffer.clone() for buffer in model.buffers() if not any(buffer is own for own in _buffers_of(layers))
+        buffer: buffer.clone()
+        for buffer in model.buffers()
+        if not any(buffer is own for own in _buffers_of(layers))
     }
     modes = {module: module.training for module in model.modules()}
     handles = [layer.register_stats_hook(sums[layer].add) for layer in layers]
@@ -54,7 +57,7 @@ def update_population_statistics(model: nn.Module, batches: Iterable[Any]) -> No
         for count, batch in enumerate(batches, start=1):  # noqa: B007 - its last value is asked for
             model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
         if count == 0:
-            raise InputError("there is no batch to take population statistics from")
+            raise InputError("batches: must have at least one batch (got none)")
         done = True
     finally:
         for handle in handles:
@@ -89,7 +92,7 @@ class _Sums:
         self._variance = self._variance + moments.count * moments.unbiased_variance
 
     def write(self) -> None:
-        """Set the running statistics; a layer that met no value keeps them."""
+        """Set the running statistics; a layer without values keeps them."""
         layer, count = self._layer, self._count
         if not isinstance(count, Tensor) or not count:
             return

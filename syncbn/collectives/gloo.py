@@ -1,12 +1,13 @@
 """Channels over gloo: connections per kind of collective and vector length.
 
-gloo terminates a process (std::terminate) that receives more bytes than it expects. If a rank skipped a layer, the next layer
-of another width would therefore end processes without naming a layer, and a collective of other code, such as
-DistributedDataParallel, could be paired with one of a layer. A channel carries only vectors of one length from layers, and their
-stamps show whether they belong to the same call. Ranks in different channels wait for each other until the timeout.
+gloo terminates a process (std::terminate) that receives more bytes than it expects. If a rank skipped a
+layer, the next layer of another width would therefore end processes without naming a layer, and a collective
+of other code, such as DistributedDataParallel, could be paired with one of a layer. A channel carries only
+vectors of one length from layers, and their stamps show whether they belong to the same call. Ranks in
+different channels wait for each other until the timeout.
 
-The first use of a channel costs about 10 ms, one thread and W - 1 open connections. A network with 30 different layer widths
-uses about 1,000 connections on 34 ranks.
+The first use of a channel costs about 10 ms, one thread and W - 1 open connections. A network with 30
+different layer widths uses about 1,000 connections on 34 ranks.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ _channels: WeakKeyDictionary[ProcessGroup, dict[tuple[str, int], Any]] = WeakKey
 
 
 def channel_for(
-    group: ProcessGroup, kind: str, vector: Tensor, remaining: Callable[[], float], on_opening: Callable[[], None]
+    group: ProcessGroup,
+    kind: str,
+    vector: Tensor,
+    remaining: Callable[[], float],
+    on_opening: Callable[[], None],
 ) -> Any:
-    """Return the channel for a collective, or the group itself if its backend is not gloo.
+    """Return the channel for a collective; the group itself if it is not gloo.
 
     Args:
         group: process group of the collective.
@@ -40,8 +45,7 @@ def channel_for(
         remaining: returns the seconds left for opening a channel.
         on_opening: called before a channel is opened.
 
-    Raises:
-        RuntimeError, TimeoutError: other ranks did not open the channel in time.
+    Raises RuntimeError or TimeoutError if other ranks did not open the channel in time.
     """
     gloo = getattr(dist, "ProcessGroupGloo", None)
     backend: Any = group._get_backend(vector.device)
@@ -59,5 +63,7 @@ def channel_for(
         options._timeout = timedelta(seconds=remaining())
         options._threads = 1  # a layer issues one collective at a time
         # gloo's own timeout applies to each connection in turn, not to all of them together.
-        channels[key] = run_with_timeout(remaining(), lambda: gloo(store, group.rank(), group.size(), options))
+        channels[key] = run_with_timeout(
+            remaining(), lambda: gloo(store, group.rank(), group.size(), options)
+        )
     return channels[key]

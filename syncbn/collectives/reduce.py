@@ -1,17 +1,16 @@
 """All calls of torch.distributed: sum or gather one vector over the ranks.
 
-Each vector begins with a stamp of two numbers (16 bytes): a hash of layer name, phase and sequence number. The stamps of ranks
-in the same call are equal, so their sum is W times the own stamp. Any other sum means that different calls were paired, which
-torch.distributed does not detect.
+Each vector begins with a stamp (8 bytes): a hash of layer name, phase and sequence number. The stamps of
+ranks in the same call are equal, so their sum is W times the own stamp. Any other sum means that different
+calls were paired, which torch.distributed does not detect.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from syncbn.collectives.gloo import channel_for
 from syncbn.collectives.timeout import run_with_timeout
 from syncbn.collectives.watchdog import watch
 from syncbn.errors import DesyncError, GroupError
+from syncbn.kernels.statistics import Check
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,8 +35,8 @@ GRACE_SECONDS = 1.0
 ENQUIRY_SECONDS = 1.0
 """Time for which a rank whose call failed waits for the positions of the others."""
 _STORE_ERRORS = (RuntimeError, TimeoutError, ValueError)
-"""Errors of a store that is no longer there: its rank has ended or stopped, or another thread has destroyed the process group,
-as launchers do when a rank ends (ValueError)."""
+"""Errors of a store that is no longer there: its rank has ended or stopped, or another thread has destroyed
+the process group, as launchers do when a rank ends (ValueError)."""
 
 
 def group_size(process_group: ProcessGroup | None) -> int:
@@ -49,12 +49,14 @@ def group_size(process_group: ProcessGroup | None) -> int:
         Size of the group; 1 if torch.distributed is not initialised.
 
     Raises:
-        GroupError: this rank is not in the group, the group was destroyed, or a group was given while torch.distributed is not
-            initialised.
+        GroupError: this rank is not in the group, the group was destroyed, or a group was given while
+            torch.distributed is not initialised.
     """
     if not (dist.is_available() and dist.is_initialized()):
         if process_group is not None:
-            raise GroupError("a process group was given, but torch.distributed is not initialised in this process")
+            raise GroupError(
+                "a process group was given, but torch.distributed is not initialised in this process"
+            )
         return 1
     if process_group is None:
         return int(dist.distributed_c10d._get_default_group().size())
@@ -70,100 +72,146 @@ def group_size(process_group: ProcessGroup | None) -> int:
     return dist.get_world_size(process_group)
 
 
-def sum_over_ranks(
-    numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str, ranks: int | None = None
-) -> tuple[Sequence[Tensor | float], Tensor]:
-    """Sum the vectors of all ranks by one all_reduce.
+def current_group(process_group: ProcessGroup | None) -> ProcessGroup | None:
+    """Return the process group to synchronise over.
 
-    Every rank receives the same bits, since the backends reduce each element once and distribute the result. With one rank no
-    collective is issued.
+    It is None if torch.distributed is not initialised.
 
-    Args:
-        numbers: prefix of the vector.
-        parts: vectors of any floating dtype, concatenated with the numbers to K elements in float64, plus two for the stamp.
-        site: identity of the layer, on all ranks of its group.
-        phase: "forward" or "backward".
-        ranks: expected size of the group, if an earlier call has determined it.
+    Args and errors as in `group_size`.
+    """
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.distributed_c10d._get_default_group()
+    group_size(process_group)
+    return process_group
+
+
+def group_of_pass(site: LayerCollectives) -> ProcessGroup | None:
+    """Return the group of a forward pass, or None if it is over one rank."""
+    current = current_group(site.process_group)
+    group = None if current is None or current.size() == 1 else current
+    site.enter(group, is_initialised=current is not None)
+    return group
+
+
+def check_group(site: LayerCollectives, group: ProcessGroup | None) -> ProcessGroup:
+    """Return the group of a forward pass if it is still the one to synchronise over.
+
+    Raises:
+        GroupError: the group was destroyed or re-created.
+    """
+    with contextlib.suppress(GroupError):
+        if group is not None and current_group(site.process_group) is group:
+            return group
+    raise GroupError(
+        f"layer {site.name!r}: the process group of the forward pass was destroyed or re-created; keep it "
+        "until backward is done"
+    )
+
+
+def all_reduce(vector: Tensor, call: CollectiveId) -> Check | None:
+    """Sum the vectors of all ranks in place.
+
+    The first element is the stamp of the call. Every rank receives the same bits, since the backends reduce
+    each element once and distribute the result.
 
     Returns:
-        Sums of the numbers, as Python numbers, or as tensors where the host would have to wait for a device; and the sum of the
-        parts, float64.
+        What to compare the stamp with on the device, if the collective was queued on a device stream;
+        otherwise None, and the stamp has been compared.
 
     Raises:
         DesyncError: other ranks are in another call, or did not arrive within the timeout.
-        GroupError: the size of the group is not `ranks`, for example after destroy_process_group.
     """
-    size = group_size(site.process_group)
-    if ranks is not None and size != ranks:
-        raise GroupError(
-            f"layer {site.name!r}: forward was over {ranks} ranks, but {phase} is over {size}; "
-            "keep the process group until backward is done"
-        )
-    if size == 1:
-        return list(numbers), torch.cat([part.to(torch.float64) for part in parts])
-    call = site.next_call(phase)
-    group = _group(call)
-    stamp = _stamp(call)
-    vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
     options = dist.AllreduceOptions()
-    _await(lambda channel: channel.allreduce([vector], options), "sum", options, call, vector)
-    ahead = 2 + len(numbers)
-    summed = _check(vector[:ahead], [group.size() * number for number in stamp], call)
-    return summed, vector[ahead:]
+    with _observed([call], vector) as checks:
+        _await(lambda channel: channel.allreduce([vector], options), "sum", options, call, vector)
+    if checks:
+        return checks[0]
+    _check(vector[:1], call)
+    return None
 
 
-def gather_from_ranks(numbers: Sequence[float], parts: Sequence[Tensor], site: LayerCollectives, phase: str) -> Tensor:
-    """Gather the vectors of all ranks, without rounding, by one all_gather.
-
-    Args and errors as in `sum_over_ranks`.
+def all_reduce_together(
+    vectors: Sequence[Tensor], calls: Sequence[CollectiveId]
+) -> list[tuple[Tensor, Check | None]]:
+    """Sum the vectors of several calls over all ranks by one collective.
 
     Returns:
-        Shape (W, K), in rank order.
+        The sum of each vector, and what to compare its stamp with, as in `all_reduce`.
     """
-    if group_size(site.process_group) == 1:
-        return torch.cat([_to_device(numbers, parts[0]), *parts]).unsqueeze(0)
-    call = site.next_call(phase)
-    group = _group(call)
-    stamp = _stamp(call)
-    vector = torch.cat([_to_device([*stamp, *numbers], parts[0]), *parts])
-    gathered = vector.new_empty(group.size(), vector.numel())
+    together = torch.cat(list(vectors))
+    options = dist.AllreduceOptions()
+    with _observed(calls, together) as checks:
+        _await(lambda channel: channel.allreduce([together], options), "sum", options, calls[0], together)
+    parts = torch.split(together, [vector.numel() for vector in vectors])
+    if checks:
+        return list(zip(parts, checks, strict=True))
+    for part, call in zip(parts, calls, strict=True):
+        _check(part[:1], call)
+    return [(part, None) for part in parts]
+
+
+def all_gather(vector: Tensor, call: CollectiveId) -> tuple[Tensor, Check | None]:
+    """Gather the vectors of all ranks, without rounding; shape (W, K), in rank order.
+
+    Result and errors otherwise as in `all_reduce`; the sum of the stamps is what is compared.
+    """
+    gathered = vector.new_empty(call.group.size(), vector.numel())
     options = torch._C._distributed_c10d.AllgatherOptions()
-    _await(
-        lambda channel: channel.allgather([list(gathered.unbind())], [vector], options), "gather", options, call, vector
-    )
-    _check(gathered[:, :2].sum(0), [group.size() * number for number in stamp], call)
-    return gathered[:, 2:]
+
+    def begin(channel: Any) -> Any:
+        if _is_queued(call, vector):  # NCCL would copy each of a list of outputs
+            return channel._allgather_base(gathered.view(-1), vector, options)
+        return channel.allgather([list(gathered.unbind())], [vector], options)
+
+    with _observed([call], vector) as checks:
+        _await(begin, "gather", options, call, vector)
+    if checks:
+        return gathered, checks[0]
+    _check(gathered[:, 0], call)
+    return gathered, None
 
 
-def _group(call: CollectiveId) -> ProcessGroup:
-    return call.site.process_group or dist.distributed_c10d._get_default_group()
+@contextlib.contextmanager
+def _observed(calls: Sequence[CollectiveId], vector: Tensor) -> Iterator[list[Check]]:
+    """Observe calls before they are queued on a device stream; yield their checks.
 
-
-def _stamp(call: CollectiveId) -> list[float]:
-    """Hash a call to two integers below 2^40, whose sum over 8,192 ranks is exact in float64."""
-    digest = hashlib.blake2b(str(call).encode(), digest_size=10).digest()
-    return [float(int.from_bytes(digest[:5])), float(int.from_bytes(digest[5:]))]
-
-
-def _to_device(numbers: Sequence[float], beside: Tensor) -> Tensor:
-    """Return numbers as a vector on the device of a tensor, through pinned memory so that the host does not wait."""
-    vector = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=beside.is_cuda)
-    return vector.to(beside.device, non_blocking=True) if beside.is_cuda else vector
+    The device's numbers must exist before: creating them would wait for what is queued.
+    """
+    if not _is_queued(calls[0], vector):
+        yield []
+        return
+    checks = [watch.follow(call, vector.device, call.group.size() * call.stamp, _desync) for call in calls]
+    try:
+        yield checks
+    except BaseException:
+        for check in checks:
+            watch.forget(check, vector.device)
+        raise
 
 
 def _is_queued(call: CollectiveId, tensor: Tensor) -> bool:
-    """Return whether a collective runs on the device's stream, so that the host does not wait for it."""
-    return tensor.is_cuda and dist.get_backend(call.site.process_group) != "gloo"
+    """Return whether a collective runs on the device's stream.
+
+    Then the host does not wait for it.
+    """
+    return tensor.is_cuda and dist.get_backend(call.group) != "gloo"
 
 
 def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: CollectiveId, vector: Tensor) -> None:
     """Issue a collective and wait for it, up to the timeout of its layer."""
     limit = call.site.timeout_seconds
     started = time.monotonic()
-    group = _group(call)
-    # The backend times out a moment later; otherwise its thread would continue to wait for a missing rank.
+    group = call.group
+    # gloo times out a moment later; otherwise its thread would continue to wait for a missing rank. NCCL has
+    # the timeout of the group.
     options.timeout = timedelta(seconds=limit + GRACE_SECONDS)
     if _is_queued(call, vector):
+        if torch.cuda.is_current_stream_capturing():
+            raise GroupError(
+                f"layer {call.site.name!r}: a CUDA graph cannot capture synchronised statistics, since each "
+                "call has another stamp; capture the evaluation mode, or a part of the model "
+                "without the layer"
+            )
         watch.raise_failure()
         begin(group).wait()  # the stream waits, not the host
         return
@@ -191,52 +239,62 @@ def _await(begin: Callable[[Any], Any], kind: str, options: Any, call: Collectiv
             work.wait(timedelta(seconds=remaining()))
     except (RuntimeError, TimeoutError) as error:
         seconds = time.monotonic() - started
-        how = f"not complete after {seconds:.1f} s" if seconds >= limit else f"broken after {seconds:.1f} s ({error})"
+        how = (
+            f"not complete after {seconds:.1f} s"
+            if seconds >= limit
+            else f"broken after {seconds:.1f} s ({error})"
+        )
         raise _desync(call, how) from error
     if is_published:
         _publish_position(call, "")
 
 
 def _spin(work: Any) -> None:
-    """Yield the core for a moment before sleeping, since a sleeping thread is woken late and on a cold core."""
+    """Yield the core for a moment before sleeping.
+
+    A sleeping thread is woken late and on a cold core.
+    """
     give_way = getattr(os, "sched_yield", lambda: time.sleep(0))
     end = time.monotonic() + SPIN_SECONDS
     while not work.is_completed() and time.monotonic() < end:
         give_way()
 
 
-def _check(ahead: Tensor, expected: list[float], call: CollectiveId) -> Sequence[Tensor | float]:
-    """Compare the stamps at the front of a sum with the expected ones; return the numbers after them."""
-    if _is_queued(call, ahead):
-        watch.add(call, ahead[:2], expected, _desync, _group(call).abort)
-        return ahead[2:].unbind()
-    numbers: list[float] = ahead.tolist()
-    if numbers[:2] != expected:
+def _check(stamps: Tensor, call: CollectiveId) -> None:
+    """Compare the sum of stamps with the expected one.
+
+    Raises:
+        DesyncError: other ranks were in another call.
+    """
+    if sum(stamps.tolist()) != call.group.size() * call.stamp:
         raise _desync(call, "paired with another call")
-    return numbers[2:]
 
 
 def _desync(call: CollectiveId, how: str) -> DesyncError:
     """Return the error of a failed call, with the positions of the other ranks."""
     try:
-        own_rank, ranks = dist.get_rank(), dist.get_process_group_ranks(_group(call))
+        own_rank, ranks = dist.get_rank(), dist.get_process_group_ranks(call.group)
     except ValueError:
-        message = f"layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}; the process group is gone"
+        where = f"layer {call.site.name!r}, {call.phase}, call {call.number}"
+        message = f"{where}: the collective is {how}; the process group was destroyed"
         return DesyncError(message, call.site.name, call.phase, call.number, ())
     places = _query_peers(call, own_rank, ranks)
     missing = tuple(rank for rank in ranks if places.get(rank) != str(call))
     message = (
-        f"rank {own_rank} in layer {call.site.name!r}, {call.phase}, call {call.number}: the collective is {how}. "
-        f"Ranks not in this call: {list(missing)}. "
+        f"rank {own_rank} in layer {call.site.name!r}, {call.phase}, call {call.number}: "
+        f"the collective is {how}. Ranks not in this call: {list(missing)}. "
         + "".join(f"Rank {rank} is in {places[rank]}. " for rank in missing if places.get(rank))
-        + "Every rank must run the same layers in the same order and equally often, forward and backward; ranks without "
-        "data pass an empty batch. Layers are identified by layer_name."
+        + "Every rank must run the same layers in the same order and equally often, forward and backward; "
+        "ranks without data pass an empty batch. Layers are identified by layer_name."
     )
     return DesyncError(message, call.site.name, call.phase, call.number, missing)
 
 
 def _query_peers(call: CollectiveId, own_rank: int, ranks: list[int]) -> dict[int, str]:
-    """Publish the position of this rank, and read those of the others, waiting up to `ENQUIRY_SECONDS`."""
+    """Publish the position of this rank, and read those of the others.
+
+    Waits up to `ENQUIRY_SECONDS`.
+    """
     places = {own_rank: str(call)}
     deadline = time.monotonic() + ENQUIRY_SECONDS
 
@@ -265,4 +323,4 @@ def _store() -> Any:
 
 
 def _store_key(call: CollectiveId, rank: int) -> str:
-    return f"syncbn/{_group(call).group_name}/{rank}"
+    return f"syncbn/{call.group.group_name}/{rank}"

@@ -1,18 +1,19 @@
 """CPU kernels: measure, normalise, reduce and combine gradients of one rank.
 
-On the CPU torch has no kernels for the steps of a synchronised layer. For float32 these are made from those it has: its
-fused batch normalisation performs the step for suitable arguments. They count in float32, so short sums are
-put together in float64, and channels whose mean is many deviations from zero are done again in float64.
+torch has no CPU kernels for the passes of a synchronised layer. For float32 they are composed of its fused
+batch normalisation kernels with suitable arguments. These accumulate in float32, so sums are cut into short
+ones that are added in float64, and channels whose mean is many deviations from zero are recomputed in
+float64.
 
-What is small, of another dtype or on a device without kernels is calculated by the plain formula in float64.
+Small tensors, other dtypes and devices without kernels use the plain formula in float64.
 
-Float32 tensors of three layouts come in, and each pass views them as one of two:
+Tensors have one of two layouts, see `layout.arrange`:
 
-    rows      (N, C, *), contiguous: a channel's values lie side by side
-    columns   (M, C), contiguous: a value's channels lie side by side, as in channels_last and in (N, C)
+    rows      (N, C, *), contiguous: the values of a channel are adjacent
+    columns   (M, C), contiguous: the channels of a position are adjacent, as in channels_last and in (N, C)
 
-The means of the gradient are passed as one float64 tensor of shape (2, C): those of dy and of dy·x̂ over all ranks' values,
-where x̂ = (x - mean) / √(variance + eps).
+The means of the gradient are one float64 tensor of shape (2, C): the means of dy and of dy·x̂ over the values
+of all ranks, where x̂ = (x - mean) / √(variance + eps).
 """
 
 from __future__ import annotations
@@ -24,59 +25,32 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from syncbn.kernels import cuda
-from syncbn.kernels.statistics import BatchStats, far_channels
+from syncbn.kernels.layout import along_channels, reduced_dimensions
+from syncbn.kernels.statistics import BatchStats, LocalStats, far_channels
 
 SMALL = 1 << 13
-"""Elements below which a pass in float64 costs less than the calls that a faster one takes."""
+"""Number of elements below which one pass in float64 is faster than the calls of the fused kernels."""
 CHAIN = 512
-"""Values that torch's kernels may add up in float32 one after the other, in columns and in each lane of a row."""
+"""Maximum number of values that torch's kernels may add sequentially in float32, in columns and per lane of a
+row.
+"""
+GRADIENT_CHAIN = 1 << 10
+"""The same for sums of gradients in columns."""
 LANES = 16
-"""Sums that a vector register takes along a row, side by side."""
+"""Parallel sums of a vector register along a row."""
 CHUNK = 1 << 17
-"""Elements that are in float64 at a time: copies of this size, and not of a whole tensor's, are all the memory it takes."""
-
-
-def reduced_dimensions(x: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of a (N, C, *) tensor that statistics are taken over: all but the channels'."""
-    return (0, *range(2, x.dim()))
-
-
-def along_channels(vector: Tensor, x: Tensor) -> Tensor:
-    """View a (C,) vector so that it broadcasts against a (N, C, *) tensor."""
-    return vector.view(1, -1, *(1,) * (x.dim() - 2))
-
-
-def is_columns(x: Tensor) -> bool:
-    """Return whether a tensor is best processed as columns: its channels are the innermost dimension."""
-    if x.is_contiguous():
-        return x.numel() == x.shape[0] * x.shape[1]
-    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
-
-
-def arrange(x: Tensor, columns: bool) -> Tensor:
-    """Return the values as columns or rows, copied only where their layout is another."""
-    return x.movedim(1, -1).reshape(-1, x.shape[1]).contiguous() if columns else x.contiguous()
-
-
-def rearrange(values: Tensor, x: Tensor, columns: bool) -> Tensor:
-    """Give the values of `arrange` the shape of x again."""
-    return values.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1) if columns else values
-
-
-def _is_native(x: Tensor) -> bool:
-    """Return whether torch has kernels for the passes of a synchronised layer."""
-    return x.is_cuda
+"""Number of elements converted to float64 at a time, which bounds the additional memory."""
 
 
 def _is_plain(x: Tensor, statistics: BatchStats | None = None) -> bool:
-    """Return whether to use the float64 formula, also where many channels are ill-conditioned, which would be copied otherwise."""
-    if _is_native(x):
-        return x.numel() == 0
+    """Return whether to use the float64 formula.
+
+    It is also used if many channels are ill-conditioned, which would have to be copied otherwise.
+    """
     if x.numel() < SMALL or x.dtype != torch.float32 or not x.is_cpu:
         return True
-    if not is_columns(x) and pieces(x.numel() // (x.shape[0] * x.shape[1])) is None:
-        return True  # rows of a prime length, say
+    if x.dim() > 2 and pieces(x.numel() // (x.shape[0] * x.shape[1])) is None:
+        return True  # such as rows of prime length
     return (
         statistics is not None
         and statistics.ill_conditioned_channels is not None
@@ -85,7 +59,7 @@ def _is_plain(x: Tensor, statistics: BatchStats | None = None) -> bool:
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape across the longest of the dimensions that statistics are taken over."""
+    """Split tensors of one shape along their longest reduced dimension."""
     first = tensors[0]
     if first.numel() <= CHUNK:
         return iter((tensors,))
@@ -99,137 +73,193 @@ def _add_up(parts: Iterable[Tensor]) -> Tensor:
 
 
 def measure(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 = Σ(x - mean)² of each channel, by two passes in float64; zero where there is no value."""
-    # The mean of nothing must be 0 like its sum: 0/0 would reach the other ranks as NaN.
+    """Return mean and M2 = Σ(x - mean)² of each channel; zero without values.
+
+    x has shape (N, C, *), the results (C,) in float64, by two passes. Collectives: none.
+    """
+    # The mean of no values must be 0: 0/0 would reach the other ranks as NaN.
     count = max(x.numel() // x.shape[1], 1)
     dimensions = reduced_dimensions(x)
     mean = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(x)) / count
     centre = along_channels(mean, x)
-    return mean, _add_up((part.to(torch.float64) - centre).square_().sum(dimensions) for (part,) in _chunks(x))
+    return mean, _add_up(
+        (part.to(torch.float64) - centre).square_().sum(dimensions) for (part,) in _chunks(x)
+    )
 
 
-def measure_sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σx and Σx² of each channel, in float64, or in float32 where the variance keeps its digits in that."""
+def measure_local(x: Tensor) -> LocalStats:
+    """Return Σx and Σx² of each channel, or mean and variance for float64 values.
+
+    Σx and Σx² are in float64, or in float32 if the variance keeps its digits there. Collectives: none.
+    """
     count = x.numel() // x.shape[1]
-    if _is_plain(x):
+    if x.dtype == torch.float64:
         mean, m2 = measure(x)
-    elif _is_native(x):
-        mean, m2 = cuda.measure(x)
-    else:
-        columns = is_columns(x)
-        values = arrange(x, columns)
-        if columns:
-            mean, m2 = _measure_columns(values)
-        else:
-            zero, one = values.new_zeros(x.shape[1]), values.new_ones(x.shape[1])
-            total, squares = _reduce_rows(values, values, zero, one)
-            # Σx² - Σx·mean subtracts from the first at most half of it if no mean is more than a deviation off zero.
-            if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
-                return total, squares
-            mean, m2 = _measure_rows_around(values, (total / count).to(torch.float32))
-        if (far := far_channels(mean, m2 / count, 0.0)) is not None:
-            mean[far], m2[far] = measure(x.index_select(1, far))
+        return LocalStats(count, mean, m2.div_(max(count, 1)), are_sums=False)
+    return LocalStats(count, *_measure_sums(x, count), are_sums=True)
+
+
+def _measure_sums(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if _is_plain(x):
+        return _measure_plainly(x)
+    columns = x.dim() == 2
+    total, squares = _measure_columns(x) if columns else _measure_rows(x)
+    # If no mean is more than one deviation from zero, Σx² - Σx·mean subtracts at most half of Σx².
+    if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
+        return total, squares
+    mean, m2 = (_measure_columns_exactly if columns else _measure_rows_around)(x, total / count)
+    if (far := far_channels(mean, m2 / count, 0.0)) is not None:
+        mean[far], m2[far] = measure(x.index_select(1, far))
     total = mean * count
     return total, m2.addcmul_(total, mean)
 
 
+def _measure_plainly(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σx and Σx² in float64."""
+    dimensions = reduced_dimensions(x)
+    total = _add_up(part.sum(dimensions, dtype=torch.float64) for (part,) in _chunks(x))
+    return total, _add_up(part.to(torch.float64).square_().sum(dimensions) for (part,) in _chunks(x))
+
+
+def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return _reduce_rows(rows, rows, rows.new_zeros(rows.shape[1]), rows.new_ones(rows.shape[1]))
+
+
 def _measure_rows_around(rows: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and M2 by Σx and Σx·(x - guess): Σ(x - mean)² = Σx·(x - guess) - Σx·(mean - guess)."""
-    total, product = (sums.to(torch.float64) for sums in _reduce_rows(rows, rows, guess, torch.ones_like(guess)))
+    """Return mean and M2, computed around a guess of the mean.
+
+    The guess is rounded to float32. From Σx and Σx·(x - guess): Σ(x - mean)² = Σx·(x - guess) - Σx·(mean -
+    guess).
+    """
+    guess = guess.to(torch.float32)
+    total, product = (
+        sums.to(torch.float64) for sums in _reduce_rows(rows, rows, guess, torch.ones_like(guess))
+    )
     mean = total / (rows.numel() // rows.shape[1])
     return mean, product.addcmul_(total, mean - guess, value=-1).clamp_(min=0)
 
 
 @functools.lru_cache(maxsize=256)
 def pieces(length: int) -> int | None:
-    """Return the least number of equal parts that a row is cut into for short sums; None if they would be tiny."""
+    """Return the smallest number of equal parts of a row with short sums.
+
+    Returns None if the parts would be tiny.
+    """
     longest = CHAIN * LANES
     least = math.ceil(length / longest)
     return next((k for k in range(least, length // LANES + 1) if length % k == 0), None if least > 1 else 1)
 
 
 def _reduce_rows(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre)·scale of each channel, of rows that are cut while they are long."""
+    """Return Σleft and Σleft·(right - centre)·scale of each channel, for rows.
+
+    Long rows are cut into parts.
+    """
     samples, channels = left.shape[:2]
     k = pieces(left.numel() // (samples * channels))
-    assert k is not None, "rows that cannot be cut are calculated plainly"
+    assert k is not None, "rows that cannot be cut use the plain formula"
     if k == 1:
         return _reduce(left, right, centre, scale)
     parts = (samples, channels * k, -1)
     total, product = _reduce(
         left.view(parts), right.view(parts), centre.repeat_interleave(k), scale.repeat_interleave(k)
     )
-    return total.to(torch.float64).view(channels, k).sum(1), product.to(torch.float64).view(channels, k).sum(1)
+    return total.to(torch.float64).view(channels, k).sum(1), product.to(torch.float64).view(channels, k).sum(
+        1
+    )
 
 
 def _reduce(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre)·scale of each channel: the gradients of bias and weight of a batch norm."""
+    """Return Σleft and Σleft·(right - centre)·scale of each channel.
+
+    These are the gradients of bias and weight of a batch normalisation layer.
+    """
     _, product, total = torch.ops.aten.native_batch_norm_backward.default(
         left, right, None, None, None, centre, scale, True, 0.0, (False, True, True)
     )
     return total, product
 
 
-def _fold(columns: Tensor) -> tuple[Tensor, Tensor, int]:
-    """View (M, C) as (M / k, k·C) without copying, and return it, what is left over below, and k.
+@functools.lru_cache(maxsize=256)
+def _count_parts(height: int) -> int:
+    """Return the number of parts of at most CHAIN rows, without a rest if possible."""
+    least = math.ceil(height / CHAIN)
+    return next((k for k in range(least, 2 * least) if height % k == 0), least)
 
-    torch adds up columns in float32, one value after the other; k columns of M / k values each keep those sums short.
+
+def _fold(columns: Tensor) -> tuple[Tensor, Tensor | None, int]:
+    """View (M, C) as (M / k, k·C); return the view, the remaining rows if any, and k.
+
+    torch adds columns sequentially in float32; k columns of M / k values each keep those sums short.
     """
-    height = columns.shape[0]
-    k = math.ceil(height / CHAIN)
-    even = height - height % k
-    return columns[:even].view(even // k, k * columns.shape[1]), columns[even:], k
+    height, channels = columns.shape
+    k = _count_parts(height)
+    if k == 1:
+        return columns, None, 1
+    part, rest = divmod(height, k)
+    folded = columns.as_strided((part, k * channels), (k * channels, 1))
+    return folded, columns[height - rest :] if rest else None, k
 
 
 def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Measure folded columns and put them together as Chan, Golub & LeVeque do for any parts of equal count."""
+    """Return Σx and Σx² from mean and variance of folded columns."""
     folded, rest, k = _fold(columns)
-    height, channels = columns.shape
     part = folded.shape[0]
+    means, variances = torch.batch_norm_update_stats(folded, None, None, 0.0)
+    both = torch.stack([means, variances.addcmul_(means, means)]).view(2, k, columns.shape[1])
+    total, squares = both.sum(1, dtype=torch.float64).mul_(part).unbind()
+    if rest is None:
+        return total, squares
+    more = _measure_plainly(rest)
+    return total.add_(more[0]), squares.add_(more[1])
+
+
+def _measure_columns_exactly(columns: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and M2, merged from folded columns.
+
+    Source: Chan, Golub & LeVeque 1983, for parts of equal count.
+    """
+    folded, rest, k = _fold(columns)
+    part, channels = folded.shape[0], columns.shape[1]
     means, variances = (
         statistic.to(torch.float64).view(k, channels)
         for statistic in torch.batch_norm_update_stats(folded, None, None, 0.0)
     )
-    if part * k == height:
-        mean = means.mean(0)
-        return mean, variances.add_(means.sub_(mean).square_()).sum(0).mul_(part)
-    rest = rest.to(torch.float64)
-    mean = (means.sum(0) * part + rest.sum(0)) / height
-    return mean, (variances + (means - mean).square_()).sum(0) * part + (rest - mean).square_().sum(0)
+    m2 = variances.add_((means - mean).square_()).sum(0).mul_(part)
+    return mean, m2 if rest is None else m2.add_((rest.to(torch.float64) - mean).square_().sum(0))
 
 
 def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σleft and Σleft·(right - centre)·scale of each channel, as `_reduce_rows` does, of folded columns."""
-    folded, rest, k = _fold(left)
-    if k == 1:
+    """Return Σleft and Σleft·(right - centre)·scale of each channel, for columns."""
+    if len(left) <= GRADIENT_CHAIN:
         return _reduce(left, right, centre, scale)
-    folded_right, rest_right, _ = _fold(right)
-    reduced = _reduce(folded, folded_right, centre.repeat(k), scale.repeat(k))
-    total, product = (sums.to(torch.float64).view(k, -1).sum(0) for sums in reduced)
-    if rest.numel():
-        rest = rest.to(torch.float64)
-        total += rest.sum(0)
-        product += (rest * (rest_right.to(torch.float64) - centre)).sum(0) * scale
+    parts = [
+        _reduce(*pair, centre, scale)
+        for pair in zip(torch.split(left, GRADIENT_CHAIN), torch.split(right, GRADIENT_CHAIN), strict=True)
+    ]
+    total, product = (torch.stack(sums).sum(0, dtype=torch.float64) for sums in zip(*parts, strict=True))
     return total, product
 
 
 def normalise(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return weight·x̂ + bias in the dtype and memory format of x.
+    """Return weight·x̂ + bias in the dtype of x.
 
     Args:
-        x: shape (N, C, *).
-        statistics: of all ranks' values.
+        x: rows or columns.
+        statistics: statistics over the values of all ranks.
         weight: shape (C,), or None for 1.
         bias: shape (C,), or None for 0.
     """
     if _is_plain(x, statistics):
         return _normalise_plainly(x, statistics, weight, bias)
-    if _is_native(x):
-        return cuda.normalise(x, statistics, weight, bias)
-    columns = is_columns(x)
     mean, variance = statistics.as_float32
-    values = arrange(x, columns)
-    y = rearrange(_evaluate(values, _rounded(weight), _rounded(bias), mean, variance, statistics.eps), x, columns)
+    if x.dim() == 2:
+        scale = statistics.scale_by(_in_float32(weight))
+        bias_32 = _in_float32(bias)
+        shift = (mean * scale).neg_() if bias_32 is None else torch.addcmul(bias_32, mean, scale, value=-1)
+        y = torch.addcmul(shift, x, scale)
+    else:
+        y = _evaluate(x, _in_float32(weight), _in_float32(bias), mean, variance, statistics.eps)
     if (far := statistics.ill_conditioned_channels) is not None:
         some = statistics.select(far), _some(weight, far), _some(bias, far)
         y.index_copy_(1, far, _normalise_plainly(x[:, far], *some))
@@ -239,11 +269,14 @@ def normalise(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Te
 def _evaluate(
     values: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, variance: Tensor, eps: float
 ) -> Tensor:
-    """Return weight·(values - mean) / √(variance + eps) + bias in one pass: batch normalisation in evaluation."""
+    """Return weight·(values - mean) / √(variance + eps) + bias in one pass over rows.
+
+    This is batch normalisation in evaluation.
+    """
     return torch.native_batch_norm(values, weight, bias, mean, variance, False, 0.0, eps)[0]
 
 
-def _rounded(vector: Tensor | None) -> Tensor | None:
+def _in_float32(vector: Tensor | None) -> Tensor | None:
     return vector if vector is None or vector.dtype == torch.float32 else vector.to(torch.float32)
 
 
@@ -251,93 +284,125 @@ def _some(vector: Tensor | None, channels: Tensor) -> Tensor | None:
     return None if vector is None else vector[channels]
 
 
-def _inverse(statistics: BatchStats) -> Tensor:
-    """Return 1 / √(variance + eps)."""
-    return (statistics.variance + statistics.eps).rsqrt_()
+def _scale_and_shift(
+    statistics: BatchStats, weight: Tensor | None, bias: Tensor | None, *, centred: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficients of y = scale·x + shift; float64, (C,).
+
+    If `centred`, x - mean takes the place of x.
+    """
+    scale = statistics.inverse if weight is None else statistics.inverse * weight
+    if centred:
+        return scale, torch.zeros_like(scale) if bias is None else bias
+    if bias is None:
+        return scale, (statistics.mean * scale).neg_()
+    return scale, torch.addcmul(bias, statistics.mean, scale, value=-1)
 
 
-def _normalise_plainly(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    scale = _inverse(statistics)
-    if weight is not None:
-        scale = scale.mul_(weight)
-    centre, factor = along_channels(statistics.mean, x), along_channels(scale, x)
+def _normalise_plainly(
+    x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    # Of float64 values the product with the mean would cost (mean/std) units in the last place.
+    centred = x.dtype == torch.float64
+    scale, shift = (
+        along_channels(vector, x) for vector in _scale_and_shift(statistics, weight, bias, centred=centred)
+    )
     y = torch.empty_like(x)
     for part, result in _chunks(x, y):
-        values = (part.to(torch.float64) - centre).mul_(factor)
-        result.copy_(values if bias is None else values.add_(along_channels(bias, x)))
+        values = part - along_channels(statistics.mean, x) if centred else part
+        torch.addcmul(shift, values, scale, out=result)
     return y
 
 
 def reduce_gradient(dy: Tensor, x: Tensor, statistics: BatchStats) -> tuple[Tensor, Tensor]:
-    """Return Σdy and Σdy·x̂ of each channel over this rank's values, in float64, or in float32 from such values."""
+    """Return Σdy and Σdy·x̂ of each channel over this rank's values, shape (C,).
+
+    They are in float64, or in float32 for float32 values. Collectives: none.
+    """
     if _is_plain(x, statistics):
         return _reduce_plainly(dy, x, statistics)
-    if _is_native(x):
-        return cuda.reduce_gradient(dy, x, statistics)
-    columns = is_columns(x)
-    reduce = _reduce_columns if columns else _reduce_rows
-    mean, variance = statistics.as_float32
-    inverse = (variance + statistics.eps).rsqrt_()
-    total, product = reduce(arrange(dy, columns), arrange(x, columns), mean, inverse)
+    reduce = _reduce_columns if x.dim() == 2 else _reduce_rows
+    mean, inverse = statistics.as_float32[0], statistics.inverse_as_float32
+    total, product = reduce(dy, x, mean, inverse)
     if (far := statistics.ill_conditioned_channels) is not None:
-        # Their mean, rounded to float32 as the kernel takes it, is off by a part of a deviation that counts.
+        # Rounding their mean to float32 is an error of a considerable part of a deviation.
         product[far] = _reduce_plainly(dy[:, far], x[:, far], statistics.select(far))[1].to(product.dtype)
     return total, product
 
 
 def _reduce_plainly(dy: Tensor, x: Tensor, statistics: BatchStats) -> tuple[Tensor, Tensor]:
-    dimensions = reduced_dimensions(x)
-    centre = along_channels(statistics.mean, x)
-    total = _add_up(part.to(torch.float64).sum(dimensions) for (part,) in _chunks(dy))
+    dimensions, centred = reduced_dimensions(x), x.dtype == torch.float64
+    mean = along_channels(statistics.mean, x)
+    total = _add_up(part.sum(dimensions, dtype=torch.float64) for (part,) in _chunks(dy))
     product = _add_up(
-        (part.to(torch.float64) - centre).mul_(dy_part).sum(dimensions) for part, dy_part in _chunks(x, dy)
+        ((part - mean) if centred else part).mul(dy_part.to(torch.float64)).sum(dimensions)
+        for part, dy_part in _chunks(x, dy)
     )
-    return total, product.mul_(_inverse(statistics))
+    if not centred:
+        product = torch.addcmul(product, total, statistics.mean, value=-1)
+    return total, product.mul_(statistics.inverse)
 
 
 def combine_gradient(
     dy: Tensor, x: Tensor, statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
-    """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂) in the dtype and memory format of x.
+    """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂).
+
+    The result has the dtype of x. Collectives: none.
 
     Args:
-        dy: shape (N, C, *) in any memory format.
-        x: shape (N, C, *).
-        statistics: of all ranks' values.
+        dy: shape of x.
+        x: rows or columns.
+        statistics: statistics over the values of all ranks.
         weight: shape (C,), or None for 1.
         gradient_means: shape (2, C), float64.
     """
     if _is_plain(x, statistics):
         return _combine_plainly(dy, x, statistics, weight, gradient_means)
-    if _is_native(x):
-        return cuda.combine_gradient(dy, x, statistics, weight, gradient_means)
-    columns = is_columns(x)
     mean, variance = statistics.as_float32
-    mean_dy, mean_dy_normalised = gradient_means.to(torch.float32).unbind()
-    scale = _rounded(weight)
-    factor = mean_dy_normalised / (variance + statistics.eps)
-    if scale is not None:
-        factor *= scale
-    # dx = scale·(dy - mean of dy)·(variance + eps)^-½ + factor·mean - factor·x, the first two terms in one fused pass.
-    dx = _evaluate(arrange(dy, columns), scale, factor * mean, mean_dy, variance, statistics.eps)
-    values = arrange(x, columns)
-    dx = rearrange(dx.addcmul_(values, along_channels(factor, values), value=-1), x, columns)
+    mean_dy, mean_dy_normalised = gradient_means.to(torch.float32).unbind()  # (C,), (C,)
+    weight_32 = _in_float32(weight)
+    if x.dim() == 2:
+        # dx = scale·dy - factor·x + factor·mean - scale·mean of dy
+        scale = statistics.scale_by(weight_32)
+        factor = (scale * statistics.inverse_as_float32).mul_(mean_dy_normalised)
+        shift = (factor * mean).addcmul_(scale, mean_dy, value=-1)
+        dx = torch.addcmul(shift, x, factor, value=-1).addcmul_(dy, scale)
+    else:
+        factor = mean_dy_normalised / (variance + statistics.eps)
+        if weight_32 is not None:
+            factor *= weight_32
+        # dx = weight·(dy - mean of dy)·(variance + eps)^-½ + factor·mean - factor·x; the fused pass computes
+        # the first two terms.
+        dx = _evaluate(dy, weight_32, factor * mean, mean_dy, variance, statistics.eps)
+        dx.addcmul_(x, along_channels(factor, x), value=-1)
     if (far := statistics.ill_conditioned_channels) is not None:
         some = statistics.select(far), _some(weight, far), gradient_means[:, far]
         dx.index_copy_(1, far, _combine_plainly(dy[:, far], x[:, far], *some))
     return dx
 
 
+def _gradient_coefficients(
+    statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor, *, centred: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the coefficients of dx = scale·dy + factor·x + shift; float64, (C,).
+
+    If `centred`, x - mean takes the place of x.
+    """
+    scale = statistics.inverse if weight is None else statistics.inverse * weight
+    shift, factor = gradient_means.mul(scale).neg_().unbind()
+    factor.mul_(statistics.inverse)
+    return scale, factor, shift if centred else shift.addcmul_(factor, statistics.mean, value=-1)
+
+
 def _combine_plainly(
     dy: Tensor, x: Tensor, statistics: BatchStats, weight: Tensor | None, gradient_means: Tensor
 ) -> Tensor:
-    mean_dy, mean_dy_normalised = gradient_means.unbind()
-    inverse = _inverse(statistics)
-    scale = along_channels(inverse if weight is None else inverse * weight, x)
-    factor = along_channels(mean_dy_normalised.mul(inverse).neg_(), x)
-    centre, offset = along_channels(statistics.mean, x), along_channels(mean_dy, x)
+    centred = x.dtype == torch.float64
+    coefficients = _gradient_coefficients(statistics, weight, gradient_means, centred=centred)
+    scale, factor, shift = (along_channels(vector, x) for vector in coefficients)
     dx = torch.empty_like(x)
     for part, dy_part, result in _chunks(x, dy, dx):
-        values = (part.to(torch.float64) - centre).mul_(factor)
-        result.copy_(values.add_(dy_part).sub_(offset).mul_(scale))
+        values = part - along_channels(statistics.mean, x) if centred else part
+        torch.addcmul(torch.addcmul(shift, values, factor), dy_part, scale, out=result)
     return dx

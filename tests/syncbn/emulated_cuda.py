@@ -1,16 +1,22 @@
-"""CPU stand-ins for torch's CUDA kernels of batch normalisation, by the semantics of aten/src/ATen/native/cuda/Normalization.cu.
+"""CPU stand-ins for torch's CUDA kernels of batch normalisation, by the semantics of
+aten/src/ATen/native/cuda/Normalization.cu.
 
-They check dtypes as the kernels do, read memory as the kernels do where both tensors are channels-last, accumulate in float32 in
-the order of threads, and return an inverse deviation of 0 where variance and eps are both 0.
+They check dtypes as the kernels do, read memory as the kernels do where both tensors are channels-last,
+accumulate in float32 in the order of threads, and return an inverse deviation of 0 where variance and eps are
+both 0.
 """
 
 import contextlib
+import importlib
 import math
+import os
 from unittest import mock
 
 import torch
 
-from syncbn.kernels import cpu as kernels
+from syncbn.collectives import reduce
+from syncbn.kernels import cuda, vectors
+from tests.syncbn.launch_counter import as_one_launch, one_launch
 
 ACCUMULATOR = {
     torch.float16: torch.float32,
@@ -22,18 +28,48 @@ THREADS = 512
 
 
 @contextlib.contextmanager
-def emulated_cuda():
-    """Send CPU tensors down the layer's CUDA path, over the stand-ins."""
+def interpreted_triton():
+    """Return the module of Triton's kernels, which run in its interpreter."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        yield importlib.import_module("syncbn.kernels.triton")
+
+
+@contextlib.contextmanager
+def emulated_cuda(packing="triton", queued=False, enabled=True):
+    """Send CPU tensors down the layer's CUDA path, over the stand-ins.
+
+    `packing` is "triton", in Triton's interpreter, or "vectors". With `queued`, collectives are treated as
+    those on a device stream, whose stamps are compared on the device.
+    """
+    if not enabled:
+        yield
+        return
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(kernels, "_is_native", return_value=True))
+        module = patches.enter_context(interpreted_triton()) if packing == "triton" else vectors
+        patches.enter_context(mock.patch.object(cuda, "is_native", return_value=True))
+        patches.enter_context(mock.patch.object(cuda, "packing", return_value=module))
+        patches.enter_context(mock.patch.object(reduce, "_is_queued", return_value=queued))
+        patches.enter_context(
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=False)
+        )
         for function in (
             batch_norm_stats,
             batch_norm_update_stats,
             batch_norm_elemt,
             batch_norm_backward_reduce,
             batch_norm_backward_elemt,
+            batch_norm_gather_stats_with_counts,
         ):
-            patches.enter_context(mock.patch.object(torch, function.__name__, function))
+            patches.enter_context(mock.patch.object(torch, function.__name__, as_one_launch(function)))
+        if packing == "triton":
+            launch = module._launch
+
+            def launch_one(kernel, *arguments, **constants):
+                with one_launch(kernel.__name__):
+                    launch(kernel, *arguments, **constants)
+
+            patches.enter_context(mock.patch.object(module, "_launch", launch_one))
+        patches.enter_context(mock.patch.object(reduce, "_await", as_one_launch(reduce._await, "collective")))
         yield
 
 
@@ -79,7 +115,9 @@ def batch_norm_backward_reduce(dy, x, mean, inverse, weight, input_wanted, weigh
     else:
         gradients, values = (tensor.movedim(1, -1).reshape(-1, x.shape[1]) for tensor in (dy, x))
     threads = _threads(values.shape[0])
-    (gradients, valid), (values, _) = (_lanes(tensor.to(accumulator), threads) for tensor in (gradients, values))
+    (gradients, valid), (values, _) = (
+        _lanes(tensor.to(accumulator), threads) for tensor in (gradients, values)
+    )
     total = product = torch.zeros(threads, x.shape[1], dtype=accumulator)
     for gradient, value, is_valid in zip(gradients, values, valid, strict=True):
         total = total + gradient
@@ -113,6 +151,19 @@ def batch_norm_backward_elemt(dy, x, mean, inverse, weight, total, product, coun
     return torch.empty_like(x).copy_(dx) if is_channels_last else dx.contiguous()
 
 
+def batch_norm_gather_stats_with_counts(x, mean, inverse, running_mean, running_var, momentum, eps, counts):
+    """Merge the statistics of W ranks, (W, C), and update running statistics; not used by this layer."""
+    accumulator = ACCUMULATOR[x.dtype]
+    counts = counts.to(accumulator).view(-1, 1)
+    n = counts.sum()
+    total = (mean * counts).sum(0) / n
+    variance = ((inverse**-2 - eps) * counts + (mean - total) ** 2 * counts).sum(0) / n
+    if running_mean is not None:
+        running_mean.lerp_(total, momentum)
+        running_var.lerp_(variance * n / (n - 1), momentum)
+    return total, (variance + eps).rsqrt()
+
+
 def _check(is_taken, what):
     if not is_taken:
         raise RuntimeError(f"the CUDA kernel refuses {what}")
@@ -131,7 +182,9 @@ def _is_channels_last(x):
 
 
 def _raw(x):
-    """Return what a kernel sees that reads memory as (M, C), whatever the strides; beyond the storage is an error."""
+    """Return what a kernel sees that reads memory as (M, C), whatever the strides; beyond the storage is an
+    error.
+    """
     channels = x.shape[1]
     rows = x.numel() // channels
     needed = x.storage_offset() + rows * channels

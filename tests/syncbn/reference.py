@@ -47,11 +47,14 @@ def make_case(
 
     spread = torch.linspace(1.0, 2.0, channels, dtype=torch.float64).view(1, -1, *(1,) * len(rest))
     shards = [
-        ((draw(count, channels, *rest) + 0.3 * rank) * spread + shift).to(dtype) for rank, count in enumerate(counts)
+        ((draw(count, channels, *rest) + 0.3 * rank) * spread + shift).to(dtype)
+        for rank, count in enumerate(counts)
     ]
     gradients = [draw(count, channels, *rest).to(dtype) for count in counts]
     # Parameters that float32 holds too: what is lost in rounding them is not the layer's.
-    weight, bias = (vector.to(torch.float32).to(torch.float64) for vector in (1 + 0.3 * draw(channels), draw(channels)))
+    weight, bias = (
+        vector.to(torch.float32).to(torch.float64) for vector in (1 + 0.3 * draw(channels), draw(channels))
+    )
     return Case(shards, gradients, weight, bias, shift)
 
 
@@ -62,7 +65,9 @@ def expect(case: Case, eps: float = 1e-5) -> Expected:
     """
     counts = [shard.shape[0] for shard in case.shards]
     x = (torch.cat(case.shards).to(torch.float64) - case.shift).requires_grad_()
-    weight, bias = (vector.to(torch.float64).requires_grad_() for vector in (case.weight, case.bias))
+    weight, bias = (
+        vector.detach().clone().to(torch.float64).requires_grad_() for vector in (case.weight, case.bias)
+    )
     dimensions = (0, *range(2, x.dim()))
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     y.backward(torch.cat(case.gradients).to(torch.float64))

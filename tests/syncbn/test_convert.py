@@ -8,7 +8,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrize
 
-from syncbn import BatchNorm, ConversionError, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+import syncbn.convert
+from syncbn import (
+    BatchNorm,
+    ConversionError,
+    SyncBatchNorm,
+    convert_sync_batchnorm,
+    register_conversion,
+    revert_sync_batchnorm,
+)
+from syncbn.convert import MAX_MESSAGE_CHARACTERS
 from tests.dist import run_on_ranks
 
 
@@ -24,6 +33,11 @@ class Block(nn.Module):
 
 
 class Activated(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class ActivatedSync(SyncBatchNorm):
     def forward(self, x):
         return super().forward(x).relu()
 
@@ -64,7 +78,11 @@ def test_a_model_keeps_structure_parameters_flags_and_shared_layers():
     assert [name for name, _ in model.named_modules(remove_duplicate=False)] == names
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     assert model[0].norm is model[0].again
-    assert (type(model[0].norm), type(model[2]), type(model[3])) == (SyncBatchNorm, nn.InstanceNorm2d, nn.GroupNorm)
+    assert (type(model[0].norm), type(model[2]), type(model[3])) == (
+        SyncBatchNorm,
+        nn.InstanceNorm2d,
+        nn.GroupNorm,
+    )
     assert (model[0].norm.training, model[1].norm.training) == (True, False)
     assert (model[0].norm.weight.requires_grad, model[0].norm.bias.requires_grad) == (False, True)
     assert (model[0].norm.eps, model[0].norm.momentum) == (1e-3, None)
@@ -124,7 +142,7 @@ def make_parametrized():
             r"1\.0 \(tests\.syncbn\.test_convert\.Activated\): a subclass whose behaviour would be lost",
         ),
         (make_parametrized(), r"1\.0 \(.*ParametrizedBatchNorm1d\): a subclass"),
-        (nn.LazyBatchNorm2d(), r"1\.0 \(.*LazyBatchNorm2d\): its number of channels is not known"),
+        (nn.LazyBatchNorm2d(), r"1\.0 \(.*LazyBatchNorm2d\): its number of channels is unknown"),
     ],
 )
 def test_what_would_lose_its_behaviour_is_refused_by_name_and_nothing_is_converted(layer, message):
@@ -134,20 +152,34 @@ def test_what_would_lose_its_behaviour_is_refused_by_name_and_nothing_is_convert
     assert type(model[0]) is nn.BatchNorm2d
 
 
-class ActivatedSync(SyncBatchNorm):
-    def forward(self, x):
-        return super().forward(x).relu()
-
-
 def test_a_subclass_of_ours_is_not_reverted_and_nothing_else_is():
     parametrized = SyncBatchNorm(3)
     parametrize.register_parametrization(parametrized, "weight", nn.Identity())
     model = nn.Sequential(SyncBatchNorm(3), ActivatedSync(3), parametrized)
-    message = r"cannot revert 1 \(tests\.syncbn\.test_convert\.ActivatedSync\): a subclass .*; 2 \(.*Parametrized.*\): a subclass"
+    message = (
+        r"cannot revert 1 \(tests\.syncbn\.test_convert\.ActivatedSync\): a subclass .*; 2 "
+        r"\(.*Parametrized.*\): a subclass"
+    )
     with pytest.raises(ConversionError, match=message):
         revert_sync_batchnorm(model)
     assert type(model[0]) is SyncBatchNorm
     assert (model[1](torch.randn(4, 3)) >= 0).all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 12, 200])
+@pytest.mark.parametrize(
+    ("change", "kind"), [(convert_sync_batchnorm, Activated), (revert_sync_batchnorm, ActivatedSync)]
+)
+def test_an_error_is_short_and_says_how_many_layers_it_leaves_out(change, kind, layers):
+    model = nn.Sequential(*(kind(3) for _ in range(layers)))
+    for length in (*range(1, 120), 1000):
+        with pytest.raises(ConversionError) as raised:
+            change(nn.ModuleDict({"b" * length: model}))
+        message = str(raised.value)
+        assert len(message) <= MAX_MESSAGE_CHARACTERS == 500
+        named = message.count(f"{kind.__name__}): a subclass whose behaviour would be lost; re")
+        assert named >= 1
+        assert message.endswith("by hand" if named == layers else f"; and {layers - named} more")
 
 
 def test_all_refused_layers_are_named():
@@ -165,7 +197,9 @@ def test_a_lazy_layer_can_be_converted_after_its_first_batch():
 
 def convert_with_groups():
     inner, outer = dist.new_group([0, 1]), dist.new_group([0, 1])
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)), nn.SyncBatchNorm(3, process_group=inner))
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)), nn.SyncBatchNorm(3, process_group=inner)
+    )
     convert_sync_batchnorm(model[1], inner)
     convert_sync_batchnorm(model, outer)
     convert_sync_batchnorm(model)
@@ -178,7 +212,9 @@ def test_layers_get_the_group_given_and_keep_the_one_they_have():
     assert run_on_ranks(convert_with_groups, 2) == [(4, 3), (4, 3)]
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm3d(3).eval()])
+@pytest.mark.parametrize(
+    "layer", [nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm3d(3).eval()]
+)
 def test_to_convert_and_revert_leaves_a_layer_as_it_was(layer):
     layer.qconfig = "mine"
     layer.weight.requires_grad_(False)
@@ -200,9 +236,9 @@ def test_copied_and_pickled_layers_can_be_reverted_too():
         assert type(revert_sync_batchnorm(copied)) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("layer", [SyncBatchNorm(3), convert_sync_batchnorm(nn.SyncBatchNorm(3))])
-def test_a_layer_that_never_was_unsynchronised_takes_any_dimension_afterwards(layer):
-    layer = copy.deepcopy(layer)
+@pytest.mark.parametrize("kind", [SyncBatchNorm, nn.SyncBatchNorm])
+def test_a_layer_that_never_was_unsynchronised_takes_any_dimension_afterwards(kind):
+    layer = convert_sync_batchnorm(kind(3))
     x = torch.randn(4, 3, 2)
     expected = copy.deepcopy(layer)(x)
     torch.testing.assert_close(revert_sync_batchnorm(layer)(x), expected)
@@ -216,3 +252,85 @@ def test_a_layer_that_never_was_unsynchronised_takes_any_dimension_afterwards(la
 def test_converted_layers_are_called_by_their_path():
     model = convert_sync_batchnorm(nn.Sequential(Block(), nn.BatchNorm2d(4)))
     assert [model[0].norm.layer_name, model[1].layer_name] == ["0.norm", "1"]
+
+
+class Scaled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ScaledSync(SyncBatchNorm):
+    def forward(self, x, mask=None):
+        return 2 * super().forward(x, mask)
+
+
+class ScaledAfterwards(Scaled):
+    pass
+
+
+class ScaledMore(ScaledSync):
+    pass
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("syncbn.convert._conversions", dict(syncbn.convert._conversions))
+
+
+@pytest.mark.parametrize(
+    ("classes", "reverted"),
+    [((Scaled, ScaledSync), Scaled), ((Scaled, ScaledSync, ScaledAfterwards), ScaledAfterwards)],
+)
+@pytest.mark.usefixtures("registry")
+def test_a_registered_class_is_converted_and_reverted(classes, reverted):
+    register_conversion(*classes)
+    layer = Scaled(3)
+    attributes, objects, x = dict(vars(layer)), state_objects(layer), torch.randn(4, 3, 2, 2)
+    expected = copy.deepcopy(layer)(x)
+    model = convert_sync_batchnorm(nn.Sequential(layer))
+    assert type(layer) is ScaledSync
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    assert revert_sync_batchnorm(model)[0] is layer
+    assert type(layer) is reverted
+    assert (vars(layer), state_objects(layer)) == (attributes, objects)
+
+
+@pytest.mark.usefixtures("registry")
+def test_subclasses_of_registered_classes_are_refused():
+    register_conversion(Scaled, ScaledSync)
+    with pytest.raises(ConversionError, match=r"ScaledAfterwards\): a subclass"):
+        convert_sync_batchnorm(ScaledAfterwards(3))
+    converted = convert_sync_batchnorm(Scaled(3))
+    converted.__class__ = ScaledMore
+    for layer in (converted, ScaledSync(3)):  # the second was never converted: no class is known for it
+        with pytest.raises(ConversionError, match=r"cannot revert .*Scaled\w+\): a subclass"):
+            revert_sync_batchnorm(layer)
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_newest_registration_of_a_class_holds():
+    register_conversion(Scaled, SyncBatchNorm)
+    register_conversion(Scaled, ScaledSync)
+    assert type(convert_sync_batchnorm(Scaled(3))) is ScaledSync
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ((Scaled, Scaled), r"to_sync: must be a subclass of SyncBatchNorm \(got .*Scaled'>\)"),
+        ((Scaled, print), r"to_sync: must be a subclass of SyncBatchNorm \(got <built-in function print>\)"),
+        ((Scaled, ScaledSync, print), r"to_local: must be .* \(got <built-in function print>\)"),
+        (
+            (nn.Linear, ScaledSync),
+            r"type: must be a subclass of torch's batch normalisation .*\(got .*Linear'>\)",
+        ),
+        ((ScaledSync, ScaledSync), r"type: must be .* not of SyncBatchNorm \(got .*ScaledSync'>\)"),
+        ((Scaled, ScaledSync, SyncBatchNorm), r"to_local: must be .* \(got .*SyncBatchNorm'>\)"),
+    ],
+)
+@pytest.mark.usefixtures("registry")
+def test_a_registration_of_other_classes_is_refused(classes, message):
+    with pytest.raises(ConversionError, match=message):
+        register_conversion(*classes)
+    with pytest.raises(ConversionError, match="cannot convert"):
+        convert_sync_batchnorm(Scaled(3))

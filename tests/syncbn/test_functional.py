@@ -1,14 +1,16 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from syncbn import GroupError, InputError, sync_batch_norm
+from syncbn import GroupError, InputError, SyncBatchNorm, sync_batch_norm
 from tests.dist import run_on_ranks
 from tests.syncbn.collective_recorder import record_collectives
 from tests.syncbn.reference import expect, make_case, relative_error
 
 WORLD_SIZES = [1, 2, 3, 4, 8]
-# (dtype, mean of the values whose standard deviation is about 1, largest error of output, gradients and variance)
+# (dtype, mean of the values whose standard deviation is about 1, largest error of output, gradients and
+# variance)
 PRECISIONS = [
     (torch.float64, 0.0, 1e-13, 1e-13, 1e-13),
     (torch.float64, 100.0, 1e-12, 1e-12, 1e-12),
@@ -63,8 +65,12 @@ def check_against_one_device(results, case, output_tolerance, gradient_tolerance
         assert moments.count == expected.count
         assert relative_error(moments.mean, expected.mean) <= 1e-13
         assert relative_error(moments.variance, expected.variance) <= variance_tolerance
-        assert torch.equal(moments.pack(), results[0][4].pack()), "the statistics differ in bits between ranks"
-    assert relative_error(sum(result[2] for result in results), expected.weight_gradient) <= gradient_tolerance
+        assert torch.equal(moments.pack(), results[0][4].pack()), (
+            "the statistics differ in bits between ranks"
+        )
+    assert (
+        relative_error(sum(result[2] for result in results), expected.weight_gradient) <= gradient_tolerance
+    )
     assert relative_error(sum(result[3] for result in results), expected.bias_gradient) <= gradient_tolerance
 
 
@@ -80,8 +86,11 @@ def test_half_precision_is_rounded_once(dtype, world_size):
             for actual, exact in zip(
                 result[index][:2], (expected.outputs[rank], expected.gradients[rank]), strict=True
             ):
-                # Half a unit in the last place, and a little where the exact value is almost half-way between two.
-                assert ((actual.double() - exact).abs() <= torch.finfo(dtype).eps * 0.502 * exact.abs() + 1e-7).all()
+                # Half a unit in the last place, and a little where the exact value is almost half-way between
+                # two.
+                assert (
+                    (actual.double() - exact).abs() <= torch.finfo(dtype).eps * 0.502 * exact.abs() + 1e-7
+                ).all()
 
 
 def lay_out(x, layout):
@@ -99,7 +108,9 @@ LAYOUTS = ["contiguous", "view", "channels_innermost", "expanded"]
 
 
 def normalise_layouts(shape):
-    """Compare, on every layout of input and output gradient, with the contiguous one, and return all strides."""
+    """Compare, on every layout of input and output gradient, with the contiguous one, and return all
+    strides.
+    """
     generator = torch.Generator().manual_seed(dist.get_rank())
     values, gradient = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
     strides = []
@@ -118,7 +129,9 @@ def normalise_layouts(shape):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (4, 3, 5, 6, 2), (1, 3, 5, 6), (4, 1, 5, 6)])
+@pytest.mark.parametrize(
+    "shape", [(4, 3), (4, 3, 5), (4, 3, 5, 6), (4, 3, 5, 6, 2), (1, 3, 5, 6), (4, 1, 5, 6)]
+)
 def test_any_layout_is_taken_and_the_memory_format_is_kept(shape):
     for layout, x, y, dx in run_on_ranks(normalise_layouts, 2, shape)[0]:
         if layout in ("contiguous", "channels_innermost"):
@@ -211,7 +224,7 @@ def record_normalisation(case):
 def test_one_collective_forward_and_one_backward(dtype, forward):
     channels = 7
     results = run_on_ranks(record_normalisation, 3, make_case([4, 2, 0], channels, dtype=dtype))
-    assert results == [[(forward, 8 * (2 * channels + 3)), ("all_reduce", 8 * (2 * channels + 3))]] * 3
+    assert results == [[(forward, 8 * (2 * channels + 2)), ("all_reduce", 8 * (2 * channels + 2))]] * 3
     assert run_on_ranks(record_normalisation, 1, make_case([4], channels, dtype=dtype)) == [[]]
 
 
@@ -238,14 +251,16 @@ def test_each_group_has_its_own_statistics():
 BAD_INPUTS = [
     (
         torch.ones(4, 3, dtype=torch.int64),
-        r"dtype must be one of torch.float16, torch.bfloat16, torch.float32, torch.float64 \(got torch.int64\)",
+        r"dtype must be one of torch.float16, torch.bfloat16, torch.float32, torch.float64 \(got "
+        r"torch.int64\)",
     ),
     (torch.ones(4, 3, dtype=torch.complex64), r"\(got torch.complex64\)"),
     (torch.ones(3), r"must have two or more dimensions, \(N, C, \*\) \(got shape \(3,\)\)"),
     (torch.ones(4, 0, 5), r"one or more channels C in \(N, C, \*\) \(got shape \(4, 0, 5\)\)"),
     (
         torch.ones(4, 2, 5),
-        r"weight: must have one element per channel, 2 for an input of shape \(4, 2, 5\) \(got shape \(3,\)\)",
+        r"weight: must have one element per channel, 2 for an input of shape \(4, 2, 5\) \(got shape "
+        r"\(3,\)\)",
     ),
     (torch.ones(4, 3, device="meta"), r"weight: must be on the device of the input, meta \(got cpu\)"),
 ]
@@ -255,6 +270,38 @@ BAD_INPUTS = [
 def test_bad_input_is_refused_with_what_came_and_what_is_taken(x, message):
     with pytest.raises(InputError, match=message):
         sync_batch_norm(x, torch.ones(3))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.parametrize(
+    "make",
+    [lambda: sync_batch_norm, lambda: SyncBatchNorm(4), lambda: SyncBatchNorm(4).eval()],
+    ids=["function", "train", "eval"],
+)
+def test_a_nested_tensor_is_refused_with_its_type_and_a_remedy(make, layout):
+    x = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(5, 4)], layout=layout)
+    message = rf"input: must be a dense tensor \(got NestedTensor, {layout}\); pad it, and pass a mask"
+    with pytest.raises(InputError, match=message):
+        make()(x)
+
+
+def refuse_distributed_tensors():
+    mesh = init_device_mesh("cpu", (2,))
+    x, weight = (distribute_tensor(torch.ones(shape), mesh, [Shard(0)]) for shape in ((4, 3), (3,)))
+    with record_collectives() as issued:
+        for normalise in (sync_batch_norm, SyncBatchNorm(3), SyncBatchNorm(3).eval()):
+            with pytest.raises(InputError, match=r"input: .* \(got DTensor\); .* tensor\.to_local\(\)"):
+                normalise(x)
+        with pytest.raises(InputError, match=r"weight: .* \(got DTensor\)"):
+            sync_batch_norm(torch.ones(4, 3), weight)
+    sync_batch_norm(x.to_local())
+    return issued
+
+
+@pytest.mark.dist
+def test_distributed_tensors_are_refused_before_any_collective():
+    assert run_on_ranks(refuse_distributed_tensors, 2) == [[], []]
 
 
 def refuse_bad_input(x, message):

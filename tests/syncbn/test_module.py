@@ -36,7 +36,9 @@ def make_steps(counts, rest):
 
 
 def train(layer, batches):
-    """Run a layer on batches of (values, output gradient); return outputs, input gradients, parameter gradients and state."""
+    """Run a layer on batches of (values, output gradient); return outputs, input gradients, parameter
+    gradients and state.
+    """
     outputs, gradients = [], []
     for values, gradient in batches:
         x = values.clone().requires_grad_()
@@ -62,7 +64,12 @@ def test_training_equals_batch_norm_on_the_concatenated_batch(world_size):
         : 1 + world_size
     ]
     counts = [shares for shares in counts if sum(shares)]
-    jobs = [(options, make_steps(shares, rest)) for options in OPTIONS for shares in counts for rest in [(), (2, 3)]]
+    jobs = [
+        (options, make_steps(shares, rest))
+        for options in OPTIONS
+        for shares in counts
+        for rest in [(), (2, 3)]
+    ]
     results = run_on_ranks(train_synchronised, world_size, jobs)
     for index, (options, steps) in enumerate(jobs):
         layer = LAYERS[steps[0][0][0].dim()](3, dtype=torch.float64, **options)
@@ -186,7 +193,8 @@ def train_from_different_buffers():
 def test_buffers_that_differ_between_ranks_do_not_reach_the_statistics():
     results = run_on_ranks(train_from_different_buffers, 2)
     assert_close(
-        torch.cat([y for y, _ in results]), F.batch_norm(results[0][1].flatten(0, 1), None, None, training=True)
+        torch.cat([y for y, _ in results]),
+        F.batch_norm(results[0][1].flatten(0, 1), None, None, training=True),
     )
 
 
@@ -281,7 +289,12 @@ def test_a_copy_shares_the_process_group():
 @pytest.mark.parametrize(
     ("shape", "dtype", "options", "message"),
     [
-        ((4, 2), torch.float32, {}, r"weight: must have one element per channel, 2 for an input of shape \(4, 2\)"),
+        (
+            (4, 2),
+            torch.float32,
+            {},
+            r"weight: must have one element per channel, 2 for an input of shape \(4, 2\)",
+        ),
         ((4, 2), torch.float32, OPTIONS[-1], r"must have 3 channels \(got 2, shape \(4, 2\)\)"),
         ((3,), torch.float32, {}, "two or more dimensions"),
         ((4, 3), torch.int32, {}, r"\(got torch.int32\)"),
@@ -310,7 +323,13 @@ def test_a_rank_outside_the_group_may_evaluate_but_not_train():
 
 def make_network(norm):
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 4, 3, bias=False), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3, bias=False), norm(3, affine=False)]
+    layers = [
+        nn.Conv2d(2, 4, 3, bias=False),
+        norm(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, bias=False),
+        norm(3, affine=False),
+    ]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 4 * 4, 2)).double()
 
 
@@ -333,7 +352,8 @@ def train_network_in_parallel(counts, batches):
     network = make_network(SyncBatchNorm)
     parallel = DistributedDataParallel(network, **{BUFFERS_OPTION: False})
     own = [(x.split(counts)[rank], target.split(counts)[rank]) for x, target in batches]
-    # The mean over ranks of these losses is the mean over all samples, also where ranks hold different numbers of them.
+    # The mean over ranks of these losses is the mean over all samples, also where ranks hold different
+    # numbers of them.
     train_network(parallel, own, loss_weight=dist.get_world_size() * counts[rank] / sum(counts))
     return network.state_dict()
 
@@ -342,7 +362,10 @@ def train_network_in_parallel(counts, batches):
 @pytest.mark.parametrize("counts", [[3, 3], [1, 5], [2, 1, 4], [1, 1, 1, 1]])
 def test_data_parallel_training_equals_training_on_one_device(counts):
     batches = [
-        (torch.randn(sum(counts), 2, 8, 8, dtype=torch.float64), torch.randn(sum(counts), 2, dtype=torch.float64))
+        (
+            torch.randn(sum(counts), 2, 8, 8, dtype=torch.float64),
+            torch.randn(sum(counts), 2, dtype=torch.float64),
+        )
         for _ in range(5)
     ]
     network = make_network(nn.BatchNorm2d)

@@ -10,7 +10,9 @@ from tests.dist import run_on_ranks
 def take_statistics(batches):
     torch.manual_seed(0)
     dropout = nn.Dropout(0.0).eval()
-    model = nn.Sequential(nn.Linear(3, 4, dtype=torch.float64), SyncBatchNorm(4, dtype=torch.float64), dropout)
+    model = nn.Sequential(
+        nn.Linear(3, 4, dtype=torch.float64), SyncBatchNorm(4, dtype=torch.float64), dropout
+    )
     parameters = [parameter.clone() for parameter in model.parameters()]
     own = [batch.tensor_split([2])[dist.get_rank()] for batch in batches]
     update_population_statistics(model, own)
@@ -35,7 +37,7 @@ def test_batches_count_by_the_values_that_all_ranks_have():
 
 def test_without_a_batch_nothing_changes():
     model = nn.Sequential(SyncBatchNorm(3), SyncBatchNorm(3, track_running_stats=False)).eval()
-    with pytest.raises(InputError, match="no batch"):
+    with pytest.raises(InputError, match="at least one batch"):
         update_population_statistics(model, [])
     assert not model.training
     torch.testing.assert_close(model.state_dict()["0.running_var"], torch.ones(3))

@@ -69,14 +69,20 @@ def test_large_tensors_are_as_exact_as_promised(layout, shift, dtype, bound):
     for rank, (y, dx, weight_gradient, bias_gradient, mean, variance) in enumerate(results):
         assert relative_error(y, expected.outputs[rank]) <= bound
         assert relative_error(dx, expected.gradients[rank]) <= (1e-5 if dtype == torch.float32 else bound)
-        # The mean is told apart from zero only as well as its dtype allows: by the larger of it and the deviation.
+        # The mean is told apart from zero only as well as its dtype allows: by the larger of it and the
+        # deviation.
         scale = expected.mean.abs().max() + expected.variance.max().sqrt()
-        assert (mean.double() - expected.mean).abs().max() <= (1e-6 if dtype == torch.float32 else bound) * scale
+        assert (mean.double() - expected.mean).abs().max() <= (
+            1e-6 if dtype == torch.float32 else bound
+        ) * scale
         unbiased = expected.variance * expected.count / (expected.count - 1)
         assert relative_error(variance, unbiased) <= (1e-6 if shift < 1e4 else 1.2e-5)
         assert torch.equal(mean, results[0][4])
         assert torch.equal(variance, results[0][5])
-        parameter_gradients = [parameter_gradients[0] + weight_gradient, parameter_gradients[1] + bias_gradient]
+        parameter_gradients = [
+            parameter_gradients[0] + weight_gradient,
+            parameter_gradients[1] + bias_gradient,
+        ]
     assert relative_error(parameter_gradients[0], expected.weight_gradient) <= 5 * bound
     assert relative_error(parameter_gradients[1], expected.bias_gradient) <= 5 * bound
 
@@ -89,7 +95,8 @@ def test_large_half_precision_tensors_are_within_one_unit_in_the_last_place(layo
     expected = expect(case)
     for rank, (y, dx, *_) in enumerate(results):
         for actual, exact in ((y, expected.outputs[rank]), (dx, expected.gradients[rank])):
-            # Half a unit is what rounding alone takes; below the smallest normal number units are as large as there.
+            # Half a unit is what rounding alone takes; below the smallest normal number units are as large as
+            # there.
             unit = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
             assert ((actual.double() - exact).abs() <= 0.51 * unit).all()
 
@@ -107,7 +114,10 @@ def test_one_far_channel_is_done_again_and_the_others_are_not(monkeypatch):
     torch.testing.assert_close(moments.mean, mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moments.variance, variance, rtol=1e-6, atol=1e-9)
     assert moments.variance[4] == 0
-    assert relative_error(y, (x.double() - mean.view(1, -1, 1, 1)) * (variance.view(1, -1, 1, 1) + 1e-5).rsqrt()) < 2e-6
+    assert (
+        relative_error(y, (x.double() - mean.view(1, -1, 1, 1)) * (variance.view(1, -1, 1, 1) + 1e-5).rsqrt())
+        < 2e-6
+    )
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -131,3 +141,35 @@ def test_the_gradient_may_come_in_another_memory_format(memory_format, gradient_
         gradients.append(values.grad)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-6)
     assert gradients[1].is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["rows", "columns", "one_dimension"])
+def test_the_output_has_the_dtype_of_the_input_not_of_the_parameters(layout, dtype, parameter_dtype):
+    shape, memory_format = LAYOUTS[layout]
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+    layer = SyncBatchNorm(shape[1], dtype=parameter_dtype)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (dtype, dtype, parameter_dtype)
+
+
+def test_a_default_dtype_changes_nothing():
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = SyncBatchNorm(40, dtype=torch.float32)
+        assert layer(torch.randn(2, 40, 24, 12, dtype=torch.float32)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_around_a_large_mean_are_as_exact(memory_format):
+    torch.manual_seed(0)
+    x = torch.randn(8, 16, 64, 64).contiguous(memory_format=memory_format).requires_grad_()
+    dy = 1 + 0.01 * torch.randn(8, 16, 64, 64).contiguous(memory_format=memory_format)
+    exact = x.detach().double().requires_grad_()
+    sync_batch_norm(x)[0].backward(dy)
+    torch.nn.functional.batch_norm(exact, None, None, training=True).backward(dy.double())
+    assert relative_error(x.grad, exact.grad) <= 1e-5

@@ -1,4 +1,6 @@
-"""The GPU path: one GPU suffices, which two gloo ranks then share; with several, NCCL is tested too. Never run so far."""
+"""The GPU path: one GPU suffices, which two gloo ranks then share; with several, NCCL is tested too. Never
+run so far.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,10 @@ from syncbn import SyncBatchNorm, sync_batch_norm
 from tests.dist import run_on_ranks
 from tests.syncbn.reference import expect, make_case, relative_error
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 BACKENDS = ["gloo"] + (["nccl"] if torch.cuda.device_count() > 1 else [])
 
 

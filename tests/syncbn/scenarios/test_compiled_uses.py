@@ -29,7 +29,9 @@ def draw(samples, seed=0):
 
 
 def run(call, module, x, *others):
-    """Run forward and backward; return output, gradients and copies of the buffers, and the collectives issued."""
+    """Run forward and backward; return output, gradients and copies of the buffers, and the collectives
+    issued.
+    """
     x = x.clone().requires_grad_()
     module.zero_grad()
     with record_collectives() as issued:
@@ -40,7 +42,9 @@ def run(call, module, x, *others):
 
 
 def compare(call, compiled_module, plain, batches):
-    """Run the plain module and the call on the same batches, one after the other, and compare all there is to see."""
+    """Run the plain module and the call on the same batches, one after the other, and compare all there is to
+    see.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own parts
         for batch in batches:
@@ -59,7 +63,10 @@ def run_compiled_block_in_checkpoint(use_reentrant):
     uneven = 3 + dist.get_rank()
     for number in (1, 2):
         compare(
-            lambda x: checkpoint(compiled, x, use_reentrant=use_reentrant), block, plain, [(draw(uneven, seed=number),)]
+            lambda x: checkpoint(compiled, x, use_reentrant=use_reentrant),
+            block,
+            plain,
+            [(draw(uneven, seed=number),)],
         )
         assert block[1].num_batches_tracked == number
 
@@ -74,7 +81,8 @@ def run_on_changing_sizes():
     block = copy.deepcopy(plain)
     graphs = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, backend=graphs, fullgraph=True, dynamic=True)
-    # No size of 0 or 1, and none that is also a height or width: torch would compile those anew, whatever it is given.
+    # No size of 0 or 1, and none that is also a height or width: torch would compile those anew, whatever it
+    # is given.
     sizes = [size + 2 * dist.get_rank() for size in (3, 6, 2)]
     counts = []
 
@@ -116,7 +124,9 @@ def run_with_mask(fullgraph):
     plain = SyncBatchNorm(CHANNELS)
     layer = copy.deepcopy(plain)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=fullgraph)
-    compare(compiled, layer, plain, [(draw(3, seed=number), mask) for number, mask in enumerate(make_masks())])
+    compare(
+        compiled, layer, plain, [(draw(3, seed=number), mask) for number, mask in enumerate(make_masks())]
+    )
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])

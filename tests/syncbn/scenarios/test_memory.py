@@ -1,4 +1,6 @@
-"""The memory of both passes beside that of plain batch normalisation, on tensors against which the rest is small."""
+"""The memory of both passes beside that of plain batch normalisation, on tensors against which the rest is
+small.
+"""
 
 import warnings
 
@@ -38,7 +40,9 @@ def trace_bytes(function):
 
 
 def measure_layer(norm, memory_format, shift, dtype=torch.float32, far=slice(None), shape=SHAPE):
-    """Return the bytes that forward keeps, output included and input not, and the peak of forward and backward."""
+    """Return the bytes that forward keeps, output included and input not, and the peak of forward and
+    backward.
+    """
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(shape, generator=generator).to(dtype, memory_format=memory_format) for _ in range(2))
     x[:, far] += shift

@@ -11,6 +11,7 @@ from syncbn import DesyncError, SyncBatchNorm
 from syncbn.collectives import reduce
 from syncbn.collectives.context import LayerCollectives
 from tests.dist import Pool, run_on_ranks
+from tests.processes import wait_for_file
 
 pytestmark = pytest.mark.dist
 TIMEOUT_SECONDS = 2.5
@@ -99,7 +100,9 @@ def commit(fault):
         (need_no_gradient, "norm2", "backward", 2),
     ],
 )
-def test_every_surviving_rank_says_where_it_waited_and_who_was_missing(fault, layer, phase, number, world_size):
+def test_every_surviving_rank_says_where_it_waited_and_who_was_missing(
+    fault, layer, phase, number, world_size
+):
     results = run_on_ranks(commit, world_size, fault)
     for rank, (error, seconds) in enumerate(results):
         if rank == CULPRIT:
@@ -136,13 +139,18 @@ def test_the_first_call_keeps_to_the_limit_too(delays):
             assert seconds < TIMEOUT_SECONDS + 2
 
 
-def die(layers):
-    os._exit(3)
-
-
 def survive(path, destroy_after):
+    def die(layers):
+        (path / "died").touch()
+        os._exit(3)
+
+    def destroy():
+        wait_for_file(path / "died")
+        time.sleep(destroy_after)
+        dist.destroy_process_group()
+
     if destroy_after is not None and dist.get_rank() != CULPRIT:
-        threading.Timer(destroy_after, dist.destroy_process_group).start()
+        threading.Thread(target=destroy, daemon=True).start()
     error, seconds = commit(die)
     assert isinstance(error, DesyncError)
     (path / "survivor").write_text(f"{error.layer} {error.missing_ranks} {seconds < TIMEOUT_SECONDS + 2}")
@@ -152,14 +160,14 @@ def survive(path, destroy_after):
 def test_a_rank_that_dies_is_missed_at_once_and_also_where_the_launcher_then_destroys_the_group(
     tmp_path, destroy_after
 ):
-    pool = Pool(grace_seconds=4)
+    pool = Pool(outcome_grace_seconds=4)
     with pytest.raises(EOFError, match="rank 1 died"):
         pool.run(survive, 2, (tmp_path, destroy_after), 40.0)
     assert (tmp_path / "survivor").read_text() == "norm0 (1,) True"
 
 
 def destroy_and_tell():
-    call = LayerCollectives("norm0").next_call("forward")
+    call = LayerCollectives("norm0").next_call("forward", dist.group.WORLD)
     dist.destroy_process_group()
     return reduce._desync(call, "broken")
 
@@ -167,7 +175,7 @@ def destroy_and_tell():
 def test_a_call_whose_group_is_gone_is_still_named():
     error = run_on_ranks(destroy_and_tell, 1)[0]
     assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("norm0", "forward", 1, ())
-    assert "the process group is gone" in str(error)
+    assert "the process group was destroyed" in str(error)
 
 
 def call_in_order():

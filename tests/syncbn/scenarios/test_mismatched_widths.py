@@ -1,6 +1,8 @@
-"""Calls that torch.distributed would pair although they are not of one kind: other widths, other dtypes, other callers.
+"""Calls that torch.distributed would pair although they are not of one kind: other widths, other dtypes,
+other callers.
 
-gloo ends a process which receives more bytes than it waits for (std::terminate). Nobody ends here, and nobody gets a result.
+gloo ends a process which receives more bytes than it waits for (std::terminate). Nobody ends here, and nobody
+gets a result.
 """
 
 import time
@@ -44,9 +46,12 @@ def meet_another_width(widths):
 def test_ranks_in_layers_of_different_widths_all_raise(widths):
     for rank, error in enumerate(run_on_ranks(meet_another_width, len(widths), widths)):
         assert error.layer == f"of {widths[rank]}"
-        assert error.missing_ranks == tuple(other for other, channels in enumerate(widths) if channels != widths[rank])
+        assert error.missing_ranks == tuple(
+            other for other, channels in enumerate(widths) if channels != widths[rank]
+        )
         assert all(
-            f"Rank {other} is in of {widths[other]}, forward, call 1" in str(error) for other in error.missing_ranks
+            f"Rank {other} is in of {widths[other]}, forward, call 1" in str(error)
+            for other in error.missing_ranks
         )
 
 
@@ -63,7 +68,9 @@ def skip_a_wide_layer(wide_first):
             x = x if part is wide and skip else part(x)
         x.square().sum().backward()
 
-    norms = [module for part in (wide, *layers) for module in part.modules() if isinstance(module, SyncBatchNorm)]
+    norms = [
+        module for part in (wide, *layers) for module in part.modules() if isinstance(module, SyncBatchNorm)
+    ]
     for norm in norms:
         norm.timeout_seconds = 30
     step(skip=False)
@@ -78,7 +85,12 @@ def test_a_skipped_layer_of_another_width_is_named_on_every_rank(wide_first):
     assert (skipper.layer, skipper.phase) == (("narrow", "forward") if wide_first else ("last", "backward"))
     assert skipper.missing_ranks == (1, 2)
     for error in others:
-        assert (error.layer, error.phase, error.call_number, error.missing_ranks) == ("wide", "forward", 2, (0,))
+        assert (error.layer, error.phase, error.call_number, error.missing_ranks) == (
+            "wide",
+            "forward",
+            2,
+            (0,),
+        )
 
 
 def meet_another_dtype():
@@ -93,11 +105,12 @@ def test_ranks_whose_inputs_differ_in_dtype_do_not_pair():
         assert error.missing_ranks == (1 - rank,)
 
 
-def test_all_ranks_raise_where_torch_compares_the_calls(monkeypatch):
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    pool = Pool(grace_seconds=TIMEOUT_SECONDS + 2)
+def test_all_ranks_raise_where_torch_compares_the_calls():
+    pool = Pool(outcome_grace_seconds=TIMEOUT_SECONDS + 2, TORCH_DISTRIBUTED_DEBUG="DETAIL")
     try:
-        errors = pool.run(meet_another_width, 2, ([NARROW, WIDE],), 30.0) + pool.run(meet_another_dtype, 2, (), 30.0)
+        errors = pool.run(meet_another_width, 2, ([NARROW, WIDE],), 30.0) + pool.run(
+            meet_another_dtype, 2, (), 30.0
+        )
     finally:
         pool.close()
     for error in errors:
@@ -131,7 +144,9 @@ def meet_a_collective_of_somebody_else(length):
         layer(torch.randn(3, NARROW))
     if dist.get_rank() == 0:
         dist.all_reduce(torch.ones(length or issued[0][1] // 8, dtype=torch.float64), async_op=True)
-        time.sleep(TIMEOUT_SECONDS + 1)  # stays, so that the other rank is not told by the end of the connection
+        time.sleep(
+            TIMEOUT_SECONDS + 1
+        )  # stays, so that the other rank is not told by the end of the connection
         return None
     return catch(layer, torch.randn(3, NARROW))
 

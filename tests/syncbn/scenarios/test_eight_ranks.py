@@ -56,7 +56,9 @@ def unit_in_the_last_place(exact, dtype):
 
 
 def check(results, expected):
-    """Compare what the ranks have, put together, with one device's: float64, float32 or half precision by its dtype."""
+    """Compare what the ranks have, put together, with one device's: float64, float32 or half precision by its
+    dtype.
+    """
     y, dx = (torch.cat([result[index] for result in results]) for index in range(2))
     dtype, error = y.dtype, (y.double() - expected[0]).abs()
     match dtype:

@@ -1,4 +1,6 @@
-"""The cases that torch tests its own SyncBatchNorm by on GPUs, on the CPU; those not here stand beside what they test."""
+"""The cases that torch tests its own SyncBatchNorm by on GPUs, on the CPU; those not here stand beside what
+they test.
+"""
 
 import inspect
 
@@ -10,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from syncbn import SyncBatchNorm, convert_sync_batchnorm
+from syncbn import ConversionError, SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 from tests.dist import run_on_ranks
 
 pytestmark = pytest.mark.dist
@@ -108,7 +110,9 @@ def test_input_sizes_that_differ_and_one_that_is_nothing(rest, dtype, memory_for
 def make_sharded(mixed):
     torch.manual_seed(0)
     network = convert_sync_batchnorm(
-        nn.Sequential(nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+        nn.Sequential(
+            nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)
+        )
     )
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if mixed else None
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -128,7 +132,10 @@ def train_sharded(x, target, mixed):
         nn.functional.mse_loss(y.float(), target.chunk(world_size)[rank]).backward()
         optimiser.step()
     state = network.state_dict()
-    return {name: (value.full_tensor() if hasattr(value, "full_tensor") else value) for name, value in state.items()}
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value)
+        for name, value in state.items()
+    }
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -146,6 +153,21 @@ def test_fully_sharded_training_equals_that_of_one_device(mixed):
     tolerance = 2e-2 if mixed else 1e-5
     for state in run_on_ranks(train_sharded, 2, x, target, mixed):
         torch.testing.assert_close(state, network.state_dict(), rtol=tolerance, atol=tolerance)
+
+
+def convert_and_revert_sharded():
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    plain, converted = nn.BatchNorm2d(4), SyncBatchNorm(4)
+    for layer in (plain, converted):
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(ConversionError, match=r"cannot convert .*FSDPBatchNorm2d.* before fully_shard"):
+        convert_sync_batchnorm(plain)
+    with pytest.raises(ConversionError, match=r"cannot revert .*FSDPSyncBatchNorm.* before fully_shard"):
+        revert_sync_batchnorm(converted)
+
+
+def test_fully_sharded_layers_are_neither_converted_nor_reverted():
+    run_on_ranks(convert_and_revert_sharded, 2)
 
 
 def normalise_under_autocast():

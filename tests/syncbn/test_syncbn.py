@@ -6,7 +6,9 @@ import syncbn
 
 
 def test_all_is_the_public_namespace():
-    public = {name for name, value in vars(syncbn).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    public = {
+        name for name, value in vars(syncbn).items() if name[0] != "_" and not isinstance(value, ModuleType)
+    }
     assert public == set(syncbn.__all__)
     assert syncbn.__all__ == sorted(syncbn.__all__)
 
@@ -16,7 +18,9 @@ def test_the_package_imports_torch_and_the_standard_library_alone():
         "import sys, torch, torch.distributed; before = set(sys.modules); import syncbn; "
         "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     )
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
+    )
     assert set(answer.stdout.split()) - set(sys.stdlib_module_names) <= {"syncbn", "torch"}
 
 

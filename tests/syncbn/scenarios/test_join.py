@@ -1,4 +1,6 @@
-"""Ranks with different numbers of batches: under torch's Join, which wants early ends to raise if layers synchronise."""
+"""Ranks with different numbers of batches: under torch's Join, which wants early ends to raise if layers
+synchronise.
+"""
 
 import inspect
 import time
@@ -42,7 +44,9 @@ def train(network, batches):
 
 
 def train_joined(join, batches):
-    """Return what ends the training, how many steps the layer saw, and its state after one more of its own."""
+    """Return what ends the training, how many steps the layer saw, and its state after one more of its
+    own.
+    """
     network = make_network()
     with pytest.raises(RuntimeError) as caught, join(network):
         train(network, batches)
@@ -59,7 +63,11 @@ def train_joined(join, batches):
 def test_an_early_end_raises_on_every_rank_and_leaves_the_layer_in_step(batches, join):
     results = run_on_ranks(train_joined, len(batches), join, batches, timeout_seconds=20)
     for rank, (message, steps, state) in enumerate(results):
-        ended = f"Rank {rank} exhausted all inputs" if batches[rank] == min(batches) else "Throwing across all ranks"
+        ended = (
+            f"Rank {rank} exhausted all inputs"
+            if batches[rank] == min(batches)
+            else "Throwing across all ranks"
+        )
         assert ended in message
         assert steps == min(batches)
         torch.testing.assert_close(state, results[0][2], rtol=0, atol=0)
