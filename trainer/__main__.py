@@ -1,6 +1,6 @@
-"""Driver: `python -m trainer`, inside a Ray job or with SPEC.yaml by hand.
+"""Driver: `python -m trainer`, inside a Ray job or by hand with SPEC.yaml.
 
-Inside a Ray job, SYNCBN_JOB names its task file.
+Inside a Ray job, SYNCBN_JOB is the path of the task file.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from trainer.jobspec import (
     TASK_FILE,
     Allowlist,
     AttemptContext,
+    AttemptTask,
     JobSpec,
     Outcome,
-    Task,
     attempt_folder,
     field_path,
     read_yaml,
@@ -36,11 +36,14 @@ from trainer.logs import indexed_logs, redirect_output
 from trainer.processes import Descendants, describe_status, die_with_parent
 
 NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
-"""Exit codes of a driver that has no outcome to write."""
+"""Exit codes of a driver without an outcome."""
 
 
 def main() -> int:
-    """Run one task and return the exit code: 0 succeeded, 1 failed, 2 not understood, 3 not to be started, 130 interrupted."""
+    """Run one task and return the exit code.
+
+    0: succeeded, 1: failed, 2: invalid task, 3: not to be started, 130: interrupted.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m trainer", description="Train one spec on a local Ray, without the service."
     )
@@ -48,16 +51,18 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="folder for metrics, checkpoints and model; default: runs/SPEC-TIME"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the last checkpoint in the output folder"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.spec is not None:
             task = _task_of_file(arguments.spec, arguments.output, resume=arguments.resume)
-            atomic_write(_folder(task) / TASK_FILE, task)
+            atomic_write(_folder(task) / TASK_FILE, task.model_dump_json())
             return _run(task, ray_address="local")
         if JOB_VARIABLE not in os.environ:
-            parser.error(f"give a SPEC.yaml; only the service starts this without one (with {JOB_VARIABLE})")
-        task = Task.model_validate_json(Path(os.environ[JOB_VARIABLE]).read_bytes())
+            parser.error(f"spec: must be a YAML file, unless the service has set {JOB_VARIABLE}")
+        task = AttemptTask.model_validate_json(Path(os.environ[JOB_VARIABLE]).read_bytes())
         return _run_supervised(task)
     except (OSError, ValueError) as error:
         print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {error}", file=sys.stderr)
@@ -67,14 +72,17 @@ def main() -> int:
         return INTERRUPTED
 
 
-def _run_supervised(task: Task) -> int:
-    """Run the attempt in a child, end all that it leaves behind, and write its outcome if it was not able to."""
+def _run_supervised(task: AttemptTask) -> int:
+    """Run the attempt in a child process, and end its descendants.
+
+    Writes the outcome if the child could not.
+    """
     started_by = psutil.Process().parent()
     if (driver := os.fork()) == 0:  # safe: there are no threads yet
         die_with_parent()
         return _run_attempt(task)
     descendants = Descendants()
-    # Ray signals all processes of a job, this one first, so the driver gets its signals from Ray.
+    # Ray signals all processes of a job, including the driver, so signals are not forwarded.
     ended = supervise(descendants, driver, started_by, forward=False)
     file = _folder(task) / OUTCOME_FILE
     is_failure = not ended.stopped and ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED)
@@ -82,13 +90,13 @@ def _run_supervised(task: Task) -> int:
         outcome = _outcome_of_driver(ended)
         with (_folder(task) / LOG_FILE).open("a") as log:
             log.write(f"ERROR: {outcome.reason}\n")
-        atomic_write(file, outcome)
+        atomic_write(file, outcome.model_dump_json())
     descendants.end()
     return ended.status if ended.status >= 0 else 128 - ended.status
 
 
 def _outcome_of_driver(ended: ProcessExit) -> Outcome:
-    """Say how a driver ended that left no outcome; no user code runs in it."""
+    """Return the outcome of a driver that left none; it runs no user code."""
     at = time.strftime("%H:%M:%S", time.gmtime(ended.seconds))
     memory = ": the node was out of memory" if ended.out_of_memory else ""
     cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory)
@@ -99,23 +107,23 @@ def _outcome_of_driver(ended: ProcessExit) -> Outcome:
     )
 
 
-def _run_attempt(task: Task) -> int:
+def _run_attempt(task: AttemptTask) -> int:
     folder = _folder(task)
-    presence = AttemptLock(Path(task.context.folder), task.context.attempt)
-    if (reason := presence.claim()) is not None:
+    lock = AttemptLock(Path(task.context.folder), task.context.attempt)
+    if (reason := lock.acquire()) is not None:
         print(reason, file=sys.stderr)
         return NOT_STARTED
     try:
-        # Ray keeps its own logs only as long as the node lives.
-        print(f"output goes to {folder / LOG_FILE}", flush=True)
+        # Ray's own logs are lost with the node.
+        print(f"output is redirected to {folder / LOG_FILE}", flush=True)
         with indexed_logs(folder):
             redirect_output(folder / LOG_FILE)
             return _run(task, ray_address=None)
     finally:
-        presence.end()
+        lock.end()
 
 
-def _run(task: Task, ray_address: str | None) -> int:
+def _run(task: AttemptTask, ray_address: str | None) -> int:
     folder = _folder(task)
     for warning in spec_warnings(task.spec):
         print(f"warning: {warning}", flush=True)
@@ -124,23 +132,26 @@ def _run(task: Task, ray_address: str | None) -> int:
 
         outcome = run(task, ray_address=ray_address)
     except Exception as error:
-        # The trainer's own mistake, or the cluster's: the service decides whether to try again.
+        # An error of the trainer or the cluster: the service decides about a retry.
         traceback.print_exc()
-        reason, trace = f"driver: {type(error).__name__}: {message(error)}", printable(traceback.format_exc(), 20_000)
+        reason, trace = (
+            f"driver: {type(error).__name__}: {message(error)}",
+            printable(traceback.format_exc(), 20_000),
+        )
         cause, _ = classify(error, default="unknown")
         outcome = Outcome(state="failed", reason=reason, cause=cause, traceback=trace)
-    atomic_write(folder / OUTCOME_FILE, outcome)
+    atomic_write(folder / OUTCOME_FILE, outcome.model_dump_json())
     print(f"{outcome.state}: {outcome.reason}; files in {folder}", flush=True)
     return 0 if outcome.state == "succeeded" else 1
 
 
-def _folder(task: Task) -> Path:
+def _folder(task: AttemptTask) -> Path:
     folder = attempt_folder(Path(task.context.folder), task.context.attempt)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
+def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> AttemptTask:
     content = read_yaml(path)
     try:
         spec = JobSpec.model_validate(content)
@@ -152,20 +163,21 @@ def _task_of_file(path: Path, output: Path | None, *, resume: bool) -> Task:
         while attempt_folder(folder, attempt).exists():
             attempt += 1
         if attempt == 1:
-            raise FileNotFoundError(f"{folder} contains no run; --resume needs the --output folder of an earlier run")
+            raise FileNotFoundError(f"--output: must be the folder of an earlier run (got {folder})")
     elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; give --output a new folder, or --resume to continue in it")
-    # By hand, everything is allowed that the user is.
+        raise FileExistsError(f"--output: must be an empty folder without --resume (got {folder})")
+    # By hand, the permissions of the user apply.
     permissions = Allowlist(everything=True)
     context = AttemptContext(
         job_id=path.stem, attempt=attempt, name=path.stem, folder=str(folder), permissions=permissions
     )
-    return Task(spec=spec, context=context)
+    return AttemptTask(spec=spec, context=context)
 
 
 def _explain(error: ValidationError, content: object) -> str:
     return "; ".join(
-        f"{field_path(e['loc'], content) or 'the file'}: {e['msg'].removeprefix('Value error, ')} (got {e['input']!r})"
+        f"{field_path(e['loc'], content) or 'the file'}: {e['msg'].removeprefix('Value error, ')} "
+        f"(got {e['input']!r})"
         for e in error.errors(include_url=False)
     )
 

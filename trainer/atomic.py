@@ -6,22 +6,26 @@ import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel
 
+def atomic_write(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file atomically, readable only by its user.
 
-def atomic_write(path: Path, content: BaseModel, *, durable: bool = True) -> None:
-    """Write `content` as JSON to `path`, so that a reader sees the old file or the new one, even if this process is killed."""
+    Args:
+        path: path of the file.
+        text: content of the file.
+        durable: whether to wait until the content survives a loss of power.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     with os.fdopen(handle, "w") as file:
-        file.write(content.model_dump_json())
+        file.write(text)
         file.flush()
-        if durable:  # survives a loss of power too
+        if durable:
             os.fsync(file.fileno())
     Path(name).replace(path)
 
 
 class HashingWriter:
-    """Writer that computes the SHA-256 of what it passes on."""
+    """Writer that computes the SHA-256 of the written data."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -44,7 +48,10 @@ class HashingWriter:
 
 
 def to_disk(stream: Any) -> None:
-    """Have a local file survive a loss of power; other storages promise that once they have answered."""
+    """Flush a local file to disk.
+
+    Other storages are durable once they have answered.
+    """
     try:
         handle = stream.fileno()
     except (AttributeError, OSError):

@@ -1,8 +1,8 @@
-"""Checks of specs that need torch: `python -m trainer.check`, for the service.
+"""Checks of specifications that need torch: `python -m trainer.check`.
 
-Each line of standard input is a JobSpec as JSON; each is answered by one line of JSON: `error`, null or the `field`, `value` and
-`message` of the first thing that would fail on a worker; and `size`, null or the ModelSize of a library's model, which is made on
-the meta device, without memory for weights.
+The service runs it. Each line of standard input is a JobSpec as JSON; the answer is one line of JSON with
+`error`, which is null or the `field`, `value` and `message` of the first problem, and `size`, which is null
+or the ModelSize of a library model, built on the meta device without memory for weights.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ from trainer.jobspec import (
 
 MAX_BYTES = 6_000_000_000
 DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
-"""Of data that has to be looked at for them."""
+"""Shape and classes of data whose files would have to be read."""
 
 
 def check(spec: JobSpec) -> ModelSize | None:
-    """Measure the size of a library's model, if that is what the spec names.
+    """Return the size of a library model, or None for other models.
 
-    Raises ConfigurationError if a model, function, optimiser or dataset that it names does not exist, or does not take its
+    Raises ConfigurationError if a model, function, optimiser or dataset does not exist or does not accept its
     arguments.
     """
     if isinstance(spec.data, TorchvisionDataSpec):
@@ -68,7 +68,7 @@ def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | 
         with torch.device("meta"):
             built = build_library_model(model, shape or DEFAULT_SHAPE, classes)
     except ConfigurationError as error:
-        # Some builders compute with weights, which the meta device has not; a worker will show whether they work.
+        # Some builders compute with weights, which the meta device does not have; a worker will check them.
         if error.field == "model.arguments" and not isinstance(error.__cause__, TypeError):
             return None
         raise
@@ -78,20 +78,20 @@ def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | 
 def main() -> None:
     """Answer until standard input ends."""
     os.nice(10)
-    # Arguments may ask for any amount of memory; then this process fails, and not another one of the machine.
+    # Arguments may request any amount of memory; then this process fails, not another one of the machine.
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries is not an answer
     for line in sys.stdin:
         found: dict[str, Any] = {"error": None, "size": None}
         try:
             size = check(JobSpec.model_validate_json(line))
         except ConfigurationError as error:
-            found["error"] = {"field": error.field, "value": error.value, "message": error.takes}
-        except Exception as unexpected:  # a module that fails at its import, for one; the job's own log will say more
-            print(f"a spec could not be checked: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
+            found["error"] = {"field": error.field, "value": error.value, "message": error.rule}
+        except Exception as unexpected:  # such as a module that fails on import; the job's log will show it
+            print(f"warning: unchecked spec: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
         else:
             found["size"] = None if size is None else asdict(size)
         with contextlib.suppress(BrokenPipeError):

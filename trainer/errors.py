@@ -1,67 +1,64 @@
 """Errors that end a run before its last step.
 
-RunError                       its message is the reason, for the user to read
-├── InvalidInput               a field of the spec, or what it points to, cannot be used
-│   ├── ConfigurationError
-│   └── DataError
-│       └── CorruptImage
+RunError                       the message is the reason, for the user
+├── ConfigurationError         also an InvalidField: field of the specification, value and rule
+├── DataError                  also an InvalidField
+│   └── CorruptImage
 ├── DataTimeoutError           data did not arrive within its time limit
-├── StorageError               files of the run, such as checkpoints, cannot be written or read
+├── StorageError               files of the run, such as checkpoints, cannot be read or written
 ├── ExportError                training is complete, but its model cannot be written
-├── Diverged
-└── Preempted
+├── Diverged                   a loss or metric is not finite
+└── Preempted                  a node will be taken away; the run is saved
 """
 
-from trainer.jobspec import Cause
+from trainer.jobspec import FailureKind, InvalidField
 
 
 class RunError(Exception):
-    """A run ended for a reason that its user can read; the message is that reason."""
+    """End of a run for a reason that its user can read: the message."""
 
-    cause: Cause
-
-
-class InvalidInput(RunError):  # noqa: N818 - names say what is the case
-    """A field of the spec, or what it points to, cannot be used: names field, value and what is taken."""
-
-    def __init__(self, field: str, value: object, takes: str) -> None:
-        super().__init__(f"{field}: {takes} (got {value!r})")
-        self.field, self.value, self.takes = field, value, takes
-
-    def __reduce__(self) -> tuple[type["InvalidInput"], tuple[str, object, str]]:
-        return type(self), (self.field, self.value, self.takes)
+    cause: FailureKind
 
 
-class ConfigurationError(InvalidInput):
-    """The spec asks for something that does not exist or does not fit together."""
+class ConfigurationError(RunError, InvalidField):
+    """Specification of something that does not exist or is inconsistent."""
 
     cause = "configuration"
 
 
-class DataError(InvalidInput):
-    """Data is missing, broken or not as the spec describes it."""
+class DataError(RunError, InvalidField):
+    """Data that is missing, damaged or different from its specification."""
 
     cause = "data"
 
 
 class CorruptImage(DataError):  # noqa: N818
-    """An image is there, but cannot be decoded: the one thing that `corrupt_images: skip` is for; `value` names it."""
+    """Image that exists but cannot be decoded, as handled by `corrupt_images: skip`.
+
+    `value` is its name.
+    """
 
 
 class DataTimeoutError(RunError):
-    """Data did not arrive within its time limit; the next attempt may receive it."""
+    """Data that did not arrive in time; the next attempt may receive it."""
 
     cause = "hang"
 
 
 class StorageError(RunError):
-    """The storage of a run's files, such as checkpoints, fails: an error of the cluster that another attempt may not meet."""
+    """Failure of the storage of a run's files, such as checkpoints.
+
+    It counts as a failure of the cluster, which another attempt may not meet.
+    """
 
     cause = "worker_lost"
 
 
 class ExportError(RunError):
-    """Training is complete, but its model cannot be written; another attempt exports it from the last checkpoint."""
+    """Failure to write the model after complete training.
+
+    Another attempt exports it from the last checkpoint.
+    """
 
     cause = "export"
 
@@ -70,7 +67,10 @@ class ExportError(RunError):
 
 
 class Diverged(RunError):  # noqa: N818
-    """The loss of some step was not finite on some worker; a result, and raised on every worker at the same step."""
+    """Loss or metric that is not finite on some worker.
+
+    It is a result, and raised on every worker at the same step.
+    """
 
     cause = "diverged"
 
@@ -83,12 +83,12 @@ class Diverged(RunError):  # noqa: N818
 
 
 class Preempted(RunError):  # noqa: N818
-    """A worker's node is about to go; everything up to `step` is saved."""
+    """Imminent preemption of a worker's node; everything up to `step` is saved."""
 
     cause = "preempted"
 
     def __init__(self, step: int) -> None:
-        super().__init__(f"a node is about to go; saved after {step} steps")
+        super().__init__(f"a node is about to be preempted; saved after {step} steps")
         self.step = step
 
     def __reduce__(self) -> tuple[type["Preempted"], tuple[int]]:

@@ -25,7 +25,7 @@ class ExportedModel:
     """Weights of one step of a run, as they were evaluated."""
 
     name: str
-    """`model` for the one that the spec asks for; `model-best` or `model-last` for the other."""
+    """`model` for the one that the specification selects; `model-best` or `model-last` for the other one."""
     which: Literal["best", "last"]
     step: int
     weights: dict[str, Any]
@@ -34,9 +34,10 @@ class ExportedModel:
 def collect_models(
     spec: JobSpec, model: nn.Module, position: TrainProgress, checkpoints: Checkpoints, worker: RankInfo
 ) -> list[ExportedModel]:
-    """Collect the weights to export on rank 0, the chosen ones first; none on others. Collective if the model is sharded.
+    """Return the weights to export on rank 0, the selected ones first.
 
-    Statistics of batch normalisation are those that the evaluation of the same step used.
+    Returns an empty list on other ranks. Collective if the model is sharded. Statistics of batch
+    normalisation are those that the evaluation of the same step used.
     """
     weights = gather_model_state(model, keep=worker.rank == 0)
     if worker.rank > 0:
@@ -44,8 +45,8 @@ def collect_models(
     last = ExportedModel("model", "last", position.step, weights | position.statistics)
     try:
         found = checkpoints.load_best()
-    except StorageError as error:  # a run that is done must not fail by it
-        print(f"the last model is exported, not the best: {error}", flush=True)
+    except StorageError as error:  # a finished run must not fail
+        print(f"warning: exporting the last model instead of the best: {error}", flush=True)
         return [last]
     if found is None:
         return [last]
@@ -59,32 +60,37 @@ def collect_models(
 
 
 def write_weights(weights: dict[str, Any], path: Path) -> None:
-    """Write a state_dict, in place of the file that was there."""
+    """Write a state_dict, replacing an existing file."""
     part = path.with_name(f".{path.name}.part")
     torch.save(weights, part)
     part.replace(path)
 
 
-def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, example: Tensor, folder: Path) -> bool:
-    """Write a folder that `mlflow.pytorch.load_model` reads, with signature and input example; return whether that could be done.
+def export_model(
+    spec: JobSpec, weights: dict[str, Any], dataset: Dataset, example: Tensor, folder: Path
+) -> bool:
+    """Write a folder for `mlflow.pytorch.load_model`; return whether it succeeded.
 
-    Synchronised layers become plain nn.BatchNorm, so that a library's model, or one of ours, loads without this project's code.
-    A model that cannot be built again with the same weights, cannot be pickled or has subclasses of synchronised layers is left
-    out, and the log says why; its weights are kept.
+    The folder has signature and input example. Synchronised layers become plain nn.BatchNorm, so that library
+    models and built-in networks load without this project's code. A model that cannot be rebuilt with the
+    same weights, cannot be pickled or has subclasses of synchronised layers is not written, and the log has
+    the reason; its weights are kept.
 
     Args:
-        spec: of the run.
-        weights: the model's whole state_dict.
-        dataset: that it was trained on; names of its classes and the preparation of its images go into the metadata.
+        spec: specification of the run.
+        weights: full state_dict of the model.
+        dataset: training dataset; the metadata has its class names and image transform.
         example: inputs (n, *shape), n ≥ 1, on any device.
-        folder: is created, replacing an existing one.
+        folder: folder to create, replacing an existing one.
     """
     import mlflow.pytorch
     from mlflow.models import infer_signature
 
     inputs = example.cpu()
     try:
-        model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed).to(example.dtype)
+        model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed).to(
+            example.dtype
+        )
         model.load_state_dict(weights)
         model = revert_sync_batchnorm(model).eval()
         with torch.no_grad():
@@ -95,27 +101,29 @@ def export_model(spec: JobSpec, weights: dict[str, Any], dataset: Dataset, examp
             signature=infer_signature(inputs.numpy(), outputs.numpy()),
             input_example=inputs.numpy(),
             metadata=_metadata(spec, dataset),
-            serialization_format="pickle",  # the module itself, that can be trained on; not a traced graph of it
-            # Named rather than found out, which MLflow does by loading the model in another process.
+            serialization_format="pickle",  # the module, which can be trained, not a traced graph
+            # Given explicitly, since MLflow would load the model in another process to infer them.
             pip_requirements=_requirements(spec),
         )
-    except Exception as error:  # of the user's code, or of its layers; a run that is done must not fail by it
-        print(f"the model is not logged to MLflow: {type(error).__name__}: {error}", flush=True)
+    except Exception as error:  # user code may raise anything; a finished run must not fail
+        print(f"warning: the model is not logged to MLflow: {type(error).__name__}: {error}", flush=True)
         return False
     return True
 
 
 def write_onnx(folder: Path, path: Path) -> None:
-    """Write an exported model as ONNX: `inputs` (N, *shape) to `logits` (N, classes), for any N, with its metadata.
+    """Write an exported model, with its metadata, as ONNX.
+
+    The graph maps `inputs` (N, *shape) to `logits` (N, classes) for any N.
 
     Args:
-        folder: that `export_model` has written.
-        path: of the file to write.
+        folder: folder that `export_model` has written.
+        path: path of the new file.
 
     Raises:
         ImportError: the extra `onnx` is not installed.
         OSError: the folder cannot be read, or the file cannot be written.
-        torch.onnx.OnnxExporterError: the model has an operation that ONNX does not have.
+        torch.onnx.OnnxExporterError: ONNX does not support an operation of the model.
     """
     import mlflow.pytorch
     from mlflow.models import Model
@@ -128,7 +136,7 @@ def write_onnx(folder: Path, path: Path) -> None:
     model = mlflow.pytorch.load_model(str(folder)).eval()
     first = next(model.parameters())
     example = torch.as_tensor(described.load_input_example(str(folder)), dtype=first.dtype)[:1]
-    example = torch.cat([example, example])  # a batch of one would be taken for a fixed size
+    example = torch.cat([example, example])  # the exporter would treat a batch of one as a fixed size
     program = torch.onnx.export(
         model,
         (example,),
@@ -145,10 +153,10 @@ def write_onnx(folder: Path, path: Path) -> None:
 
 
 def _metadata(spec: JobSpec, dataset: Dataset) -> dict[str, Any]:
-    """Return what a caller needs to prepare an image and to read the outputs."""
+    """Return the metadata to prepare an image and to interpret the outputs."""
     metadata: dict[str, Any] = {"class_names": list(dataset.class_names)}
     if (transform := getattr(spec.data, "transform", None)) is not None:
-        # Those of testing: images are resized, cropped, scaled to 0 to 1 if they are uint8, and normalised.
+        # Test transform: resize, crop, scaling of uint8 to [0, 1], normalisation.
         metadata["transform"] = transform.model_dump(include={"resize", "crop", "channels", "mean", "std"})
     return metadata
 
@@ -167,9 +175,13 @@ def _requirements(spec: JobSpec) -> list[str]:
 
 def main() -> None:
     """Write an exported model as ONNX."""
-    parser = argparse.ArgumentParser(prog="python -m trainer.export", description="Write an exported model as ONNX.")
-    parser.add_argument("folder", type=Path, help="the run's `model` folder, downloaded from MLflow or of an attempt")
-    parser.add_argument("file", type=Path, help="to write, such as model.onnx")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.export", description="Write an exported model as ONNX."
+    )
+    parser.add_argument(
+        "folder", type=Path, help="`model` folder of a run, from MLflow or from an attempt's folder"
+    )
+    parser.add_argument("file", type=Path, help="file to write, such as model.onnx")
     arguments = parser.parse_args()
     try:
         write_onnx(arguments.folder, arguments.file)

@@ -1,7 +1,8 @@
 """Failure kinds of errors and exit statuses.
 
-Errors are matched by the names of their classes and by their messages, so that neither torch nor Ray is imported. What no rule
-matches has the kind that the caller gives as `default`: `user_code` inside the training loop, `unknown` elsewhere.
+Errors are matched by the names of their classes and by their messages, so that neither torch nor Ray is
+imported. An error that no rule matches has the kind `default` of the caller: `user_code` inside the training
+loop, `unknown` elsewhere.
 """
 
 import signal
@@ -9,24 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import RunError
-from trainer.jobspec import Cause
+from trainer.jobspec import FailureKind
 
 MAX_MESSAGE_CHARS = 2_000
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A failure kind, and the errors that have it. Every condition that is given must hold."""
+    """Failure kind, and the conditions on errors of this kind, all of which must hold."""
 
-    kind: Cause
+    kind: FailureKind
     classes: tuple[str, ...] = ()
-    """Beginnings of qualified class names; one of the error's classes has one of them."""
+    """Prefixes of qualified class names, of which one of the error's classes has one."""
     words: tuple[str, ...] = ()
-    """Lower case; the message contains one of them."""
+    """Lower-case texts, of which the message contains one."""
     about: tuple[str, ...] = ()
-    """Lower case; the message contains one of these, too."""
+    """Further lower-case texts, of which the message contains one."""
     is_consequence: bool = False
-    """Whether another worker's failure can lead to this error: that one's is then the first."""
+    """Whether another worker's failure, which is then the first one, can cause this error."""
 
 
 NATIVE_ERRORS = ("builtins.RuntimeError", "builtins.OSError")
@@ -41,7 +42,9 @@ COMMUNICATION = (
     "tcpstore",
     "monitoredbarrier",
 )
-"""Text of gloo, NCCL and torch.distributed; words such as "peer" or "timeout" alone are in errors of any network library, too."""
+"""Texts of gloo, NCCL and torch.distributed; words such as "peer" or "timeout" also occur in errors of other
+network libraries.
+"""
 TIMED_OUT = ("timed out", "timeout")
 CONNECTION_LOST = (
     "closed by peer",
@@ -52,7 +55,9 @@ CONNECTION_LOST = (
 )
 LOADER = ("dataloader",)
 RULES = (
-    Rule("out_of_memory", ("builtins.MemoryError", "torch.OutOfMemoryError", "ray.exceptions.OutOfMemoryError")),
+    Rule(
+        "out_of_memory", ("builtins.MemoryError", "torch.OutOfMemoryError", "ray.exceptions.OutOfMemoryError")
+    ),
     Rule(
         "out_of_memory",
         NATIVE_ERRORS,
@@ -62,45 +67,64 @@ RULES = (
     Rule("hang", ("syncbn.errors.DesyncError",), is_consequence=True),
     Rule("unknown", ("ray.exceptions.RayTaskError",)),
     Rule("worker_lost", ("ray.",)),
-    # The process of a data loader that the kernel killed was most likely too large.
-    Rule("out_of_memory", ("builtins.RuntimeError",), ("killed by signal: killed", "killed by signal: bus"), LOADER),
+    # A data loader process that the kernel killed most likely ran out of memory.
+    Rule(
+        "out_of_memory",
+        ("builtins.RuntimeError",),
+        ("killed by signal: killed", "killed by signal: bus"),
+        LOADER,
+    ),
     Rule("user_code", ("builtins.RuntimeError",), ("killed by signal",), LOADER),
     Rule("hang", ("builtins.RuntimeError",), ("timed out",), LOADER),
     Rule("unknown", ("builtins.RuntimeError",), ("exited unexpectedly",), LOADER),
-    # Ray destroys the survivors' process group, from another thread, when a worker has died.
-    Rule("worker_lost", ("builtins.ValueError",), ("process group has not been initialized",), is_consequence=True),
+    # When a worker has died, Ray destroys the process group of the others from another thread.
+    Rule(
+        "worker_lost",
+        ("builtins.ValueError",),
+        ("process group has not been initialized",),
+        is_consequence=True,
+    ),
     Rule("worker_lost", ("builtins.RuntimeError",), CONNECTION_LOST, COMMUNICATION, is_consequence=True),
     Rule("hang", ("builtins.RuntimeError",), TIMED_OUT, COMMUNICATION, is_consequence=True),
-    # The store is a server in worker 0's process.
+    # The store is a server in the process of worker 0.
     Rule("hang", STORE_ERRORS, TIMED_OUT, is_consequence=True),
     Rule("worker_lost", STORE_ERRORS, is_consequence=True),
-    # The node's or the storage's: no space (28), quota (122), input or output (5), stale handle (116), read-only (30).
-    Rule("worker_lost", ("builtins.OSError",), tuple(f"[errno {number}]" for number in (28, 122, 5, 116, 30))),
-    Rule("worker_lost", NATIVE_ERRORS, ("uncorrectable ecc error", "fallen off the bus", "no cuda-capable device")),
+    # Errors of node or storage: no space (28), quota (122), I/O (5), stale handle (116), read-only (30).
+    Rule(
+        "worker_lost", ("builtins.OSError",), tuple(f"[errno {number}]" for number in (28, 122, 5, 116, 30))
+    ),
+    Rule(
+        "worker_lost",
+        NATIVE_ERRORS,
+        ("uncorrectable ecc error", "fallen off the bus", "no cuda-capable device"),
+    ),
 )
-"""In the order in which they are tried."""
+"""Rules in the order in which they are tried."""
 
-SIGNALS: dict[int, Cause] = {
-    # From outside: a node that shuts down, an operator, or Ray.
+SIGNALS: dict[int, FailureKind] = {
+    # Sent by others: node shutdown, operator, Ray.
     signal.SIGKILL: "worker_lost",
     signal.SIGTERM: "worker_lost",
     signal.SIGINT: "worker_lost",
     signal.SIGHUP: "worker_lost",
     signal.SIGPWR: "worker_lost",
-    # From the process itself.
+    # Raised in the process itself.
     signal.SIGSEGV: "user_code",
     signal.SIGBUS: "user_code",
     signal.SIGFPE: "user_code",
     signal.SIGILL: "user_code",
     signal.SIGSYS: "user_code",
     signal.SIGTRAP: "user_code",
-    # Not SIGABRT: it is an assertion in native code, or NCCL's watchdog that found a hang.
+    # Without SIGABRT, which is ambiguous: an assertion in native code, or NCCL's watchdog after a hang.
 }
-"""Failure kinds of processes that a signal ended; other signals are `unknown`."""
+"""Failure kinds of processes that were ended by a signal; other signals are `unknown`."""
 
 
-def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause, bool]:
-    """Return an error's failure kind, and whether it can be the consequence of another worker's failure."""
+def classify(error: BaseException, default: FailureKind = "user_code") -> tuple[FailureKind, bool]:
+    """Return an error's failure kind, and whether it can be a consequence.
+
+    A consequence is caused by the failure of another worker.
+    """
     if isinstance(error, RunError):
         return error.cause, error.__cause__ is not None and classify(error.__cause__)[1]
     classes, text = _classes(error), message(error).lower()
@@ -114,31 +138,36 @@ def classify(error: BaseException, default: Cause = "user_code") -> tuple[Cause,
     return default, False
 
 
-def classify_exit(status: int, *, out_of_memory: bool = False, orphaned: bool = False, detail: str = "") -> Cause:
-    """Return the failure kind of a worker's process that ended by itself or by a signal.
+def classify_exit(
+    status: int, *, out_of_memory: bool = False, orphaned: bool = False, detail: str = ""
+) -> FailureKind:
+    """Return the failure kind of a worker's process that has ended.
 
     Args:
-        status: exit code, or the negative of a signal.
-        out_of_memory: whether the kernel or Ray says that it ran out of memory.
-        orphaned: whether Ray's raylet ended first, upon which its workers end, too.
-        detail: what Ray says of the end.
+        status: exit code, or the negative number of a signal.
+        out_of_memory: whether the kernel or Ray reports that it ran out of memory.
+        orphaned: whether Ray's raylet ended first, after which its workers end too.
+        detail: Ray's message about the end.
     """
     if out_of_memory:
         return "out_of_memory"
-    if orphaned or "SIGTERM" in detail:  # at which Ray's workers exit with a code
+    if orphaned or "SIGTERM" in detail:  # Ray's workers exit with a code on SIGTERM
         return "worker_lost"
     return "user_code" if status >= 0 else SIGNALS.get(-status, "unknown")
 
 
 def message(error: BaseException) -> str:
-    """Return an error's message as text that can be stored, whatever the error is."""
+    """Return an error's message as text that can be stored; never raises."""
     if isinstance(error, SystemExit):
         return f"exit code {printable(error.code)}"
     return printable(error)
 
 
 def printable(value: Any, limit: int = MAX_MESSAGE_CHARS) -> str:
-    """Return a value as text of limited length, with replacement characters for what UTF-8 or a database cannot hold."""
+    """Return a value as text of limited length; never raises.
+
+    Replacement characters stand for what UTF-8 or a database cannot represent.
+    """
     try:
         text = str(value)
     except BaseException as error:

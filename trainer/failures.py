@@ -17,58 +17,60 @@ from trainer.atomic import atomic_write
 from trainer.driver.supervisor import ProcessExit
 from trainer.errors import Diverged, RunError
 from trainer.failure_kinds import classify, classify_exit, message, printable
-from trainer.jobspec import Cause, FrozenModel, Outcome
+from trainer.jobspec import FailureKind, FrozenModel, Outcome
 from trainer.processes import describe_status
 
-if TYPE_CHECKING:  # the driver does without torch
+if TYPE_CHECKING:  # the driver does not import torch
     from trainer.checkpoint.state import TrainProgress
 
 MAX_TRACEBACK_CHARS = 20_000
-"""Of a longer one the end is kept, which names the error."""
+"""Maximum length of a traceback; the end, which has the error, is kept."""
 EXIT_SECONDS = 5.0
-"""Time for a dead worker's exit record to appear, which a node that was lost never writes."""
+"""Time for the exit record of a dead worker to appear; a lost node never writes it."""
 POLL_SECONDS = 0.1
 
 
 class Failure(FrozenModel):
-    """What one worker met."""
+    """Failure record of one worker."""
 
     rank: int
     step: int
-    """Optimiser steps that it had done."""
-    cause: Cause
+    """Optimiser steps that it had completed."""
+    cause: FailureKind
     is_consequence: bool
-    """Whether it can have been drawn after by another worker's failure: that one's is the first."""
+    """Whether another worker's failure, which is then the first one, can have caused it."""
     reason: str
     traceback: str
     seconds: float
-    """When, in seconds since 1970."""
+    """Time of the failure, in seconds since 1970."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """A worker that ended without a failure record."""
+    """End of a worker without a failure record."""
 
     detail: str
-    """What Ray says of it."""
+    """Message of Ray."""
     out_of_memory: bool = False
     """Whether Ray ended it for lack of memory."""
     exit: ProcessExit | None = None
-    """None if its supervisor was lost, too."""
+    """Exit record; None if the supervisor was lost too."""
 
 
 def record(folder: Path, error: BaseException, rank: int, step: int) -> str:
-    """Write the failure record of this worker, unless there is one already: the first error is the cause. Return the reason.
+    """Write the failure record of this worker and return the reason.
 
-    Never raises: an error that cannot be shown or stored must not hide that there was one.
+    An existing record is kept, since the first error is the cause. Never raises: an error that cannot be
+    shown or stored must not hide the failure.
     """
     try:
         cause, is_consequence = classify(error)
         reason = message(error)
         if not isinstance(error, RunError):
             reason = f"worker {rank}: {type(error).__name__}: {reason}"
-    except Exception:  # of a class whose own attributes raise
+    except Exception:  # attributes of the error may raise
         cause, is_consequence, reason = "user_code", False, f"worker {rank}: an error that cannot be shown"
+    # Divergence is found after the step that caused it.
     step = error.step if isinstance(error, Diverged) else step
     failure = Failure(
         rank=rank,
@@ -81,10 +83,11 @@ def record(folder: Path, error: BaseException, rank: int, step: int) -> str:
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Errors on the way out, such as a closed process group, come later.
         if not (folder / f"rank-{rank:05d}.json").exists():
-            atomic_write(folder / f"rank-{rank:05d}.json", failure)
+            atomic_write(folder / f"rank-{rank:05d}.json", failure.model_dump_json())
     except OSError as full:
-        print(f"the failure record could not be written: {full}; {failure.reason}", flush=True)
+        print(f"warning: could not write the failure record: {full}; {failure.reason}", flush=True)
     return failure.reason
 
 
@@ -98,9 +101,10 @@ def _traceback(error: BaseException) -> str:
 
 @contextmanager
 def recorded(folder: Path, rank: int, position: "TrainProgress") -> Iterator[None]:
-    """Record what is raised inside, at once, and let it pass; to diverge is no failure."""
+    """Record errors inside immediately, except Diverged, and let them pass."""
     try:
         yield
+    # Every worker raises it in the same step, and the run counts as finished.
     except Diverged:
         raise
     except BaseException as error:
@@ -109,7 +113,7 @@ def recorded(folder: Path, rank: int, position: "TrainProgress") -> Iterator[Non
 
 
 def read(folder: Path) -> list[Failure]:
-    """Read all workers' records, in the order of time."""
+    """Read the records of all workers, ordered by time."""
     failures = []
     for path in folder.glob("rank-*.json"):
         try:
@@ -120,18 +124,18 @@ def read(folder: Path) -> list[Failure]:
 
 
 def note_process(folder: Path, rank: int) -> None:
-    """Write down which process is the worker of this rank, for its exit record to be found."""
+    """Record the process of the worker of this rank, to find its exit record."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"process-{rank:05d}").write_text(f"exit-{socket.gethostname()}-{os.getpid()}.json")
 
 
 def has_processes(folder: Path) -> bool:
-    """Whether any worker has started."""
+    """Return whether any worker has started."""
     return next(folder.glob("process-*"), None) is not None
 
 
 def find_exits(folder: Path, ranks: Sequence[int]) -> dict[int, ProcessExit]:
-    """Read the exit records of dead workers; wait for those that are not there yet, `EXIT_SECONDS` at most."""
+    """Return the exit records of dead workers, after at most `EXIT_SECONDS`."""
     deadline = time.monotonic() + EXIT_SECONDS
     exits: dict[int, ProcessExit] = {}
     while True:
@@ -145,24 +149,32 @@ def find_exits(folder: Path, ranks: Sequence[int]) -> dict[int, ProcessExit]:
 
 
 def explain(failures: Sequence[Failure], deaths: Mapping[int, Death], *, step: int) -> Outcome:
-    """Return the outcome of the first failure: one that no other can have caused, or else a death, or else a hang.
+    """Return the outcome of the first failure.
+
+    This is a failure that no other one can have caused, otherwise a death, otherwise a hang.
 
     Args:
-        failures: the workers' own records, in the order of time.
-        deaths: workers that ended without such a record, by rank.
-        step: steps known to be done, for a worker without a record.
+        failures: failure records of the workers, ordered by time.
+        deaths: workers that ended without a record, by rank.
+        step: completed steps, for a worker without a record.
     """
+    # Clocks of nodes differ, so a cause comes before consequences regardless of time.
     first = next((failure for failure in failures if not failure.is_consequence), None)
     if first is None and deaths:
+        # Deaths with an exit record first, by time; the rank makes the choice deterministic.
         rank, death = min(
             deaths.items(), key=lambda item: (item[1].exit.seconds if item[1].exit else float("inf"), item[0])
         )
         return _explain_death(rank, death, step)
     first = (
-        first or next((failure for failure in failures if failure.cause == "hang"), None) or next(iter(failures), None)
+        first
+        or next((failure for failure in failures if failure.cause == "hang"), None)
+        or next(iter(failures), None)
     )
     if first is None:
-        return Outcome(state="failed", reason="the workers ended without a failure record", cause="unknown", step=step)
+        return Outcome(
+            state="failed", reason="the workers ended without a failure record", cause="unknown", step=step
+        )
     return Outcome(
         state="failed",
         reason=first.reason,
@@ -175,7 +187,7 @@ def explain(failures: Sequence[Failure], deaths: Mapping[int, Death], *, step: i
 
 def _explain_death(rank: int, death: Death, step: int) -> Outcome:
     if death.exit is None:
-        cause: Cause = "out_of_memory" if death.out_of_memory else "worker_lost"
+        cause: FailureKind = "out_of_memory" if death.out_of_memory else "worker_lost"
         reason = f"worker {rank} was lost: {printable(death.detail)}"
     else:
         out_of_memory = death.out_of_memory or death.exit.out_of_memory

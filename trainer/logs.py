@@ -10,13 +10,13 @@ from pathlib import Path
 from trainer.jobspec import LOG_FILE, LOG_INDEX_FILE
 
 INDEX_SECONDS = 0.25
-"""Between two looks at the files: what several of them got in between is in the order of their names."""
+"""Interval between index updates; output of several files within it is in the order of their names."""
 MAX_LINE_BYTES = 65_536
-"""A longer line is indexed before its end."""
+"""Length from which an incomplete line is indexed."""
 
 
 def redirect_output(path: Path) -> None:
-    """Send everything that this process and its children print from now on to a file, native code included."""
+    """Redirect output of this process and its children, native code included."""
     sys.stdout.flush()
     sys.stderr.flush()
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -27,7 +27,7 @@ def redirect_output(path: Path) -> None:
 
 @contextmanager
 def indexed_logs(folder: Path) -> Iterator[None]:
-    """Keep the index of a folder's log files, in a thread."""
+    """Update the index of a folder's log files in a thread."""
     is_over = threading.Event()
     index = LogIndex(folder)
 
@@ -46,7 +46,10 @@ def indexed_logs(folder: Path) -> Iterator[None]:
 
 
 class LogIndex:
-    """Index of a folder's log files. Whatever it does not hold comes after it, in the order of the files' names."""
+    """Index of a folder's log files.
+
+    What it does not contain comes after it, in the order of file names.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -55,10 +58,12 @@ class LogIndex:
         (folder / LOG_INDEX_FILE).touch()
 
     def update(self) -> None:
-        """Append the whole lines that files have got since the last time."""
+        """Append the complete lines that were added since the last update."""
         lines = []
-        with suppress(OSError):  # of a storage that may be back in a moment
-            for path in sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name)):
+        with suppress(OSError):  # storage errors may be transient
+            for path in sorted(
+                self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name)
+            ):
                 size, before = path.stat().st_size, self._ends.get(path.name, 0)
                 if size == self._sizes.get(path.name, 0):
                     continue
@@ -72,7 +77,10 @@ class LogIndex:
 
 
 def _end_of_lines(path: Path, start: int, size: int) -> int:
-    """Return where the last whole line of a file's first `size` bytes ends; `start` if there is none after it."""
+    """Return the end of the last complete line in a file's first `size` bytes.
+
+    Returns `start` if there is none after it.
+    """
     with path.open("rb") as file:
         begin = max(start, size - MAX_LINE_BYTES)
         file.seek(begin)

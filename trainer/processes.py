@@ -15,16 +15,16 @@ import psutil
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 1.0
-"""Between SIGTERM and SIGKILL for the processes that a child leaves behind."""
+"""Time from SIGTERM to SIGKILL for descendants."""
 GIVE_UP_SECONDS = 5.0
-"""A process that outlives SIGKILL this long hangs inside the operating system."""
+"""Time after which a process that survives SIGKILL counts as stuck in the operating system."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 class Descendants:
-    """All processes below this one, orphans included; `ended` has the status of each direct child that has ended.
+    """Descendants of this process, orphans included.
 
-    A status is counted as `subprocess` does: negative for a signal.
+    `ended` has the status of each direct child that has ended, as in `subprocess`: negative for a signal.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,10 @@ class Descendants:
     def wait(
         self, *, lifeline: int | None = None, ends: Iterable[int] = (), timeout_seconds: float | None = None
     ) -> bool:
-        """Wait for the end of a child or of a pidfd in `ends`; True if a stop signal came or the lifeline closed."""
+        """Wait for the end of a child, or of a process in `ends` (pidfds).
+
+        Returns True if a stop signal arrived or the lifeline closed.
+        """
         watched = [self._signals, *ends] if lifeline is None else [self._signals, lifeline, *ends]
         readable, _, _ = select.select(watched, [], [], timeout_seconds)
         is_asked = lifeline in readable  # nothing is ever written to it
@@ -51,19 +54,22 @@ class Descendants:
         return is_asked
 
     def stop(self, pid: int, seconds: float) -> None:
-        """Ask one child to end, and wait for it no longer than `seconds`."""
+        """Send SIGTERM to one child, and wait for its end, at most `seconds`."""
         if pid not in self.ended:
             os.kill(pid, signal.SIGTERM)
             self.wait_for_end(pid, seconds)
 
     def wait_for_end(self, pid: int, seconds: float) -> None:
-        """Wait for the end of one child, no longer than `seconds`."""
+        """Wait for the end of one child, at most `seconds`."""
         deadline = time.monotonic() + seconds
         while pid not in self.ended and (left := deadline - time.monotonic()) > 0:
             self.wait(timeout_seconds=left)
 
     def end(self) -> list[int]:
-        """End every descendant: SIGTERM once, then SIGKILL, until none is left. Return those that outlive even that."""
+        """End every descendant: SIGTERM once, then SIGKILL, until none is left.
+
+        Returns the process ids that survive.
+        """
         begin = time.monotonic()
         asked: set[psutil.Process] = set()
         while left := psutil.Process().children(recursive=True):
@@ -87,14 +93,16 @@ class Descendants:
 
 
 def die_with_parent() -> None:
-    """Have the kernel send SIGKILL to this process when its parent ends."""
+    """Let the kernel send SIGKILL to this process when its parent ends."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def describe_status(status: int) -> str:
-    """Say how a process with this status ended."""
+    """Return how a process with this status ended, as text."""
     return (
-        f"was killed by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"ended with status {status}"
+        f"was killed by signal {-status} ({signal.strsignal(-status)})"
+        if status < 0
+        else f"ended with status {status}"
     )
 
 

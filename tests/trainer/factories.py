@@ -1,4 +1,4 @@
-"""Training by a spec in a test's own process, or on the ranks that it spawned."""
+"""Training by a spec in the process of a test, or on the ranks that it started."""
 
 import os
 import signal
@@ -9,16 +9,17 @@ import torch.distributed as dist
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.data import open_dataset
 from trainer.distributed import RankInfo
-from trainer.jobspec import DigitsSpec, JobSpec, MlpSpec, SgdSpec
+from trainer.jobspec import TRAIN_SECONDS, DigitsSpec, JobSpec, MlpSpec, SgdSpec
 from trainer.training.loop import train
 from trainer.worker import identity
 
 
-class Notes:
-    """A journal that keeps what it is told."""
+class RecordingLogger:
+    """Metrics logger that keeps all values; times, which no two runs share, on their own."""
 
     def __init__(self):
         self.metrics = {}
+        self.seconds = {}
         self.probes = {}
         self.steps = []
         self.resumed_from = None
@@ -29,18 +30,21 @@ class Notes:
         self.refused = list(refused)
 
     def log(self, step, metrics, kind="evaluation"):
-        (self.probes if kind == "probes" else self.metrics)[step] = dict(metrics)
+        values = dict(metrics)
+        if kind == "evaluation":
+            self.seconds[step] = values.pop(TRAIN_SECONDS)
+        (self.probes if kind == "probes" else self.metrics)[step] = values
 
     def update(self, step):
         self.steps.append(step)
 
 
 class InterruptedRunError(Exception):
-    """What stands in for a fault."""
+    """Stand-in for a fault."""
 
 
-class Interrupting(Notes):
-    """A journal that ends its process, or raises, after some step."""
+class Interrupting(RecordingLogger):
+    """Metrics logger that kills its process, or raises, after some step."""
 
     def __init__(self, step, *, kill=False):
         super().__init__()
@@ -69,17 +73,22 @@ def make_spec(**changes):
 
 
 def here():
-    """This process's place: one of the ranks, or alone."""
+    """Return the rank info of this process: one of the ranks, or the only one."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return RankInfo(rank, world_size, torch.device("cpu"))
 
 
-def run_here(spec, folder=None, *, journal=None, notices=None):
-    """Train as one of the ranks, or alone, with checkpoints in `folder` if there is one; return the result and what was noted."""
-    worker, notes = here(), journal or Notes()
+def run_here(spec, folder=None, *, metrics_logger=None, notices=None):
+    """Train as one of the ranks, or alone, with checkpoints in `folder` if given.
+
+    Returns the result and the logged values.
+    """
+    worker, notes = here(), metrics_logger or RecordingLogger()
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
     dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, dtype)
-    checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
+    checkpoints = (
+        Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker) if folder else None
+    )
     try:
         return train(spec, worker, notes, dataset, checkpoints, notices), notes
     finally:
@@ -89,7 +98,7 @@ def run_here(spec, folder=None, *, journal=None, notices=None):
 
 
 def train_here(spec, folder=None):
-    """Train as one of the ranks, or alone; return what the model holds, the last metrics and what was noted."""
+    """Train as one of the ranks, or alone; return model state, last metrics and logged values."""
     result, notes = run_here(spec, folder)
     state = {name: value.clone() for name, value in result.model.state_dict().items()}
     return state, result.metrics, notes.metrics

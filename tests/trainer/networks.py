@@ -9,7 +9,9 @@ from torch import nn
 
 
 class Backwards(nn.Module):
-    """Uses its layers in another order than that in which it has them, so that gradients come in another order too."""
+    """Network that calls its layers in another order than it defines them, so that gradients arrive in
+    another order.
+    """
 
     def __init__(self, widths):
         super().__init__()
@@ -38,7 +40,7 @@ BUILT = []
 
 
 def renamed():
-    """Build a network whose parameters have other names at each call."""
+    """Build a network whose parameter names differ at each call."""
     BUILT.append(f"layer{len(BUILT)}")
     return nn.Sequential(OrderedDict([("flatten", nn.Flatten()), (BUILT[-1], nn.Linear(64, 10))]))
 
@@ -48,7 +50,7 @@ def mistaken():
 
 
 class Slow(nn.Sequential):
-    """Takes its time for each training batch, so that things can happen to the cluster meanwhile."""
+    """Network with a delay per training batch, so that the cluster can change meanwhile."""
 
     def __init__(self, seconds):
         super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10))
@@ -65,7 +67,7 @@ def slow(seconds):
 
 
 class BreaksOnOne(nn.Sequential):
-    """Puts out NaN in one training step, on one rank alone."""
+    """Network that outputs NaN in one training step on one rank."""
 
     def __init__(self, rank, step):
         super().__init__(nn.Flatten(), nn.Linear(64, 10))
@@ -85,7 +87,7 @@ def breaks_on_one(rank, step):
 
 
 class Unused(nn.Module):
-    """Never uses one of its layers, and another one in every other training step alone."""
+    """Network with one layer that is never used, and one that is used in every other training step."""
 
     def __init__(self, sometimes):
         super().__init__()

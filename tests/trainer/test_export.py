@@ -1,4 +1,4 @@
-"""What is exported is what was evaluated: weights and statistics, of the best step or of the last."""
+"""Exported models equal the evaluated ones: weights and statistics, of the best or last step."""
 
 import json
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from syncbn import revert_sync_batchnorm
 from tests.dist import run_on_ranks
 from tests.trainer.data.image_files import write_images
-from tests.trainer.factories import Notes, here, make_spec
+from tests.trainer.factories import RecordingLogger, here, make_spec
 from trainer.checkpoint.checkpoints import Checkpoints
 from trainer.checkpoint.state import TrainProgress
 from trainer.data import open_dataset
 from trainer.errors import ExportError
 from trainer.export import collect_models, export_model, write_onnx
 from trainer.failures import read
-from trainer.jobspec import AttemptContext, ImageFolderSpec, Task, attempt_folder
+from trainer.jobspec import AttemptContext, AttemptTask, ImageFolderSpec, attempt_folder
 from trainer.models import build_model
 from trainer.tracking.outbox import Outbox, read_lines
 from trainer.training.loop import NoNotices, train
@@ -30,14 +30,14 @@ from trainer.worker import _train, export, identity
 
 @dataclass
 class Run:
-    """A finished run, and what it exports."""
+    """Finished run and its exporter."""
 
     models: list
     metrics: dict
 
 
 def run_and_export(spec, folder):
-    worker, position, notes = here(), TrainProgress(), Notes()
+    worker, position, notes = here(), TrainProgress(), RecordingLogger()
     dataset = open_dataset(spec, worker.rank, worker.world_size, worker.device, torch.float64)
     checkpoints = Checkpoints(str(folder), spec.checkpoint, identity(spec, dataset.digest), worker)
     result = train(spec, worker, notes, dataset, checkpoints, position=position)
@@ -47,7 +47,7 @@ def run_and_export(spec, folder):
 
 
 def measure(spec, weights):
-    """Evaluate an exported model as somebody who loads it does."""
+    """Evaluate an exported model as a user who loads it."""
     dataset = open_dataset(make_spec(), 0, 1, torch.device("cpu"), torch.float64)
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).double()
     model.load_state_dict(weights)
@@ -69,7 +69,7 @@ def assert_measures(spec, model, metrics):
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("norm", ["batch", "sync"])
 @pytest.mark.parametrize("statistics", ["moving", "precise"])
-def test_the_exported_model_measures_as_the_run_did(tmp_path, statistics, norm, world_size):
+def test_the_exported_model_reproduces_the_metrics_of_the_run(tmp_path, statistics, norm, world_size):
     evaluation = {"statistics": statistics, "precise_batches": 4}
     spec = make_spec(norm=norm, global_batch_size=8, evaluation=evaluation, num_workers=world_size)
     arguments = (spec, tmp_path)
@@ -79,7 +79,7 @@ def test_the_exported_model_measures_as_the_run_did(tmp_path, statistics, norm, 
     assert_measures(spec, model, run.metrics)
 
 
-CHECKPOINT = {"keep_best": "test_loss", "best_mode": "max"}  # of a loss that falls: an early step
+CHECKPOINT = {"keep_best": "test_loss", "best_mode": "max"}  # of a decreasing loss: an early step
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,22 @@ CHECKPOINT = {"keep_best": "test_loss", "best_mode": "max"}  # of a loss that fa
     [("best", {"model": "best", "model-last": "last"}), ("last", {"model": "last", "model-best": "best"})],
 )
 def test_the_best_and_the_last_model_are_exported(tmp_path, export, names):
-    spec = make_spec(checkpoint=CHECKPOINT | {"export": export}, evaluation={"statistics": "precise"}, eval_every=5)
+    spec = make_spec(
+        checkpoint=CHECKPOINT | {"export": export}, evaluation={"statistics": "precise"}, eval_every=5
+    )
     run = run_and_export(spec, tmp_path)
     assert {model.name: model.which for model in run.models} == names
     losses = {step: values["test_loss"] for step, values in run.metrics.items() if step > 0}
-    assert {model.which: model.step for model in run.models} == {"best": max(losses, key=losses.get), "last": 20}
+    assert {model.which: model.step for model in run.models} == {
+        "best": max(losses, key=losses.get),
+        "last": 20,
+    }
     assert run.models[0].name == "model"
     for model in run.models:
         assert_measures(spec, model, run.metrics)
 
 
-def test_a_last_model_that_is_the_best_is_exported_once(tmp_path):
+def test_a_model_both_last_and_best_is_exported_once(tmp_path):
     spec = make_spec(checkpoint={"keep_best": "test_loss"})
     run = run_and_export(spec, tmp_path)
     assert [(model.name, model.which, model.step) for model in run.models] == [("model", "best", 20)]
@@ -110,27 +115,29 @@ def test_statistics_of_the_evaluation_survive_a_resumption(tmp_path):
     assert_measures(spec, again.models[0], first.metrics)
 
 
-def test_a_best_checkpoint_that_cannot_be_read_is_replaced_by_the_last(tmp_path, monkeypatch, capsys):
+def test_an_unreadable_best_checkpoint_falls_back_to_the_last(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Checkpoints, "manifests", lambda _: iter([][0]))
     spec = make_spec(checkpoint=CHECKPOINT)
     worker, position = here(), TrainProgress()
     checkpoints = Checkpoints(str(tmp_path), spec.checkpoint, {}, worker)
     [model] = collect_models(spec, torch.nn.Linear(1, 1), position, checkpoints, worker)
     assert model.which == "last"
-    assert "the last model is exported, not the best" in capsys.readouterr().out
+    assert "exporting the last model instead of the best" in capsys.readouterr().out
 
 
 @pytest.fixture
 def run_attempt(tmp_path, monkeypatch):
-    """Run an attempt of a job in this process, but for Ray."""
+    """Run an attempt of a job in this process without Ray."""
     monkeypatch.setattr("trainer.worker.RayNotices", NoNotices)
-    monkeypatch.setattr("trainer.worker.hide_credentials", lambda: None)  # of this process, which other tests need
+    monkeypatch.setattr(
+        "trainer.worker.hide_credentials", lambda: None
+    )  # of this process, which other tests need
 
     def run(number):
         folder = attempt_folder(tmp_path, number)
         folder.mkdir()
         context = AttemptContext(job_id="job-1", attempt=number, name="test", folder=str(tmp_path))
-        task = Task(spec=make_spec(checkpoint={"every": None}), context=context)
+        task = AttemptTask(spec=make_spec(checkpoint={"every": None}), context=context)
         return _train(task, here(), TrainProgress(), None, folder)
 
     return run
@@ -142,23 +149,29 @@ def evaluations(folder):
 
 
 def fail(*_, **__):
-    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")  # torch's, of a full disk
+    raise RuntimeError(
+        "[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"
+    )  # torch's error of a full disk
 
 
-@pytest.mark.parametrize("step", ["trainer.worker.write_figures", "trainer.data.memory.InMemoryDataset.close"])
-def test_a_run_whose_last_report_fails_has_succeeded_with_a_warning(run_attempt, tmp_path, monkeypatch, capsys, step):
+@pytest.mark.parametrize(
+    "step", ["trainer.worker.write_figures", "trainer.data.memory.InMemoryDataset.close"]
+)
+def test_a_run_whose_last_report_fails_succeeds_with_a_warning(
+    run_attempt, tmp_path, monkeypatch, capsys, step
+):
     monkeypatch.setattr(step, fail)
     assert run_attempt(1)["reason"] == "finished 20 steps"
     assert (attempt_folder(tmp_path, 1) / "model.pt").exists()
     assert "warning: could not" in capsys.readouterr().out
 
 
-def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
-    run_attempt, tmp_path, monkeypatch, capsys
-):
+def test_a_failed_export_is_retried_without_training_again(run_attempt, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("trainer.worker.write_weights", fail)
-        with pytest.raises(ExportError, match=r"training is complete \(20 steps\), but its model could not be written"):
+        with pytest.raises(
+            ExportError, match=r"training is complete \(20 steps\), but its model could not be written"
+        ):
             run_attempt(1)
     [failure] = read(attempt_folder(tmp_path, 1))
     assert (failure.cause, failure.step) == ("export", 20)
@@ -172,11 +185,13 @@ def test_a_run_whose_model_is_not_written_fails_as_that_and_only_exports_again(
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
-def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_are(tmp_path, monkeypatch):
+def test_the_exported_model_has_preprocessing_and_class_names(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.dataloader.count_processes", lambda _: 0)
     transform = {"resize": 9, "crop": 8, "flip": True, "mean": [0.1, 0.2, 0.3], "std": [0.5]}
     root = write_images(tmp_path / "data")
-    spec = make_spec(data=ImageFolderSpec(root=str(root), transform=transform), precision="fp32", global_batch_size=4)
+    spec = make_spec(
+        data=ImageFolderSpec(root=str(root), transform=transform), precision="fp32", global_batch_size=4
+    )
     dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float32)
     weights = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, 0).state_dict()
     example = next(iter(dataset.test())).inputs
@@ -191,7 +206,7 @@ def test_the_exported_model_says_how_images_are_prepared_and_what_its_classes_ar
     assert {entry.key: json.loads(entry.value) for entry in properties} == expected
 
 
-def test_a_model_that_cannot_be_built_again_is_left_out_and_the_run_does_not_fail(tmp_path, capsys):
+def test_a_model_that_cannot_be_rebuilt_is_not_exported_and_the_run_succeeds(tmp_path, capsys):
     spec = make_spec(model={"name": "import:tests.trainer.networks:renamed"}, norm="none", steps=2)
     models = run_and_export(spec, tmp_path / "checkpoints").models
     dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float64)
@@ -200,11 +215,14 @@ def test_a_model_that_cannot_be_built_again_is_left_out_and_the_run_does_not_fai
     outbox.close()
     assert [line["kind"] for line in read_lines((tmp_path / "metrics.jsonl").read_bytes())] == ["tags"]
     assert (tmp_path / "model.pt").exists()
-    assert "the model is not logged to MLflow: RuntimeError: Error(s) in loading state_dict" in capsys.readouterr().out
+    assert (
+        "the model is not logged to MLflow: RuntimeError: Error(s) in loading state_dict"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*AnyType:UserWarning")
-def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
+def test_both_models_are_logged_to_mlflow(tmp_path, capsys):
     spec = make_spec(norm="batch", checkpoint=CHECKPOINT, eval_every=5, evaluation={"statistics": "batch"})
     models = run_and_export(spec, tmp_path / "checkpoints").models
     dataset = open_dataset(spec, 0, 1, torch.device("cpu"), torch.float64)
@@ -218,7 +236,7 @@ def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
         loaded = mlflow.pytorch.load_model(str(tmp_path / model.name))
         for name, value in loaded.state_dict().items():
             assert torch.equal(value, model.weights[name]), (model.name, name)
-    assert "the exported model has moving averages" in capsys.readouterr().out
+    assert "the exported model uses moving averages" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -231,7 +249,7 @@ def test_both_models_are_handed_to_mlflow(tmp_path, capsys):
     ids=["cnn", "timm", "mlp"],
 )
 @pytest.mark.filterwarnings("ignore")  # of torch's exporter and of MLflow
-def test_an_exported_model_becomes_onnx_for_any_number_of_samples(tmp_path, changes):
+def test_the_onnx_export_accepts_any_batch_size(tmp_path, changes):
     from onnx.reference import ReferenceEvaluator
 
     data = {"name": "synthetic", "shape": [3, 32, 32], "classes": 4, "train_samples": 16, "test_samples": 8}

@@ -1,136 +1,22 @@
-"""Faults of all kinds, each classified where it happens, and the first of several found among its consequences."""
+"""Classification of faults where they happen, and selection of the first among its consequences."""
 
-import errno
 import signal
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from syncbn import DesyncError
 from tests.dist import run_on_ranks
 from tests.trainer.factories import make_spec, run_here
+from tests.trainer.faults import gloo_error
 from trainer import failures
 from trainer.driver.supervisor import ProcessExit
-from trainer.errors import ConfigurationError, DataError, DataTimeoutError, Diverged, Preempted, StorageError
-from trainer.failure_kinds import MAX_MESSAGE_CHARS, classify, classify_exit, printable
+from trainer.failure_kinds import MAX_MESSAGE_CHARS
 from trainer.failures import Death
 from trainer.jobspec import Outcome
 
 
-def gloo_error(kind):
-    """What gloo says when a peer is gone, or stays away."""
-    words = {
-        "closed": "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:5000",
-        "reset": "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:5000: Connection reset by peer",
-        "timeout": "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 20000ms for recv",
-        "application": "[../third_party/gloo/gloo/transport/tcp/pair.cc:161] Application timeout caused pair closure",
-    }
-    return RuntimeError(words[kind])
-
-
-def caused(error, cause):
-    """Return an error as `raise error from cause` makes it."""
-    error.__cause__ = cause
-    return error
-
-
-def ray_error(name):
-    """An error as Ray's workers raise it, made without importing Ray, which other tests do in an environment of theirs."""
-    return type(name, (Exception,), {"__module__": "ray.exceptions"})("of Ray")
-
-
-@pytest.mark.parametrize(
-    ("error", "cause", "is_consequence"),
-    [
-        (KeyError("weights"), "user_code", False),
-        (ValueError("Expected input batch_size (3) to match target batch_size (4)."), "user_code", False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 4x5)"), "user_code", False),
-        (AttributeError("'NoneType' object has no attribute 'shape'"), "user_code", False),
-        (TypeError("the request timed out of its type"), "user_code", False),
-        (ConfigurationError("model.name", "torchvision:resnet19", "must be a model"), "configuration", False),
-        (DataError("data.root", "/nowhere", "must be a folder"), "data", False),
-        (Diverged(7, "the training loss is not finite"), "diverged", False),
-        (Preempted(7), "preempted", False),
-        (StorageError("the checkpoint of step 2 could not be written"), "worker_lost", False),
-        (RuntimeError("DataLoader timed out after 120 seconds"), "hang", False),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "out_of_memory", False),
-        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "unknown", False),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), "user_code", False),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. "), "out_of_memory", False),
-        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out_of_memory", False),
-        (RuntimeError("std::bad_alloc"), "out_of_memory", False),
-        (OSError(errno.ENOSPC, "No space left on device"), "worker_lost", False),
-        (OSError(errno.ESTALE, "Stale file handle"), "worker_lost", False),
-        (FileNotFoundError(errno.ENOENT, "No such file", "weights.pt"), "user_code", False),
-        (ValueError("ran out of memory slots"), "user_code", False),
-        (SystemExit(7), "user_code", False),
-        (KeyboardInterrupt(), "user_code", False),
-        (RuntimeError("CUDA error: device-side assert triggered"), "user_code", False),
-        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "worker_lost", False),
-        (RuntimeError("CUDA error: out of memory"), "out_of_memory", False),
-        (ray_error("RayTaskError"), "unknown", False),
-        (DataTimeoutError("Ray Data had no batch within 300 seconds"), "hang", False),
-        (TimeoutError("read timed out"), "user_code", False),
-        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "user_code", False),
-        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "user_code", False),
-        (BrokenPipeError(errno.EPIPE, "Broken pipe"), "user_code", False),
-        (RuntimeError("could not reach feature store: request timeout"), "user_code", False),
-        (RuntimeError("feature store: connection reset by peer"), "user_code", False),
-        (RuntimeError("rendezvous with the licence server timed out"), "user_code", False),
-        (ray_error("ActorDiedError"), "worker_lost", False),
-        (ray_error("OutOfMemoryError"), "out_of_memory", False),
-        (MemoryError(), "out_of_memory", False),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", False),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out_of_memory", False),
-        (gloo_error("closed"), "worker_lost", True),
-        (gloo_error("reset"), "worker_lost", True),
-        (gloo_error("timeout"), "hang", True),
-        (gloo_error("application"), "hang", True),
-        (ValueError("Default process group has not been initialized, please make sure"), "worker_lost", True),
-        (RuntimeError("NCCL error: remote process exited or there was a network error"), "worker_lost", True),
-        (
-            RuntimeError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3) ran for 30000 ms"),
-            "hang",
-            True,
-        ),
-        (
-            dist.DistNetworkError("The client socket has timed out after 60000ms while connecting to store"),
-            "hang",
-            True,
-        ),
-        (dist.DistStoreError("wait timeout after 2000ms, keys: /x"), "hang", True),
-        (
-            dist.DistNetworkError(
-                "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?"
-            ),
-            "worker_lost",
-            True,
-        ),
-        (dist.DistNetworkError("Broken pipe"), "worker_lost", True),
-        (caused(StorageError("a checkpoint was not written"), gloo_error("closed")), "worker_lost", True),
-        (caused(StorageError("a checkpoint was not written"), OSError(errno.EIO, "")), "worker_lost", False),
-        (DesyncError("layer norm1 waits for ranks 1", "norm1", "forward", 3, (1,)), "hang", True),
-    ],
-)
-def test_causes(error, cause, is_consequence):
-    assert classify(error) == (cause, is_consequence)
-
-
-def test_a_process_group_that_was_destroyed_meanwhile():
-    with pytest.raises(ValueError, match="process group") as error:
-        dist.barrier()
-    assert classify(error.value) == ("worker_lost", True)
-
-
-def test_a_real_allocation_that_is_too_large():
-    with pytest.raises(RuntimeError) as error:
-        torch.empty(1 << 60, dtype=torch.uint8)
-    assert classify(error.value)[0] == "out_of_memory"
-
-
 def record_all(folder, *errors):
-    """Record one worker's error after the other's."""
+    """Record the errors of several workers in order."""
     for rank, error in errors:
         failures.record(folder, error, rank, step=5 + rank)
     return failures.read(folder)
@@ -140,14 +26,14 @@ def explain(folder, *errors, deaths=None):
     return failures.explain(record_all(folder, *errors), deaths or {}, step=3)
 
 
-def test_the_first_failure_is_told_and_not_what_it_drew_after_it(tmp_path):
+def test_the_first_failure_is_reported_and_not_its_consequences(tmp_path):
     outcome = explain(tmp_path, (0, gloo_error("closed")), (1, KeyError("weights")), (2, ValueError("later")))
     assert (outcome.cause, outcome.rank, outcome.step) == ("user_code", 1, 6)
     assert outcome.reason == "worker 1: KeyError: 'weights'"
     assert "KeyError: 'weights'" in outcome.traceback
 
 
-def test_a_death_comes_before_the_errors_of_those_that_noticed(tmp_path):
+def test_a_death_precedes_the_errors_of_other_workers(tmp_path):
     outcome = explain(
         tmp_path, (0, gloo_error("reset")), (2, gloo_error("timeout")), deaths={1: Death("The actor died")}
     )
@@ -203,7 +89,7 @@ def exited(status, *, seconds=1.0, **more):
         (Death("The node died"), "worker_lost", "worker 1 was lost: The node died"),
     ],
 )
-def test_kinds_of_deaths(tmp_path, death, cause, reason):
+def test_failure_kinds_of_exit_statuses(tmp_path, death, cause, reason):
     outcome = explain(tmp_path, (0, gloo_error("closed")), deaths={1: death})
     assert (outcome.cause, outcome.rank) == (cause, 1)
     assert outcome.reason.startswith(reason)
@@ -214,21 +100,17 @@ def test_the_first_death_is_the_cause(tmp_path):
     assert explain(tmp_path, deaths={0: second, 1: first, 2: Death("")}).reason.startswith("worker 1")
 
 
-def test_a_signal_without_a_rule_is_unknown():
-    assert classify_exit(-signal.SIGUSR1) == "unknown"
-
-
-def test_a_hang_is_told_where_nobody_died(tmp_path):
+def test_a_hang_is_reported_if_no_worker_died(tmp_path):
     outcome = explain(tmp_path, (1, gloo_error("closed")), (0, gloo_error("timeout")))
     assert (outcome.cause, outcome.rank) == ("hang", 0)
 
 
-def test_what_nobody_recorded_is_unknown(tmp_path):
+def test_without_a_record_the_failure_is_unknown(tmp_path):
     assert explain(tmp_path).cause == "unknown"
     assert explain(tmp_path, (1, gloo_error("closed"))).cause == "worker_lost"
 
 
-def test_an_error_is_recorded_before_what_is_around_it_is_left(tmp_path):
+def test_an_error_is_recorded_before_its_context_exits(tmp_path):
     from contextlib import ExitStack
 
     from trainer.checkpoint.state import TrainProgress
@@ -244,16 +126,16 @@ def test_an_error_is_recorded_before_what_is_around_it_is_left(tmp_path):
     with pytest.raises(KeyError):
         fail()
     assert [(failure.cause, failure.rank, failure.step) for failure in seen] == [("user_code", 1, 3)]
-    failures.record(tmp_path, gloo_error("closed"), 1, 9)  # on the way out
+    failures.record(tmp_path, gloo_error("closed"), 1, 9)  # during unwinding
     assert failures.read(tmp_path) == seen
 
 
-def test_half_a_record_is_passed_by(tmp_path):
+def test_an_incomplete_record_is_skipped(tmp_path):
     tmp_path.joinpath("rank-00000.json").write_text('{"rank": 0')
     assert explain(tmp_path, (1, KeyError("weights"))).rank == 1
 
 
-def test_a_long_traceback_keeps_its_end(tmp_path):
+def test_a_long_traceback_is_truncated_at_the_start(tmp_path):
     outcome = explain(tmp_path, (0, ValueError("x" * 100_000 + " the end")))
     assert outcome.traceback.endswith("the end\n")
     assert len(outcome.traceback) <= failures.MAX_TRACEBACK_CHARS
@@ -286,7 +168,8 @@ class Strange(BaseException, metaclass=Nameless):
         (SystemExit("\udcff"), "worker 0: SystemExit: exit code \ufffd"),
         (
             UnprintableError(),
-            "worker 0: UnprintableError: <UnprintableError that cannot be shown: its __str__ raised KeyError>",
+            "worker 0: UnprintableError: <UnprintableError that cannot be shown: its __str__ raised "
+            "KeyError>",
         ),
         (Strange(), "worker 0: an error that cannot be shown"),
         (ValueError(ValueError("\ud800")), "worker 0: ValueError: \ufffd"),
@@ -305,18 +188,14 @@ def test_a_huge_message_is_bounded(tmp_path):
     assert outcome.reason.endswith("end")
 
 
-def test_a_folder_that_cannot_be_written_hides_no_error(tmp_path, capsys):
+def test_an_unwritable_folder_does_not_hide_the_error(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert failures.record(tmp_path / "file", KeyError("weights"), 0, 1) == "worker 0: KeyError: 'weights'"
-    assert "could not be written" in capsys.readouterr().out
-
-
-def test_text_keeps_what_can_be_kept():
-    assert printable("é \U0001f600 \ud83d\ude00") == "é \U0001f600 \U0001f600"
+    assert "could not write the failure record" in capsys.readouterr().out
 
 
 class Fault:
-    """A journal that makes its rank fail after four steps."""
+    """Metrics logger that fails its rank after four steps."""
 
     def __init__(self, rank):
         self.rank = rank
@@ -334,9 +213,9 @@ class Fault:
 
 
 def train_with_fault(spec, folder, rank):
-    """Train until some rank fails, and record what this one meets, as a worker does."""
+    """Train until some rank fails, and record the error of this rank, as a worker does."""
     try:
-        run_here(spec, journal=Fault(rank))
+        run_here(spec, metrics_logger=Fault(rank))
     except Exception as error:
         failures.record(folder, error, dist.get_rank(), 4)
         raise
@@ -344,7 +223,7 @@ def train_with_fault(spec, folder, rank):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("norm", ["none", "sync"])
-def test_an_error_on_one_rank_is_told_apart_from_those_of_the_others(tmp_path, norm):
+def test_an_error_of_one_rank_is_the_first_failure(tmp_path, norm):
     spec = make_spec(num_workers=3, norm=norm)
     with pytest.raises(KeyError, match="weights"):
         run_on_ranks(train_with_fault, 3, spec, tmp_path, 1, timeout_seconds=20)

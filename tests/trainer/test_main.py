@@ -10,7 +10,16 @@ import yaml
 
 from service.adapters.run_storage import RunFiles
 from tests.processes import wait_for_file
-from trainer.jobspec import JOB_VARIABLE, LOG_FILE, OUTCOME_FILE, AttemptContext, JobSpec, Outcome, Task, attempt_folder
+from trainer.jobspec import (
+    JOB_VARIABLE,
+    LOG_FILE,
+    OUTCOME_FILE,
+    AttemptContext,
+    AttemptTask,
+    JobSpec,
+    Outcome,
+    attempt_folder,
+)
 
 SPEC = """
 model: {name: mlp, hidden: [16]}
@@ -18,9 +27,9 @@ data: {name: digits}
 num_workers: 2
 steps: 30
 eval_every: 10
-optimizer: {lr: 0.5}
+optimizer: {name: sgd, lr: 0.5}
 evaluation: {statistics: precise}
-checkpoint: {keep_best: test_loss, best_mode: max}
+checkpoint: {every: 10, keep_best: test_loss, best_mode: max}
 """
 
 
@@ -30,23 +39,23 @@ def run(*arguments, cwd, timeout=120):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
-        ("steps: [", "spec.yaml holds no YAML"),
+        ("steps: [", "spec.yaml: must be valid YAML"),
         ("steps: 1\noptimizer: {lr: 1e-400}", "greater than 0 (got 0.0)"),
-        (b"\xff\xfe\x00", "spec.yaml holds no YAML"),
+        (b"\xff\xfe\x00", "spec.yaml: must be valid YAML"),
         ("steps: -1", "steps: Input should be greater than or equal to 1 (got -1)"),
         ("step: 1", "step: Extra inputs are not permitted"),
         ("- 1", "valid dictionary"),
         (None, "No such file"),
     ],
 )
-def test_a_file_that_cannot_be_taken_is_explained(tmp_path, content, told):
+def test_an_invalid_task_file_is_explained(tmp_path, content, message):
     if content is not None:
         (tmp_path / "spec.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     result = run("spec.yaml", cwd=tmp_path)
     assert result.returncode == 2
-    assert told in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
 
@@ -65,10 +74,12 @@ sys.exit(driver.main())
 
 
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_a_driver_that_is_stopped_has_no_outcome_of_its_own(tmp_path, is_asked):
-    """Ray stops a job by signals to the driver's parent and then to the driver; any other signal to it is a failure."""
+def test_a_stopped_driver_writes_no_outcome(tmp_path, is_asked):
+    """Ray stops a job by signals to the driver's parent and then the driver; other signals are failures."""
     context = AttemptContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path / "job-1"))
-    task = RunFiles(tmp_path).write_task(Task(spec=JobSpec.model_validate(yaml.safe_load(SPEC)), context=context))
+    task = RunFiles(tmp_path).write_task(
+        AttemptTask(spec=JobSpec.model_validate(yaml.safe_load(SPEC)), context=context)
+    )
     with subprocess.Popen(
         [sys.executable, "-c", SLEEPING_DRIVER], cwd=tmp_path, env=os.environ | {JOB_VARIABLE: str(task)}
     ) as parent:
@@ -81,43 +92,49 @@ def test_a_driver_that_is_stopped_has_no_outcome_of_its_own(tmp_path, is_asked):
     assert (attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE).exists() == (not is_asked)
 
 
-def test_without_a_file_it_says_what_it_takes(tmp_path):
+def test_without_a_file_the_usage_is_printed(tmp_path):
     result = run(cwd=tmp_path)
     assert result.returncode == 2
-    assert "give a SPEC.yaml" in result.stderr
+    assert "spec: must be a YAML file" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which a spec was trained on a private Ray."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "spec.yaml").write_text(SPEC)
+    result = run("spec.yaml", "--output", "out", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "stdout").write_text(result.stdout)
+    return folder
 
 
 @pytest.mark.ray
-def test_one_spec_by_hand_on_a_ray_of_its_own(tmp_path):
-    (tmp_path / "spec.yaml").write_text(SPEC)
-    result = run("spec.yaml", "--output", "out", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "step 30/30" in result.stdout
-    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-1" / OUTCOME_FILE).read_text())
+def test_a_spec_runs_by_hand_on_a_private_ray(trained):
+    stdout = (trained / "stdout").read_text()
+    assert "step 30/30" in stdout
+    outcome = Outcome.model_validate_json((trained / "out/attempt-1" / OUTCOME_FILE).read_text())
     assert outcome.state == "succeeded"
     assert 0 <= outcome.metrics["accuracy"] <= 1
-    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained / "out/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 10, 20, 30]
-    assert (tmp_path / "out/attempt-1/figures/accuracy.png").exists()
-    assert (tmp_path / "out/attempt-1/model.pt").stat().st_size > 0
-    assert (tmp_path / "out/attempt-1/model-last.pt").stat().st_size > 0
-    assert "model.pt is the best model, of step 10" in result.stdout
-    assert not (tmp_path / "out/attempt-1" / LOG_FILE).exists()
-    again = run("spec.yaml", "--output", "out", cwd=tmp_path)
+    assert (trained / "out/attempt-1/figures/accuracy.png").exists()
+    assert (trained / "out/attempt-1/model.pt").stat().st_size > 0
+    assert (trained / "out/attempt-1/model-last.pt").stat().st_size > 0
+    assert "model.pt: best model, step 10" in stdout
+    assert not (trained / "out/attempt-1" / LOG_FILE).exists()
+    again = run("spec.yaml", "--output", "out", cwd=trained)
     assert again.returncode == 2
-    assert "is not empty" in again.stderr
+    assert "must be an empty folder" in again.stderr
 
 
 @pytest.mark.ray
-def test_an_optimizer_without_state_is_resumed_by_hand(tmp_path):
-    spec = "{norm: none, data: {name: digits}, steps: 20, checkpoint: {every: 10}, optimizer: {name: sgd, lr: 0.1}}"
-    (tmp_path / "spec.yaml").write_text(spec)
-    assert run("spec.yaml", "--output", "out", cwd=tmp_path).returncode == 0
-    (tmp_path / "spec.yaml").write_text(spec.replace("steps: 20", "steps: 40"))
-    result = run("spec.yaml", "--output", "out", "--resume", cwd=tmp_path)
+def test_an_optimizer_without_state_is_resumed_by_hand(trained):
+    (trained / "spec.yaml").write_text(SPEC.replace("steps: 30", "steps: 40"))
+    result = run("spec.yaml", "--output", "out", "--resume", cwd=trained)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "goes on from step-000000000020" in result.stdout
-    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-2" / OUTCOME_FILE).read_text())
+    assert "resuming from step-000000000030" in result.stdout
+    outcome = Outcome.model_validate_json((trained / "out/attempt-2" / OUTCOME_FILE).read_text())
     assert (outcome.state, outcome.step) == ("succeeded", 40)
 
 
@@ -142,7 +159,7 @@ def fragile(calls):
 
 
 @pytest.mark.ray
-def test_streamed_data_and_a_model_of_the_users_that_fails_on_one_worker(tmp_path):
+def test_a_user_model_that_fails_on_one_worker_with_streamed_data(tmp_path):
     import numpy as np
     import pandas as pd
 
@@ -179,6 +196,6 @@ def test_streamed_data_and_a_model_of_the_users_that_fails_on_one_worker(tmp_pat
     assert (outcome.state, outcome.cause, outcome.rank, outcome.step) == ("failed", "user_code", 1, 7)
     assert outcome.reason == "worker 1: KeyError: 'weights of my own'"
     assert "models.py" in outcome.traceback
-    tries = json.loads((tmp_path / "out/checkpoints/run.json").read_text())["tries"]
-    assert [(tried["attempt"], tried["outcome"]["cause"]) for tried in tries] == [(1, "user_code")]
+    runs = json.loads((tmp_path / "out/checkpoints/run.json").read_text())["worker_group_runs"]
+    assert [(run["attempt"], run["outcome"]["cause"]) for run in runs] == [(1, "user_code")]
     assert list((tmp_path / "out/checkpoints").glob("step-000000000005-*/manifest.json"))

@@ -6,7 +6,7 @@ import pytest
 from trainer.errors import ConfigurationError
 from trainer.secrets import hide_credentials, set_variables
 
-VALUE = "a-value-that-nobody-may-see"
+VALUE = "a-secret-value"
 
 
 @pytest.fixture
@@ -25,16 +25,16 @@ def test_a_variable_holds_what_the_file_holds(secret, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_file_that_everybody_can_read_is_told_and_its_value_is_not(secret, capsys):
+def test_a_world_readable_secret_file_is_reported_without_its_value(secret, capsys):
     secret.chmod(0o644)
     set_variables({"A_SECRET": str(secret)})
-    told = capsys.readouterr().out
-    assert str(secret) in told
-    assert VALUE not in told
+    output = capsys.readouterr().out
+    assert str(secret) in output
+    assert VALUE not in output
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe" + VALUE.encode(), f"{VALUE}\0".encode()])
-def test_what_cannot_be_read_is_the_jobs_configuration(secret, content):
+def test_an_unreadable_secret_is_a_configuration_error(secret, content):
     if content is None:
         secret.unlink()
     else:
@@ -46,7 +46,7 @@ def test_what_cannot_be_read_is_the_jobs_configuration(secret, content):
     assert os.environ["A_SECRET"] == "before"
 
 
-def test_a_link_out_of_the_folder_is_refused(secret, tmp_path):
+def test_a_link_out_of_the_folder_is_rejected(secret, tmp_path):
     (tmp_path / "outside").write_text(VALUE)
     secret.unlink()
     secret.symlink_to(tmp_path / "outside")
@@ -54,10 +54,11 @@ def test_a_link_out_of_the_folder_is_refused(secret, tmp_path):
         set_variables({"A_SECRET": str(secret)})
 
 
-def test_credentials_of_the_service_leave_the_environment(monkeypatch):
+def test_credentials_of_the_service_are_removed_from_the_environment(monkeypatch):
     gone = {
-        "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "SYNCBN_TOKEN", "SYNCBN_DATABASE_URL", "SYNCBN_SECRETS_FOLDER",
-        "SYNCBN_JOB", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "PGPASSWORD",
+        "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "SYNCBN_TOKEN", "SYNCBN_DATABASE_URL",
+        "SYNCBN_SECRETS_FOLDER", "SYNCBN_JOB", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN",
+        "PGPASSWORD",
     }  # fmt: skip
     kept = {"SYNCBN_TIMEOUT_SECONDS", "RAY_ADDRESS", "MLFLOW_TRACKING_URI", "AWS_PROFILE"}
     for variable in gone | kept:

@@ -1,4 +1,4 @@
-"""Execution of one function at a time in a background thread."""
+"""Background execution of one function at a time."""
 
 import threading
 from collections.abc import Callable
@@ -6,13 +6,16 @@ from concurrent.futures import Future
 
 
 class BackgroundTask:
-    """A thread for each function, so that a process never waits for one that hangs when it exits."""
+    """Background task with one daemon thread per function.
+
+    A process that exits does not wait for a function that hangs.
+    """
 
     def __init__(self) -> None:
         self._running: Future[None] | None = None
 
     def start(self, function: Callable[[], None]) -> None:
-        """Run a function; the one before must have been waited for."""
+        """Run a function in a thread, after `wait` for the one before."""
         assert self._running is None
         future: Future[None] = Future()
 
@@ -29,11 +32,14 @@ class BackgroundTask:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the function has raised, as far as is known now."""
+        """Whether the function has raised an error so far."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self, timeout_seconds: float) -> None:
-        """Wait for the function, if one was started. Raises its error, or TimeoutError."""
+        """Wait for the function, if one was started.
+
+        Raises its error, or TimeoutError.
+        """
         if self._running is None:
             return
         future, self._running = self._running, None

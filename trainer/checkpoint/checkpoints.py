@@ -1,7 +1,8 @@
-"""Checkpoints: the state of a run in one folder, on any fsspec storage.
+"""Checkpoints: one folder per saved state, on any fsspec storage.
 
-A checkpoint is a folder `step-<steps>-<token>` with `shared.pt`, one `rank-<number>.pt` for each worker, and `manifest.json`, which
-names all files with their sizes and hashes, and is written last. A folder without a manifest is one that was never finished.
+A checkpoint is a folder `step-<steps>-<token>` with `shared.pt`, one `rank-<number>.pt` per worker, and
+`manifest.json`, which lists all files with sizes and hashes and is written last. A folder without a manifest
+is an incomplete checkpoint.
 """
 
 import hashlib
@@ -10,14 +11,12 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
 import torch
-import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 
 from trainer.atomic import HashingWriter, to_disk
@@ -29,43 +28,43 @@ from trainer.errors import StorageError
 from trainer.jobspec import CheckpointSpec
 
 FORMAT = 3
-"""Changes when older checkpoints cannot be read any more."""
+"""Version of the format; incremented when older checkpoints become unreadable."""
 SHARED = "shared.pt"
 CHUNK_BYTES = 1 << 22
 WRITE_SECONDS = 1800.0
-"""Limit for writing one checkpoint."""
+"""Timeout for writing one checkpoint."""
 CLOSE_SECONDS = 10.0
-"""Limit for a checkpoint that is still being written when its run fails."""
+"""Timeout for a checkpoint that is still being written when its run fails."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message says which, and why."""
+    """Checkpoint that cannot be used; the message has its name and the reason."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """It was never finished, or has been damaged since."""
+    """Checkpoint that is incomplete or damaged."""
 
 
 class CheckpointMismatchError(CheckpointError):
-    """It is whole, but another run's."""
+    """Complete checkpoint of another run."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A checkpoint that is whole."""
+    """Manifest of a complete checkpoint."""
 
     name: str
     step: int
     world_size: int
     identity: dict[str, str]
-    """What must be equal for the state to be taken over: the parts of the spec and the data that shape it."""
+    """Parts of the specification and the data that determine the state; must be equal on loading."""
     metrics: dict[str, float]
     files: dict[str, tuple[int, str]]
-    """File name to bytes and SHA-256."""
+    """Size in bytes and SHA-256 of each file."""
 
 
 class Checkpoints:
-    """The checkpoints of one job; every worker has one, and all workers call the same methods."""
+    """Checkpoints of one job; all workers call the same methods."""
 
     def __init__(
         self,
@@ -75,25 +74,23 @@ class Checkpoints:
         worker: RankInfo,
         marker: Path | None = None,
     ) -> None:
-        """`marker` is a file that is there as long as a checkpoint is being written."""
+        """Open a folder; the file `marker` exists while a checkpoint is being written."""
         self._files, self._root = fsspec.core.url_to_fs(folder)
         self._spec, self._identity, self._worker, self._marker = spec, identity, worker, marker
         self._writing = BackgroundTask()
-        self._group: Any = None
-        if worker.world_size > 1:
-            # A missing worker is found within the time limit of the default group, not within that of the new one.
-            dist.barrier()
-            # A thread's collectives must not come between those of training, and storage may be slower than those may be.
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WRITE_SECONDS))
-        self._torn: set[str] = set()
+        # A separate group: the thread's collectives must not mix with those of training, and need a longer
+        # timeout.
+        self._group = worker.new_gloo_group(WRITE_SECONDS)
+        self._corrupt: set[str] = set()
         self.refused: list[str] = []
-        """Why newer checkpoints than the one loaded were not taken; on rank 0."""
+        """Reasons for not loading newer checkpoints, on rank 0."""
 
     def save(self, state: TrainState) -> None:
-        """Copy the state to host memory, and write it in the background; every worker calls it at the same step.
+        """Copy the state to host memory and write it in the background.
 
-        Waits for the checkpoint before, if that is still being written, and raises what `wait` does. A checkpoint exists once all
-        workers' files are there: a kill at any moment leaves the one before it.
+        Every worker calls this method at the same step. It waits for the previous checkpoint first, and
+        raises what `wait` raises. A checkpoint exists once the files of all workers do: a kill at any time
+        leaves the previous one intact.
         """
         self.wait()
         step = state.position.step
@@ -101,36 +98,41 @@ class Checkpoints:
         contents = {rank_file(self._worker.rank): state.own()}
         if (shared := state.shared()) is not None:
             contents[SHARED] = shared
-        # A step that was not evaluated has no value to be the best by.
-        metrics = dict(state.position.metrics) if state.position.evaluated == step else {}
+        # Only an evaluated step can be the best one.
+        metrics = dict(state.position.metrics) if state.position.last_eval_step == step else {}
         self._mark(name)
         self._writing.start(partial(self._write_checkpoint, name, step, metrics, contents))
 
     @property
     def has_failed(self) -> bool:
-        """Whether the newest checkpoint could not be written, as far as this worker knows now."""
+        """Whether the newest checkpoint has failed, as far as this worker knows."""
         return self._writing.has_failed
 
     def wait(self) -> None:
-        """Wait until the newest checkpoint exists. Raises StorageError, on every worker, if any of them could not write."""
+        """Wait until the newest checkpoint exists.
+
+        Raises StorageError, on every worker, if any worker could not write its files.
+        """
         try:
             self._writing.wait(WRITE_SECONDS)
         except TimeoutError:
-            raise StorageError(f"a checkpoint in {self._root} was not written within {WRITE_SECONDS:.0f} s") from None
+            raise StorageError(
+                f"a checkpoint in {self._root} was not written within {WRITE_SECONDS:.0f} s"
+            ) from None
         finally:
             self._mark(None)
 
     def close(self) -> None:
-        """Wait a few seconds for a checkpoint that is being written; its error is only logged."""
+        """Wait a few seconds for a checkpoint that is being written; only log its error."""
         try:
             self._writing.wait(CLOSE_SECONDS)
         except Exception as error:  # the run has already ended with another error
-            print(f"the last checkpoint in {self._root} is missing: {_describe(error)}", flush=True)
+            print(f"warning: lost the last checkpoint in {self._root}: {_describe(error)}", flush=True)
         finally:
             self._mark(None)
 
     def _mark(self, name: str | None) -> None:
-        """Show the driver, which may be asked to stop, that a checkpoint is being written."""
+        """Signal to the driver that a checkpoint is being written."""
         if self._marker is None or self._worker.rank > 0:
             return
         if name is None:
@@ -141,40 +143,46 @@ class Checkpoints:
     def _write_checkpoint(
         self, name: str, step: int, metrics: dict[str, float], contents: dict[str, dict[str, Any]]
     ) -> None:
-        """Write this worker's files, and on rank 0 the manifest once all workers have written theirs."""
+        """Write this worker's files, and on rank 0 the manifest after those of all."""
         rank = self._worker.rank
         mine: Any = {}
         try:
             self._files.makedirs(f"{self._root}/{name}", exist_ok=True)
             for file, content in contents.items():
                 mine[file] = self._write(name, file, content)
-        except Exception as error:  # a storage's errors are of any kind, and the others wait for word of them
+        except Exception as error:  # storages raise errors of any class, and the other workers wait below
             mine = f"worker {rank}: {_describe(error)}"
         written = self._from_all(mine)
         failure = "; ".join(entry for entry in written if isinstance(entry, str))
         if rank == 0 and not failure:
             try:
-                files = {file: place for entry in written for file, place in entry.items()}
-                self._write_manifest(Manifest(name, step, self._worker.world_size, self._identity, metrics, files))
+                files = {file: digest for entry in written for file, digest in entry.items()}
+                self._write_manifest(
+                    Manifest(name, step, self._worker.world_size, self._identity, metrics, files)
+                )
             except Exception as error:
                 failure = f"worker 0: {_describe(error)}"
         if rank == 0 and not failure:
             self._mark(None)
             try:
-                self._prune(
-                    name
-                )  # before the others are answered, so that they do not wait for it in other collectives
+                # Before the broadcast below, so that the other workers do not wait in the next collective.
+                self._prune(name)
             except Exception as error:
-                print(f"old checkpoints in {self._root} could not be removed: {_describe(error)}", flush=True)
+                print(
+                    f"warning: could not remove old checkpoints in {self._root}: {_describe(error)}",
+                    flush=True,
+                )
         failure = self._from_rank_zero(failure)
         if failure:
-            raise StorageError(f"the checkpoint of step {step} in {self._root} could not be written: {failure}")
+            raise StorageError(
+                f"the checkpoint of step {step} in {self._root} could not be written: {failure}"
+            )
 
     def load(self, state: TrainState) -> Manifest | None:
-        """Take over the newest checkpoint that is whole and of this job; None, and nothing changed, if there is none.
+        """Load the newest complete checkpoint of this job; return None if there is none.
 
-        What is torn, or was written for another spec, is named in `refused`, and the one before it is taken. Raises StorageError,
-        on every worker, if the storage cannot be read.
+        Corrupt checkpoints, and those of another specification, are listed in `refused` and skipped. Raises
+        StorageError, on every worker, if the storage cannot be read.
         """
         chosen: Manifest | str | None = None
         if self._worker.rank == 0:
@@ -192,7 +200,7 @@ class Checkpoints:
         try:
             own = self._read(manifest, rank_file(self._worker.rank)) if is_same_size else None
             shared = self._read(manifest, SHARED)
-        except Exception as error:  # of any kind, and the others wait for word of it
+        except Exception as error:  # of any class, and the other workers wait below
             failure = f"worker {self._worker.rank}: {_describe(error)}"
         if failure := "; ".join(filter(None, self._from_all(failure))):
             raise StorageError(f"{manifest.name} in {self._root} could not be read: {failure}")
@@ -200,30 +208,37 @@ class Checkpoints:
         return cast("Manifest", manifest)
 
     def load_best(self) -> tuple[Manifest, dict[str, Any]] | None:
-        """Read the shared state of the best whole checkpoint by `keep_best`; None if there is none. Collectives: none.
+        """Read the shared state of the best complete checkpoint by `keep_best`.
 
-        Raises StorageError if the storage cannot be read.
+        Returns None if there is none. Collectives: none. Raises StorageError if the storage cannot be read.
         """
         try:
             best = best_of(list(self.manifests()), self._spec)
             return None if best is None else (best, self._read(best, SHARED))
         except Exception as error:
-            raise StorageError(f"the best checkpoint in {self._root} could not be read: {_describe(error)}") from error
+            raise StorageError(
+                f"the best checkpoint in {self._root} could not be read: {_describe(error)}"
+            ) from error
 
     def manifests(self) -> Iterator[Manifest]:
-        """Yield whole checkpoints of this job, newest first; notes in `refused` why others are not taken."""
+        """Yield complete checkpoints of this job, newest first.
+
+        Adds the reasons for skipping others to `refused`.
+        """
         for name in sorted(self._names(), reverse=True):
             try:
                 yield self._verify(name)
             except CheckpointError as error:
                 self.refused.append(str(error))
-                self._torn |= {name} if isinstance(error, CorruptCheckpointError) else set()
+                self._corrupt |= {name} if isinstance(error, CorruptCheckpointError) else set()
 
     def _names(self) -> list[str]:
         if not self._files.exists(self._root):
             return []
         self._files.invalidate_cache(self._root)
-        names = [str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)]
+        names = [
+            str(path).rstrip("/").rpartition("/")[2] for path in self._files.ls(self._root, detail=False)
+        ]
         return [name for name in names if NAME.match(name)]
 
     def _verify(self, name: str) -> Manifest:
@@ -248,14 +263,16 @@ class Checkpoints:
             )
             theirs = manifest.identity
             differing = sorted(
-                key for key in self._identity.keys() | theirs.keys() if self._identity.get(key) != theirs.get(key)
+                key
+                for key in self._identity.keys() | theirs.keys()
+                if self._identity.get(key) != theirs.get(key)
             )
         except FileNotFoundError:
-            raise CorruptCheckpointError(f"{name}: torn: it has no {MANIFEST}") from None
+            raise CorruptCheckpointError(f"{name}: incomplete: {MANIFEST} is missing") from None
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise CorruptCheckpointError(f"{name}: torn: {MANIFEST} is not one of ours") from None
+            raise CorruptCheckpointError(f"{name}: corrupt: {MANIFEST} cannot be parsed") from None
         if differing:
-            raise CheckpointMismatchError(f"{name}: foreign: it was written for another {', '.join(differing)}")
+            raise CheckpointMismatchError(f"{name}: another run's: differs in {', '.join(differing)}")
         return manifest
 
     def _compare(self, name: str, file: str, expected: tuple[int, str]) -> None:
@@ -266,9 +283,12 @@ class Checkpoints:
                     digest.update(chunk)
                     size += len(chunk)
         except FileNotFoundError:
-            raise CorruptCheckpointError(f"{name}: torn: {file} is missing") from None
+            raise CorruptCheckpointError(f"{name}: incomplete: {file} is missing") from None
         if (size, digest.hexdigest()) != expected:
-            raise CorruptCheckpointError(f"{name}: torn: {file} has {size} bytes of {expected[0]}, or other ones")
+            raise CorruptCheckpointError(
+                f"{name}: corrupt: {file} must have {expected[0]} bytes with the SHA-256 of the manifest "
+                f"(got {size} bytes)"
+            )
 
     def _write(self, name: str, file: str, content: dict[str, Any]) -> tuple[int, str]:
         with self._files.open(f"{self._root}/{name}/{file}", "wb") as stream:
@@ -297,7 +317,7 @@ class Checkpoints:
         }
         path, text = f"{self._root}/{manifest.name}/{MANIFEST}", json.dumps(content, indent=1).encode()
         if not isinstance(self._files, LocalFileSystem):
-            self._files.pipe_file(path, text)  # an object appears as a whole
+            self._files.pipe_file(path, text)  # object stores write atomically
             return
         with open(f"{path}.new", "wb") as stream:
             stream.write(text)
@@ -309,15 +329,15 @@ class Checkpoints:
             os.close(handle)
 
     def _prune(self, newest: str) -> None:
-        """Remove what the policy does not keep: all but the last ones and the best, and what was never finished before `newest`.
+        """Remove checkpoints that are neither among the last ones nor the best one.
 
-        What is whole and another run's is not ours to remove.
+        Incomplete checkpoints older than `newest` are removed too; complete ones of other runs are kept.
         """
         whole: list[Manifest] = []
         removed: list[str] = []
         for name in sorted(self._names(), reverse=True):
             try:
-                if name in self._torn:
+                if name in self._corrupt:
                     raise CorruptCheckpointError(name)
                 whole.append(self._read_manifest(name))
             except CorruptCheckpointError:
@@ -331,28 +351,35 @@ class Checkpoints:
         for name in removed:
             path = f"{self._root}/{name}"
             if self._files.exists(f"{path}/{MANIFEST}"):
-                self._files.rm_file(f"{path}/{MANIFEST}")  # first, so that no half of it is ever taken for whole
+                self._files.rm_file(f"{path}/{MANIFEST}")  # first: without it the checkpoint is incomplete
             self._files.rm(path, recursive=True)
 
     def _from_rank_zero(self, value: Any) -> Any:
-        """Return rank 0's value on every worker. Raises StorageError if a worker is missing."""
+        """Return rank 0's value on every worker.
+
+        Raises StorageError if a worker is missing.
+        """
         return self._from_all(value if self._worker.rank == 0 else None)[0]
 
     def _from_all(self, value: Any) -> list[Any]:
-        """Return every worker's value on every worker. Raises StorageError if a worker is missing."""
-        if self._worker.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self._worker.world_size
+        """Return every worker's value on every worker.
+
+        Raises StorageError if a worker is missing.
+        """
         try:
-            dist.all_gather_object(values, value, group=self._group)
+            return self._worker.all_gather_object(value, self._group)
         except RuntimeError as error:
-            missing = f"a checkpoint in {self._root} needs an answer of every worker within {WRITE_SECONDS:.0f} s"
+            missing = (
+                f"a worker did not answer within {WRITE_SECONDS:.0f} s about a checkpoint in {self._root}"
+            )
             raise StorageError(f"{missing}: {_describe(error)}") from error
-        return values
 
 
 def best_of(manifests: Sequence[Manifest], spec: CheckpointSpec) -> Manifest | None:
-    """Return the best checkpoint by `spec.keep_best`, the newest of equal ones; None without one that has the metric."""
+    """Return the best checkpoint by `spec.keep_best`, the newest among equals.
+
+    Returns None if no checkpoint has the metric.
+    """
     metric, sign = spec.keep_best, 1 if spec.best_direction == "max" else -1
     scored = [manifest for manifest in manifests if metric in manifest.metrics]
     if metric is None or not scored:
@@ -361,7 +388,7 @@ def best_of(manifests: Sequence[Manifest], spec: CheckpointSpec) -> Manifest | N
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file that holds what is a worker's own."""
+    """Return the name of a worker's own file."""
     return f"rank-{rank:05d}.pt"
 
 

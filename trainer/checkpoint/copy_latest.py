@@ -1,4 +1,4 @@
-"""Copies of the newest and the best checkpoint of the job that is resumed."""
+"""Copies of checkpoints from the job that a job resumes."""
 
 import json
 import re
@@ -6,19 +6,20 @@ import re
 import fsspec
 
 from trainer.driver.history import checkpoint_folder
-from trainer.jobspec import CheckpointSpec, Task, best_value
+from trainer.jobspec import AttemptTask, CheckpointSpec, best_value
 
 NAME = re.compile(r"^step-(\d{12})-[0-9a-f]{8}$")
-"""Of a checkpoint's folder."""
+"""Name of a checkpoint folder."""
 MANIFEST = "manifest.json"
-"""Written last: what has none was never finished."""
+"""File that completes a checkpoint: it is written last."""
 
 
-def copy_latest_checkpoint(task: Task) -> str | None:
-    """Copy the newest finished checkpoint of the newest of `resumed_from` that has one, and the best one; return the newest's name.
+def copy_latest_checkpoint(task: AttemptTask) -> str | None:
+    """Copy the newest and the best checkpoint of the newest job in `resumed_from`.
 
-    Nothing is done if the job has it, or a newer one, already. Whether the copy is whole and fits the spec is up to `Checkpoints`.
-    Raises OSError if the storage does not answer.
+    Jobs without a complete checkpoint are skipped. Returns the name of the newest checkpoint; None, without a
+    copy, if the job already has this or a newer one. `Checkpoints` verifies the copies. Raises OSError if the
+    storage does not answer.
     """
     if not task.context.resumed_from:
         return None
@@ -31,18 +32,21 @@ def copy_latest_checkpoint(task: Task) -> str | None:
             continue
         if owned and owned[-1] >= names[-1]:
             return None
-        # The newest one last: it shows that the others are there.
+        # The newest one last: its existence implies that of the others.
         for name in dict.fromkeys([*_best(files, theirs, names, task.spec.checkpoint), names[-1]]):
             _copy(files, f"{theirs}/{name}", f"{own}/{name}")
-            print(f"copies {name} of {job_id}", flush=True)
+            print(f"copied checkpoint {name} of {job_id}", flush=True)
         return names[-1]
     if not owned:
-        print(f"none of {', '.join(task.context.resumed_from)} has a checkpoint; starting from step 0", flush=True)
+        print(
+            f"no checkpoint in {', '.join(task.context.resumed_from)}; starting from step 0",
+            flush=True,
+        )
     return None
 
 
 def _best(files: fsspec.AbstractFileSystem, folder: str, names: list[str], spec: CheckpointSpec) -> list[str]:
-    """Return the name of the best checkpoint by `spec.keep_best`, if there is one, before the newest one's."""
+    """Return the name of the best checkpoint by `spec.keep_best`, or nothing."""
     if spec.keep_best is None:
         return []
     values = {}
@@ -62,7 +66,7 @@ def _copy(files: fsspec.AbstractFileSystem, source: str, target: str) -> None:
 
 
 def _finished(files: fsspec.AbstractFileSystem, folder: str) -> list[str]:
-    """Names of the checkpoints that have a manifest, oldest first."""
+    """Return the names of the checkpoints that have a manifest, oldest first."""
     if not files.exists(folder):
         return []
     files.invalidate_cache(folder)

@@ -22,13 +22,15 @@ __all__ = ["Batch", "Dataset", "batch_indices", "open_dataset", "shard"]
 def open_dataset(
     spec: JobSpec, rank: int, world_size: int, device: torch.device, dtype: torch.dtype, feeder: Any = None
 ) -> Dataset:
-    """Open the data of a spec as worker `rank` of `world_size` sees it: inputs of `dtype`, on `device`.
+    """Open the data of a specification for worker `rank` of `world_size`.
 
-    `feeder` is what `trainer.data.stream.start_feeder` returned, for Ray Data alone.
+    Inputs have `dtype` and are on `device`. `feeder` is the result of `trainer.data.stream.start_feeder`, for
+    Ray Data only.
 
-    Raises ConfigurationError or DataError, naming the field, if the data is missing, broken or not as the spec describes it.
+    Raises ConfigurationError or DataError, with the field, if the data is missing, damaged or different from
+    its specification.
     """
-    # What each kind is read with is imported where it is needed: some of it takes seconds.
+    # Each kind imports its libraries here, since some imports take seconds.
     data, place = spec.data, (rank, world_size, device, dtype)
     match data:
         case Mnist5kSpec() | DigitsSpec():

@@ -9,19 +9,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trainer.data.cache import cached
-from trainer.data.digest import digest
+from trainer.data.cache import cached, digest
 from trainer.jobspec import DigitsSpec, Mnist5kSpec
 
 SPLIT_SEED = 1502_03167
-"""The split into train and test is part of the dataset, so it does not depend on a run's seed."""
+"""Seed of the split into training and test data, which is part of the dataset and independent of a run's
+seed.
+"""
 
 NAMES = ("train_inputs", "test_inputs", "train_labels", "test_labels")
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A labelled dataset in memory: inputs (N, C, H, W) floating, from 0 to 1; labels (N,) int64."""
+    """Labelled dataset in memory.
+
+    Inputs (N, C, H, W), floating point, 0 to 1; labels (N,), int64.
+    """
 
     train_inputs: Tensor
     train_labels: Tensor
@@ -31,7 +35,7 @@ class Samples:
 
 
 def load_small(spec: Mnist5kSpec | DigitsSpec, device: torch.device, dtype: torch.dtype) -> Samples:
-    """Load a dataset onto `device`; its split is stratified by label and always the same."""
+    """Load a dataset onto `device`, with a constant split, stratified by label."""
 
     def write(file: BinaryIO) -> None:
         np.savez_compressed(file, allow_pickle=False, **_read(spec))

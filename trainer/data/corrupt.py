@@ -10,68 +10,73 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from trainer.data.dataset import Images
 from trainer.data.decoding import MAX_IMAGE_PIXELS, UnsupportedImage
-from trainer.data.images import Images
 from trainer.data.sampler import Indices
 from trainer.errors import CorruptImage, DataError
 
-MOST_IN_A_ROW = 100
-"""Corrupt images: where there are more, it is hardly single files that are broken."""
-NAMED = 5
-"""Of them: so many an error names."""
+MAX_CORRUPT_IN_A_ROW = 100
+"""Maximum run of corrupt images; longer runs mean that more than single files are damaged."""
+MAX_NAMES_SHOWN = 5
+"""Number of corrupt images that an error names."""
 CORRUPT = -1
-"""The label of a row whose image is corrupt."""
+"""Label of a row whose image is corrupt."""
 
 
 @contextmanager
-def reading(field: str, name: str) -> Iterator[None]:
-    """Name the image that cannot be read inside.
+def image_errors(field: str, name: str) -> Iterator[None]:
+    """Convert errors of reading an image to errors with its name.
 
-    Raises CorruptImage for anything that Pillow cannot read, which it reports by many kinds of errors; DataError for what
-    the storage has to say, such as that there is no such file, and for an intact image that is not supported.
+    Raises CorruptImage for everything that Pillow cannot read, which it reports by many classes of errors;
+    DataError for errors of the storage, such as a missing file, and for an intact image that is not
+    supported.
     """
     try:
         yield
+    # The machine's problem, not that of the file.
     except MemoryError:
         raise
     except UnsupportedImage as error:
         raise DataError(field, name, f"must be {error}") from error
     except Image.DecompressionBombError as error:
-        raise DataError(field, name, f"must be an image of at most {MAX_IMAGE_PIXELS:,} pixels: {error}") from error
+        raise DataError(
+            field, name, f"must be an image of at most {MAX_IMAGE_PIXELS:,} pixels: {error}"
+        ) from error
     except Exception as error:
-        takes = f"must be a readable image: {error}"
+        rule = f"must be a readable image: {error}"
         is_of_storage = isinstance(error, OSError) and error.errno is not None
         if _is_of_pillow(error) and not is_of_storage:
-            takes += "; `corrupt_images: skip` leaves such images out"
-            raise CorruptImage(field, name, takes) from error
+            rule += "; `corrupt_images: skip` skips such images"
+            raise CorruptImage(field, name, rule) from error
         if isinstance(error, OSError):
-            raise DataError(field, name, takes) from error
+            raise DataError(field, name, rule) from error
         raise
 
 
 def _is_of_pillow(error: Exception) -> bool:
+    # Pillow raises errors of many classes, and its plugins too, so the origin decides.
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame, _ in frames)
 
 
 class Sample(NamedTuple):
-    """An image that was read."""
+    """Image that was read."""
 
     place: int
     image: Any
     label: int
     skipped: list[str]
-    """Names of the corrupt images whose place it takes."""
+    """Names of the corrupt images that it replaces."""
 
 
-def read(images: Images, index: int, *, skip: bool, among: Indices | None = None) -> Sample:
-    """Read image `index`; or, to `skip` corrupt ones, the first readable one from there on, in a circle.
+def read_or_replace(images: Images, index: int, *, skip: bool, candidates: Indices | None = None) -> Sample:
+    """Read image `index`, or with `skip` the next readable one, cyclically.
 
-    The circle is that of all images, or of those `among` (n,) which `index` is, in their order.
-    Raises CorruptImage, which is not to be skipped; DataError if too many are corrupt in a row.
+    The cycle is over all images, or over `candidates` (n,), which contains `index`, in its order. Raises
+    CorruptImage without `skip`; DataError if too many images in a row are corrupt.
     """
     skipped: list[str] = []
-    for place in islice(_circle(images, index, among), MOST_IN_A_ROW):
+    for place in islice(_candidates(images, index, candidates), MAX_CORRUPT_IN_A_ROW):
         try:
             return Sample(place, *images[place], skipped)
         except CorruptImage as error:
@@ -81,16 +86,19 @@ def read(images: Images, index: int, *, skip: bool, among: Indices | None = None
     raise _too_many(skipped)
 
 
-def _circle(images: Images, index: int, among: Indices | None) -> Iterator[int]:
+def _candidates(images: Images, index: int, candidates: Indices | None) -> Iterator[int]:
     yield index
-    order = range(len(images)) if among is None else among
-    start = index if among is None else int(np.flatnonzero(among == index)[0])
+    order = range(len(images)) if candidates is None else candidates
+    start = index if candidates is None else int(np.flatnonzero(candidates == index)[0])
     for number in range(start + 1, start + len(order)):
         yield int(order[number % len(order)])
 
 
 class Preprocessed(NamedTuple):
-    """Rows of a stream: inputs (n, *shape), labels (n,), and of each the name of its image if that is corrupt, else nothing."""
+    """Rows of a stream: inputs (n, *shape), labels (n,), names of corrupt images.
+
+    The name of a row is empty unless its image is corrupt.
+    """
 
     inputs: NDArray[Any]
     labels: Indices
@@ -100,10 +108,11 @@ class Preprocessed(NamedTuple):
 def replace_corrupt(
     batches: Iterable[Preprocessed], from_start: Iterable[Preprocessed]
 ) -> Iterator[tuple[NDArray[Any], Indices]]:
-    """Put the next readable row in the place of each corrupt one, so that all others keep their places; yield inputs and labels.
+    """Replace each corrupt row by the next readable one; yield inputs and labels.
 
-    `from_start` begins where the data does, wherever `batches` begin: its first readable row follows on their last one.
-    Raises DataError if too many are corrupt in a row.
+    All other rows keep their positions. `from_start` starts at the beginning of the data, wherever `batches`
+    start: its first readable row follows their last one. Raises DataError if too many rows in a row are
+    corrupt.
     """
     skipped: list[str] = []
     for inputs, labels, corrupt in batches:
@@ -112,9 +121,11 @@ def replace_corrupt(
             if name:
                 _skip(name, skipped)
             else:
+                # The readable row also takes the positions of the corrupt rows before it.
                 chosen += [place] * (len(skipped) + 1)
                 skipped.clear()
         yield inputs[chosen], labels[chosen]
+    # Corrupt rows at the end are replaced from the start, as if the data were cyclic.
     missing = len(skipped)
     for inputs, labels, corrupt in from_start if missing else ():
         for place, name in enumerate(corrupt):
@@ -127,7 +138,7 @@ def replace_corrupt(
 
 
 def refuse_many(batches: Iterable[Preprocessed]) -> Iterator[Preprocessed]:
-    """Hand batches on as they are; raises DataError if too many rows are corrupt in a row."""
+    """Yield batches unchanged; raise DataError if too many rows in a row are corrupt."""
     skipped: list[str] = []
     for batch in batches:
         for name in batch.corrupt:
@@ -140,14 +151,14 @@ def refuse_many(batches: Iterable[Preprocessed]) -> Iterator[Preprocessed]:
 
 def _skip(name: str, skipped: list[str]) -> None:
     skipped.append(name)
-    if len(skipped) == MOST_IN_A_ROW:
+    if len(skipped) == MAX_CORRUPT_IN_A_ROW:
         raise _too_many(skipped)
 
 
 def _too_many(names: list[str]) -> DataError:
-    """Make an error of corrupt images, none of which is followed by a readable one."""
-    others = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    named = ", ".join(names[:NAMED]) + others
+    """Return the error for a run of corrupt images."""
+    others = f" and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    named = ", ".join(names[:MAX_NAMES_SHOWN]) + others
     return DataError(
         "data.corrupt_images",
         "skip",
@@ -156,19 +167,19 @@ def _too_many(names: list[str]) -> DataError:
 
 
 class SkippedImages:
-    """Names of the corrupt images that were left out; each is logged once."""
+    """Names of the skipped corrupt images; each is logged once."""
 
     def __init__(self) -> None:
         self._names: set[str] = set()
 
     @property
     def names(self) -> frozenset[str]:
-        """All so far."""
+        """Names so far."""
         return frozenset(self._names)
 
     def add(self, names: Iterable[str]) -> None:
-        """Take note of names, and print those that are new."""
+        """Add names, and print the new ones."""
         for name in names:
             if name not in self._names:
                 self._names.add(name)
-                print(f"left out a corrupt image: {name}", flush=True)
+                print(f"skipped a corrupt image: {name}", flush=True)

@@ -1,25 +1,31 @@
-"""Dataset interface of the training loop: batches by step."""
+"""Dataset interface of the training loop, and labelled images by index."""
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
+
+from trainer.data.sampler import Indices
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the worker's device: inputs (n, *shape) floating, labels (n,) int64; n may be 0."""
+    """Samples on the worker's device.
+
+    Inputs (n, *shape), floating point; labels (n,), int64; n may be 0.
+    """
 
     inputs: Tensor
     labels: Tensor
 
 
 class Dataset(Protocol):
-    """Labelled samples to train and to test on, as one of the workers sees them.
+    """Labelled training and test samples, as one worker sees them.
 
-    What a step's global batch holds, augmentation included, is a function of seed and step alone, so it neither depends on the
-    number of workers (but under `by_label`, whose shards are the workers') nor on where a run was resumed.
+    The global batch of a step, including augmentation, is a function of seed and step. It depends neither on
+    the number of workers (except under `by_label`, where each worker has a shard) nor on where a run was
+    resumed.
     """
 
     @property
@@ -28,29 +34,62 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> int:
-        """Labels are 0 to this, exclusive."""
+        """Number of classes; labels are 0 to `classes - 1`."""
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Names of the classes in the order of their labels; empty if they have none."""
+        """Names of the classes in label order; empty if they have none."""
 
     @property
     def skipped_images(self) -> frozenset[str]:
-        """Names of the corrupt images that were left out by choice, as far as this worker has come since it was opened."""
+        """Names of the corrupt images that were skipped since opening, for this worker."""
 
     @property
     def digest(self) -> str:
-        """Fingerprint of the samples, equal wherever they lie and however they are transformed."""
+        """Fingerprint of the samples, independent of their location and transforms."""
 
     def train(self, first_step: int) -> Generator[list[Batch]]:
-        """Yield without end: item k is this worker's share of step `first_step` + k, one batch for each of `accumulate` parts."""
+        """Yield this worker's shares of steps `first_step`, `first_step` + 1, ...
+
+        The generator does not end. Each item has one batch per part of `gradient_accumulation_steps`.
+        """
 
     def test(self) -> Iterator[Batch]:
         """Yield this worker's share of each test batch.
 
-        Every worker gets the same number of batches, so that each can take part in collectives; shares may be empty. Over all
-        workers each test sample comes once, but for corrupt images that are left out by choice.
+        Every worker gets the same number of batches, so that all take part in collectives; shares may be
+        empty. Over all workers, each test sample comes exactly once, except for skipped corrupt images.
         """
 
     def close(self) -> None:
-        """End what was started for loading."""
+        """End loader processes and streams."""
+
+
+class Images(Protocol):
+    """Labelled images by index, picklable for other processes."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Read an image, a PIL image or a tensor (C, H, W), and its label.
+
+        Raises CorruptImage, or DataError if it cannot be read for another reason; both have its name.
+        """
+
+    def name(self, index: int) -> str:
+        """Return the name of an image."""
+
+    def labels(self) -> Indices:
+        """Return the labels of all images, shape (N,)."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training and test part of a dataset."""
+
+    training: Images
+    testing: Images
+    classes: int
+    digest: str
+    class_names: Sequence[str] = ()
+    """Names of the classes in label order; empty if they have none."""

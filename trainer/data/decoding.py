@@ -10,29 +10,36 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 MAX_IMAGE_PIXELS = 2**28
-"""Of one image: 268 million, 805 MB as RGB."""
+"""Maximum size of an image: 268 million pixels, 805 MB as RGB."""
 BITS_PER_SAMPLE = 258
-"""Tag of TIFF."""
+"""TIFF tag of the number of bits per sample."""
 
-# Pillow's own limit is lower.
+# Pillow's default limit is lower.
 Image.MAX_IMAGE_PIXELS = MAX_IMAGE_PIXELS
 
 
 class UnsupportedImage(Exception):  # noqa: N818
-    """An intact image that cannot become RGB without a guess, or is too large; the message completes "must be"."""
+    """Intact image that is too large or has no unambiguous conversion to RGB.
+
+    The message completes "must be".
+    """
 
 
 def decode(source: Path | str | BinaryIO) -> Image.Image:
-    """Decode the first frame of an image file to RGB, as `to_rgb` does. Raises Pillow's errors, and UnsupportedImage."""
+    """Decode the first frame of an image file to RGB, as `to_rgb` does.
+
+    Raises Pillow's errors and UnsupportedImage.
+    """
     with Image.open(source) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as 8-bit RGB, rotated as its EXIF orientation says, with transparent parts composited on white.
+    """Convert an image to 8-bit RGB.
 
-    Samples of more than 8 bits are scaled by the range of their type; floating ones must be between 0 and 1.
-    Raises UnsupportedImage.
+    EXIF orientation is applied, and transparent parts are composited on white. Samples of more than 8 bits
+    are scaled by the range of their type; floating-point samples must be between 0 and 1. Raises
+    UnsupportedImage.
     """
     if image.width * image.height > MAX_IMAGE_PIXELS:
         size = f"{image.width} x {image.height}"
@@ -51,10 +58,10 @@ def _to_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image)  # (H, W)
     if image.mode == "F":
         most = 1.0
-        if not (values.min() >= 0 and values.max() <= most):  # false for NaN, too
+        if not (values.min() >= 0 and values.max() <= most):  # also rejects NaN
             found = f"{values.min():g} to {values.max():g}"
             raise UnsupportedImage(f"an image whose floating samples are between 0 and 1, not {found}")
-    elif image.mode == "I" and image.format != "PPM":  # Pillow scales that format's samples to 16 bits
+    elif image.mode == "I" and image.format != "PPM":  # Pillow scales PPM samples to 16 bits
         raise UnsupportedImage("an image of unsigned samples of at most 16 bits, or of floating ones")
     else:
         tags = getattr(image, "tag_v2", {})

@@ -18,10 +18,9 @@ import numpy as np
 import pyarrow.parquet
 from fsspec.implementations.local import LocalFileSystem
 
-from trainer.data.cache import cached
+from trainer.data.cache import cached, digest
 from trainer.data.class_folders import class_of, is_ignored, path_below
 from trainer.data.decoding import IMAGE_SUFFIXES
-from trainer.data.digest import digest
 from trainer.data.sampler import Indices
 from trainer.errors import DataError
 from trainer.jobspec import RayDataSpec
@@ -32,47 +31,48 @@ SUFFIXES = {
     "webdataset": (".tar",),
 }
 THREADS = 16
-"""They wait for storage, mostly."""
+"""Number of threads, which mostly wait for storage."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Files in the order of their names, below `folder` of `filesystem`."""
+    """Files below `folder` of `filesystem`, sorted by name."""
 
     filesystem: fsspec.AbstractFileSystem
     folder: str
     paths: list[str]
     sizes: list[int]
     rows: Indices
-    """Of each file (len(paths),)."""
+    """Number of rows of each file, shape (len(paths),)."""
 
     @cached_property
     def samples(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return int(self.rows.sum())
 
     @property
     def digest(self) -> str:
-        """Fingerprint, equal wherever the files lie."""
+        """Fingerprint, independent of the location of the files."""
         names = [path.removeprefix(self.folder) for path in self.paths]
         return digest(list(zip(names, self.sizes, self.rows.tolist(), strict=True)))
 
     def row_in_file(self, paths: list[str], row: int) -> int:
-        """Return which row of its file a row is that comes at place `row` where `paths` are read one after the other."""
+        """Return the index, within its file, of row number `row` of the files `paths`."""
         ends = np.cumsum([self.rows[self.paths.index(path)] for path in paths])
         file = int(np.searchsorted(ends, row, side="right"))
         return row - (int(ends[file - 1]) if file else 0)
 
     @property
     def class_names(self) -> list[str]:
-        """Classes of images, in the order of their labels."""
+        """Classes of images in label order."""
         return sorted({name for path in self.paths if (name := class_of(path, self.folder)) is not None})
 
 
 def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
-    """List the files of a spec's format at `address`, and count their rows, once for each state of them.
+    """List the files of a format at `address` and count their rows.
 
-    Raises DataError, naming `field`: there are none, they cannot be read, they lead out of the folder, or have not the columns.
+    Counts are cached until a file changes. Raises DataError, with `field`, if there are no files, they cannot
+    be read, links lead out of the folder, or columns are missing.
     """
     try:
         filesystem, folder = fsspec.url_to_fs(address)
@@ -88,8 +88,8 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
     if not found:
         endings = " or ".join(SUFFIXES[spec.format])
         folders = ", in one folder per class" if spec.format == "images" else ""
-        takes = f"must have files of format {spec.format!r}, which end in {endings}{folders}; there are none"
-        raise DataError(field, address, takes)
+        rule = f"must have files of format {spec.format!r} ({endings}){folders}; there are none"
+        raise DataError(field, address, rule)
     if isinstance(filesystem, LocalFileSystem):
         _refuse_ways_out(field, Path(folder), list(found))
     paths, sizes = list(found), [entry["size"] or 0 for entry in found.values()]
@@ -102,26 +102,29 @@ def list_files(field: str, address: str, spec: RayDataSpec) -> Files:
             counts = list(threads.map(lambda path: _count(count, filesystem, field, path), paths))
         file.write(json.dumps(counts).encode())
 
+    # The listing has sizes and modification times, so a changed file gets new counts.
     state = digest(address, found)
     counts = json.loads(cached(f"rows-{state}.json", write).read_text())
     for name, column in (("input_column", spec.input_column), ("label_column", spec.label_column)):
         first: dict[str, str] = {}  # kind of values: the first file that has it
         for path, (_, kinds) in zip(paths, counts, strict=True):
             if column not in kinds:
-                takes = f"must be a column of {path}: {', '.join(kinds)}"
+                rule = f"must be a column of {path}: {', '.join(kinds)}"
                 if spec.format == "webdataset":
-                    takes += f"; {KEY_RULE}"
-                raise DataError(f"data.{name}", column, takes)
+                    rule += f"; {KEY_RULE}"
+                raise DataError(f"data.{name}", column, rule)
             if kinds[column] != "nulls":
                 first.setdefault(kinds[column], path)
         if len(first) > 1:
             differing = " and ".join(f"{kind} in {path}" for kind, path in first.items())
-            raise DataError(f"data.{name}", column, f"must hold values of one kind in all files, not {differing}")
+            raise DataError(
+                f"data.{name}", column, f"must have values of one kind in all files, not {differing}"
+            )
     return Files(filesystem, folder, paths, sizes, np.array([rows for rows, _ in counts], dtype=np.int64))
 
 
 def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
-    """Raise DataError if links lead out of a folder, or of that of a single file."""
+    """Raise DataError if links lead out of the folder of the data."""
     inside = (folder if folder.is_dir() else folder.parent).resolve()
     for path in [*{Path(path).parent for path in paths}, *filter(Path.is_symlink, map(Path, paths))]:
         if not path.resolve().is_relative_to(inside):
@@ -131,18 +134,21 @@ def _refuse_ways_out(field: str, folder: Path, paths: list[str]) -> None:
 
 
 def is_broken(error: BaseException) -> bool:
-    """Return whether a read error means that a file is damaged or differs from its description, not that it is unreachable."""
+    """Return whether a read error means a damaged or mismatched file.
+
+    Errors of unreachable files do not.
+    """
     if isinstance(error, MemoryError | ConnectionError | TimeoutError):
         return False
     if isinstance(error, OSError):
-        return error.errno is None  # the libraries' own finding, and not the system's
-    if type(error).__name__ == "ArrowConversionError":  # Ray Data's, around one of pyarrow's
+        return error.errno is None  # raised by a library, not by the operating system
+    if type(error).__name__ == "ArrowConversionError":  # Ray Data's wrapper of errors of pyarrow
         return True
     return isinstance(error, pyarrow.ArrowException | tarfile.TarError | zlib.error | EOFError | KeyError)
 
 
 END_BYTES = 1_024
-"""Zeros that end an archive."""
+"""Length of the zeros at the end of an archive."""
 
 KEY_RULE = "the key of a sample ends at the first dot of the file name"
 
@@ -150,7 +156,7 @@ Count = Callable[[BinaryIO], tuple[int, dict[str, str]]]
 
 
 def _count(count: Count, filesystem: Any, field: str, path: str) -> tuple[int, dict[str, str]]:
-    """Return a file's number of rows, and its columns with the kind of their values."""
+    """Return a file's number of rows, and the kind of values of each column."""
     try:
         with filesystem.open(path, "rb") as file:
             return count(file)
@@ -164,7 +170,10 @@ def _count_parquet(file: BinaryIO) -> tuple[int, dict[str, str]]:
 
 
 def _kind(column: pyarrow.DataType) -> str:
-    """Name the kind of a column's values; Ray Data reads files together if their columns agree in it."""
+    """Return the kind of a column's values.
+
+    Ray Data can read files together if their columns agree in it.
+    """
     types = pyarrow.types
     if types.is_dictionary(column):
         return _kind(column.value_type)
@@ -180,11 +189,18 @@ def _kind(column: pyarrow.DataType) -> str:
 
 
 def _count_webdataset(file: BinaryIO) -> tuple[int, dict[str, str]]:
-    """A row is what stands together with one name up to its first point; what follows the point is its column."""
+    """Count the rows of an archive.
+
+    A row is a run of files with one name up to its first dot; the rest of the name is the column.
+    """
     with tarfile.open(fileobj=file, mode="r:") as archive:
-        names = (re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name) for member in archive if member.isreg())
-        rows = [[match[2] for match in row] for _, row in groupby(filter(None, names), key=lambda match: match[1])]
+        names = (
+            re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name) for member in archive if member.isreg()
+        )
+        rows = [
+            [match[2] for match in row] for _, row in groupby(filter(None, names), key=lambda match: match[1])
+        ]
     file.seek(-END_BYTES, os.SEEK_END)
-    if file.read().strip(b"\0"):  # tarfile takes one that was cut off between two members for whole
+    if file.read().strip(b"\0"):  # tarfile accepts an archive that is truncated between two members
         raise tarfile.ReadError("the end is missing")
     return len(rows), dict.fromkeys(rows[0], "bytes") if rows else {}

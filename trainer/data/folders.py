@@ -1,4 +1,4 @@
-"""Image folders with one folder per class."""
+"""Image folders with one subfolder per class."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from trainer.data.cache import digest
 from trainer.data.class_folders import is_ignored, list_some
-from trainer.data.corrupt import reading
+from trainer.data.corrupt import image_errors
+from trainer.data.dataset import Splits
 from trainer.data.decoding import IMAGE_SUFFIXES, decode
-from trainer.data.digest import digest
-from trainer.data.images import Parts
 from trainer.data.links import check_link
 from trainer.data.sampler import Indices
 from trainer.errors import DataError
@@ -20,7 +20,10 @@ from trainer.jobspec import ImageFolderSpec
 
 @dataclass(frozen=True)
 class FolderImages:
-    """The images of one part: paths below `root`, ordered by name, and the numbers of their classes."""
+    """Images of one part (train or test).
+
+    Paths below `root`, sorted by name, with the numbers of their classes.
+    """
 
     root: Path
     paths: list[str]
@@ -31,7 +34,7 @@ class FolderImages:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """See Images."""
-        with reading("data.root", self.name(index)):
+        with image_errors("data.root", self.name(index)):
             image = decode(self.root / self.paths[index])
         return image, int(self.numbers[index])
 
@@ -44,26 +47,29 @@ class FolderImages:
         return self.numbers
 
 
-def open_folders(spec: ImageFolderSpec) -> Parts:
+def open_folders(spec: ImageFolderSpec) -> Splits:
     """List the images of both parts.
 
-    Raises DataError for: a folder that is missing, has no classes or an empty one; classes to test on that are not trained; links
-    out of the root.
+    Raises DataError for a missing folder, a folder without classes, an empty class, test classes that are not
+    in the training data, and links out of the root.
     """
     root = Path(spec.root)
-    train_files, test_files = (_list_classes(root, folder) for folder in (spec.train_folder, spec.test_folder))
+    train_files, test_files = (
+        _list_classes(root, folder) for folder in (spec.train_folder, spec.test_folder)
+    )
     unknown = sorted(test_files.keys() - train_files.keys())
     if unknown:
-        takes = f"must have the classes of {spec.train_folder!r}; not among them: {list_some(unknown)}"
-        raise DataError("data.test_folder", spec.test_folder, takes)
+        rule = f"must have the classes of {spec.train_folder!r}; not among them: {list_some(unknown)}"
+        raise DataError("data.test_folder", spec.test_folder, rule)
     numbers = {name: number for number, name in enumerate(sorted(train_files))}
     if len(numbers) < 2:
         raise DataError(
-            "data.root", spec.root, f"must hold two classes or more below {spec.train_folder!r}; there is one"
+            "data.root", spec.root, f"must have two classes or more below {spec.train_folder!r}; there is one"
         )
     training, testing = (_number(part, root, numbers) for part in (train_files, test_files))
+    # The digest uses names and sizes: hashing the content would read the whole dataset.
     sizes = [(path, (root / path).stat().st_size) for part in (training, testing) for path in part.paths]
-    return Parts(training, testing, len(numbers), digest("imagefolder", sizes), sorted(train_files))
+    return Splits(training, testing, len(numbers), digest("imagefolder", sizes), sorted(train_files))
 
 
 def _number(part: dict[str, list[str]], root: Path, numbers: dict[str, int]) -> FolderImages:
@@ -76,7 +82,9 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
     folder = root / part
     if not folder.is_dir():
         raise DataError(
-            "data.root", str(root), f"must be a folder that contains {part!r}, with a folder of images per class"
+            "data.root",
+            str(root),
+            f"must be a folder that contains {part!r}, with a folder of images per class",
         )
     inside = root.resolve()
     check_link(folder, inside)
@@ -89,13 +97,14 @@ def _list_classes(root: Path, part: str) -> dict[str, list[str]]:
         raise DataError("data.root", str(folder), "must contain a folder of images per class; there is none")
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
-        takes = f"must have images in every class; there are none in {list_some(empty)}. They end in {', '.join(IMAGE_SUFFIXES)}"
-        raise DataError("data.root", str(folder), takes)
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        rule = f"must have images ({suffixes}) in every class; there are none in {list_some(empty)}"
+        raise DataError("data.root", str(folder), rule)
     return classes
 
 
 def _walk(path: Path, inside: Path) -> Iterator[Path]:
-    """Yield the images at and below `path` by name; links are followed where they stay below `inside`."""
+    """Yield the images at and below `path` by name; links must stay below `inside`."""
     if path.is_dir():
         for entry in _list(path, inside):
             yield from _walk(entry, inside)
@@ -104,7 +113,7 @@ def _walk(path: Path, inside: Path) -> Iterator[Path]:
 
 
 def _list(folder: Path, inside: Path) -> list[Path]:
-    """List what is not ignored in a folder, by name, after a check of its links."""
+    """List the entries of a folder that are not ignored, by name; check their links."""
     entries = sorted(entry for entry in folder.iterdir() if not is_ignored(entry.name))
     for entry in entries:
         check_link(entry, inside)

@@ -1,4 +1,4 @@
-"""Symbolic links in data folders, which must not lead out of them."""
+"""Checks of symbolic links, which must not lead out of a data folder."""
 
 import os
 from pathlib import Path
@@ -7,24 +7,27 @@ from trainer.errors import DataError
 
 
 def check_link(path: Path, inside: Path) -> None:
-    """Raise DataError, naming `path`, if it is a link out of the resolved folder `inside`, or to a folder that it lies in."""
+    """Raise DataError for a link out of the resolved folder `inside`, or a cycle."""
     if not path.is_symlink():
         return
     try:
         target = path.resolve()
-    except RuntimeError as error:  # links that lead to each other
+    except RuntimeError as error:  # a cycle of links
         raise DataError("data.root", str(path), f"must be a link to a file that exists: {error}") from error
     if not target.is_relative_to(inside) or path.parent.resolve().is_relative_to(target):
         raise DataError(
-            "data.root", str(path), f"must contain only links that stay below {inside} and do not lead in a circle"
+            "data.root",
+            str(path),
+            f"must contain only links that stay below {inside} and form no cycle",
         )
 
 
 def check_links(root: Path) -> None:
-    """Check all links at and below `root`, for readers that follow any link; missing files are left to the reader to report.
+    """Check all links at and below `root`, for readers that follow links.
 
-    Each folder is listed once, and nothing but links is looked at. Raises DataError for a link as `check_link` does, and for a
-    folder that cannot be listed, since its files may be links too.
+    Each folder is listed once, and only links are resolved; missing files are left to the reader. Raises
+    DataError for a link as `check_link` does, and for a folder that cannot be listed, since its files may be
+    links too.
     """
     inside, waiting = root.resolve(), [str(root)]
     while waiting:
@@ -39,4 +42,6 @@ def check_links(root: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise DataError("data.root", folder, f"must contain only folders that can be listed: {error}") from error
+            raise DataError(
+                "data.root", folder, f"must contain only folders that can be listed: {error}"
+            ) from error

@@ -1,4 +1,4 @@
-"""Data in memory on the worker's device."""
+"""Small datasets in memory, on the worker's device."""
 
 from collections.abc import Generator, Iterator, Sequence
 from functools import cached_property
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from trainer.data.builtin import load_small
 from trainer.data.dataset import Batch
-from trainer.data.sampler import Indices, Order
+from trainer.data.sampler import DistributedBatchSampler, Indices
 from trainer.data.transforms import PixelTransform, is_random, normalize
 from trainer.jobspec import DigitsSpec, ImageTransformSpec, JobSpec, Mnist5kSpec
 
 
 class InMemoryDataset:
-    """A small dataset, indexed on the device; what the spec asks for beyond that is done batch by batch, in this process."""
+    """Dataset on the device, transformed batch by batch in this process."""
 
     class_names: Sequence[str] = ()
     skipped_images = frozenset[str]()
@@ -32,7 +32,7 @@ class InMemoryDataset:
         samples = load_small(data, device, dtype)
         labels = samples.train_labels.cpu().numpy()
         self._samples, self._device, self._dtype = samples, device, dtype
-        self._order = Order(spec, rank, world_size, len(labels), labels)
+        self._order = DistributedBatchSampler(spec, rank, world_size, len(labels), labels)
         self._seed, self._transform = spec.seed, data.transform
         self._is_plain, self._is_random = data.transform == ImageTransformSpec(), is_random(data.transform)
         self.classes, self.digest = int(labels.max()) + 1, samples.digest
@@ -62,7 +62,7 @@ class InMemoryDataset:
         """See Dataset."""
 
     def _train_batch(self, step: int, indices: Indices) -> Batch:
-        place = torch.from_numpy(indices).to(self._device)
+        place = torch.from_numpy(indices).to(self._device)  # (n,) int64
         inputs, labels = self._samples.train_inputs[place], self._samples.train_labels[place]
         if not self._is_random or not len(indices):
             return Batch(self._prepare(inputs), labels)
@@ -77,7 +77,10 @@ class InMemoryDataset:
         return Batch(self._prepare(self._samples.test_inputs[place]), self._samples.test_labels[place])
 
     def _prepare(self, inputs: Tensor) -> Tensor:
-        """Do what is the same for all images, and nothing where nothing is asked for: steps may take a millisecond."""
+        """Apply the deterministic transforms; skip them if there are none.
+
+        Steps may take only a millisecond.
+        """
         if self._is_plain:
             return inputs
         return normalize(self._transform, self._test_pixels(inputs), self._dtype)

@@ -15,31 +15,33 @@ Rows = tuple[NDArray[Any], Indices]
 """Inputs (n, *shape) and labels (n,)."""
 
 KEPT_BATCHES = 8
-"""Batches that are kept: workers are a step apart at most, and ask a few ahead."""
+"""Number of cached batches: workers are at most one step apart, and request a few batches ahead."""
 
 
 class RowOrder:
-    """Rows of files, in an endless row of passes: each pass permutes the files, and the rows within windows of the stream.
+    """Order of the rows of files over an endless sequence of passes.
 
-    A pass is read from the file on in which it is entered, so a resumption reads one file and one window in vain, at most.
+    Each pass permutes the files, and the rows within windows of the stream. Reading starts at the file in
+    which a pass is entered, so resuming reads at most one file and one window in vain.
     """
 
     def __init__(
         self, rows: Indices, read: Callable[[int, Indices], Iterator[Rows]], seed: int | None, window: int = 0
     ) -> None:
-        """Order the rows of files.
+        """Set the order.
 
         Args:
-            rows: of each file (F,).
-            read: reads the rows of files, given the number of the pass and the files' indices, in the order of these.
-            seed: None keeps the order of the files and ends after one pass.
-            window: rows that are mixed with each other; 0 keeps their order.
+            rows: number of rows of each file, shape (F,).
+            read: function that reads the rows of files, given the number of the pass and file indices, in the
+                order of the indices.
+            seed: seed of the permutations; None keeps the order of the files and ends after one pass.
+            window: number of rows that are shuffled together; 0 keeps their order.
         """
         self._rows, self._read, self._seed, self._window = rows, read, seed, max(1, window)
         self._samples = int(rows.sum())
 
     def rows_from(self, position: int) -> Iterator[tuple[NDArray[Any], int]]:
-        """Yield inputs and labels one by one, from that of number `position` on, counted over all passes."""
+        """Yield input and label of each row from number `position`, over all passes."""
         first, place = divmod(position, self._samples)
         yield from self._pass(first, place)
         if self._seed is not None:
@@ -51,11 +53,13 @@ class RowOrder:
         if self._seed is not None:
             files = np.random.default_rng([self._seed, number]).permutation(files)
         ends = np.cumsum(self._rows[files])
+        # Whole windows are read, since the permutation of a window needs all of its rows.
         window = start // self._window
         begin = window * self._window
         first = int(np.searchsorted(ends, begin, side="right"))
         before = int(ends[first] - self._rows[files[first]])
         source = _one_by_one(self._read(number, files[first:]))
+        # The first file may begin before the window.
         for _ in islice(source, begin - before):
             pass
         while begin < self._samples:
@@ -63,31 +67,37 @@ class RowOrder:
             rows = list(islice(source, size))
             if len(rows) < size:
                 raise DataError(
-                    "data", self._samples, "must be files that do not change: there are fewer rows than were counted"
+                    "data",
+                    self._samples,
+                    "must be files that do not change: there are fewer rows than counted at the start",
                 )
             order = np.arange(size)
             if self._seed is not None and size > 1:
                 order = np.random.default_rng([self._seed, number, window]).permutation(size)
+            # Only the first window is entered in its middle.
             for place in order[max(0, start - begin) :]:
                 yield rows[place]
             begin, window = begin + size, window + 1
 
 
-class Cursor:
-    """Batches of a stream by their number, cheap where the numbers ascend."""
+class BatchCursor:
+    """Batches of a stream by number; efficient for ascending numbers."""
 
-    def __init__(self, rows_from: Callable[[int], Iterator[tuple[NDArray[Any], int]]], batch_size: int) -> None:
+    def __init__(
+        self, rows_from: Callable[[int], Iterator[tuple[NDArray[Any], int]]], batch_size: int
+    ) -> None:
         self._rows_from, self._batch_size = rows_from, batch_size
         self._rows: Iterator[tuple[NDArray[Any], int]] = iter(())
         self._next = -1
         self._kept: OrderedDict[int, Rows] = OrderedDict()
 
     def batch(self, number: int) -> Rows:
-        """Return batch `number`, which is shorter only at the end of what ends."""
+        """Return batch `number`; only the last batch of a finite stream is shorter."""
         if number not in self._kept:
             if number != self._next:
                 self._rows = self._rows_from(number * self._batch_size)
-            self._next = -1  # what breaks off here does not go on: another asker shall meet the same error, not an end
+            # After an error the generator would look finished, so the next request must start a new one.
+            self._next = -1
             inputs, labels = zip(*islice(self._rows, self._batch_size), strict=True)
             self._kept[number] = np.stack(inputs), np.array(labels, dtype=np.int64)
             self._next = number + 1

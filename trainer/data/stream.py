@@ -1,7 +1,8 @@
 """Streamed data by Ray Data, for datasets larger than a machine.
 
-One actor, the feeder, reads the data for all workers: each row is read and decoded once, by Ray Data's tasks anywhere in the
-cluster. The feeder puts rows in order, cuts batches, and hands each worker its share when asked.
+One actor, the feeder, reads the data for all workers. Each row is read and decoded once, by tasks of Ray Data
+anywhere in the cluster. The feeder orders the rows, forms batches, and returns to each worker its share on
+request.
 """
 
 import json
@@ -22,47 +23,51 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import GetTimeoutError, RayTaskError
 
+from trainer.data.cache import digest
 from trainer.data.class_folders import ClassFolders, list_some
 from trainer.data.corrupt import CORRUPT, Preprocessed, SkippedImages, refuse_many, replace_corrupt
 from trainer.data.dataset import Batch
-from trainer.data.digest import digest
 from trainer.data.files import Files, is_broken, list_files
-from trainer.data.preprocess import Preparation
+from trainer.data.preprocess import Preprocessor
 from trainer.data.sampler import Indices, shard
-from trainer.data.shuffle import Cursor, RowOrder, Rows
+from trainer.data.shuffle import BatchCursor, RowOrder, Rows
 from trainer.data.transforms import normalize
 from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTimeoutError, RunError
 from trainer.jobspec import FEEDER_LOG_FILE, JobSpec, RayDataSpec
 from trainer.logs import redirect_output
 
 PREFETCH = 2
-"""Batches that a worker asks for ahead."""
+"""Number of batches that a worker requests ahead."""
 READ_ROWS = 64
-"""Rows that are decoded, and handed to the feeder, at a time."""
-LEAST_TIMEOUT_SECONDS = 300
-"""Counting rows, and decoding a first window of them, comes before the first batch."""
+"""Number of rows that are decoded and sent to the feeder together."""
+MIN_TIMEOUT_SECONDS = 300
+"""Minimum timeout: rows are counted, and a first window is decoded, before the first batch."""
 CURSORS = 2
-"""Streams of training batches that are read at a time: training's, and that of an evaluation with precise statistics."""
+"""Number of concurrent streams of training batches: one for training, one for evaluations with precise
+statistics.
+"""
 
 
 class Description(NamedTuple):
-    """What the feeder has found."""
+    """Description of the data by the feeder."""
 
     train_samples: int
     test_samples: int
     digest: str
     class_names: list[str]
-    """Empty unless folders are classes."""
+    """Names of the classes; empty unless folders are classes."""
 
 
 def start_feeder(spec: JobSpec, logs: Path | None = None) -> Any:
-    """Start the feeder of a run, in the Ray that this process is connected to, and return its handle for `open_dataset`.
+    """Start the feeder of a run in the connected Ray; return it for `open_dataset`.
 
-    It ends with `stop_feeder`, or with the Ray job. If its process dies, Ray starts it again: it holds nothing that it cannot find
-    again. Its output goes to a file in the folder `logs`. Raises ConfigurationError or DataError as `open_dataset` does.
+    It ends with `stop_feeder` or with the Ray job. If its process dies, Ray restarts it: it has no state that
+    cannot be recomputed. Its output goes to a file in the folder `logs`. Raises ConfigurationError or
+    DataError as `open_dataset` does.
     """
     feeder = (
         ray.remote(_Feeder)
+        # No CPU is reserved, since the workers of the job may use all of them.
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         .remote(spec.model_dump_json(), logs and logs / FEEDER_LOG_FILE)
     )
@@ -75,12 +80,12 @@ def start_feeder(spec: JobSpec, logs: Path | None = None) -> Any:
 
 
 def stop_feeder(feeder: Any) -> None:
-    """End a feeder and what it reads."""
+    """Stop a feeder and its tasks."""
     ray.kill(feeder)
 
 
 class StreamedDataset:
-    """A worker's view of the feeder's batches."""
+    """Dataset of the feeder's batches, for one worker."""
 
     def __init__(
         self,
@@ -101,7 +106,11 @@ class StreamedDataset:
 
     @property
     def skipped_images(self) -> frozenset[str]:
-        """See Dataset. Those that the feeder has met, for all workers; it reads ahead, and forgets them if its process dies."""
+        """See Dataset.
+
+        These are the images that the feeder has met for all workers. It reads ahead, and forgets them if its
+        process dies.
+        """
         names: frozenset[str] = _get(self._feeder.skipped_images.remote(), self._spec)
         return names
 
@@ -119,10 +128,13 @@ class StreamedDataset:
             yield self._to_batch((inputs[readable], labels[readable]))
 
     def close(self) -> None:
-        """See Dataset. The feeder goes on, for other workers."""
+        """See Dataset.
+
+        The feeder continues, for other workers.
+        """
 
     def _receive(self, requests: Iterator[Any]) -> Iterator[Any]:
-        """Yield the answers to requests, which are made a few ahead."""
+        """Yield the answers to requests, which are sent a few ahead."""
         waiting = deque(islice(requests, PREFETCH))
         while waiting:
             waiting.extend(islice(requests, 1))
@@ -134,46 +146,56 @@ class StreamedDataset:
 
 
 class _Feeder:
-    """The actor. Each call answers for itself, so that calls may be repeated, and come from any number of workers."""
+    """Actor that feeds all workers.
+
+    Calls are independent, so that they can be repeated and come from any number of workers.
+    """
 
     def __init__(self, spec: str, log: Path | None = None) -> None:
         if log is not None:
             redirect_output(log)
         self._spec = JobSpec.model_validate_json(spec)
-        self._cursors: OrderedDict[int, Cursor] = OrderedDict()
+        self._cursors: OrderedDict[int, BatchCursor] = OrderedDict()
         self._skipped = SkippedImages()
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         context = ray.data.DataContext.get_current()
+        # The order of rows must not depend on which task ends first.
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
-        context.use_datasource_v2 = False  # it lists files in an order of its own
-        context.raise_original_map_exception = True  # what it is wrapped in does not keep it
+        context.use_datasource_v2 = False  # it would list files in another order
+        context.raise_original_map_exception = True  # the wrapping error does not contain the original
 
     def describe(self) -> Description:
-        """Find the data, or raise what is wrong with it."""
+        """Find the data and describe it. Raises ConfigurationError and DataError."""
         (train, _), (test, _) = self._parts
         names = train.class_names if self._data.format == "images" else []
-        return Description(train.samples, test.samples, digest(self._data.format, train.digest, test.digest), names)
+        return Description(
+            train.samples, test.samples, digest(self._data.format, train.digest, test.digest), names
+        )
 
     def train(self, first_step: int, step: int, rank: int, world_size: int) -> list[Rows]:
-        """Return a worker's share of each part of a step; `first_step` distinguishes concurrent streams."""
-        cursor = self._cursors.pop(first_step, None) or Cursor(
+        """Return a worker's share of each part of a step.
+
+        `first_step` distinguishes concurrent streams.
+        """
+        cursor = self._cursors.pop(first_step, None) or BatchCursor(
             self._parts[0][1].rows_from, self._spec.global_batch_size
         )
+        # Moved to the end, so that the least recently used cursor is dropped.
         self._cursors[first_step] = cursor
         if len(self._cursors) > CURSORS:
             self._cursors.popitem(last=False)
         batch = cursor.batch(step)
-        parts = np.array_split(np.arange(len(batch[1])), self._spec.accumulate)
+        parts = np.array_split(np.arange(len(batch[1])), self._spec.gradient_accumulation_steps)
         return [_share(batch, shard(part, rank, world_size)) for part in parts]
 
     def test(self, number: int, rank: int, world_size: int) -> Rows:
-        """Return a worker's share of a test batch, where corrupt images that are to be skipped are labelled CORRUPT."""
+        """Return a worker's share of a test batch; skipped corrupt images have CORRUPT."""
         batch = self._test_cursor.batch(number)
         return _share(batch, shard(np.arange(len(batch[1])), rank, world_size))
 
     def skipped_images(self) -> frozenset[str]:
-        """Return the names of the corrupt images that were skipped so far."""
+        """Return the names of the corrupt images skipped so far."""
         return self._skipped.names
 
     @property
@@ -182,12 +204,12 @@ class _Feeder:
         return self._spec.data
 
     @cached_property
-    def _test_cursor(self) -> Cursor:
-        return Cursor(self._parts[1][1].rows_from, self._spec.evaluation.batch_size)
+    def _test_cursor(self) -> BatchCursor:
+        return BatchCursor(self._parts[1][1].rows_from, self._spec.evaluation.batch_size)
 
     @cached_property
     def _parts(self) -> tuple[tuple[Files, RowOrder], tuple[Files, RowOrder]]:
-        """The files to train and to test on, each with their order."""
+        """Files of the training and test data, each with their order."""
         data = self._data
         train, test = list_files("data.train", data.train, data), list_files("data.test", data.test, data)
         if self._spec.global_batch_size > train.samples:
@@ -197,14 +219,14 @@ class _Feeder:
                 f"must be at most {train.samples}, all samples of the data",
             )
         if not test.samples:
-            raise DataError("data.test", data.test, "must have one sample or more")
+            raise DataError("data.test", data.test, "must have at least one sample")
         classes = _check_classes(data, train, test) if data.format == "images" else []
 
         def read(files: Files, training: bool, number: int, indices: Indices) -> Iterator[Rows]:
             seed = [self._spec.seed, number] if training else None
             mine = [files.paths[index] for index in indices]
             folders = ClassFolders(files.folder, classes) if data.format == "images" else None
-            prepare = Preparation(data, folders, seed)
+            prepare = Preprocessor(data, folders, seed)
 
             field, address = ("data.train", data.train) if training else ("data.test", data.test)
 
@@ -214,11 +236,11 @@ class _Feeder:
 
             if not training:
                 return ((batch.inputs, batch.labels) for batch in refuse_many(prepared(mine)))
-            # File by file, since the first is likely to have a readable row.
+            # File by file, since the first one most likely has a readable row.
             from_start = chain.from_iterable(prepared([path]) for path in files.paths)
             return replace_corrupt(prepared(mine), from_start)
 
-        # Each image is a file, and files are permuted already.
+        # With one image per file, permuting the files suffices.
         window = data.shuffle_rows if data.format != "images" else 0
         return (
             (train, RowOrder(train.rows, partial(read, train, True), self._spec.seed, window)),
@@ -227,7 +249,10 @@ class _Feeder:
 
     @cached_property
     def _tasks(self) -> int:
-        """Tasks at a time. They take no CPUs of Ray's: two jobs could each wait for those that the other holds."""
+        """Number of concurrent tasks.
+
+        They reserve no CPUs in Ray: two jobs could otherwise each wait for CPUs that the other holds.
+        """
         cpus = int(ray.cluster_resources().get("CPU", 0))
         workers = 0 if self._spec.use_gpu else self._spec.max_workers
         return max(1, cpus - workers)
@@ -235,7 +260,10 @@ class _Feeder:
 
 @contextmanager
 def _reading(field: str, address: str) -> Iterator[None]:
-    """Name the address whose files turn out to be broken, in this process or in a task of Ray Data's; all else passes."""
+    """Convert read errors of damaged files to DataError with the address.
+
+    The errors come from this process or from tasks of Ray Data; other errors pass.
+    """
     try:
         yield
     except Exception as error:
@@ -244,20 +272,25 @@ def _reading(field: str, address: str) -> Iterator[None]:
             cause = cause.cause
         if not is_broken(cause):
             raise
-        # Not all of it, since Ray Data adds advice of its own below; and str() would quote what a KeyError says.
+        # The first line only, since Ray Data appends advice; args, since str() quotes the text of a KeyError.
         first_line = str(*cause.args[:1]).partition("\n")[0]
-        raise DataError(field, address, f"must be readable files: {type(cause).__name__}: {first_line}") from error
+        raise DataError(
+            field, address, f"must be readable files: {type(cause).__name__}: {first_line}"
+        ) from error
 
 
 def _read(
     data: RayDataSpec,
     files: Files,
     paths: list[str],
-    preparation: Preparation,
+    preparation: Preprocessor,
     tasks: int,
     skipped: SkippedImages,
 ) -> Iterator[Preprocessed]:
-    """Read and prepare the rows of files, in the order of `paths`; raise what is wrong with them, unless it is to be skipped."""
+    """Read and preprocess the rows of files in the order of `paths`.
+
+    Raises the errors of rows, except for corrupt images that are to be skipped.
+    """
     options: dict[str, Any] = {"include_paths": True, "num_cpus": 0, "concurrency": tasks}
     if not isinstance(files.filesystem, LocalFileSystem):
         options["filesystem"] = PyFileSystem(FSSpecHandler(files.filesystem))
@@ -276,20 +309,22 @@ def _read(
         num_cpus=0,
         compute=ray.data.TaskPoolStrategy(size=tasks),
     )
+    # Number of rows of the batches before, to name the row of an error.
     done = 0
     for batch in rows.iter_batches(batch_size=READ_ROWS, batch_format="numpy"):
         corrupt = [""] * len(batch["label"])
         for place in np.flatnonzero(batch["error"] != ""):
-            field, value, takes = json.loads(batch["error"][place])
+            field, value, rule = json.loads(batch["error"][place])
             is_corrupt = batch["label"][place] == CORRUPT
             if not is_corrupt or data.corrupt_images == "refuse":
                 if data.format == "parquet":
-                    takes += f"; it is row {files.row_in_file(paths, done + int(place))} of the file, counted from 0"
-                raise (CorruptImage if is_corrupt else DataError)(field, value, takes)
+                    row = files.row_in_file(paths, done + int(place))
+                    rule += f"; it is row {row} of the file, counted from 0"
+                raise (CorruptImage if is_corrupt else DataError)(field, value, rule)
             corrupt[place] = value
         done += len(corrupt)
         skipped.add(filter(None, corrupt))
-        # A copy, since what Ray hands out keeps whole blocks in its shared memory.
+        # Copies, since views would keep whole blocks in Ray's shared memory.
         yield Preprocessed(np.array(batch["input"]), np.array(batch["label"]), corrupt)
 
 
@@ -304,7 +339,9 @@ def _check_classes(data: RayDataSpec, train: Files, test: Files) -> list[str]:
     unknown = sorted(set(test.class_names) - set(classes))
     if unknown:
         raise DataError(
-            "data.test", data.test, f"must have the classes of {data.train}; not among them: {list_some(unknown)}"
+            "data.test",
+            data.test,
+            f"must have the classes of {data.train}; not among them: {list_some(unknown)}",
         )
     return classes
 
@@ -315,8 +352,8 @@ def _share(batch: Rows, indices: Indices) -> Rows:
 
 
 def _get(reference: Any, spec: JobSpec) -> Any:
-    """Wait for the feeder's answer, for so long; raise its errors of ours as they were."""
-    seconds = max(LEAST_TIMEOUT_SECONDS, spec.collective_timeout_seconds)
+    """Wait for the feeder's answer, with a timeout; raise RunErrors as they were."""
+    seconds = max(MIN_TIMEOUT_SECONDS, spec.collective_timeout_seconds)
     try:
         return ray.get(reference, timeout=seconds)
     except GetTimeoutError as error:

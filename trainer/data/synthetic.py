@@ -1,4 +1,4 @@
-"""Random inputs of any shape, for measuring throughput."""
+"""Random inputs of any shape, to measure throughput."""
 
 import math
 from collections.abc import Generator, Iterator, Sequence
@@ -7,29 +7,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trainer.data.cache import digest
 from trainer.data.dataset import Batch
-from trainer.data.digest import digest
-from trainer.data.sampler import Indices, Order
+from trainer.data.sampler import DistributedBatchSampler, Indices
 from trainer.jobspec import JobSpec, SyntheticSpec
 
 POOL_SAMPLES = 1_024
 POOL_VALUES = 2**25
-"""The samples drawn are at most so many, of so many numbers in all (128 MiB in float32); they come again and again."""
+"""Limits of the pool of samples, which are used repeatedly: number of samples, and of values in all (128 MiB
+in float32).
+"""
 
 MEANS, TRAINING, TESTING = range(3)
 
 
 class SyntheticDataset:
-    """Sample i is number i % pool of those drawn at first: a Gaussian of variance 1 around the mean of its class, N(0, 1) too.
+    """Dataset whose sample i is element i % pool of a pool of random samples.
 
-    Samples come in the order of their indices, since they are random already: to shuffle up to 10⁹ of them would cost.
+    Each sample is a Gaussian of variance 1 around the mean of its class, which is N(0, 1) too. Samples come
+    in index order: they are random already, and shuffling up to 10⁹ of them would be slow.
     """
 
     class_names: Sequence[str] = ()
     skipped_images = frozenset[str]()
 
     def __init__(
-        self, spec: JobSpec, data: SyntheticSpec, rank: int, world_size: int, device: torch.device, dtype: torch.dtype
+        self,
+        spec: JobSpec,
+        data: SyntheticSpec,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
         self.shape, self.classes = tuple(data.shape), data.classes
         self.digest = digest(data.model_dump_json())
@@ -38,9 +47,11 @@ class SyntheticDataset:
         self._training = self._draw(TRAINING, min(pool, data.train_samples), dtype)
         self._testing = self._draw(TESTING, min(pool, data.test_samples), dtype)
         labels = None
-        if spec.sharding == "by_label":
+        if spec.data_partition == "by_label":
             labels = np.arange(data.train_samples) % len(self._training.labels) % data.classes
-        self._order = Order(spec, rank, world_size, data.train_samples, labels, shuffle=False)
+        self._order = DistributedBatchSampler(
+            spec, rank, world_size, data.train_samples, labels, shuffle=False
+        )
 
     def train(self, first_step: int) -> Generator[list[Batch]]:
         """See Dataset."""
@@ -58,7 +69,7 @@ class SyntheticDataset:
         """See Dataset."""
 
     def _take(self, pool: Batch, indices: Indices) -> Batch:
-        place = torch.from_numpy(indices % len(pool.labels)).to(self._device)
+        place = torch.from_numpy(indices % len(pool.labels)).to(self._device)  # (n,) int64
         return Batch(pool.inputs[place], pool.labels[place])
 
     def _draw(self, part: int, samples: int, dtype: torch.dtype) -> Batch:

@@ -1,4 +1,4 @@
-"""Classification datasets of torchvision in a local folder; no download."""
+"""Classification datasets of torchvision in a local folder; no downloads."""
 
 import difflib
 import inspect
@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.datasets import DatasetFolder, FakeData, VisionDataset
 
-from trainer.data.corrupt import read, reading
+from trainer.data.cache import digest
+from trainer.data.corrupt import image_errors, read_or_replace
+from trainer.data.dataset import Splits
 from trainer.data.decoding import decode, to_rgb
-from trainer.data.digest import digest
-from trainer.data.images import Parts
 from trainer.data.links import check_links
 from trainer.data.sampler import Indices
 from trainer.errors import ConfigurationError, DataError
@@ -25,33 +25,31 @@ from trainer.jobspec import TorchvisionDataSpec
 
 TRAIN_SPLITS = ("train", "trainval", "train-standard")
 TEST_SPLITS = ("test", "val", "valid")
-"""Names that datasets with a `split` have for their parts, in order of preference."""
+"""Names of the parts in datasets with a `split` argument, in order of preference."""
 
 FAKE_TRAIN_SAMPLES, FAKE_TEST_SAMPLES = 1_000, 200
 
 
 @dataclass(frozen=True)
 class LibraryImages:
-    """One part of a dataset of torchvision."""
+    """Part of a torchvision dataset."""
 
     dataset: VisionDataset
     title: str
     skip: bool
-    """Whether corrupt images are left out, where all are read for their labels."""
+    """Whether to skip corrupt images when all images are read for their labels."""
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """See Images."""
-        with reading("data.root", self.name(index)):
+        with image_errors("data.root", self.name(index)):
             image, label = self.dataset[index]
             if isinstance(image, Image.Image):
-                image.load()  # some datasets have but opened it
+                image.load()  # some datasets only open the file
                 rgb = to_rgb(image)
-                image = (
-                    rgb.getchannel(0) if image.mode == "L" else rgb
-                )  # grey images, as those of MNIST, keep one channel
+                image = rgb.getchannel(0) if image.mode == "L" else rgb  # grey images keep one channel
         return image, self._check(label, index)
 
     def name(self, index: int) -> str:
@@ -59,24 +57,30 @@ class LibraryImages:
         return f"image {index} of {self.title}"
 
     def labels(self) -> Indices:
-        """See Images. If the dataset has no list of labels, all images are read; a corrupt one has the label of its replacement."""
+        """See Images.
+
+        Datasets without a list of labels are read completely; a corrupt image has the label of its
+        replacement.
+        """
         for attribute in ("targets", "labels"):
             if (labels := getattr(self.dataset, attribute, None)) is not None:
                 return torch.as_tensor(labels, dtype=torch.int64).numpy()
-        return np.array([read(self, index, skip=self.skip).label for index in range(len(self))])
+        return np.array([read_or_replace(self, index, skip=self.skip).label for index in range(len(self))])
 
     def _check(self, label: Any, index: int) -> int:
         if isinstance(label, Tensor) and label.ndim == 0:
             label = label.item()
         if not isinstance(label, int | np.integer):
             raise DataError(
-                "data.name", label, f"must be a dataset with one whole number as label; {self.name(index)} has none"
+                "data.name",
+                label,
+                f"must be a dataset with one integer label per image; {self.name(index)} has none",
             )
         return int(label)
 
 
 def find_dataset(full_name: str) -> type[VisionDataset]:
-    """Find a dataset's class by its name in a spec. Raises ConfigurationError."""
+    """Return the class of a dataset by its name. Raises ConfigurationError."""
     name = full_name.removeprefix("torchvision:")
     kind = getattr(torchvision.datasets, name, None) if name in torchvision.datasets.__all__ else None
     if not (inspect.isclass(kind) and issubclass(kind, VisionDataset)):
@@ -88,9 +92,10 @@ def find_dataset(full_name: str) -> type[VisionDataset]:
 
 
 def find_parts(spec: TorchvisionDataSpec) -> dict[str, list[dict[str, Any]]]:
-    """List the arguments that may open a dataset's parts `train` and `test`, apart from its root; no file is read.
+    """Return possible arguments for the parts `train` and `test` of a dataset.
 
-    Raises ConfigurationError for what cannot be opened whatever its files.
+    The root is not included, and no file is read. Raises ConfigurationError if the dataset cannot be opened
+    with any files.
     """
     kind = find_dataset(spec.name)
     parameters = inspect.signature(kind).parameters
@@ -102,16 +107,18 @@ def find_parts(spec: TorchvisionDataSpec) -> dict[str, list[dict[str, Any]]]:
     splits = sorted(getattr(kind, "splits", ()))
     if spec.split is not None and "split" not in needed:
         raise ConfigurationError(
-            "data.split", spec.split, f"must be null for {spec.name}, whose parts are found by themselves"
+            "data.split", spec.split, f"must be null for {spec.name}, whose parts are selected automatically"
         )
     if "split" in needed and spec.split not in splits:
-        raise ConfigurationError("data.split", spec.split, f"must be one of {', '.join(splits)} for {spec.name}")
+        raise ConfigurationError(
+            "data.split", spec.split, f"must be one of {', '.join(splits)} for {spec.name}"
+        )
     if issubclass(kind, FakeData):
         test = {"size": FAKE_TEST_SAMPLES, "random_offset": FAKE_TRAIN_SAMPLES}
         return {"train": [{"size": FAKE_TRAIN_SAMPLES, "random_offset": 0}], "test": [test]}
     if spec.root is None:
         raise ConfigurationError("data.root", None, f"must be the folder with the files of {spec.name}")
-    if needed == {"split"}:  # of EMNIST: which of its ways to divide the characters into classes
+    if needed == {"split"}:  # EMNIST: the division of characters into classes
         return {part: [{"split": spec.split, "train": part == "train"}] for part in ("train", "test")}
     if not needed and "train" in parameters:
         return {part: [{"train": part == "train"}] for part in ("train", "test")}
@@ -128,16 +135,17 @@ def _has_no_parts(full_name: str, needed: Collection[str] = ()) -> Configuration
         "data.name",
         full_name,
         f"must be a dataset with labelled images for training and testing; {name} {why}; "
-        "`imagefolder` reads its images once they are in folders `train` and `val`, with a folder per class below",
+        "`imagefolder` reads images from folders `train` and `val`, each with one folder per class",
     )
 
 
-def open_library(spec: TorchvisionDataSpec) -> Parts:
+def open_library(spec: TorchvisionDataSpec) -> Splits:
     """Open both parts of a dataset.
 
-    Raises ConfigurationError for a name that torchvision does not have, or that is not a dataset with a part to train and one to
-    test on; DataError if its files are missing or broken, or if a link below the root leads out of it. Since torchvision follows
-    links, all folders below the root are listed before anything is read: once in each process that opens the dataset.
+    Raises ConfigurationError for a name that torchvision does not have, and for a dataset without a training
+    and a test part; DataError for missing or damaged files, and for a link out of the root. Since torchvision
+    follows links, all folders below the root are listed before anything is read, once per process that opens
+    the dataset.
     """
     name, choices = spec.name.removeprefix("torchvision:"), find_parts(spec)
     if spec.root is not None:
@@ -148,11 +156,11 @@ def open_library(spec: TorchvisionDataSpec) -> Parts:
     )
     classes = _count_classes(training)
     samples = [(len(part), _fingerprint(part)) for part in (training, testing)]
-    return Parts(training, testing, classes, digest(name, classes, samples), _class_names(training, classes))
+    return Splits(training, testing, classes, digest(name, classes, samples), _class_names(training, classes))
 
 
 def _open(spec: TorchvisionDataSpec, choices: Sequence[dict[str, Any]]) -> VisionDataset:
-    """Open one part by the first of `choices` of arguments that the dataset knows."""
+    """Open one part with the first of `choices` that the dataset supports."""
     kind = find_dataset(spec.name)
     if issubclass(kind, FakeData):
         return FakeData(**choices[0])
@@ -160,13 +168,14 @@ def _open(spec: TorchvisionDataSpec, choices: Sequence[dict[str, Any]]) -> Visio
         try:
             dataset = kind(root=spec.root, **choice)
         except (ValueError, RuntimeError, OSError) as error:
-            if isinstance(error, ValueError) and "Unknown value" in str(error):  # it calls this part otherwise
+            # The dataset has another name for this part.
+            if isinstance(error, ValueError) and "Unknown value" in str(error):
                 continue
             missing = str(error).splitlines()[0] if str(error) else type(error).__name__
-            takes = f"must be the folder with the files of {spec.name}, which is not downloaded: {missing}"
-            raise DataError("data.root", spec.root, takes) from error
+            rule = f"must be the folder with the files of {spec.name}, which is not downloaded: {missing}"
+            raise DataError("data.root", spec.root, rule) from error
         if isinstance(dataset, DatasetFolder):
-            dataset.loader = decode  # as images of other folders are read
+            dataset.loader = decode  # the same decoder as for image folders
         return dataset
     raise _has_no_parts(spec.name)
 
@@ -182,9 +191,10 @@ def _class_names(images: LibraryImages, classes: int) -> list[str]:
     names = getattr(images.dataset, "classes", None)
     if not isinstance(names, Sequence) or len(names) != classes:
         return []
-    return [" / ".join(name) if isinstance(name, tuple) else str(name) for name in names]  # ImageNet has synonyms
+    # ImageNet has tuples of synonyms.
+    return [" / ".join(name) if isinstance(name, tuple) else str(name) for name in names]
 
 
 def _fingerprint(images: LibraryImages) -> str:
-    sample = read(images, 0, skip=images.skip)
+    sample = read_or_replace(images, 0, skip=images.skip)
     return digest(np.asarray(sample.image).tobytes(), sample.label)

@@ -18,22 +18,23 @@ def is_random(spec: ImageTransformSpec) -> bool:
 
 
 class PixelTransform:
-    """What is done to the pixels of an image; scaling follows when the images of a batch are together (`normalize`)."""
+    """Transform of the pixels of an image; `normalize` scales whole batches later."""
 
     def __init__(self, spec: ImageTransformSpec, *, training: bool) -> None:
-        from torchvision.transforms import v2  # here, as it takes a second that untransformed data need not wait for
+        # Imported here: it takes a second, and untransformed data does not need it.
+        from torchvision.transforms import v2
 
         steps: list[Any] = [v2.ToImage()]
         if spec.channels is not None:
             steps.append(v2.Grayscale() if spec.channels == 1 else v2.RGB())
         if training and spec.random_resized_crop:
-            # A random part of the whole image, whatever `resize` says: that is for testing.
+            # A random part of the original image: `resize` applies only to testing.
             steps.append(v2.RandomResizedCrop(spec.crop, antialias=True))
         else:
             if spec.resize is not None:
                 steps.append(v2.Resize(spec.resize, antialias=True))
             if spec.crop is not None and training:
-                # Black fills up what is smaller than the crop, as CenterCrop does.
+                # Images smaller than the crop are padded with black, as by CenterCrop.
                 steps.append(v2.RandomCrop(spec.crop, padding=spec.padding or None, pad_if_needed=True))
             elif spec.crop is not None:
                 steps.append(v2.CenterCrop(spec.crop))
@@ -42,12 +43,15 @@ class PixelTransform:
         self._transform = v2.Compose(steps)
 
     def __call__(self, image: Any) -> Tensor:
-        """Transform a PIL image or tensors (..., C, H, W), alike for all of them; pixels keep their type, PIL's are uint8."""
+        """Transform a PIL image or tensors (..., C, H, W), all in the same way.
+
+        The dtype of pixels is kept; that of PIL images is uint8.
+        """
         pixels: Tensor = self._transform(image)
         return pixels.as_subclass(Tensor)
 
     def at_random(self, image: Any, *seed: int) -> Tensor:
-        """Transform one image as `seed` has it, and leave the process's random numbers as they were."""
+        """Transform one image under `seed`, without changing the global random state."""
         with seeded(*seed):
             return self(image)
 
@@ -67,7 +71,10 @@ def _augmentations(spec: ImageTransformSpec) -> Iterator[Any]:
 
 @contextmanager
 def seeded(*seed: int) -> Iterator[None]:
-    """Seed the CPU's random numbers, which torchvision draws from, and put them back afterwards; GPUs' are left alone."""
+    """Seed the CPU generator, which torchvision uses, and restore it afterwards.
+
+    The generators of GPUs are not changed.
+    """
     before = torch.default_generator.get_state()
     number = np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]
     torch.default_generator.manual_seed(int(number >> np.uint64(1)))
@@ -78,20 +85,22 @@ def seeded(*seed: int) -> Iterator[None]:
 
 
 def normalize(spec: ImageTransformSpec, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale images (n, C, H, W) to (x - mean) / std of `dtype`, where uint8 becomes 0 to 1 first.
+    """Scale images (n, C, H, W) to (x - mean) / std in `dtype`; uint8 becomes [0, 1].
 
-    Raises ConfigurationError if mean and std are for other channels.
+    Raises ConfigurationError if mean and std are for another number of channels.
     """
     scaled = images.to(dtype)
     if images.dtype == torch.uint8:
-        scaled.div_(255)  # in place, as below: a new tensor for each pass costs more than the arithmetic
+        scaled.div_(255)  # in place, as below: allocation would cost more than the arithmetic
     if spec.mean == [0.0] and spec.std == [1.0]:
         return scaled
     for field, values in (("mean", spec.mean), ("std", spec.std)):
         if len(values) not in (1, images.shape[1]):
             raise ConfigurationError(
-                f"data.transform.{field}", values, f"must be 1 number or one for each of {images.shape[1]} channels"
+                f"data.transform.{field}",
+                values,
+                f"must be 1 number or one for each of {images.shape[1]} channels",
             )
-    mean, std = (scaled.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    mean, std = (scaled.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))  # (C, 1, 1)
     centred = scaled - mean if scaled is images else scaled.sub_(mean)
     return centred.div_(std)

@@ -1,7 +1,8 @@
 """Supervisor of one process: exit status, and end of its descendants.
 
-`python -m trainer.driver.supervisor COMMAND...` is how Ray starts each worker (Ray's `py_executable`): Ray itself does not
-say how a worker's process ended. Needs neither torch nor pydantic, since there is one supervisor for each worker.
+Ray starts each worker as `python -m trainer.driver.supervisor COMMAND...` (its `py_executable`), since Ray
+does not report the exit status of a worker. Imports neither torch nor pydantic, since there is one supervisor
+per worker.
 """
 
 import json
@@ -19,40 +20,41 @@ from pathlib import Path
 
 import psutil
 
+from trainer.atomic import atomic_write
 from trainer.processes import Descendants, die_with_parent
 
 EXITS_VARIABLE = "SYNCBN_EXITS"
-"""Environment variable that names the folder of exit records."""
+"""Environment variable with the folder of exit records."""
 POLL_SECONDS = 1.0
 WINDOW_POLLS = 10
-"""Polls that an out-of-memory kill counts for: a large process takes some seconds to end."""
+"""Number of polls for which an out-of-memory kill counts: a large process takes some seconds to end."""
 ROOT = Path("/")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessExit:
-    """How one process ended."""
+    """Exit record of one process."""
 
     host: str
     pid: int
     status: int
-    """Exit code, or the negative of a signal."""
+    """Exit code, or the negative number of a signal."""
     out_of_memory: bool = False
-    """Whether the kernel counted an out-of-memory kill in the process's control group just before."""
+    """Whether the kernel counted an out-of-memory kill in the control group of the process just before."""
     orphaned: bool = False
-    """Whether what had started the process, such as Ray's raylet, ended first."""
+    """Whether the parent of the supervisor, such as Ray's raylet, ended first."""
     stopped: bool = False
-    """Whether the supervisor was sent a stop signal before the process ended."""
+    """Whether the supervisor received a stop signal before the process ended."""
     seconds: float
-    """When, in seconds since 1970."""
+    """Time of the exit, in seconds since 1970."""
 
 
 def supervise(
     descendants: Descendants, pid: int, started_by: psutil.Process | None, *, forward: bool = True
 ) -> ProcessExit:
-    """Wait for the end of child `pid`, and kill it if this process's parent ends.
+    """Wait for the end of child `pid`; kill it if this process's parent ends.
 
-    With `forward`, a stop signal is passed on to it, as SIGTERM.
+    With `forward`, a stop signal is passed on to the child, as SIGTERM.
     """
     parent = os.getppid()
     kills = deque([count_oom_kills(pid)], maxlen=WINDOW_POLLS)
@@ -85,15 +87,20 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def count_oom_kills(pid: int, root: Path = ROOT) -> int:
-    """Count the out-of-memory kills that the kernel has reported for a process's memory control group, or for the whole machine."""
+    """Return the number of out-of-memory kills that the kernel has counted.
+
+    The count is that of the process's memory control group, or of the whole machine.
+    """
     with suppress(OSError):
         for line in (root / f"proc/{pid}/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             below, file = ("", "memory.events") if not controllers else ("memory", "memory.oom_control")
             if not controllers or "memory" in controllers.split(","):
-                for group in (path, "/"):  # a container may see its own group as the root
+                for group in (path, "/"):  # inside a container, its group may be the root
                     with suppress(OSError):
-                        return _oom_kills_of((root / "sys/fs/cgroup" / below / group.lstrip("/") / file).read_text())
+                        return _oom_kills_of(
+                            (root / "sys/fs/cgroup" / below / group.lstrip("/") / file).read_text()
+                        )
     with suppress(OSError):
         return _oom_kills_of((root / "proc/vmstat").read_text())
     return 0
@@ -105,17 +112,16 @@ def _oom_kills_of(text: str) -> int:
 
 
 def main() -> int:
-    """Run a command as a child, record its end, and end like it."""
+    """Run a command as a child, record its exit, and exit with its status."""
     started_by = psutil.Process().parent()
     descendants = Descendants()
-    # Ray kills the process group of a worker that has ended, so the worker has its own. Descriptors of Ray's pass through.
-    # `preexec_fn` is safe: there are no threads yet.
+    # Ray kills the process group of an ended worker, so the child gets another one. Ray's descriptors are
+    # passed on. `preexec_fn` is safe: there are no threads yet.
     child = subprocess.Popen(sys.argv[1:], close_fds=False, process_group=0, preexec_fn=die_with_parent)
     ended = supervise(descendants, child.pid, started_by)
     with suppress(OSError, KeyError):
         record = Path(os.environ[EXITS_VARIABLE]) / f"exit-{ended.host}-{ended.pid}.json"
-        record.with_suffix(".new").write_text(json.dumps(asdict(ended)))
-        record.with_suffix(".new").replace(record)
+        atomic_write(record, json.dumps(asdict(ended)), durable=False)
     descendants.end()
     return ended.status if ended.status >= 0 else 128 - ended.status
 

@@ -1,9 +1,9 @@
-"""JobSpec and files of a run: the contract of service and trainer.
+"""Job specification and files of a run: the contract between service and trainer.
 
-Imports neither torch, ray nor mlflow.
+Imports neither torch, Ray nor MLflow.
 """
 
-from trainer.jobspec.advice import SHARES_BATCH, spec_warnings
+from trainer.jobspec.advice import BATCH_DEPENDENT_NORMS, MIN_CHANNEL_VALUES, spec_warnings
 from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.data import (
     DataSpec,
@@ -18,11 +18,13 @@ from trainer.jobspec.data import (
     known_shape,
     train_samples,
 )
-from trainer.jobspec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec
+from trainer.jobspec.errors import InvalidField, NotAllowed, field_path, shorten
+from trainer.jobspec.evaluation import CheckpointSpec, EarlyStopSpec, EvaluationSpec, ProbesSpec
 from trainer.jobspec.job import RESUME_KEY_FIELDS, JobSpec, Norm
 from trainer.jobspec.memory import ModelSize, min_worker_bytes
 from trainer.jobspec.metrics import (
     DIRECTIONS,
+    TRAIN_SECONDS,
     Direction,
     Measured,
     Metric,
@@ -44,9 +46,7 @@ from trainer.jobspec.optimizers import (
     TorchOptimizerSpec,
     depends_on_steps,
 )
-from trainer.jobspec.paths import field_path
-from trainer.jobspec.permissions import IMPORT_PATTERN, Allowlist, NotAllowed
-from trainer.jobspec.probes import ProbesSpec
+from trainer.jobspec.permissions import IMPORT_PATTERN, Allowlist
 from trainer.jobspec.run import (
     CLOSED_FILE,
     DRIVER_FILE,
@@ -60,16 +60,17 @@ from trainer.jobspec.run import (
     SAVING_FILE,
     TASK_FILE,
     AttemptContext,
-    Cause,
+    AttemptTask,
+    FailureKind,
     Outcome,
     Progress,
-    Task,
     attempt_folder,
     worker_log_file,
 )
 from trainer.jobspec.yaml import parse_yaml, read_yaml
 
 __all__ = [
+    "BATCH_DEPENDENT_NORMS",
     "CLOSED_FILE",
     "DIRECTIONS",
     "DRIVER_FILE",
@@ -78,17 +79,18 @@ __all__ = [
     "JOB_VARIABLE",
     "LOG_FILE",
     "LOG_INDEX_FILE",
+    "MIN_CHANNEL_VALUES",
     "OUTBOX_FILE",
     "OUTCOME_FILE",
     "PROGRESS_FILE",
     "RESUME_KEY_FIELDS",
     "SAVING_FILE",
-    "SHARES_BATCH",
     "TASK_FILE",
+    "TRAIN_SECONDS",
     "AdamWSpec",
     "Allowlist",
     "AttemptContext",
-    "Cause",
+    "AttemptTask",
     "CheckpointSpec",
     "CnnSpec",
     "ConstantSchedule",
@@ -99,10 +101,12 @@ __all__ = [
     "EarlyStopSpec",
     "EvaluationSpec",
     "ExponentialSchedule",
+    "FailureKind",
     "FrozenModel",
     "ImageFolderSpec",
     "ImageTransformSpec",
     "ImportedModelSpec",
+    "InvalidField",
     "JobSpec",
     "LibraryModelSpec",
     "Measured",
@@ -122,7 +126,6 @@ __all__ = [
     "SgdSpec",
     "StepSchedule",
     "SyntheticSpec",
-    "Task",
     "TorchOptimizerSpec",
     "TorchvisionDataSpec",
     "attempt_folder",
@@ -137,6 +140,7 @@ __all__ = [
     "min_worker_bytes",
     "parse_yaml",
     "read_yaml",
+    "shorten",
     "spec_warnings",
     "train_samples",
     "worker_log_file",

@@ -1,4 +1,4 @@
-"""Lower bound of a worker's memory, from the spec and a measured model size."""
+"""Lower bound of a worker's memory, from the specification and a model size."""
 
 import itertools
 import math
@@ -22,29 +22,31 @@ STATE_COPIES = {
     "RAdam": 2,
     "RMSprop": 1,
 }
-"""Numbers that classes of torch.optim keep for each parameter, without arguments; a test compares this with torch."""
+"""State values per parameter of torch.optim classes with default arguments; a test compares them with torch.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSize:
-    """How much a model holds."""
+    """Size of a model."""
 
     parameters: int
     sample_activations: int
-    """Numbers kept for backward for each sample of a batch; 0 where that is not known."""
+    """Numbers kept for backward per sample of a batch; 0 if unknown."""
 
 
 def min_worker_bytes(spec: JobSpec, size: ModelSize | None = None) -> int:
-    """Bytes that one worker needs in the memory of its node: it needs at least as much.
+    """Return a lower bound of the bytes that one worker needs on its node.
 
-    These are weights, optimiser state, one part of a batch, generated data, and gradients or what is kept for backward, whichever
-    is more: the one grows as the other is given up. With a GPU, of whose memory nothing is known, it is the weights alone, which
-    are made on the host. What is not known counts as nothing: an imported model, data and shapes that have to be looked at for,
-    and what compilation or checkpointed activations leave of the numbers kept for backward.
+    The bound is the sum of weights, optimiser state, inputs of one part of a batch, generated data, and the
+    larger of gradients and of numbers kept for backward: the former grow while the latter are freed. With a
+    GPU, whose memory is unknown, only the weights count, which are built on the host. Unknown sizes count as
+    zero: imported models, data and shapes that have to be read from files, and the numbers kept for backward
+    under compilation or activation checkpointing.
 
     Args:
-        spec: of the job.
-        size: of a library's model; None if it is not known. The networks of the project need none.
+        spec: specification of the job.
+        size: size of a library model; None if unknown. The project's own networks need none.
     """
     shape = known_shape(spec.data)
     number = 8 if spec.precision == "fp64" else 4
@@ -53,15 +55,23 @@ def min_worker_bytes(spec: JobSpec, size: ModelSize | None = None) -> int:
     if spec.use_gpu:
         return weights
     sample = math.prod(shape) * number if shape is not None else 0
-    samples = math.ceil(spec.global_batch_size / spec.max_workers / spec.accumulate)
-    data = (spec.data.train_samples + spec.data.test_samples) * sample if isinstance(spec.data, SyntheticSpec) else 0
+    samples = math.ceil(spec.global_batch_size / spec.max_workers / spec.gradient_accumulation_steps)
+    data = (
+        (spec.data.train_samples + spec.data.test_samples) * sample
+        if isinstance(spec.data, SyntheticSpec)
+        else 0
+    )
+    # The maximum number of workers gives a lower bound: with fewer workers each one holds more.
     share = weights // spec.max_workers if spec.parallel == "fsdp" else weights
     activations = samples * _sample_activations(spec, size)
     return share * (1 + _state_copies(spec)) + max(share, activations) + samples * sample + data
 
 
 def _own_size(spec: JobSpec, shape: tuple[int, ...] | None) -> ModelSize:
-    """Count for the project's own networks; a library's model without a size, and an imported one, count as nothing."""
+    """Return the size of one of the project's own networks, by its formula.
+
+    Imported models, and library models without a measured size, count as zero.
+    """
     classes = known_classes(spec.data) or 1
     match spec.model:
         case MlpSpec(hidden=hidden):
@@ -76,13 +86,15 @@ def _own_size(spec: JobSpec, shape: tuple[int, ...] | None) -> ModelSize:
             outputs = sum(count * (height >> level) * (width >> level) for level, count in enumerate(levels))
         case _:
             return ModelSize(parameters=0, sample_activations=0)
-    # Of each layer: the input of its norm, the output of its activation, and the input of one that backward cannot do without.
+    # Kept per layer: the input of the norm, the output of the activation, and the input of activations whose
+    # derivative needs it.
     kept = (spec.norm != Norm.NONE) + 1 + (spec.model.activation in ("gelu", "silu"))
     return ModelSize(parameters=weights, sample_activations=outputs * kept)
 
 
 def _sample_activations(spec: JobSpec, size: ModelSize) -> int:
-    """Bytes kept for backward for each sample."""
+    """Return the bytes kept for backward per sample."""
+    # The compiler chooses what to keep, and checkpointing keeps only the inputs of blocks.
     if spec.compile or spec.activation_checkpointing:
         return 0
     return size.sample_activations * {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}[spec.precision]

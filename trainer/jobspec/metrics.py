@@ -4,12 +4,21 @@ from collections.abc import Iterable
 from typing import Literal
 
 Metric = Literal[
-    "accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"
+    "accuracy",
+    "top5_accuracy",
+    "balanced_accuracy",
+    "f1",
+    "precision",
+    "recall",
+    "auroc",
+    "calibration_error",
 ]
 Measured = Metric | Literal["test_loss"]
-"""What every evaluation yields, if it is among the metrics asked for."""
+"""Metric that an evaluation yields: those in `evaluation.metrics`, and `test_loss` always."""
+TRAIN_SECONDS = "train_seconds"
+"""Metric with the seconds of training and evaluation so far, in all attempts; logged at each evaluation."""
 Direction = Literal["max", "min"]
-"""Whether the largest or the smallest value of a metric is the best."""
+"""Whether larger or smaller values of a metric are better."""
 
 DIRECTIONS: dict[str, Direction] = {
     "accuracy": "max",
@@ -23,11 +32,14 @@ DIRECTIONS: dict[str, Direction] = {
     "test_loss": "min",
     "train_loss": "min",
 }
-"""A test compares this with torchmetrics."""
+"""Direction of each metric; a test compares them with torchmetrics."""
 
 
 def metric_direction(name: str) -> Direction:
-    """Return the direction of a metric; "max" for what has none, such as the learning rate and probes."""
+    """Return the direction of a metric.
+
+    Values without one, such as the learning rate and probes, count as "max".
+    """
     return DIRECTIONS.get(name, "max")
 
 
@@ -37,10 +49,10 @@ def best_value(values: Iterable[float], direction: Direction) -> float:
 
 
 def is_reached(value: float, target: float, direction: Direction) -> bool:
-    """Whether a value is `target` or better."""
+    """Return whether a value is equal to or better than `target`."""
     return value >= target if direction == "max" else value <= target
 
 
 def improvement(value: float, best: float, direction: Direction) -> float:
-    """Return by how much a value is better than `best`; negative if it is worse."""
+    """Return the improvement of a value over `best`; negative if it is worse."""
     return value - best if direction == "max" else best - value

@@ -1,4 +1,4 @@
-"""Specs of optimizers and learning rate schedules."""
+"""Specifications of optimizers and learning rate schedules."""
 
 from typing import Annotated, Any, Literal
 
@@ -19,14 +19,17 @@ TORCH_OPTIMIZERS: dict[str, frozenset[str]] = {
     "RMSprop": frozenset({"alpha", "eps", "momentum", "centered", "maximize", "foreach"}),
     "SGD": frozenset({"momentum", "dampening", "nesterov", "maximize", "foreach", "fused"}),
 }
-"""Classes of torch.optim and the arguments they take beside `lr` and `weight_decay`; a test compares this with torch.
+"""Classes of torch.optim and their arguments, without `lr` and `weight_decay`; a test compares them with
+torch.
 
-Left out: LBFGS needs a closure, SparseAdam sparse gradients, Muon a network of matrices alone, Rprop all data as one batch.
+Not included: LBFGS needs a closure, SparseAdam sparse gradients, Muon a network of only matrices, and Rprop
+the whole dataset as one batch.
 """
 
 LearningRate = Annotated[float, Field(gt=0, le=1e6, description="learning rate")]
 WeightDecay = Annotated[
-    float, Field(ge=0, le=1e3, description="decay of weights; on norm parameters and biases only by `decay_all`")
+    float,
+    Field(ge=0, le=1e3, description="weight decay; norm parameters and biases decay only with `decay_all`"),
 ]
 DecayAll = Annotated[bool, Field(description="whether norm parameters and biases decay too")]
 
@@ -54,14 +57,16 @@ class AdamWSpec(FrozenModel):
 
     name: Literal["adamw"] = "adamw"
     lr: LearningRate = 1e-3
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field([0.9, 0.999])
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999]
+    )
     eps: float = Field(1e-8, gt=0, le=1)
     weight_decay: WeightDecay = 0.01
     decay_all: DecayAll = False
 
 
 class TorchOptimizerSpec(FrozenModel):
-    """An optimiser of torch.optim by its class."""
+    """Optimiser of torch.optim, by class name."""
 
     name: Annotated[str, Field(pattern=r"^torch:[A-Za-z]+$", max_length=60)] = Field(
         description="`torch:RMSprop`, `torch:NAdam` …"
@@ -81,11 +86,15 @@ class TorchOptimizerSpec(FrozenModel):
     @field_validator("arguments")
     @classmethod
     def _are_known(cls, arguments: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        # Unknown if the name is invalid itself; its error is enough.
         known = TORCH_OPTIMIZERS.get(str(info.data.get("name")).removeprefix("torch:"))
         if known is not None and arguments.keys() - known:
             raise ValueError(
-                f"{', '.join(sorted(arguments.keys() - known))}: {info.data['name']} takes {', '.join(sorted(known))}"
+                f"must be among {', '.join(sorted(known))} for {info.data['name']} "
+                f"(got {', '.join(sorted(arguments.keys() - known))})"
             )
+        # The combinations below are rejected by torch only when the optimiser is built, after the job has
+        # waited.
         if arguments.get("fused") and arguments.get("foreach"):
             raise ValueError("fused must be false together with foreach (got true)")
         momentum, dampening = arguments.get("momentum") or 0, arguments.get("dampening") or 0
@@ -96,7 +105,7 @@ class TorchOptimizerSpec(FrozenModel):
 
     @property
     def can_be_sharded(self) -> bool:
-        """Whether torch can run the optimiser on sharded parameters; a test compares this with torch."""
+        """Whether torch supports the optimiser on sharded parameters; a test checks it."""
         name, is_fused = self.name.removeprefix("torch:"), bool(self.arguments.get("fused"))
         return name != "Adafactor" and not (is_fused and name in ("Adagrad", "SGD"))
 
@@ -106,7 +115,9 @@ def _kind(value: Any) -> str | None:
 
 
 OptimizerSpec = Annotated[
-    Annotated[SgdSpec, Tag("sgd")] | Annotated[AdamWSpec, Tag("adamw")] | Annotated[TorchOptimizerSpec, Tag("torch")],
+    Annotated[SgdSpec, Tag("sgd")]
+    | Annotated[AdamWSpec, Tag("adamw")]
+    | Annotated[TorchOptimizerSpec, Tag("torch")],
     Discriminator(
         _kind,
         custom_error_type="optimizer_name",
@@ -117,19 +128,21 @@ OptimizerSpec = Annotated[
 
 class _Schedule(FrozenModel):
     warmup_steps: int = Field(
-        0, ge=0, le=100_000_000, description="steps in which the rate grows linearly to its first value"
+        0, ge=0, le=100_000_000, description="steps of the linear warm-up of the learning rate"
     )
-    warmup_factor: float = Field(0.0, ge=0, le=1, description="share of the rate that the warm-up begins with")
+    warmup_factor: float = Field(
+        0.0, ge=0, le=1, description="share of the learning rate at the first step of the warm-up"
+    )
 
 
 class ConstantSchedule(_Schedule):
-    """One rate for all steps."""
+    """Constant learning rate."""
 
     name: Literal["constant"] = "constant"
 
 
 class StepSchedule(_Schedule):
-    """The rate is multiplied by `factor` at each of the steps named."""
+    """Learning rate that is multiplied by `factor` at each of `steps`."""
 
     name: Literal["step"]
     steps: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1, max_length=1_000)] = Field(
@@ -146,15 +159,20 @@ class StepSchedule(_Schedule):
 
 
 class ExponentialSchedule(_Schedule):
-    """The rate falls by `factor` every `every` steps, smoothly: factor^(step/every)."""
+    """Learning rate factor^(step/every), which falls by `factor` in `every` steps."""
 
     name: Literal["exponential"]
     factor: float = Field(gt=0, le=1)
-    every: int = Field(1, ge=1, le=100_000_000, description="steps in which the rate falls by `factor`")
+    every: int = Field(
+        1, ge=1, le=100_000_000, description="steps in which the learning rate falls by `factor`"
+    )
 
 
 class CosineSchedule(_Schedule):
-    """The rate falls along half a cosine, to `final_factor` of it at the last step (Loshchilov & Hutter 2017)."""
+    """Learning rate along half a cosine, down to `final_factor` at the last step.
+
+    Source: Loshchilov & Hutter 2017.
+    """
 
     name: Literal["cosine"]
     final_factor: float = Field(0.0, ge=0, le=1)
@@ -166,5 +184,5 @@ ScheduleSpec = Annotated[
 
 
 def depends_on_steps(spec: ScheduleSpec) -> bool:
-    """Whether the rates of a schedule depend on the run's number of steps."""
+    """Return whether a schedule depends on the run's number of steps."""
     return isinstance(spec, CosineSchedule)

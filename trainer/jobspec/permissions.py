@@ -1,4 +1,4 @@
-"""Allowlist of imports, folders and addresses that specs may use."""
+"""Allowlist of imports, folders and addresses for specifications."""
 
 import posixpath
 from pathlib import Path
@@ -6,18 +6,11 @@ from typing import TYPE_CHECKING
 
 from trainer.jobspec.base import FrozenModel
 from trainer.jobspec.data import ImageFolderSpec, RayDataSpec, TorchvisionDataSpec
+from trainer.jobspec.errors import NotAllowed
 from trainer.jobspec.models import ImportedModelSpec
 
 if TYPE_CHECKING:
     from trainer.jobspec.job import JobSpec
-
-
-class NotAllowed(ValueError):  # noqa: N818 - names say what is the case
-    """A field of a spec reaches for something that the operator does not allow."""
-
-    def __init__(self, field: str, value: str, takes: str) -> None:
-        super().__init__(f"{field}: {takes} (got {value!r})")
-        self.field, self.value, self.takes = field, value, takes
 
 
 IMPORT_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
@@ -25,21 +18,27 @@ IMPORT_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
 
 
 class Allowlist(FrozenModel):
-    """Functions that build models, and roots of paths and fsspec addresses; nothing else is allowed."""
+    """Allowed model builders, and allowed roots of paths and fsspec addresses.
+
+    Everything else is forbidden.
+    """
 
     everything: bool = False
-    """For a spec that its user runs by hand."""
+    """Whether all checks are off, as for a specification that its author runs by hand."""
     imports: tuple[str, ...] = ()
-    """`package.module:function`, or `package.module:*` for every function of a module that holds nothing but model builders.
+    """Allowed functions: `package.module:function`, or `package.module:*` for all functions of a module that
+    contains only model builders.
 
-    A module alone is not enough, and what lies below it is not allowed with it: a library has functions that do more than build a
-    model, and a spec chooses the arguments.
+    A module name alone is not enough, and submodules are not included: libraries have functions that do more
+    than build a model, and a specification chooses the arguments.
     """
     roots: tuple[str, ...] = ()
-    """Absolute folders and fsspec addresses such as `s3://bucket/folder`, with all below them; `/` allows every local path."""
+    """Allowed absolute folders and fsspec addresses such as `s3://bucket/folder`, including everything below
+    them; `/` allows every local path.
+    """
 
     def check(self, spec: "JobSpec") -> None:
-        """Raise NotAllowed, naming the field, if a spec reaches for anything else."""
+        """Raise NotAllowed, with the field, if a specification uses anything else."""
         if self.everything:
             return
         if isinstance(spec.model, ImportedModelSpec):
@@ -62,14 +61,15 @@ class Allowlist(FrozenModel):
             raise NotAllowed(field, model.name, f"must be an allowed function: {allowed}")
 
     def check_path(self, field: str, value: str) -> None:
-        """Raise NotAllowed if a path or address does not lie below a root; links are followed."""
+        """Raise NotAllowed if a path or address is not below a root; links are followed."""
         if not any(_is_below(value, root) for root in self.roots):
             allowed = ", ".join(self.roots) or "none; the operator allows them by SYNCBN_ALLOWED_ROOTS"
             raise NotAllowed(field, value, f"must be an absolute path or address under {allowed}")
 
 
 def _is_below(value: str, root: str) -> bool:
-    # Chained addresses (`zip://x::s3://y`) name a second place behind the first, and an escaped path (`%2e%2e`) another one.
+    # Chained addresses (`zip://x::s3://y`) contain a second address, and escaped paths (`%2e%2e`) may leave
+    # the root.
     if "::" in value or "%" in value:
         return False
     scheme, _, path = value.rpartition("://")
@@ -77,7 +77,7 @@ def _is_below(value: str, root: str) -> bool:
     if scheme in ("", "file", "local") and root_scheme in ("", "file", "local"):
         try:
             return Path(path).is_absolute() and Path(path).resolve().is_relative_to(Path(root_path).resolve())
-        except (OSError, ValueError, RuntimeError):  # a NUL character, or links that lead in a circle
+        except (OSError, ValueError, RuntimeError):  # a NUL character, or a cycle of links
             return False
     path, root_path = posixpath.normpath(path), posixpath.normpath(root_path)
     return scheme == root_scheme and (path == root_path or path.startswith(f"{root_path}/"))

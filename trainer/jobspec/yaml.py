@@ -1,4 +1,4 @@
-"""YAML files of specs and recipes."""
+"""YAML files of specifications and recipes."""
 
 import re
 from pathlib import Path
@@ -10,9 +10,10 @@ MAX_SHOWN_CHARS = 50
 
 
 def read_yaml(path: Path) -> Any:
-    """Read a spec or a recipe, as `parse_yaml` does.
+    """Read a YAML file, as `parse_yaml` does.
 
-    Raises OSError if the file cannot be read, and ValueError naming it if it has more than MAX_YAML_BYTES or cannot be parsed.
+    Raises OSError if the file cannot be read, and ValueError, with the path, if it has more than
+    MAX_YAML_BYTES or cannot be parsed.
     """
     with path.open("rb") as file:
         content = file.read(MAX_YAML_BYTES + 1)
@@ -20,14 +21,15 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: must have at most {MAX_YAML_BYTES:,} bytes")
     try:
         return parse_yaml(content.decode())
-    except ValueError as error:  # UnicodeDecodeError, too
-        raise ValueError(f"{path} holds no YAML: {error}") from error
+    except ValueError as error:  # includes UnicodeDecodeError
+        raise ValueError(f"{path}: must be valid YAML: {error}") from error
 
 
 def parse_yaml(text: str) -> Any:
-    """Parse YAML. Unlike YAML 1.1, `1e-3` is a number here, as in JSON.
+    """Parse YAML. Unlike in YAML 1.1, `1e-3` is a number, as in JSON.
 
-    Raises ValueError if it is no YAML, has more than MAX_ALIASES, is nested too deeply, or has a value that does not fit its tag.
+    Raises ValueError for invalid YAML, more than MAX_ALIASES aliases, too deep nesting, and values that do
+    not fit their tags.
     """
     import yaml
 
@@ -35,14 +37,17 @@ def parse_yaml(text: str) -> Any:
         aliases = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            """Count the aliases: each of them may repeat a document's worth of values."""
+            """Count the aliases, each of which may repeat a whole document of values."""
             self.aliases += self.check_event(yaml.AliasEvent)
             if self.aliases > MAX_ALIASES:
-                raise yaml.YAMLError(f"it has more than {MAX_ALIASES} aliases")
+                raise yaml.YAMLError(f"must have at most {MAX_ALIASES} aliases")
             return super().compose_node(parent, index)
 
         def construct_object(self, node: Any, deep: bool = False) -> Any:
-            """Name the place of a value that does not fit its tag, for which PyYAML raises errors of many classes."""
+            """Report the position of a value that does not fit its tag.
+
+            PyYAML itself raises errors of many classes, without a position.
+            """
             try:
                 value = super().construct_object(node, deep)
                 if isinstance(value, int):
@@ -60,8 +65,8 @@ def parse_yaml(text: str) -> Any:
     number = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader)  # noqa: S506 - subclass of SafeLoader
     except RecursionError:
-        raise ValueError("its lists or mappings are nested too deeply") from None
+        raise ValueError("lists and mappings must not be nested this deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Models by spec, with all normalisation layers in one mode."""
+"""Construction of models, with all normalisation layers of one kind."""
 
 from collections.abc import Sequence
 
@@ -24,23 +24,23 @@ def build_model(
     seed: int,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """Build a network from (N, *shape) inputs to (N, classes) logits, in training mode.
+    """Build a network from inputs (N, *shape) to logits (N, classes).
 
-    Weights depend on `seed` alone: they are the same on every rank and, where shapes are the same, under every norm. The global
-    random state is left alone. Collectives: none.
+    It is in training mode. Weights depend only on `seed`: they are equal on every rank and, if shapes are
+    equal, under every norm. The global random state does not change. Collectives: none.
 
     Args:
-        spec: which network.
-        norm: of every normalisation layer in it; see `trainer.norms.replace_norms`.
-        shape: of a sample, channels first, or (features,).
+        spec: specification of the network.
+        norm: mode of every normalisation layer; see `trainer.norms.replace_norms`.
+        shape: shape of a sample, channels first, or (features,).
         classes: number of classes.
-        seed: of the initial weights.
+        seed: seed of the initial weights.
         process_group: ranks that share statistics under `sync`; None means all.
 
     Raises:
-        ConfigurationError: a name, argument or path that does not exist; an input that the network does not take; a
-            normalisation layer that cannot be switched.
-        Exception: what an imported function, or the forward pass of its model, raises.
+        ConfigurationError: a name, argument or path does not exist, the network does not accept the input, or
+            a normalisation layer cannot be replaced.
+        Exception: an imported function, or the forward pass of its model, raises it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -57,9 +57,8 @@ def _build(spec: ModelSpec, shape: Sequence[int], classes: int, seed: int) -> nn
         case CnnSpec():
             return build_cnn(spec, shape, classes, seed)
         case LibraryModelSpec():
-            from trainer.models.torchvision_timm import (
-                build_library_model,  # here, as the libraries take seconds to import
-            )
+            # Imported here: the libraries take seconds.
+            from trainer.models.torchvision_timm import build_library_model
 
             return build_library_model(spec, shape, classes)
         case ImportedModelSpec():
@@ -74,21 +73,26 @@ def _sample(model: nn.Module, shape: Sequence[int]) -> Tensor:
 
 
 def _trace(model: nn.Module, sample: Tensor, spec: ModelSpec, classes: int) -> Trace:
-    """Run the model once, to refuse here and by name what would fail in the first step."""
+    """Run the model once, to report errors of the first step early and by name."""
     shape = tuple(sample.shape[1:])
     try:
         trace = trace_forward(model, sample)
     except Exception as error:
         if isinstance(spec, ImportedModelSpec):
             raise
-        raise ConfigurationError("model", spec.name, f"does not take samples of shape {shape}: {error}") from error
+        raise ConfigurationError(
+            "model", spec.name, f"must accept samples of shape {shape}: {error}"
+        ) from error
     logits = trace.result
     if not isinstance(logits, Tensor) or logits.shape != (len(sample), classes):
-        found = f"a tensor of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        takes = (
-            f"must be a network from {tuple(sample.shape)} to logits of shape {(len(sample), classes)}, not to {found}"
+        found = (
+            f"a tensor of shape {tuple(logits.shape)}"
+            if isinstance(logits, Tensor)
+            else type(logits).__name__
         )
-        raise ConfigurationError("model", spec.name, takes)
+        wanted = (len(sample), classes)
+        rule = f"must be a network from {tuple(sample.shape)} to logits of shape {wanted}, not to {found}"
+        raise ConfigurationError("model", spec.name, rule)
     if isinstance(spec, LibraryModelSpec) and spec.activation is not None:
         refuse_functional_activations(spec, trace)
     return trace

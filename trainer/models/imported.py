@@ -12,26 +12,28 @@ from trainer.jobspec import ImportedModelSpec
 
 
 def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:
-    """Import the function, and check that it takes the arguments; `Allowlist.check` has checked that it may be imported.
+    """Import the function and check that it accepts the arguments.
 
-    Raises:
-        ConfigurationError: there is no such module or function, or it does not take the arguments.
-        Exception: what the module itself raises.
+    `Allowlist.check` must have allowed the import. Raises ConfigurationError if the module or function does
+    not exist, or does not accept the arguments; and the errors of the module itself.
     """
     try:
         module = importlib.import_module(spec.module)
     except ModuleNotFoundError as error:
-        # A module that is there, but misses one of its own imports, is its author's to mend.
+        # A missing import inside an existing module is an error of that module.
         if error.name is None or not f"{spec.module}.".startswith(f"{error.name}."):
             raise
-        raise ConfigurationError("model.name", spec.name, f"there is no module {error.name}") from None
+        rule = f"must be in an existing module; there is no {error.name}"
+        raise ConfigurationError("model.name", spec.name, rule) from None
     function = getattr(module, spec.function, None)
     if not callable(function):
-        raise ConfigurationError("model.name", spec.name, f"{spec.module} has no function {spec.function}")
+        raise ConfigurationError("model.name", spec.name, f"must be a function in {spec.module}")
     home = getattr(function, "__module__", None)
     if home is None or home.partition(".")[0] != spec.module.partition(".")[0]:
-        # What an allowed module has merely imported has not been allowed with it.
-        raise ConfigurationError("model.name", spec.name, f"must be a function defined in {spec.module}, not in {home}")
+        # Allowing a module does not allow what it imports.
+        raise ConfigurationError(
+            "model.name", spec.name, f"must be a function defined in {spec.module}, not in {home}"
+        )
     try:
         inspect.signature(function).bind(**spec.arguments)
     except TypeError as error:
@@ -43,14 +45,13 @@ def find_function(spec: ImportedModelSpec) -> Callable[..., Any]:
 
 
 def build_imported(spec: ImportedModelSpec) -> nn.Module:
-    """Call the function.
+    """Call the function and return its model.
 
-    Raises:
-        ConfigurationError: as `find_function`, or it returns no module.
-        Exception: what the module or the function itself raises.
+    Raises ConfigurationError as `find_function` does, and if the result is not a module; and the errors of
+    the module or the function itself.
     """
     model = find_function(spec)(**spec.arguments)
     if not isinstance(model, nn.Module):
-        takes = f"must be a function that returns a torch.nn.Module, not {type(model).__name__}"
-        raise ConfigurationError("model.name", spec.name, takes)
+        rule = f"must be a function that returns a torch.nn.Module, not {type(model).__name__}"
+        raise ConfigurationError("model.name", spec.name, rule)
     return model

@@ -1,6 +1,6 @@
 """Built-in networks, made of torch modules only.
 
-A saved one therefore needs no code of this project.
+Saved models therefore load without the code of this project.
 """
 
 import math
@@ -22,17 +22,19 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
 }
 LOCAL_RESPONSE_SIZE = 5
-"""Channels in Krizhevsky et al. 2012, section 3.3, whose other constants are torch's defaults up to a factor."""
+"""Channels in Krizhevsky et al. 2012, section 3.3; its other constants are torch's defaults up to a factor.
+"""
 
 
 def build_mlp(spec: MlpSpec, shape: Sequence[int], classes: int, seed: int) -> nn.Sequential:
-    """Build a fully connected network from (N, *shape) to (N, classes) logits, batch-normalised.
+    """Build a fully connected network with batch normalisation.
 
-    Weights are Gaussian with `spec.init_std`, biases zero. Each hidden layer is linear, norm, activation, as in Ioffe & Szegedy
-    2015, sections 3.2 and 4.1.
+    It maps (N, *shape) to (N, classes) logits. Weights are Gaussian with `spec.init_std`, biases zero. Each
+    hidden layer is linear, norm, activation, as in Ioffe & Szegedy 2015, sections 3.2 and 4.1.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for number, (inputs, outputs) in enumerate(pairwise([math.prod(shape), *spec.hidden]), start=1):
+        # With a bias; replace_norms removes it where the norm cancels it.
         layers[f"linear{number}"] = nn.Linear(inputs, outputs)
         layers[f"norm{number}"] = nn.BatchNorm1d(outputs)
         layers[f"activation{number}"] = ACTIVATIONS[spec.activation]()
@@ -43,21 +45,26 @@ def build_mlp(spec: MlpSpec, shape: Sequence[int], classes: int, seed: int) -> n
 
 
 def build_cnn(spec: CnnSpec, shape: Sequence[int], classes: int, seed: int) -> nn.Sequential:
-    """Build a convolutional network from (N, *shape) images to (N, classes) logits, batch-normalised.
+    """Build a convolutional network with batch normalisation.
 
-    Weights are Gaussian with `spec.init_std`, or with √(2/fan in), biases zero.
+    It maps (N, *shape) images to (N, classes) logits. Weights are Gaussian with `spec.init_std`, or with
+    √(2/fan in), biases zero.
 
-    Raises ConfigurationError if samples are no images, or so small that the levels cannot halve them.
+    Raises ConfigurationError if samples are not images, or too small for the number of levels.
     """
     if len(shape) != 3:
         raise ConfigurationError(
-            "model", spec.name, f"must be used with images (channels, height, width), not samples of {tuple(shape)}"
+            "model",
+            spec.name,
+            f"must be used with images (channels, height, width), not with samples of shape {tuple(shape)}",
         )
     last = len(spec.channels)
     most = min(shape[1:]).bit_length()
     if last > most:
         raise ConfigurationError(
-            "model.channels", spec.channels, f"must be at most {most} levels for images of {shape[1]}x{shape[2]}"
+            "model.channels",
+            spec.channels,
+            f"must be at most {most} levels for images of {shape[1]}x{shape[2]}",
         )
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for level, (inputs, outputs) in enumerate(pairwise([shape[0], *spec.channels]), start=1):
@@ -77,7 +84,10 @@ def build_cnn(spec: CnnSpec, shape: Sequence[int], classes: int, seed: int) -> n
 
 
 def _initialise(model: nn.Sequential, std: float | None, seed: int) -> nn.Sequential:
-    """Initialise the weights by a separate generator, independent of earlier draws; `std` None means √(2/fan in)."""
+    """Initialise the weights by a separate generator, independent of earlier draws.
+
+    `std` None means √(2/fan in).
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in model:
         if isinstance(layer, nn.Linear | nn.Conv2d):

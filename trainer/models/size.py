@@ -1,4 +1,4 @@
-"""Size of a model: parameters and saved activations, on the meta device."""
+"""Size of a model on the meta device: parameters and saved activations."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +13,16 @@ from trainer.norms.layers import is_norm
 
 
 def measure_size(model: nn.Module, shape: Sequence[int] | None, *, has_norms: bool) -> ModelSize:
-    """Count a model's parameters, and the floating numbers that autograd saves for each sample of a training step.
+    """Count parameters, and numbers saved for backward per sample.
 
-    That is what torch itself saves, not a sum of outputs: values that are computed in place or viewed count once, and those that
-    backward does without do not count. Workspaces, masks and indices are left out: a step takes at least as much.
+    The latter are those that autograd saves in a training step, not the sum of outputs: in-place results and
+    views count once, and outputs that backward does not need do not count. Workspaces, masks and indices are
+    not included, so the result is a lower bound.
 
     Args:
-        model: on the meta device; it is changed.
-        shape: of a sample, channels first; None if it is not known, and then activations count as nothing.
-        has_norms: whether normalisation layers stay, each of which saves its input; otherwise they are taken out.
+        model: model on the meta device; it is modified.
+        shape: shape of a sample, channels first; None if unknown, in which case activations count as zero.
+        has_norms: whether normalisation layers, each of which saves its input, stay in the model.
     """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if shape is None:
@@ -32,19 +33,21 @@ def measure_size(model: nn.Module, shape: Sequence[int] | None, *, has_norms: bo
                 model.set_submodule(path, nn.Identity())
     model.train()
     try:
-        # The difference, as some numbers, such as standardised weights, are saved once for the batch.
+        # A difference of two batch sizes, since some tensors, such as standardised weights, do not depend on
+        # it.
         activations = _count_saved(model, (3, *shape)) - _count_saved(model, (2, *shape))
-    except Exception:  # whatever a model's code does that a tensor without values cannot; a worker will run it
+    except Exception:  # code that meta tensors do not support; a worker will run it
         activations = 0
     return ModelSize(parameters=parameters, sample_activations=max(activations, 0))
 
 
 class _Attention(torch.autograd.Function):
-    """Attention as a fused kernel keeps it for backward: without the matrix of its weights."""
+    """Attention that saves what a fused kernel saves: not the weight matrix."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # (N, heads, queries, values), laid out in memory as the query, so that it is copied afterwards no more than a kernel's.
+        # (N, heads, queries, values), with the strides of the query as from a kernel, so that later views do
+        # not copy it.
         result = torch.empty_like(query[..., :1].expand(*query.shape[:-1], value.shape[-1]))
         ctx.save_for_backward(query, key, value, result)
         return result
@@ -52,7 +55,7 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Replace torch's attention, which has no fused kernel on the meta device, but on processors and GPUs."""
+    """Replace torch's attention, which has no fused kernel on the meta device."""
     own = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = lambda query, key, value, *_, **__: _Attention.apply(query, key, value)
     try:
@@ -62,7 +65,10 @@ def _fused_attention() -> Iterator[None]:
 
 
 def _count_saved(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Count the floating numbers that a forward pass saves for backward, apart from parameters, buffers and the input."""
+    """Count the floating-point numbers that a forward pass saves for backward.
+
+    Parameters, buffers and the input are not included.
+    """
     inputs = torch.empty(shape, device="meta")  # (N, *shape)
     known = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers(), inputs)}
     saved: dict[int, Tensor] = {}
@@ -70,7 +76,7 @@ def _count_saved(model: nn.Module, shape: tuple[int, ...]) -> int:
     def pack(value: Tensor) -> Tensor:
         storage = value.untyped_storage()._cdata
         if value.is_floating_point() and storage not in known:
-            saved[storage] = value  # kept, so that its storage's address is not used again
+            saved[storage] = value  # the reference keeps the address from being reused
         return value
 
     with _fused_attention(), torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):

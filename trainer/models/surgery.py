@@ -25,7 +25,9 @@ ACTIVATION_NAMES = frozenset(
     }
 )
 # fmt: on
-"""Classes of torch and timm that are a network's nonlinearity; sigmoids are not, since library models have them as gates."""
+"""Classes of torch and timm that are a network's nonlinearity; sigmoids are not, since library models have
+them as gates.
+"""
 ACTIVATION_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
         F.celu,
@@ -43,13 +45,13 @@ ACTIVATION_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 BASIC_CONV = {"torchvision.models.googlenet.BasicConv2d", "torchvision.models.inception.BasicConv2d"}
-"""Convolution, norm and a functional ReLU, in modules that hold the first two as `conv` and `bn`."""
+"""Modules of a convolution `conv`, a norm `bn` and a functional ReLU."""
 
 
-def alter(model: nn.Module, spec: LibraryModelSpec) -> None:
-    """Change a model in place. No random number is drawn.
+def modify(model: nn.Module, spec: LibraryModelSpec) -> None:
+    """Change a model in place, without drawing random numbers.
 
-    Raises ConfigurationError for a change that finds nothing to change.
+    Raises ConfigurationError for a change that does not apply to the model.
     """
     if spec.activation is not None:
         _replace_activations(model, spec, spec.activation)
@@ -57,6 +59,7 @@ def alter(model: nn.Module, spec: LibraryModelSpec) -> None:
         _set_dropout(model, spec, spec.dropout)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            # Matrices and kernels only: scales of norms are vectors.
             if name.endswith("weight") and parameter.ndim > 1:
                 parameter.mul_(spec.init_scale)
     for path in spec.local_response_norm_after:
@@ -64,18 +67,23 @@ def alter(model: nn.Module, spec: LibraryModelSpec) -> None:
 
 
 def refuse_functional_activations(spec: LibraryModelSpec, trace: Trace) -> None:
-    """Raise ConfigurationError if a model that was given an activation still calls one of its own, in the code of a module."""
+    """Raise ConfigurationError if a model still calls activation functions.
+
+    They are in the code of a module, where `model.activation` cannot replace them.
+    """
     for path, module, function, _ in trace.calls:
         if function in ACTIVATION_FUNCTIONS and not _is_activation(module):
             where = f"{path or 'the model'} ({forward_of(module)})"
-            takes = f"cannot be replaced in {spec.name}: {where} calls {function.__name__} itself"
-            raise ConfigurationError("model.activation", spec.activation, takes)
+            rule = f"must be null for {spec.name}: {where} calls {function.__name__} itself"
+            raise ConfigurationError("model.activation", spec.activation, rule)
 
 
 def _replace_activations(model: nn.Module, spec: LibraryModelSpec, activation: str) -> None:
     replaced = 0
+    # A list, since replacing children changes the modules while they are iterated.
     for parent in list(model.modules()):
         for name, child in parent.named_children():
+            # Its ReLU is a function call, so the module is rebuilt with an activation module.
             if forward_of(child) in BASIC_CONV:
                 parts = OrderedDict(child.named_children(), activation=ACTIVATIONS[activation]())
                 setattr(parent, name, nn.Sequential(parts))
@@ -85,7 +93,8 @@ def _replace_activations(model: nn.Module, spec: LibraryModelSpec, activation: s
                 continue
             replaced += 1
     if not replaced:
-        raise ConfigurationError("model.activation", activation, f"{spec.name} has no activation to replace")
+        rule = f"must be null for {spec.name}, which has no activation to replace"
+        raise ConfigurationError("model.activation", activation, rule)
 
 
 def _is_activation(module: nn.Module) -> bool:
@@ -93,7 +102,10 @@ def _is_activation(module: nn.Module) -> bool:
 
 
 def _set_dropout(model: nn.Module, spec: LibraryModelSpec, probability: float) -> None:
-    """Set dropout layers, and the attribute that both libraries' models have where they call dropout as a function."""
+    """Set the rate of dropout layers and of functional dropout.
+
+    Both libraries keep the latter in an attribute `drop_rate`.
+    """
     found = False
     for module in model.modules():
         if isinstance(module, _DropoutNd):
@@ -101,15 +113,16 @@ def _set_dropout(model: nn.Module, spec: LibraryModelSpec, probability: float) -
         if isinstance(getattr(module, "drop_rate", None), int | float):
             module.drop_rate, found = probability, True  # type: ignore[assignment]
     if not found and probability > 0:
-        raise ConfigurationError("model.dropout", probability, f"{spec.name} has no dropout layer")
+        rule = f"must be null or 0 for {spec.name}, which has no dropout layer"
+        raise ConfigurationError("model.dropout", probability, rule)
 
 
 def _append_local_response_norm(model: nn.Module, path: str) -> None:
     paths = [path for path, _ in model.named_modules() if path]
     if path not in paths:
         close = ", ".join(difflib.get_close_matches(path, paths, n=5)) or ", ".join(paths[:5])
-        takes = f"must be paths of the model's modules, such as {close}"
-        raise ConfigurationError("model.local_response_norm_after", path, takes)
+        rule = f"must be paths of the model's modules, such as {close}"
+        raise ConfigurationError("model.local_response_norm_after", path, rule)
     layer = model.get_submodule(path)
     layers = OrderedDict(layer=layer, local_response_norm=nn.LocalResponseNorm(LOCAL_RESPONSE_SIZE))
     model.set_submodule(path, nn.Sequential(layers))

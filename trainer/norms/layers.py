@@ -53,37 +53,49 @@ CHANNELS_LAST = frozenset(
 )
 """Classes whose `forward` takes (N, *, C)."""
 OTHERS = frozenset({"GlobalResponseNorm", "LocalResponseNorm"})
-"""Competition between channels rather than normalisation: part of the architecture, in every mode."""
+"""Competition between channels rather than normalisation: part of the architecture in every mode."""
 BASES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 NAME = re.compile(r"norm(?!al)|abn$", re.IGNORECASE)
-"""What normalisation layers are called; `normal`, as in `Normalize` or `NormalCell`, is something else."""
+"""Names of normalisation layers; `normal`, as in `Normalize` or `NormalCell`, is excluded."""
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer that can be switched."""
+    """Return whether a module is a normalisation layer that can be replaced."""
     return forward_of(module) in CHANNELS_FIRST | CHANNELS_LAST
 
 
 def is_unknown_norm(path: str, module: nn.Module) -> bool:
-    """Whether a module that cannot be switched is a normalisation layer by its base class or its name.
+    """Return whether a module is an unsupported normalisation layer.
 
-    Modules that only hold others (`ConvNormAct`), and the parametrisations of weights (`_WeightNorm`), are none.
+    It is recognised by its base class or its name. Modules that only contain others (`ConvNormAct`), and
+    parametrisations of weights (`_WeightNorm`), are not normalisation layers.
     """
     if is_norm(module):
         return False
     if isinstance(module, BASES):
         return True
+    # The name is the only sign of norms written by users; containers and parametrisations have such names
+    # too, but hold no values of their own.
     name = type(module).__name__
     holds_values = bool(module._parameters or module._buffers) or not module._modules
-    return bool(NAME.search(name)) and holds_values and name not in OTHERS and "parametrizations" not in path.split(".")
+    return (
+        bool(NAME.search(name))
+        and holds_values
+        and name not in OTHERS
+        and "parametrizations" not in path.split(".")
+    )
 
 
 def channels_last(layer: nn.Module) -> bool:
-    """Whether a normalisation layer takes (N, *, C), and not (N, C, *)."""
+    """Return whether a normalisation layer takes (N, *, C) instead of (N, C, *)."""
     return forward_of(layer) in CHANNELS_LAST
 
 
 def forward_of(module: nn.Module) -> str:
-    """Return the full name of the class that a module has its `forward` from: what it does, whatever it is called."""
+    """Return the full name of the class that defines a module's `forward`.
+
+    It identifies the computation, independently of the name of the subclass.
+    """
+    # A subclass without its own forward computes the same as its base.
     owner = next(base for base in type(module).__mro__ if "forward" in vars(base))
     return f"{owner.__module__}.{owner.__qualname__}"

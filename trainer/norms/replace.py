@@ -32,7 +32,7 @@ FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
         torch.rms_norm,
     }
 )
-"""Normalisation without a layer, which nothing can be put in place of."""
+"""Normalisation functions, which cannot be replaced without a layer."""
 
 
 def replace_norms(
@@ -40,22 +40,26 @@ def replace_norms(
 ) -> nn.Module:
     """Replace every normalisation layer of a model, in place, and return the model.
 
-    A convolution or linear layer whose output goes into normalisation layers and nowhere else loses its bias under `batch` and
-    `sync`, which cancel it, and has one, at first 0, under the others. No random number is drawn.
+    A convolution or linear layer whose output goes only into normalisation layers loses its bias under
+    `batch` and `sync`, which cancel it, and has one, initially 0, under the other modes. No random number is
+    drawn.
 
     Args:
-        model: any. Layers that already are of the mode stay the objects that they are.
-        norm: the mode.
-        trace: of the model as it is, on `sample`.
-        sample: a batch, shape (N, *).
+        model: any model. Layers that already have the mode remain the same objects.
+        norm: mode of the layers.
+        trace: trace of the unchanged model on `sample`.
+        sample: batch of shape (N, *).
         process_group: ranks that share statistics under `sync`; None means all.
 
     Raises:
-        ConfigurationError: a layer that cannot be switched, by its path and class. The model may have changed.
+        ConfigurationError: a layer cannot be replaced; the error has its path and class. The model may have
+            changed.
     """
     _refuse_what_cannot_be_switched(model, norm, trace)
     layers = {
-        path: module for path, module in model.named_modules() if is_norm(module) and not is_of_mode(module, norm)
+        path: module
+        for path, module in model.named_modules()
+        if is_norm(module) and not is_of_mode(module, norm)
     }
     successors: dict[nn.Module, nn.Module] = {}
     for path, layer in layers.items():
@@ -72,20 +76,21 @@ def replace_norms(
 
 
 def refusal(norm: Norm, path: str, module: nn.Module, reason: str) -> ConfigurationError:
-    """Name a module that stands in the way of a mode."""
+    """Return the error for a module that prevents a mode."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    return ConfigurationError("norm", norm.value, f"cannot switch {path or 'the model'} ({kind}): {reason}")
+    rule = f"must be a mode of all layers; cannot replace {path or 'the model'} ({kind}): {reason}"
+    return ConfigurationError("norm", norm.value, rule)
 
 
 def _refuse_what_cannot_be_switched(model: nn.Module, norm: Norm, trace: Trace) -> None:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
-            raise refusal(norm, path, module, "TorchScript's modules cannot be changed")
+            raise refusal(norm, path, module, "TorchScript modules cannot be changed")
         if is_unknown_norm(path, module):
-            raise refusal(norm, path, module, "a normalisation layer of a class that is not known")
+            raise refusal(norm, path, module, "its class is not supported")
     for path, module, function, on_parameter in trace.calls:
-        if function in FUNCTIONS and not on_parameter:  # weights may be standardised: that is no layer
-            raise refusal(norm, path, module, f"it normalises by {function.__name__}, without a layer")
+        if function in FUNCTIONS and not on_parameter:  # standardisation of weights is allowed
+            raise refusal(norm, path, module, f"it calls {function.__name__} without a layer")
 
 
 def _dimensions(layer: nn.Module, trace: Trace) -> int:
@@ -94,7 +99,7 @@ def _dimensions(layer: nn.Module, trace: Trace) -> int:
     if len(found) > 1:
         raise ValueError(f"its inputs differ in their number of dimensions: {sorted(found)}")
     if not found:
-        raise ValueError("a forward pass in evaluation does not reach it, so that its input is not known")
+        raise ValueError("a forward pass in evaluation mode does not reach it, so its input is unknown")
     return next(iter(found))
 
 
@@ -113,7 +118,7 @@ def _replace(model: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Mod
         for name, child in parent._modules.items():
             if child in successors:
                 parent._modules[name] = successors[child]
-        # torch's fused passes for inference read the scale and shift of layer normalisations out of these children.
+        # torch's fused inference paths would read scale and shift of layer normalisations in these children.
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0
         elif isinstance(parent, nn.TransformerEncoder):
@@ -122,10 +127,13 @@ def _replace(model: nn.Module, successors: dict[nn.Module, nn.Module]) -> nn.Mod
 
 
 def _check_that_it_runs(model: nn.Module, norm: Norm, sample: Tensor) -> None:
-    """Refuse models which read attributes of their normalisation layers, or call them by references of their own."""
+    """Raise ConfigurationError if the model fails after the replacement.
+
+    Models may read attributes of their normalisation layers, or hold other references to them.
+    """
     try:
         trace = trace_forward(model, sample)
     except Exception as error:
-        reason = f"with its normalisation layers replaced it fails: {type(error).__name__}: {error}"
+        reason = f"it fails with replaced normalisation layers: {type(error).__name__}: {error}"
         raise refusal(norm, "", model, reason) from error
     _refuse_what_cannot_be_switched(model, norm, trace)

@@ -1,6 +1,6 @@
 """Trace of a forward pass: normalisation layers reached, and their inputs.
 
-Names and classes of the surrounding networks are not used, so that it works for any library.
+It uses neither names nor classes of the surrounding networks, so it works for any library.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,41 +18,43 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from trainer.norms.layers import channels_last, forward_of, is_norm
 
 LIBRARIES = ("torch", "torchvision", "timm")
-"""Whose convolutions and linear layers add their bias last, also where they are subclasses."""
+"""Packages whose convolutions and linear layers, subclasses included, add their bias last."""
 
 
 @dataclass(eq=False)
 class Output:
-    """One output of a convolution or linear layer."""
+    """Output of a convolution or linear layer."""
 
     is_normalised: bool = False
     is_used_elsewhere: bool = False
 
 
 class Trace(TorchFunctionMode):
-    """Record of a forward pass; a torch function mode, which sees every call of torch's functions."""
+    """Record of a forward pass, as a mode that intercepts all torch functions."""
 
     def __init__(self) -> None:
         super().__init__()
         self.result: Any = None
         self.dimensions: dict[nn.Module, set[int]] = {}
-        """Of each normalisation layer reached: numbers of dimensions of its inputs."""
+        """Numbers of input dimensions of each normalisation layer reached."""
         self.calls: list[tuple[str, nn.Module, Callable[..., Any], bool]] = []
-        """Functions called outside normalisation layers: path and module that called, function, whether on a parameter."""
+        """Functions called outside normalisation layers: path and module of the caller, function, and whether
+        its first tensor is a parameter.
+        """
         self.outputs: dict[nn.Module, list[Output]] = {}
-        """Of each convolution and linear layer of the libraries."""
+        """Outputs of each convolution and linear layer of the libraries."""
         self._storages: set[int] = set()
         self._stack: list[tuple[str, nn.Module]] = []
         self._live: Any = WeakTensorKeyDictionary()
 
     def feeds_norms_alone(self) -> Iterator[nn.Module]:
-        """Yield the convolutions and linear layers all of whose outputs go into normalisation layers and nowhere else."""
+        """Yield the layers whose outputs go only into normalisation layers."""
         for module, outputs in self.outputs.items():
             if all(output.is_normalised and not output.is_used_elsewhere for output in outputs):
                 yield module
 
     def watch(self, model: nn.Module, sample: Tensor) -> None:
-        """Run the model."""
+        """Run the model and record the pass."""
         self._storages = {
             parameter.untyped_storage().data_ptr()
             for parameter in model.parameters()
@@ -60,7 +62,7 @@ class Trace(TorchFunctionMode):
         }
         with ExitStack() as hooks:
             for path, module in model.named_modules():
-                if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                if isinstance(module, torch.jit.ScriptModule):  # does not support hooks
                     continue
                 hooks.enter_context(module.register_forward_pre_hook(self._entering(path), with_kwargs=True))
                 hooks.enter_context(module.register_forward_hook(self._leave))
@@ -69,20 +71,22 @@ class Trace(TorchFunctionMode):
         self._use(self.result)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function and note what it takes."""
+        """Call the function and record its inputs."""
         result = func(*args, **(kwargs or {}))
         if self._stack and not self._inside_norm():
             inputs = tensors((args, kwargs))
             path, module = self._stack[-1]
+            # Normalising a weight (weight standardisation) is part of the architecture, not a layer to
+            # replace.
             on_parameter = bool(inputs) and inputs[0].untyped_storage().data_ptr() in self._storages
             self.calls.append((path, module, func, on_parameter))
-            # Questions for shape or dtype are no use of the values; assignments give None, and are.
+            # Queries of shape or dtype do not use the values; assignments, which return None, do.
             if tensors(result) or result is None:
                 self._follow(inputs, result)
         return result
 
     def _follow(self, inputs: list[Tensor], result: Any) -> None:
-        """Follow the values of a convolution through a change of layout; any other use of them is one elsewhere."""
+        """Follow the output of a convolution through views; record other uses of it."""
         for tensor in inputs:
             if tensor not in self._live:
                 continue
@@ -114,7 +118,7 @@ class Trace(TorchFunctionMode):
 
     def _leave(self, module: nn.Module, args: Any, result: Any) -> None:
         self._stack.pop()
-        # In evaluation dropout hands on what it was given, in training it does not.
+        # Dropout returns its argument in evaluation, but not in training, so it counts as a use.
         if type(module) is not nn.Identity and any(result is argument for argument in args):
             self._use(result)
         if isinstance(module, nn.Linear | _ConvNd) and forward_of(module).split(".")[0] in LIBRARIES:
@@ -133,9 +137,9 @@ class Trace(TorchFunctionMode):
 
 
 def trace_forward(model: nn.Module, sample: Tensor) -> Trace:
-    """Watch a forward pass in evaluation without gradients; the model is left as it was.
+    """Trace a forward pass in evaluation mode without gradients.
 
-    Raises what the model raises.
+    The model is restored afterwards. Raises the errors of the model.
     """
     modes = {module: module.training for module in model.modules()}
     trace = Trace()
@@ -149,14 +153,24 @@ def trace_forward(model: nn.Module, sample: Tensor) -> Trace:
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """Return the tensors in nested containers, except parameters that have no values yet."""
-    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor) and not nn.parameter.is_lazy(leaf)]
+    """Return the tensors in nested containers, without uninitialised parameters."""
+    return [
+        leaf
+        for leaf in pytree.tree_leaves(values)
+        if isinstance(leaf, Tensor) and not nn.parameter.is_lazy(leaf)
+    ]
 
 
 def dimension_in_view(tensor: Tensor, dimension: int, view: Tensor) -> int | None:
-    """Return where a dimension of a tensor is in a view of all of its values; None if it is not, or if it is no such view."""
+    """Return the index of a tensor's dimension in a view of all of its values.
+
+    Returns None if the dimension is not in it, or if it is not such a view.
+    """
     if view.layout != torch.strided or view.numel() != tensor.numel() or view.data_ptr() != tensor.data_ptr():
         return None
+    # A dimension of a view is identified by its size and stride; the answer is unknown if two agree.
     wanted = (tensor.shape[dimension], tensor.stride(dimension))
-    found = [place for place, pair in enumerate(zip(view.shape, view.stride(), strict=True)) if pair == wanted]
+    found = [
+        place for place, pair in enumerate(zip(view.shape, view.stride(), strict=True)) if pair == wanted
+    ]
     return found[0] if len(found) == 1 else None

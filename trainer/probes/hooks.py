@@ -16,12 +16,12 @@ from trainer.models.surgery import ACTIVATION_NAMES
 from trainer.norms.layers import channels_last, is_norm
 
 NONLINEARITIES = ACTIVATION_NAMES | {"Sigmoid", "Tanh"}
-"""Classes of the modules whose inputs are pre-activations, the gates of library models among them."""
+"""Classes of modules whose inputs are pre-activations, including the gates of library models."""
 
 
 @dataclass(frozen=True)
 class HookPoint:
-    """The input or the output of a module."""
+    """Input or output of a module."""
 
     path: str
     module: nn.Module
@@ -30,18 +30,18 @@ class HookPoint:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one worker's share of a batch was in one place."""
+    """Observation of one worker's share of a batch at one hook point."""
 
     moments: Moments
-    """Of each channel."""
+    """Moments of each channel."""
     unit: int
-    """The middle channel, C // 2."""
+    """Index of the middle channel, C // 2."""
     values: Tensor
-    """Its values (samples · positions,), on the worker's device, at least float32."""
+    """Values of that channel, shape (samples · positions,), on the worker's device, float32 or float64."""
 
 
 def activation_inputs(model: nn.Module) -> list[HookPoint]:
-    """List the inputs of all activation modules."""
+    """Return the hook points at the inputs of all activation modules."""
     return [
         HookPoint(path, module, is_input=True)
         for path, module in model.named_modules()
@@ -50,40 +50,45 @@ def activation_inputs(model: nn.Module) -> list[HookPoint]:
 
 
 def norm_inputs(model: nn.Module) -> list[HookPoint]:
-    """List the inputs of all normalisation layers."""
-    return [HookPoint(path, module, is_input=True) for path, module in model.named_modules() if is_norm(module)]
+    """Return the hook points at the inputs of all normalisation layers."""
+    return [
+        HookPoint(path, module, is_input=True) for path, module in model.named_modules() if is_norm(module)
+    ]
 
 
 def named_modules(model: nn.Module, paths: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the modules at `probes.layers`; raises ConfigurationError for paths that the model does not have."""
+    """Return the modules at `paths`.
+
+    Raises ConfigurationError for paths that the model does not have.
+    """
     modules = {path: module for path, module in model.named_modules() if path}
     missing = [path for path in paths if path not in modules]
     if missing:
         close = difflib.get_close_matches(missing[0], modules, n=5) or list(modules)[:5]
-        takes = f"must be paths of the model's modules, such as {', '.join(close)}"
-        raise ConfigurationError("probes.layers", missing, takes)
+        rule = f"must be paths of the model's modules, such as {', '.join(close)}"
+        raise ConfigurationError("probes.layers", missing, rule)
     return {path: modules[path] for path in paths}
 
 
 class Observer:
-    """Watches places while the model runs.
+    """Observer of hook points during forward passes.
 
-    A module that is called more than once in a pass has one name for each call: `path`, `path:2`, `path:3` …
+    A module that is called more than once in a pass has one name per call: `path`, `path:2`, `path:3` …
     """
 
     def __init__(self, places: Iterable[HookPoint]) -> None:
         self._places = list(places)
         self.seen: list[dict[str, Observation]] = []
-        """By pass and name, in the order of the pass."""
+        """Observations by pass and name, in the order of the pass."""
         self._channels_last: Any = WeakTensorKeyDictionary()
-        """Outputs of linear layers, and of norms, that have their channels in the last dimension."""
+        """Outputs of linear layers and norms whose channels are the last dimension."""
 
     @contextmanager
     def watch(self, model: nn.Module) -> Iterator[None]:
-        """Watch the passes within.
+        """Observe the passes within the context.
 
-        Raises ConfigurationError, in the pass, for a place without channels, and after it for an output that was not reached, or if
-        nothing was.
+        Raises ConfigurationError: in the pass, for a hook point without channels; afterwards, for an output
+        that was not reached, or if nothing was reached.
         """
         with ExitStack() as hooks:
             hooks.enter_context(model.register_forward_pre_hook(lambda *_: self.seen.append({})))
@@ -94,7 +99,7 @@ class Observer:
                 hooks.enter_context(self._hook(place))
             yield
         unseen = [place.path for place in self._places if place.path not in self.seen[0]]
-        # A model may have activations that it does not use; what a user has named must be there.
+        # Unused activations are allowed, unless the user has named them.
         if any(place.path in unseen and not place.is_input for place in self._places) or not self.seen[0]:
             raise ConfigurationError(
                 "probes.layers", unseen, "must be modules that the model calls in its forward pass"
@@ -103,7 +108,9 @@ class Observer:
     def _hook(self, place: HookPoint) -> torch.utils.hooks.RemovableHandle:
         if place.is_input:
             return place.module.register_forward_pre_hook(
-                lambda _, args, kwargs: self._observe(place.path, next(iter((*args, *kwargs.values())), None)),
+                lambda _, args, kwargs: self._observe(
+                    place.path, next(iter((*args, *kwargs.values())), None)
+                ),
                 with_kwargs=True,
             )
         return place.module.register_forward_hook(lambda _, __, output: self._observe(place.path, output))
@@ -112,16 +119,22 @@ class Observer:
         self._channels_last[output] = True
 
     def _observe(self, path: str, tensor: Any) -> None:
-        """Measure at once: an activation may work in place."""
+        """Measure immediately, since an activation may work in place."""
         if not isinstance(tensor, Tensor) or tensor.ndim < 2 or not tensor.is_floating_point():
-            found = f"a tensor of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            takes = f"must be modules with a floating-point tensor (samples, channels, ...), not {found}"
-            raise ConfigurationError("probes.layers", path, takes)
+            found = (
+                f"a tensor of shape {tuple(tensor.shape)}"
+                if isinstance(tensor, Tensor)
+                else type(tensor).__name__
+            )
+            rule = f"must be modules with a floating-point tensor (samples, channels, ...), not {found}"
+            raise ConfigurationError("probes.layers", path, rule)
         if tensor in self._channels_last:
-            tensor = tensor.movedim(-1, 1)
+            tensor = tensor.movedim(-1, 1)  # (N, C, *)
         unit = tensor.shape[1] // 2
         dtype = torch.promote_types(tensor.dtype, torch.float32)
-        values = tensor.select(1, unit).flatten().to(dtype, copy=True)
+        values = tensor.select(1, unit).flatten().to(dtype, copy=True)  # (N · positions,)
         seen = self.seen[-1]
         calls = sum(name.partition(":")[0] == path for name in seen)
-        seen[path if calls == 0 else f"{path}:{calls + 1}"] = Observation(Moments.measure(tensor), unit, values)
+        seen[path if calls == 0 else f"{path}:{calls + 1}"] = Observation(
+            Moments.measure(tensor), unit, values
+        )

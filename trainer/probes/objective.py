@@ -1,4 +1,4 @@
-"""Loss of one step as a function of the weights, with gradient."""
+"""Loss of one step as a function of the weights, with its gradient."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,16 +14,16 @@ from torch.distributed.tensor import DTensor
 
 from trainer.data import Batch
 from trainer.distributed import RankInfo
-from trainer.training.evaluate import sum_over_workers
 
 
 class Objective:
-    """Mean cross-entropy over a step's global batch; all workers call the same methods, and get the same values.
+    """Mean cross-entropy over the global batch of a step.
 
-    Every pass draws the random numbers that the training step will, so all of them see one function, with one dropout. A
-    gradient is one flat vector: the whole of it, or where weights are sharded this worker's part; `products` knows the difference.
+    All workers call the same methods and get the same values. Every pass draws the random numbers of the
+    training step, so that all passes evaluate one function with one dropout mask. A gradient is a flat
+    vector: the full one, or with sharded weights this worker's part, which `products` takes into account.
 
-    The passes run the model itself, not its wrapping by DistributedDataParallel, whose buckets they would disturb.
+    The passes run the model without DistributedDataParallel, whose buckets they would change.
     """
 
     def __init__(
@@ -36,7 +35,11 @@ class Objective:
         autocast: AbstractContextManager[object],
         scale: float,
     ) -> None:
-        """`batch_size` is that of the global batch, `parts` this worker's share; `scale` is fp16's factor on losses in backward."""
+        """Set the batch.
+
+        `parts` is this worker's share of a global batch of `batch_size`; `scale` is the loss scale of fp16 in
+        backward.
+        """
         self._model, self._parts, self._batch_size = model, parts, batch_size
         self._worker, self._autocast, self._scale = worker, autocast, scale
         self._is_sharded = isinstance(model, FSDPModule)
@@ -44,7 +47,7 @@ class Objective:
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def forward(self) -> None:
-        """Run the model on each part without gradients, for who watches it."""
+        """Run the model on each part without gradients, for its observers."""
         with leaving_no_trace(self._model), torch.no_grad():
             for part in self._parts:
                 with self._autocast:
@@ -52,10 +55,13 @@ class Objective:
         self._reshard()
 
     def loss_and_gradient(self) -> tuple[float, Tensor]:
-        """Return the mean loss in nats, and its gradient. Collectives: the model's own, one of the gradient, one of the loss."""
+        """Return the mean loss in nats and its gradient.
+
+        Collectives: those of the model, one for the gradient, one for the loss.
+        """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._worker.device)
         gradient = torch.zeros_like(self._weights())
-        # FSDP averages over workers where we want the sum.
+        # FSDP averages gradients over workers; the sum is needed here.
         share = self._scale / self._batch_size * (self._worker.world_size if self._is_sharded else 1)
         with leaving_no_trace(self._model):
             for part in self._parts:
@@ -64,12 +70,13 @@ class Objective:
                 loss_sum += loss.detach()
                 gradient += self._differentiate(loss * share)
         if not self._is_sharded:
-            sum_over_workers(gradient, self._worker.world_size)
-        return float(sum_over_workers(loss_sum, self._worker.world_size)) / self._batch_size, gradient / self._scale
+            self._worker.all_reduce(gradient)
+        return float(self._worker.all_reduce(loss_sum)) / self._batch_size, gradient / self._scale
 
     @contextmanager
     def moved(self, direction: Tensor, length: float) -> Iterator[None]:
-        """Within, the weights are w - length · direction; afterwards they have the bits that they had."""
+        """Set the weights to w - length · direction, and restore them exactly."""
+        # A copy is restored instead of adding the step again, which would round.
         before = self._weights()
         try:
             self._set(before - length * direction)
@@ -77,40 +84,48 @@ class Objective:
         finally:
             self._set(before)
 
-    def piece(self, vector: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Return what of a flat vector belongs to some parameters."""
+    def slice_of(self, vector: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return the elements of a flat vector that belong to some parameters."""
         return torch.cat([vector[self._places[parameter]] for parameter in parameters])
 
-    def only(self, vector: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-        """Return `vector` with zeros in place of what belongs to other parameters."""
+    def masked(self, vector: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Return `vector` with zeros for the elements of all other parameters."""
         result = torch.zeros_like(vector)
         for parameter in parameters:
             place = self._places[parameter]
             result[place] = vector[place]
         return result
 
-    def products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-        """Return scalar products of flat vectors, in float64. Collectives: one where weights are sharded."""
+    def dot_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+        """Return scalar products of flat vectors, in float64.
+
+        Collectives: one if weights are sharded.
+        """
+        # float64, since float32 sums over millions of elements lose digits.
         products = torch.stack([torch.dot(a.double(), b.double()) for a, b in pairs])
         if self._is_sharded:
-            dist.all_reduce(products)
+            self._worker.all_reduce(products)
         return products.tolist()
 
     def _reshard(self) -> None:
-        """Give each worker its shards back: a pass without backward, also of evaluation, leaves outer weights whole."""
+        """Reshard the weights.
+
+        A pass without backward, also in evaluation, leaves those of outer modules unsharded.
+        """
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _differentiate(self, loss: Tensor) -> Tensor:
         if not self._is_sharded:
-            # Leaves `.grad` alone, and so the hooks by which DistributedDataParallel would reduce it.
+            # Unlike backward, this does not trigger the hooks of DistributedDataParallel.
             gradients = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
             return torch.cat([gradient.flatten() for gradient in gradients])
         loss.backward()  # type: ignore[no-untyped-call]
         own = [_own(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
         gradient = torch.cat(own)
         for parameter in self.parameters:
+            # The training step that follows accumulates into `grad`.
             parameter.grad = None
         return gradient
 
@@ -134,7 +149,7 @@ class Objective:
 
 @contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Give buffers and random numbers back, at the end, what they were."""
+    """Restore buffers and random states afterwards."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -149,5 +164,5 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Return this worker's part of a tensor that is sharded; the whole of any other."""
+    """Return this worker's part of a sharded tensor, and any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

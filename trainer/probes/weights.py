@@ -12,45 +12,56 @@ Layers = Mapping[str, list[nn.Parameter]]
 
 
 def layers_with_weights(model: nn.Module, named: Mapping[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """List trained parameters by layer: of each of the `named` modules, all within it; of none named, each module's own."""
+    """Return the trained parameters by layer.
+
+    Layers are the `named` modules with all parameters inside; by default, each module with its own
+    parameters.
+    """
     if named:
         layers = {path: list(module.parameters()) for path, module in named.items()}
     else:
-        # Parameters of the model itself, such as a transformer's position embedding, go by its class.
+        # Parameters of the model itself, such as a position embedding, have the name of its class.
         layers = {
             path or type(model).__name__: list(module.parameters(recurse=False))
             for path, module in model.named_modules()
         }
-    trained = {path: [parameter for parameter in layer if parameter.requires_grad] for path, layer in layers.items()}
+    trained = {
+        path: [parameter for parameter in layer if parameter.requires_grad] for path, layer in layers.items()
+    }
     return {path: layer for path, layer in trained.items() if layer}
 
 
 def gradient_norms(objective: Objective, gradient: Tensor, layers: Layers) -> dict[str, float]:
-    """Return the Euclidean norm of the global batch's gradient, in all and by layer. Cost: nothing beside the gradient."""
-    vectors = [gradient, *(objective.piece(gradient, layer) for layer in layers.values())]
-    squares = objective.products([(vector, vector) for vector in vectors])
+    """Return the Euclidean norm of the global gradient, in total and by layer.
+
+    Cost: negligible in addition to the gradient.
+    """
+    vectors = [gradient, *(objective.slice_of(gradient, layer) for layer in layers.values())]
+    squares = objective.dot_products([(vector, vector) for vector in vectors])
     names = ["gradient_norm", *(f"{path}/gradient_norm" for path in layers)]
     return {name: math.sqrt(square) for name, square in zip(names, squares, strict=True)}
 
 
-class Shift:
-    """Internal covariate shift as a change of gradients: how much a layer's update is made for lower layers that then move.
+class CovariateShift:
+    """Internal covariate shift as a change of gradients under updates of lower layers.
 
-    For layer i with weights wᵢ, G = ∇_wᵢ L at the present weights, and G' = ∇_wᵢ L where the layers below it have taken their
-    step w - rate·∇L and all others have not, on the same batch:
+    For layer i with weights wᵢ, let G = ∇_wᵢ L at the current weights, and G' = ∇_wᵢ L after only the layers
+    below i have taken the step w - rate·∇L, on the same batch:
 
         shift         ‖G - G'‖₂
         shift_cosine  G·G' / (‖G‖·‖G'‖)
 
-    Below are the modules that the forward pass calls before it. The step is the plain gradient's, whatever the optimiser is.
+    The layers below are the modules that the forward pass calls before it. The step is that of the plain
+    gradient, for every optimiser.
 
-    Cost: one forward and one backward pass for each layer but the first.
+    Cost: one forward and one backward pass per layer except the first.
 
-    Source: Santurkar, Tsipras, Ilyas & Madry 2018, "How Does Batch Normalization Help Optimization?", Definition 2.1.
+    Source: Santurkar, Tsipras, Ilyas & Madry 2018, "How Does Batch Normalization Help Optimization?",
+    Definition 2.1.
     """
 
     def __init__(self, model: nn.Module, named: Mapping[str, nn.Module]) -> None:
-        """Without `named` modules, the layers are those that have a matrix or kernel of weights."""
+        """Choose the layers: `named` modules, or those with weight matrices or kernels."""
         layers = layers_with_weights(model, named)
         self._paths = {module: path for path, module in model.named_modules()}
         self.layers = {
@@ -60,7 +71,7 @@ class Shift:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Learn, in a forward pass within, in which order the modules are called."""
+        """Record the order of module calls in a forward pass."""
         self._turns = {}
         with ExitStack() as hooks:
             for module in self._paths:
@@ -74,12 +85,12 @@ class Shift:
             below = self._below(path, layer)
             if not below:
                 continue
-            with objective.moved(objective.only(gradient, below), rate):
+            with objective.moved(objective.masked(gradient, below), rate):
                 _, there = objective.loss_and_gradient()
-            before, after = objective.piece(gradient, layer), objective.piece(there, layer)
+            before, after = objective.slice_of(gradient, layer), objective.slice_of(there, layer)
             change = after - before
             pairs = [(change, change), (before, after), (before, before), (after, after)]
-            shift, product, *squares = objective.products(pairs)
+            shift, product, *squares = objective.dot_products(pairs)
             length = math.sqrt(squares[0] * squares[1])
             values[f"{path}/shift"] = math.sqrt(shift)
             values[f"{path}/shift_cosine"] = product / length if length > 0 else math.nan
@@ -99,7 +110,10 @@ class Shift:
         ]
 
     def _turn(self, path: str) -> int:
-        """When a module was called; one whose weights are used without a call, when what it is a part of was."""
+        """Return the position of a module in the order of calls.
+
+        A module whose weights are used without a call has the position of its parent.
+        """
         while path not in self._turns:
             path = path.rpartition(".")[0]
         return self._turns[path]

@@ -1,6 +1,6 @@
 """Figures of a run: accuracy and percentiles of layer inputs.
 
-After Ioffe & Szegedy 2015, Figure 1.
+See Ioffe & Szegedy 2015, Figure 1.
 """
 
 import re
@@ -15,14 +15,15 @@ Curve = list[tuple[int, float]]
 
 
 def write_figures(metrics: Path, folder: Path) -> list[Path]:
-    """Draw what a file of metrics holds into PNG files in `folder`, and return their paths.
+    """Draw the metrics of a file into PNG files in `folder`; return their paths.
 
-    `accuracy.png` is Figure 1 (a) for this run, and `percentiles-<layer>.png`, one for each layer whose percentiles were measured,
-    is (b) without and (c) with batch normalisation. What was not measured is not drawn.
+    `accuracy.png` is Figure 1 (a) for this run, and `percentiles-<layer>.png`, one per layer with measured
+    percentiles, is (b) without and (c) with batch normalisation. Metrics that were not measured are not
+    drawn.
 
     Args:
-        metrics: lines of JSON, each with `step` and `metrics`; lines without them are something else.
-        folder: is made if there is none.
+        metrics: file of JSON lines; lines with `step` and `metrics` are used.
+        folder: target folder, which is created if missing.
     """
     curves = _read(metrics)
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def _read(metrics: Path) -> dict[str, Curve]:
 
 
 def _draw(curves: dict[str, Curve], quantity: str, title: str, path: Path) -> Path:
-    from matplotlib.figure import Figure  # here, as it takes a second to import
+    from matplotlib.figure import Figure  # imported here: it takes a second
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()

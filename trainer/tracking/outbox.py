@@ -1,8 +1,8 @@
-"""Outbox: file of metrics that wait for upload to MLflow.
+"""Outbox: append-only file of metrics for upload to MLflow.
 
-The training loop never waits for MLflow: it appends a line. The outbox belongs to the job and not to one attempt: a later attempt
-sends what an earlier one could not, and does not log a step again that is there already. Lines keep the time they were written at,
-so sending one twice changes nothing in MLflow.
+The training loop does not wait for MLflow but appends a line. The outbox belongs to the job, not to one
+attempt: a later attempt uploads what an earlier one could not, and does not log a step again. Lines contain
+the time of writing, so sending a line twice has no effect in MLflow.
 """
 
 import json
@@ -20,7 +20,7 @@ Kind = Literal["evaluation", "probes", "system"]
 
 
 class Outbox:
-    """Append-only file of lines, each a JSON object with a `kind`; may be written to by several threads."""
+    """Append-only file of JSON lines, each with a `kind`; thread-safe."""
 
     def __init__(self, folder: Path, name: str = OUTBOX_FILE) -> None:
         self.path = folder / name
@@ -32,16 +32,17 @@ class Outbox:
                 self._identity = line["identity"]
             elif "step" in line:
                 self._last_step[line["kind"]] = line["step"]
-        # Appending alone: whoever else still writes here cannot overwrite, nor be overwritten.
+        # Append mode: an older process that still writes here can neither overwrite nor be overwritten.
         self._file = self.path.open("a")
         if content and not content.endswith(b"\n"):
-            self._file.write("\n")  # ends the half line that an attempt left when it was killed
+            self._file.write("\n")  # ends the incomplete line of a killed attempt
         self._lock = threading.Lock()
 
     def belong_to(self, identity: Mapping[str, str]) -> None:
-        """Begin, or go on, for a run of this identity. Raises ConfigurationError if an attempt before was another run's.
+        """Set or check the identity of the run.
 
-        Metrics of two runs in one place could not be distinguished afterwards.
+        Raises ConfigurationError if earlier lines are from another run: metrics of two runs could not be
+        distinguished.
         """
         if self._identity is None:
             self._identity = dict(identity)
@@ -49,27 +50,39 @@ class Outbox:
         for field in sorted(self._identity.keys() | identity.keys()):
             if self._identity.get(field) != identity.get(field):
                 start = self._identity.get(field)
-                takes = f"must be as at the start of this run, {start}, whose metrics are in {self.path}"
-                raise ConfigurationError(field, identity.get(field), takes)
+                rule = f"must be as at the start of this run, {start}; its metrics are in {self.path}"
+                raise ConfigurationError(field, identity.get(field), rule)
 
     def log(self, step: int, metrics: Mapping[str, float], kind: Kind = "evaluation") -> None:
-        """Append metrics measured after `step` steps, unless an earlier attempt already did for this step and kind."""
+        """Append metrics measured after `step` steps.
+
+        Does nothing if an earlier attempt has logged this step and kind.
+        """
         if step > self._last_step.get(kind, -1):
             self._last_step[kind] = step
             self._append(
-                {"kind": kind, "step": step, "timestamp": time.time_ns() // 1_000_000, "metrics": dict(metrics)}
+                {
+                    "kind": kind,
+                    "step": step,
+                    "timestamp": time.time_ns() // 1_000_000,
+                    "metrics": dict(metrics),
+                }
             )
 
     def next_step(self, kind: Kind) -> int:
-        """The step after the last one of a kind, for what is numbered and not measured by steps."""
+        """Return the step after the last one of a kind that is numbered by itself."""
         return self._last_step.get(kind, -1) + 1
 
     def put(self, kind: Literal["tags", "dataset", "artifact", "model"], **content: Any) -> None:
-        """Append something else: `tags` name to text; `dataset` name, digest, source; `artifact` path; `model` path and step."""
+        """Append a line that is not metrics.
+
+        Content by kind: `tags`: names with texts; `dataset`: name, digest, source; `artifact`: path; `model`:
+        path and step.
+        """
         self._append({"kind": kind, **content})
 
     def close(self) -> None:
-        """Close the file; what is in it stays."""
+        """Close the file, without changing its content."""
         with self._lock:
             self._file.close()
 
@@ -81,7 +94,7 @@ class Outbox:
 
 
 def read_lines(content: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the lines that can be read; half a line, or what a loss of power has left, is passed by."""
+    """Yield the valid lines; skip incomplete ones, as after a loss of power."""
     for text in content.splitlines():
         with suppress(ValueError):
             line = json.loads(text)

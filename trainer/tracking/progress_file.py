@@ -8,11 +8,14 @@ from pydantic import ValidationError
 from trainer.atomic import atomic_write
 from trainer.jobspec import PROGRESS_FILE, Progress
 
-SECONDS_BETWEEN_WRITES = 0.5
+WRITE_INTERVAL_SECONDS = 0.5
 
 
 class ProgressFile:
-    """Keeps `progress.json` in a folder: the step, and speed and time left as measured since the last write."""
+    """Writer of `progress.json`: step, and speed and remaining time.
+
+    The latter are measured since the last write.
+    """
 
     def __init__(self, folder: Path, total_steps: int, batch_size: int) -> None:
         self._path = folder / PROGRESS_FILE
@@ -21,9 +24,9 @@ class ProgressFile:
         self._steps_per_second = 0.0
 
     def update(self, step: int) -> None:
-        """Record that `step` steps are done; writes at most twice a second, and always at the end."""
+        """Record completed steps; writes at most twice a second, and at the end."""
         now = time.monotonic()
-        if now - self._time < SECONDS_BETWEEN_WRITES and step < self._total_steps:
+        if now - self._time < WRITE_INTERVAL_SECONDS and step < self._total_steps:
             return
         if step > self._step:
             self._steps_per_second = (step - self._step) / (now - self._time)
@@ -33,8 +36,11 @@ class ProgressFile:
         atomic_write(
             self._path,
             Progress(
-                step=step, total_steps=self._total_steps, samples_per_second=round(speed, 1), eta_seconds=round(left, 1)
-            ),
+                step=step,
+                total_steps=self._total_steps,
+                samples_per_second=round(speed, 1),
+                eta_seconds=round(left, 1),
+            ).model_dump_json(),
             durable=False,
         )
 

@@ -5,11 +5,14 @@ from contextlib import suppress
 
 from trainer.tracking.outbox import Outbox
 
-SECONDS_BETWEEN_SAMPLES = 10.0
+SAMPLE_INTERVAL_SECONDS = 10.0
 
 
 class SystemMetrics:
-    """Samples in a thread, as a context manager; metrics are named `system/…`, as MLflow's own, and numbered by sample."""
+    """Context manager that samples system metrics in a thread.
+
+    Metrics are named `system/…`, as by MLflow, and numbered by sample.
+    """
 
     def __init__(self, outbox: Outbox) -> None:
         self._outbox = outbox
@@ -22,7 +25,7 @@ class SystemMetrics:
 
     def __exit__(self, *_: object) -> None:
         self._finished.set()
-        self._thread.join(SECONDS_BETWEEN_SAMPLES)
+        self._thread.join(SAMPLE_INTERVAL_SECONDS)
 
     def _sample(self) -> None:
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
@@ -41,4 +44,4 @@ class SystemMetrics:
                 sample |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
                 monitor.clear_metrics()
             self._outbox.log(self._outbox.next_step("system"), sample, "system")
-            is_last = self._finished.wait(SECONDS_BETWEEN_SAMPLES)
+            is_last = self._finished.wait(SAMPLE_INTERVAL_SECONDS)

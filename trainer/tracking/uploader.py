@@ -1,8 +1,8 @@
 """Uploader of outboxes to MLflow, in batches.
 
-`python -m trainer.tracking.uploader FOLDER URL RUN_ID` is a process of its own beside rank 0: what MLflow's client imports and
-waits for must not hold Python's lock in the middle of a step. Its threads drain the outbox of the run and one of system metrics,
-until its standard input ends; then it finishes what is there.
+`python -m trainer.tracking.uploader FOLDER URL RUN_ID` is a separate process next to rank 0, so that imports
+and waits of MLflow's client do not hold the interpreter lock during a step. Its threads upload the outbox of
+the run and one of system metrics until its standard input ends, and then what is left.
 """
 
 import argparse
@@ -17,33 +17,46 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from trainer.atomic import atomic_write
 from trainer.jobspec import OUTBOX_FILE
 from trainer.tracking.outbox import Outbox, read_lines
 
 SYSTEM_FILE = "system.jsonl"
 METRICS_PER_CALL = 1_000
-"""What MLflow takes in one log_batch."""
-SECONDS_BETWEEN_CALLS = 1.0
-SECONDS_TO_FINISH = 180.0
-"""After the last step, for what is still on its way: longer than a restart of MLflow."""
-SECONDS_WITHOUT_TRAINER = 5.0
-"""The same where the trainer was killed: another attempt sends the rest."""
-MOST_TRIES = 20
-"""For a line that is not metrics, such as an artifact, while MLflow answers: it must not hold up all behind it for ever."""
+"""Maximum number of metrics in one call of log_batch."""
+UPLOAD_INTERVAL_SECONDS = 1.0
+FINISH_TIMEOUT_SECONDS = 180.0
+"""Time to upload the rest after the last step, longer than a restart of MLflow."""
+ORPHAN_TIMEOUT_SECONDS = 5.0
+"""Time to upload the rest if the trainer was killed; another attempt uploads what is left."""
+MAX_UPLOAD_ATTEMPTS = 20
+"""Maximum number of attempts for a line that is not metrics, such as an artifact, while MLflow answers; later
+lines must not wait for it without limit.
+"""
 REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS")
-"""Codes of answers that will be the same the next time."""
+"""Error codes of answers that a retry would not change."""
 MODEL_NAME = "model"
 DONE = b"done"
 
 
 class TrackingProcess:
-    """The process, as a context manager: leaving it waits up to 180 seconds until all is sent. Without an address there is none."""
+    """Context manager of the upload process; without an address there is none.
+
+    Leaving it waits up to 180 seconds for the end of the upload.
+    """
 
     def __init__(
         self, folder: Path, mlflow_url: str | None, run_id: str | None, mlflow_token: str | None = None
     ) -> None:
-        self._command = [sys.executable, "-m", "trainer.tracking.uploader", str(folder), str(mlflow_url), str(run_id)]
-        # In its environment, since command lines can be read by every user of the machine.
+        self._command = [
+            sys.executable,
+            "-m",
+            "trainer.tracking.uploader",
+            str(folder),
+            str(mlflow_url),
+            str(run_id),
+        ]
+        # In the environment, since all users of the machine can read command lines.
         self._environment = os.environ | ({"MLFLOW_TRACKING_TOKEN": mlflow_token} if mlflow_token else {})
         self._is_wanted = mlflow_url is not None and run_id is not None
         self._process: subprocess.Popen[bytes] | None = None
@@ -57,16 +70,17 @@ class TrackingProcess:
         if self._process is None:
             return
         with suppress(subprocess.TimeoutExpired):
-            self._process.communicate(DONE, timeout=SECONDS_TO_FINISH + 30)
+            self._process.communicate(DONE, timeout=FINISH_TIMEOUT_SECONDS + 30)
+        # After the timeout; without effect if the process has ended.
         self._process.kill()
         self._process.wait()
 
 
 class MlflowUploader:
-    """Drains one outbox to a run in a thread, from where the last attempt came to, as a context manager.
+    """Context manager that uploads one outbox to a run, in a thread.
 
-    Leaving it waits until all is sent, at most for `seconds_to_finish`. `unsent_bytes` of the file then are not in MLflow; another
-    attempt would send them.
+    It continues where the last attempt stopped. Leaving it waits for the end of the upload, at most
+    `seconds_to_finish`. `unsent_bytes` of the file are then not in MLflow; another attempt would upload them.
     """
 
     def __init__(self, path: Path, mlflow_url: str, run_id: str) -> None:
@@ -75,13 +89,13 @@ class MlflowUploader:
         self._sent = self._read_sent()
         self._finished = threading.Event()
         self._give_up_at = math.inf
-        self._tries = 0
-        self.seconds_to_finish = SECONDS_TO_FINISH
+        self._attempts = 0
+        self.seconds_to_finish = FINISH_TIMEOUT_SECONDS
         self._thread = threading.Thread(target=self._drain, name=f"tracking {path.name}", daemon=True)
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes of the outbox that MLflow does not have yet."""
+        """Number of bytes of the outbox that are not in MLflow yet."""
         return (self._path.stat().st_size if self._path.exists() else 0) - self._sent
 
     def __enter__(self) -> "MlflowUploader":
@@ -94,30 +108,37 @@ class MlflowUploader:
         self._thread.join(self.seconds_to_finish + 15)
 
     def _drain(self) -> None:
-        """Send all lines, in order, until the outbox is closed and empty or the time to finish is over."""
+        """Upload all lines in order.
+
+        Ends when the outbox is closed and empty, or the time to finish is over.
+        """
         from mlflow import MlflowClient
 
         client = MlflowClient(self._url)
         while not (self._finished.is_set() and not self.unsent_bytes) and time.monotonic() < self._give_up_at:
             if not self.unsent_bytes:
-                self._finished.wait(SECONDS_BETWEEN_CALLS)
+                self._finished.wait(UPLOAD_INTERVAL_SECONDS)
                 continue
             with self._path.open("rb") as file:
                 file.seek(self._sent)
                 lines = _read(file)
                 end = file.tell()
-            if end == self._sent:  # half a line, whose rest is still to come
-                self._finished.wait(SECONDS_BETWEEN_CALLS)
+            if end == self._sent:  # an incomplete line
+                self._finished.wait(UPLOAD_INTERVAL_SECONDS)
                 continue
+            # Recorded only after the upload: a crash in between repeats lines, which has no effect.
             if self._try(client, lines):
                 self._sent = end
-                self._tries = 0
+                self._attempts = 0
                 self._write_sent()
             else:
-                time.sleep(SECONDS_BETWEEN_CALLS)
+                time.sleep(UPLOAD_INTERVAL_SECONDS)
 
     def _try(self, client: Any, lines: list[dict[str, Any]]) -> bool:
-        """Send lines; return whether to go on behind them. Of a batch that is refused, each line is sent alone."""
+        """Upload lines; return whether to continue after them.
+
+        If MLflow rejects a batch, each line is sent separately.
+        """
         from mlflow.exceptions import MlflowException
 
         if not lines:
@@ -126,18 +147,26 @@ class MlflowUploader:
             _send(client, self._run_id, lines)
         except (MlflowException, OSError) as error:
             code = getattr(error, "error_code", None)
+            # One invalid metric must not lose the other metrics of its batch.
             if code in REFUSALS and len(lines) > 1:
                 return all(self._try(client, [line]) for line in lines)
-            self._tries += "metrics" not in lines[0] and self._answers(client)
-            if code in REFUSALS or isinstance(error, FileNotFoundError) or self._tries >= MOST_TRIES:
-                print(f"MLflow refused {lines[0]['kind']}, which stays in {self._path}: {error}", flush=True)
+            self._attempts += "metrics" not in lines[0] and self._answers(client)
+            if (
+                code in REFUSALS
+                or isinstance(error, FileNotFoundError)
+                or self._attempts >= MAX_UPLOAD_ATTEMPTS
+            ):
+                print(
+                    f"warning: MLflow rejected a line of {self._path} ({lines[0]['kind']}): {error}",
+                    flush=True,
+                )
                 return True
-            print(f"metrics wait for MLflow: {error}", flush=True)
+            print(f"warning: could not upload metrics to MLflow, retrying: {error}", flush=True)
             return False
         return True
 
     def _answers(self, client: Any) -> bool:
-        """Return whether MLflow answers, and therefore refuses this one line."""
+        """Return whether MLflow is available, and therefore rejects only this line."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -147,7 +176,10 @@ class MlflowUploader:
         return True
 
     def _read_sent(self) -> int:
-        """Find out how far an earlier attempt came with this run; what was sent and not noted is sent again, to no effect."""
+        """Return the number of bytes that earlier attempts have uploaded to this run.
+
+        What was sent but not recorded is sent again, without effect.
+        """
         try:
             run_id, place = self._sent_path.read_text().split()
         except (OSError, ValueError):
@@ -156,13 +188,11 @@ class MlflowUploader:
         return min(int(place), length) if run_id == self._run_id and place.isdigit() else 0
 
     def _write_sent(self) -> None:
-        part = self._sent_path.with_name(f".{self._sent_path.name}.part")
-        part.write_text(f"{self._run_id} {self._sent}")
-        part.replace(self._sent_path)
+        atomic_write(self._sent_path, f"{self._run_id} {self._sent}", durable=False)
 
 
 def _read(file: BinaryIO) -> list[dict[str, Any]]:
-    """Read whole lines from where the file stands: metrics as many as one call takes, anything else alone."""
+    """Read complete lines: metrics up to the limit of one call, others alone."""
     lines: list[dict[str, Any]] = []
     count = 0
     while True:
@@ -184,7 +214,7 @@ def _read(file: BinaryIO) -> list[dict[str, Any]]:
 
 
 def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
-    """Send lines of one kind; sending them again changes nothing."""
+    """Send lines of one kind; sending them again has no effect."""
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, RunTag
 
     line = lines[0]
@@ -196,7 +226,7 @@ def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         case "artifact":
             client.log_artifact(run_id, line["path"], line["folder"])
-        case "identity":  # for the outbox itself
+        case "identity":  # read by the outbox only
             pass
         case "model":
             _send_model(client, run_id, Path(line["path"]), line["step"], line.get("name", MODEL_NAME))
@@ -210,11 +240,12 @@ def _send(client: Any, run_id: str, lines: list[dict[str, Any]]) -> None:
 
 
 def _send_model(client: Any, run_id: str, path: Path, step: int, name: str) -> None:
-    """Upload a saved model as the run's own; one that an earlier try has begun is gone on with."""
+    """Upload a saved model of the run, or continue an earlier upload."""
     from mlflow.entities import LoggedModelOutput
 
     experiment_id = client.get_run(run_id).info.experiment_id
     found = client.search_logged_models([experiment_id], filter_string=f"source_run_id = '{run_id}'")
+    # A model that exists is from an interrupted upload, and is continued.
     models = [model for model in found if model.name == name]
     model = models[0] if models else client.create_logged_model(experiment_id, name, source_run_id=run_id)
     client.log_model_artifacts(model.model_id, str(path))
@@ -223,7 +254,7 @@ def _send_model(client: Any, run_id: str, path: Path, step: int, name: str) -> N
 
 
 def main() -> None:
-    """Drain until standard input ends, and then what is left."""
+    """Upload until standard input ends, and then the rest."""
     parser = argparse.ArgumentParser(
         prog="python -m trainer.tracking.uploader", description="Send a run's outboxes to MLflow."
     )
@@ -231,11 +262,11 @@ def main() -> None:
     parser.add_argument("url")
     parser.add_argument("run_id")
     arguments = parser.parse_args()
-    # One short try a call: the waiting is done by the threads, where nothing else waits for it.
+    # One short try per call: the threads of this process retry.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.nice(10)  # training goes first
+    os.nice(10)  # training has priority
     from trainer.tracking.system_metrics import SystemMetrics
 
     system = Outbox(arguments.folder, SYSTEM_FILE)
@@ -245,14 +276,16 @@ def main() -> None:
             for path in (arguments.folder / OUTBOX_FILE, system.path)
         ]
         with SystemMetrics(system):
+            # The pipe closes without DONE if the trainer is killed.
             is_done = sys.stdin.buffer.read() == DONE
         if not is_done:
             for drain in drains:
-                drain.seconds_to_finish = SECONDS_WITHOUT_TRAINER
+                drain.seconds_to_finish = ORPHAN_TIMEOUT_SECONDS
     for drain in drains:
         if drain.unsent_bytes:
             print(
-                f"{drain.unsent_bytes} bytes of metrics did not reach MLflow; they stay in {arguments.folder}",
+                f"warning: {drain.unsent_bytes} bytes of metrics were not uploaded to MLflow; "
+                f"they remain in {arguments.folder}",
                 flush=True,
             )
 

@@ -1,33 +1,36 @@
-"""Early stopping, and detection of the best evaluation."""
+"""Early stopping and detection of the best evaluation."""
 
 from trainer.checkpoint.state import TrainProgress
 from trainer.jobspec import CheckpointSpec, EarlyStopSpec, improvement, is_reached
 
 
 def update(spec: EarlyStopSpec | None, position: TrainProgress) -> None:
-    """Count the newest evaluation in."""
+    """Update the early stopping state with the newest evaluation."""
     if spec is None:
         return
     criterion, value = f"{spec.direction} {spec.metric}", position.metrics[spec.metric]
     best = position.best.get(criterion)
     if best is None or improvement(value, best, spec.direction) > spec.min_delta:
-        position.best, position.stale = {criterion: value}, 0
+        position.best, position.evals_since_best = {criterion: value}, 0
     else:
-        position.stale += 1
+        position.evals_since_best += 1
 
 
 def should_stop(spec: EarlyStopSpec | None, position: TrainProgress) -> bool:
-    """Whether to end the run now: the target is reached, or patience is at its end."""
+    """Return whether to end the run: target reached or patience exhausted."""
     if spec is None or f"{spec.direction} {spec.metric}" not in position.best:
         return False
     value = position.metrics[spec.metric]
     if spec.target is not None and is_reached(value, spec.target, spec.direction):
         return True
-    return position.stale >= spec.patience
+    return position.evals_since_best >= spec.patience
 
 
 def update_best(spec: CheckpointSpec, position: TrainProgress) -> bool:
-    """Whether the newest evaluation is the best by `keep_best`, so that its step is to be saved; take note of it."""
+    """Record the newest evaluation if it is the best by `keep_best`.
+
+    Returns whether it is, so that a checkpoint of its step has to be saved.
+    """
     if spec.keep_best is None or position.step == 0:  # an untrained model is not saved
         return False
     criterion, value = f"{spec.best_direction} {spec.keep_best}", position.metrics[spec.keep_best]

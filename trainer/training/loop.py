@@ -15,27 +15,35 @@ from trainer.checkpoint.state import TrainProgress, TrainState, seed_everything
 from trainer.data import Dataset
 from trainer.distributed import RankInfo
 from trainer.errors import Diverged, Preempted
-from trainer.jobspec import JobSpec
+from trainer.jobspec import TRAIN_SECONDS, JobSpec
 from trainer.models import build_model
 from trainer.probes import Probes
 from trainer.tracking.logger import MetricsLogger
 from trainer.training.early_stopping import should_stop, update, update_best
 from trainer.training.evaluate import Evaluator
 from trainer.training.optim import build_optimizer, build_schedule, extend_schedule
-from trainer.training.parallel import clip, no_sync, parallelise, remove_activation_checkpointing, warm_up_ddp_buckets
+from trainer.training.parallel import (
+    clip_grad_norm,
+    no_sync,
+    parallelise,
+    remove_activation_checkpointing,
+    warm_up_ddp_buckets,
+)
 from trainer.training.step_sync import NoNotices, PreemptionNotice, Requests, StepSync
 
-SECONDS_BETWEEN_CHECKPOINTS = 60.0
-SECONDS_BETWEEN_LOOKS = 2.0
-"""At the cluster's notices: a node that is drained usually has half a minute or more."""
-LEAST_SCALE = 2.0**-14
-"""Of the loss in fp16, which is halved whenever gradients overflow: 30 times in a row from where it begins."""
+CHECKPOINT_INTERVAL_SECONDS = 60.0
+PREEMPTION_POLL_INTERVAL_SECONDS = 2.0
+"""Interval between queries for preemption notices; a drained node usually has half a minute or more."""
+MIN_LOSS_SCALE = 2.0**-14
+"""Lower limit of the fp16 loss scale. The scale is halved whenever gradients overflow: 30 times in a row from
+its initial value.
+"""
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """Result of a run."""
 
     model: nn.Module
     metrics: dict[str, float]
@@ -46,20 +54,21 @@ class Result:
 def train(
     spec: JobSpec,
     worker: RankInfo,
-    journal: MetricsLogger,
+    logger: MetricsLogger,
     dataset: Dataset,
     checkpoints: Checkpoints | None = None,
     notices: PreemptionNotice | None = None,
     position: TrainProgress | None = None,
 ) -> Result:
-    """Train by `spec` and return the model and its last metrics; every worker calls it and gets the same metrics.
+    """Train a model and return it with its last metrics.
 
-    Each step's loss is the mean over the global batch. Gradients are averaged over W workers, so a worker's share is the sum over
-    its own samples times W/n: exact also where the batch cannot be divided evenly. With `checkpoints`, it goes on from the newest
-    one, and returns once the last one exists; `position` is where the caller can see how far it is.
+    Every worker calls this function and gets the same metrics. The loss of a step is the mean over the global
+    batch. Gradients are averaged over W workers, so a worker's loss is the sum over its own samples times
+    W/n, which is also exact for shares of unequal size. With `checkpoints`, training resumes from the newest
+    one, and returns once the last one exists. The caller can read the progress from `position`.
 
-    Raises, on every worker at the same step: Diverged, if the loss of any worker is not finite; Preempted, once everything is
-    saved, if `notices` announce the preemption of a node.
+    Raises, on every worker at the same step: Diverged if the loss of any worker is not finite; Preempted,
+    after a checkpoint, if `notices` announce the preemption of a node.
     """
     notices, position = notices or NoNotices(), position or TrainProgress()
     seed_everything(worker, spec.seed)
@@ -69,94 +78,109 @@ def train(
     parallel = parallelise(model, spec, worker, dataset.shape)
     optimizer = build_optimizer(spec.optimizer, model)
     position.schedule_end = spec.steps
-    schedule = build_schedule(spec.schedule, optimizer, position)
+    schedule = build_schedule(spec.lr_schedule, optimizer, position)
     scaler = torch.amp.GradScaler(worker.device.type, enabled=spec.precision == "fp16")
     autocast = torch.autocast(worker.device.type, HALF.get(spec.precision), enabled=spec.precision in HALF)
     probes = Probes(spec, model, worker, autocast, scaler)
     state = TrainState(model, optimizer, schedule, scaler, probes, position, worker)
     evaluator = Evaluator(spec.evaluation, model, dataset, worker)
-    control = StepSync(worker, spec.collective_timeout_seconds)
+    step_sync = StepSync(worker, spec.collective_timeout_seconds)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     warm_up_ddp_buckets(parallel, spec, dataset.shape, worker)
+    # After the warm-up and before the first batch: the state replaces everything that was drawn so far.
     if checkpoints is not None:
-        journal.resume(checkpoints.load(state), checkpoints.refused)
+        logger.resume(checkpoints.load(state), checkpoints.refused)
         if (note := extend_schedule(spec, schedule, position)) is not None and worker.rank == 0:
             print(note, flush=True)
     batches = dataset.train(position.step)
     began = time.monotonic() - position.seconds
-    saved, saved_at, looked_at = position.step, time.monotonic(), time.monotonic()
-    is_late = spec.deadline_seconds is not None and position.seconds >= spec.deadline_seconds
-    save_now = node_goes = failed_to_save = False
+    saved, saved_at, polled_at = position.step, time.monotonic(), time.monotonic()
+    is_late = spec.max_train_seconds is not None and position.seconds >= spec.max_train_seconds
+    save_now = is_preempted = save_failed = False
 
     while True:
         step = position.step
-        if (step % spec.eval_every == 0 or step >= spec.steps or is_late) and position.evaluated < step:
+        if (step % spec.eval_every == 0 or step >= spec.steps or is_late) and position.last_eval_step < step:
             with autocast:
                 metrics = dict(evaluator.evaluate(step))
             if position.samples:
                 metrics["train_loss"] = position.loss_sum / position.samples
             metrics["learning_rate"] = float(schedule.get_last_lr()[0])
             if not all(math.isfinite(value) for value in metrics.values()):
-                raise Diverged(step, f"the evaluation is not finite ({metrics})")
-            position.metrics, position.statistics, position.evaluated = metrics, evaluator.statistics, step
+                raise Diverged(step, f"metrics are not finite ({metrics})")
+            position.metrics, position.statistics, position.last_eval_step = (
+                metrics,
+                evaluator.statistics,
+                step,
+            )
             position.loss_sum, position.samples = 0.0, 0
             update(spec.early_stop, position)
             save_now |= update_best(spec.checkpoint, position)
-            journal.log(step, metrics)
-        journal.update(step)
+            # Not among the position's metrics, which are equal on all workers and in every attempt.
+            logger.log(step, metrics | {TRAIN_SECONDS: time.monotonic() - began})
+        logger.update(step)
 
         is_done = step >= spec.steps or is_late or should_stop(spec.early_stop, position)
-        is_due = save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
-        if checkpoints is not None and (is_due or node_goes) and saved < step:
+        is_due = (
+            save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
+        )
+        if checkpoints is not None and (is_due or is_preempted) and saved < step:
             position.seconds = time.monotonic() - began
             checkpoints.save(state)
             saved, saved_at = step, time.monotonic()
-        if checkpoints is not None and (is_done or node_goes or failed_to_save):
+        if checkpoints is not None and (is_done or is_preempted or save_failed):
             checkpoints.wait()
         if is_done:
             break
-        if node_goes:
+        if is_preempted:
             raise Preempted(step)
 
         parts = next(batches)
         optimizer.zero_grad(set_to_none=True)
         if probes.are_due(step):
-            journal.log(step, probes.measure(parts, float(schedule.get_last_lr()[0])), "probes")
+            logger.log(step, probes.measure(parts, float(schedule.get_last_lr()[0])), "probes")
+        probes.timer.begin()
         loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
         for number, part in enumerate(parts, start=1):
             is_last_part = number == len(parts)
             with no_sync(parallel, unless=is_last_part):
                 with autocast:
-                    loss = F.cross_entropy(parallel(part.inputs), part.labels, reduction="sum")
-                loss_sum += loss.detach()
+                    loss = F.cross_entropy(parallel(part.inputs), part.labels, reduction="sum")  # ()
+                loss_sum += loss.detach()  # float64
                 if is_last_part:
                     now = time.monotonic()
                     requests = Requests(
-                        save=spec.checkpoint.every is None and now - saved_at >= SECONDS_BETWEEN_CHECKPOINTS,
-                        stop=spec.deadline_seconds is not None and now - began >= spec.deadline_seconds,
-                        look=now - looked_at >= SECONDS_BETWEEN_LOOKS,
-                        report=checkpoints is not None and checkpoints.has_failed,
+                        save=spec.checkpoint.every is None and now - saved_at >= CHECKPOINT_INTERVAL_SECONDS,
+                        stop=spec.max_train_seconds is not None and now - began >= spec.max_train_seconds,
+                        check_preemption=now - polled_at >= PREEMPTION_POLL_INTERVAL_SECONDS,
+                        raise_error=checkpoints is not None and checkpoints.has_failed,
                     )
-                    control.begin(loss_sum, requests if worker.rank == 0 else Requests())
+                    step_sync.begin(loss_sum, requests if worker.rank == 0 else Requests())
+                # DDP divides by the world size W; the gradient must be that of the mean over all n samples.
                 share = loss * (worker.world_size / spec.global_batch_size)
                 scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-        agreed = control.finish()
-        if not agreed.is_finite:
+        synced = step_sync.finish()  # equal on every worker, so all of them take the same branches below
+        if not synced.is_finite:
             raise Diverged(step + 1, "the training loss is not finite")
-        if spec.clip_norm is not None:
+        if spec.max_grad_norm is not None:
             scaler.unscale_(optimizer)
-            clip(parameters, spec.clip_norm)
+            clip_grad_norm(parameters, spec.max_grad_norm)
         scaler.step(optimizer)
         scaler.update()
-        if scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE:
+        if scaler.is_enabled() and scaler.get_scale() < MIN_LOSS_SCALE:
             raise Diverged(step + 1, "the gradients overflow under every loss scale")
         schedule.step()
+        probes.timer.end()
         position.step = step + 1
-        position.loss_sum += agreed.loss_sum
+        position.loss_sum += synced.loss_sum
         position.samples += spec.global_batch_size
-        save_now, is_late, failed_to_save = agreed.requests.save, agreed.requests.stop, agreed.requests.report
-        if agreed.requests.look:
-            looked_at, node_goes = time.monotonic(), notices.is_preempted()
+        save_now, is_late, save_failed = (
+            synced.requests.save,
+            synced.requests.stop,
+            synced.requests.raise_error,
+        )
+        if synced.requests.check_preemption:
+            polled_at, is_preempted = time.monotonic(), notices.is_preempted()
 
     remove_activation_checkpointing(model)
     if position.step >= spec.steps:

@@ -27,9 +27,10 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser; unless `spec.decay_all`, weight decay leaves out biases and the scale and shift of norms.
+    """Build the optimiser.
 
-    Raises ConfigurationError if torch does not take the values of `spec.arguments`.
+    Unless `spec.decay_all`, weight decay excludes biases and the scale and shift of norms. Raises
+    ConfigurationError if torch rejects the values of `spec.arguments`.
     """
     kept = {
         id(parameter)
@@ -52,47 +53,54 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
             return torch.optim.AdamW(groups, lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), eps=spec.eps)
         case TorchOptimizerSpec():
             kind = getattr(torch.optim, spec.name.removeprefix("torch:"))
-            # JSON has no tuples, which torch asks for.
+            # torch requires tuples, which JSON does not have.
             arguments = {
-                name: tuple(value) if isinstance(value, list) else value for name, value in spec.arguments.items()
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in spec.arguments.items()
             }
             try:
                 optimizer: torch.optim.Optimizer = kind(groups, lr=spec.lr, **arguments)
             except Exception as error:  # torch checks some values by using them
-                takes = f"values that {spec.name} takes: {error}"
-                raise ConfigurationError("optimizer.arguments", spec.arguments, takes) from error
+                rule = f"must be valid arguments of {spec.name}: {error}"
+                raise ConfigurationError("optimizer.arguments", spec.arguments, rule) from error
             return optimizer
 
 
 def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, position: TrainProgress) -> LambdaLR:
-    """Build the schedule of the learning rate; its `step` is called after each optimiser step.
+    """Build the learning rate schedule; call its `step` after each optimiser step.
 
     It runs from `position.schedule_start` to `position.schedule_end`, which may change in between.
     """
 
     def factor(step: int) -> float:
-        return rate_factor(spec, step - position.schedule_start, position.schedule_end - position.schedule_start)
+        return rate_factor(
+            spec, step - position.schedule_start, position.schedule_end - position.schedule_start
+        )
 
     return LambdaLR(optimizer, factor)
 
 
 def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: TrainProgress) -> str | None:
-    """Adapt a restored schedule to the number of steps of the spec, by `spec.on_extend`; return what to log about it.
+    """Adapt a restored schedule to a changed number of steps, by `spec.on_extend`.
 
-    Raises ConfigurationError if the schedule depends on the number of steps, which has changed, and the spec makes no choice.
+    Returns a line for the log, or None if nothing changes. Raises ConfigurationError if the schedule depends
+    on the number of steps, which has changed, and `spec.on_extend` is not set.
     """
     before = position.schedule_end
-    if not depends_on_steps(spec.schedule) or spec.steps == before or spec.steps <= position.step:
+    if not depends_on_steps(spec.lr_schedule) or spec.steps == before or spec.steps <= position.step:
         return None
     match spec.on_extend:
         case None:
-            takes = (
-                f"must be continue, restart or rescale: the run was saved with a {spec.schedule.name} schedule "
-                f"over {before} steps, and is resumed with {spec.steps}"
+            rule = (
+                f"must be continue, restart or rescale: the run was saved with a {spec.lr_schedule.name} "
+                f"schedule over {before} steps and is resumed with {spec.steps}"
             )
-            raise ConfigurationError("on_extend", None, takes)
+            raise ConfigurationError("on_extend", None, rule)
         case "continue":
-            return f"on_extend: the {spec.schedule.name} schedule still ends at step {before}; its last rate stays"
+            return (
+                f"on_extend: the {spec.lr_schedule.name} schedule still ends at step {before}; "
+                "its last rate is kept after it"
+            )
         case "restart":
             position.schedule_start = position.step
         case "rescale":
@@ -102,22 +110,27 @@ def extend_schedule(spec: JobSpec, schedule: LambdaLR, position: TrainProgress) 
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):
         group["lr"] = base * factor(schedule.last_epoch)
+    # LambdaLR has no public way to recompute the rate without a step.
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
-    began = "" if spec.on_extend == "rescale" else f"begins again at step {position.schedule_start} and "
-    return f"on_extend: the {spec.schedule.name} schedule {began}runs until step {spec.steps} instead of {before}"
+    began = "" if spec.on_extend == "rescale" else f"restarts at step {position.schedule_start} and "
+    return (
+        f"on_extend: the {spec.lr_schedule.name} schedule {began}ends at step {spec.steps} "
+        f"instead of {before}"
+    )
 
 
 def rate_factor(spec: ScheduleSpec, step: int, steps: int) -> float:
-    """Factor on the learning rate for step `step` (from 0) of `steps`: a function of these alone, so that any step can be resumed.
+    """Return the learning rate factor of step `step` (from 0) of `steps`.
 
-    With t = step - warmup_steps:
+    It depends only on the arguments, so that training can resume at any step. With t = step - warmup_steps:
 
         constant     1
         step         factor^(number of `spec.steps` ≤ step)
         exponential  factor^(t / every)
         cosine       final + (1 - final) · (1 + cos(π·t / (steps - warmup_steps))) / 2
 
-    In the warm-up it is warmup_factor + (1 - warmup_factor) · (step + 1) / warmup_steps (Goyal et al. 2017, section 2.2).
+    During the warm-up it is warmup_factor + (1 - warmup_factor) · (step + 1) / warmup_steps (Goyal et al.
+    2017, section 2.2).
     """
     if step < spec.warmup_steps:
         return spec.warmup_factor + (1 - spec.warmup_factor) * (step + 1) / spec.warmup_steps

@@ -19,10 +19,10 @@ from trainer.jobspec import ImportedModelSpec, JobSpec
 
 
 def parallelise(model: nn.Module, spec: JobSpec, worker: RankInfo, shape: tuple[int, ...]) -> nn.Module:
-    """Prepare `model`, in place, and return what to call in training: it, or its wrapping by DistributedDataParallel.
+    """Prepare `model` in place and return the module to call in training.
 
-    `shape` is a sample's, channels first. Raises ConfigurationError if activations are to be checkpointed and the model has no
-    blocks.
+    That module is the model itself, or DistributedDataParallel around it. `shape` is the shape of a sample,
+    channels first. Raises ConfigurationError if activation checkpointing is on and the model has no blocks.
     """
     find_unused = worker.world_size > 1 and spec.parallel == "ddp" and may_leave_unused(model, spec, shape)
     if spec.channels_last:
@@ -30,13 +30,14 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: RankInfo, shape: tuple[
     blocks = find_blocks(model)
     if spec.activation_checkpointing:
         if not blocks:
-            takes = (
-                "must be used with a model that has blocks: modules with children, in an nn.Sequential or nn.ModuleList"
+            rule = (
+                "must be used with a model that has blocks: modules with children, "
+                "in an nn.Sequential or nn.ModuleList"
             )
-            raise ConfigurationError("activation_checkpointing", spec.model.name, takes)
+            raise ConfigurationError("activation_checkpointing", spec.model.name, rule)
         for block in blocks:
-            # Not a module around the block, which would change the names of its parameters.
-            # A compiled graph changes buffers once in any case, and takes no contexts.
+            # A wrapper module would change the names of parameters. A compiled graph updates buffers once
+            # in any case, and does not support contexts.
             contexts = {} if spec.compile else {"context_fn": partial(_recompute_once, block)}
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
     if spec.compile:
@@ -51,24 +52,26 @@ def parallelise(model: nn.Module, spec: JobSpec, worker: RankInfo, shape: tuple[
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model
-    # Synchronised statistics agree already, and a broadcast each step would cost a collective; evaluation shares the buffers.
+    # Synchronised statistics are equal on all ranks without a broadcast in each step, and evaluation
+    # broadcasts all others.
     return DistributedDataParallel(model, forward_sync_buffers=False, find_unused_parameters=find_unused)
 
 
 def may_leave_unused(model: nn.Module, spec: JobSpec, shape: tuple[int, ...]) -> bool:
-    """Whether some step may leave parameters without a gradient, for which DistributedDataParallel would wait.
+    """Return whether parameters may get no gradient in some step.
 
-    The code of an imported model may use other parameters in each step; of other models, one pass over noise shows it.
+    DistributedDataParallel would wait for them. The code of an imported model may use other parameters in
+    each step; other models are checked by one pass over noise.
     """
     if isinstance(spec.model, ImportedModelSpec):
-        # torch advises against looking for them where the first step uses all.
+        # torch warns if the first step uses all parameters.
         warnings.filterwarnings("ignore", "find_unused_parameters=True was specified", UserWarning)
         return True
     parameter = next(model.parameters())
     modes = [(module, module.training) for module in model.modules()]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         noise = torch.randn(2, *shape, device=parameter.device, dtype=parameter.dtype)
-        model.eval()  # without collectives, and without a trace in buffers
+        model.eval()  # no collectives, no changed buffers
         model(noise).sum().backward()
     for module, mode in modes:
         module.training = mode
@@ -78,7 +81,10 @@ def may_leave_unused(model: nn.Module, spec: JobSpec, shape: tuple[int, ...]) ->
 
 
 def _recompute_once(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of the first pass and of its recomputation, in which torch's own BN must not count the batch again."""
+    """Return the contexts of the first pass and of its recomputation.
+
+    torch's own batch normalisation must not count the batch again in the recomputation.
+    """
     plain = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     return nullcontext(), _buffers_kept([norm for norm in plain if not isinstance(norm, SyncBatchNorm)])
 
@@ -88,18 +94,23 @@ def _buffers_kept(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None
     buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     try:
         yield
-    finally:  # torch leaves by an exception, once all that backward needs is there
+    finally:  # torch ends the recomputation by an exception once it has all tensors for backward
         for buffer, value in buffers:
             buffer.copy_(value)
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """Find the model's blocks: the outermost members of an nn.Sequential or nn.ModuleList that have parts and parameters."""
+    """Return the blocks of a model.
+
+    These are the outermost members of an nn.Sequential or nn.ModuleList that have children and parameters.
+    """
     blocks: list[nn.Module] = []
 
     def search(module: nn.Module) -> None:
         for child in module.children():
-            is_block = isinstance(module, (nn.Sequential, nn.ModuleList)) and any(True for _ in child.children())
+            is_block = isinstance(module, (nn.Sequential, nn.ModuleList)) and any(
+                True for _ in child.children()
+            )
             if (
                 is_block
                 and not isinstance(child, (nn.Sequential, nn.ModuleList))
@@ -114,13 +125,16 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def remove_activation_checkpointing(model: nn.Module) -> None:
-    """Undo the checkpointing of activations, so that the model can be copied and pickled."""
+    """Remove activation checkpointing, so that the model can be copied and pickled."""
     for module in model.modules():
         vars(module).pop("forward", None)
 
 
 def no_sync(model: nn.Module, *, unless: bool) -> AbstractContextManager[None]:
-    """Return a context in which backward adds to a worker's own gradients, without reducing them over all workers."""
+    """Return a context in which backward accumulates local gradients only.
+
+    With `unless`, the context does nothing, and gradients are reduced over all workers.
+    """
     if unless:
         return nullcontext()
     if isinstance(model, DistributedDataParallel):
@@ -137,25 +151,27 @@ def _unsharded(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
-def clip(parameters: list[nn.Parameter], most: float) -> Tensor:
-    """Scale all gradients so that their norm together is at most `most`; return what it was."""
+def clip_grad_norm(parameters: list[nn.Parameter], most: float) -> Tensor:
+    """Scale all gradients to a total norm of at most `most`; return the norm before."""
     norm = nn.utils.clip_grad_norm_(parameters, most)
     whole: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return whole
 
 
 def warm_up_ddp_buckets(parallel: nn.Module, spec: JobSpec, shape: tuple[int, ...], worker: RankInfo) -> None:
-    """Have DistributedDataParallel arrange its buckets before the first step, by one pass over noise that leaves no trace.
+    """Let DistributedDataParallel arrange its buckets before the first step.
 
-    After its first backward pass it orders gradients as they came. A sum over three workers or more depends in its last bit on a
-    gradient's place in the bucket, so a run that is resumed must not have its first pass in other buckets than one that goes on.
+    One pass over noise does this, without side effects. After its first backward pass,
+    DistributedDataParallel orders gradients by arrival. With three workers or more, the last bit of a sum
+    depends on the position of a gradient in its bucket, so a resumed run must not start with other buckets
+    than an uninterrupted one.
     """
     if not isinstance(parallel, DistributedDataParallel) or worker.world_size < 3:
         return
-    if parallel.find_unused_parameters:  # its buckets stay as they are
+    if parallel.find_unused_parameters:  # then buckets are not rearranged
         return
     buffers = [(buffer, buffer.clone()) for buffer in parallel.module.buffers()]
-    samples = max(2, spec.global_batch_size // spec.accumulate // worker.world_size)
+    samples = max(2, spec.global_batch_size // spec.gradient_accumulation_steps // worker.world_size)
     dtype = next(parallel.module.parameters()).dtype
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         noise = torch.randn(samples, *shape, device=worker.device, dtype=dtype)

@@ -1,12 +1,11 @@
 """Synchronisation of each step: loss, finite flag, requests of workers.
 
-One collective of a few numbers, issued before the backward pass and awaited after it, so that it costs next to nothing, and every
-worker acts on the same answer in the same step.
+One collective of a few numbers is issued before the backward pass and awaited after it. It is hidden behind
+the backward pass, and all workers act on the same values in the same step.
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,19 +16,19 @@ from trainer.distributed import RankInfo
 
 @dataclass(frozen=True)
 class Requests:
-    """What a worker wants all of them to do after this step; one worker's flag is enough."""
+    """Requests of a worker for the time after this step; one worker's flag suffices."""
 
     save: bool = False
     stop: bool = False
-    look: bool = False
-    """Ask Ray whether a node is about to go: a collective of its own, and slow."""
-    report: bool = False
+    check_preemption: bool = False
+    """Query Ray for preemption notices: a separate collective, and slow."""
+    raise_error: bool = False
     """Raise the error of a checkpoint that could not be written."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What all workers know after a step's collective."""
+    """Result of a step's collective, equal on all workers."""
 
     loss_sum: float
     """Sum of the losses of all samples of the global batch."""
@@ -38,27 +37,31 @@ class StepResult:
 
 
 class StepSync:
-    """One float64 vector a step, summed over all workers; on GPUs by gloo beside NCCL, so that it does not wait for kernels."""
+    """All-reduce of one float64 vector per step over all workers.
+
+    On GPUs it uses a gloo group next to NCCL, so that it does not wait for kernels.
+    """
 
     def __init__(self, worker: RankInfo, timeout_seconds: float) -> None:
-        self._group: Any = None
-        self._world_size = worker.world_size
-        if worker.world_size > 1 and worker.device.type == "cuda":
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._worker = worker
+        is_cuda = worker.device.type == "cuda"
+        self._group = worker.new_gloo_group(timeout_seconds) if is_cuda else None
         self._vector = torch.zeros(6, dtype=torch.float64)
         self._pending: dist.Work | None = None
 
     def begin(self, loss_sum: Tensor, requests: Requests) -> None:
-        """Send this worker's part; waits for `loss_sum` to be computed, not for anything after it."""
-        loss = float(loss_sum)
+        """Start the collective; waits until `loss_sum` is computed, not for later work."""
+        loss = float(loss_sum)  # waits for the device
         finite = float("-inf") < loss < float("inf")
-        flags = (not finite, requests.save, requests.stop, requests.look, requests.report)
-        self._vector = torch.tensor([loss if finite else 0.0, *map(float, flags)], dtype=torch.float64)
-        if self._world_size > 1:
-            self._pending = dist.all_reduce(self._vector, group=self._group, async_op=True)
+        flags = (not finite, requests.save, requests.stop, requests.check_preemption, requests.raise_error)
+        # A loss that is not finite travels as a flag: its sum over workers could hide the others.
+        self._vector = torch.tensor(
+            [loss if finite else 0.0, *map(float, flags)], dtype=torch.float64
+        )  # (6,)
+        self._pending = self._worker.start_all_reduce(self._vector, self._group)
 
     def finish(self) -> StepResult:
-        """Wait for all workers' parts."""
+        """Wait for the collective and return its result."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -70,12 +73,15 @@ class PreemptionNotice(Protocol):
     """Preemption notices of the cluster."""
 
     def is_preempted(self) -> bool:
-        """Ask whether the node of any worker will be taken away; called by all workers together, with one answer for all."""
+        """Return whether the node of any worker will be taken away.
+
+        All workers call it together and get the same answer.
+        """
 
 
 class NoNotices:
-    """Preemption notices of a cluster that has none."""
+    """Source of preemption notices that has none."""
 
     def is_preempted(self) -> bool:
-        """Say no."""
+        """Return False."""
         return False

@@ -1,4 +1,4 @@
-"""Specs, and files of data for tests."""
+"""Specs and data files for tests."""
 
 import io
 import tarfile
@@ -30,12 +30,12 @@ def make_spec(data, **changes):
 
 
 def open_all(spec, world_size, **options):
-    """The dataset as each of the workers sees it."""
+    """Return the dataset of each worker."""
     return [open_dataset(spec, rank, world_size, CPU, torch.float32, **options) for rank in range(world_size)]
 
 
 def take(datasets, first_step, steps):
-    """The global batches of some steps, part by part, put together from what the workers see: [(inputs, labels), ...]."""
+    """Return the global batches of some steps by part, joined over workers: [(inputs, labels), ...]."""
     parts = []
     streams = [dataset.train(first_step) for dataset in datasets]
     for _ in range(steps):
@@ -47,7 +47,7 @@ def take(datasets, first_step, steps):
 
 
 def take_test(datasets):
-    """All test batches, put together from what the workers see; there are as many on each of them."""
+    """Return all test batches, joined over workers; each worker has the same number."""
     return [join(shares) for shares in zip(*(dataset.test() for dataset in datasets), strict=True)]
 
 
@@ -63,7 +63,7 @@ def assert_same(first, second):
 
 
 def write_images(root, *, train=5, test=3, classes=("cat", "dog"), size=(12, 10), suffix="png", seed=0):
-    """Write a folder of images per class below `train` and `val`; each image differs."""
+    """Write a folder of distinct images per class below `train` and `val`."""
     random = np.random.default_rng(seed)
     for part, images in (("train", train), ("val", test)):
         for name in classes:
@@ -81,7 +81,7 @@ def truncate(path):
 
 
 def damage_page(path):
-    """Overwrite the first page of a parquet file, and leave its footer whole."""
+    """Overwrite the first page of a parquet file but not its footer."""
     content = bytearray(path.read_bytes())
     content[4:200] = b"\xff" * 196
     path.write_bytes(content)
@@ -94,7 +94,7 @@ def encode(pixels):
 
 
 def encode_but(*corrupt):
-    """Encode one image after the other; those of these numbers are cut off."""
+    """Encode images one after the other; those of the given numbers are truncated."""
     numbers = count()
 
     def encode_next(pixels):
@@ -105,7 +105,7 @@ def encode_but(*corrupt):
 
 
 def draw(images, seed=0):
-    """Some images (12, 10), and labels."""
+    """Return images (12, 10) and labels."""
     random = np.random.default_rng(seed)
     return random.integers(0, 256, (images, 12, 10, 3), dtype=np.uint8), np.arange(images) % 3
 
@@ -123,29 +123,29 @@ def write_webdataset(folder, counts, column=encode):
     folder.mkdir(parents=True)
     for number, size in enumerate(counts):
         with tarfile.open(folder / f"{number}.tar", "w") as archive:
-            for place, (image, label) in enumerate(zip(*draw(size, number), strict=True)):
+            for position, (image, label) in enumerate(zip(*draw(size, number), strict=True)):
                 for suffix, content in (("png", column(image)), ("cls", str(label).encode())):
-                    member = tarfile.TarInfo(f"{place:03}.{suffix}")
+                    member = tarfile.TarInfo(f"{position:03}.{suffix}")
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     return str(folder)
 
 
 def make_stream(kind, tmp_path, corrupt_train=(), corrupt_test=(), **changes):
-    """21 rows to train on and 9 to test on, of which those of these numbers are corrupt."""
+    """Write 21 training and 9 test rows, with corrupt ones at the given numbers."""
     if kind == "images":
         root = write_images(tmp_path / "data", train=7, test=3, size=(10, 12), classes=("a", "b", "c"))
         for part, numbers in (("train", corrupt_train), ("val", corrupt_test)):
             files = sorted((root / part).glob("*/*"))
             for number in numbers:
                 truncate(files[number])
-        places = {"train": str(root / "train"), "test": f"file://{root}/val"}
+        paths = {"train": str(root / "train"), "test": f"file://{root}/val"}
     else:
         write = write_parquet if kind == "parquet" else write_webdataset
-        places = {
+        paths = {
             "train": write(tmp_path / "train", [7, 8, 6], encode_but(*corrupt_train)),
             "test": write(tmp_path / "test", [5, 4], encode_but(*corrupt_test)),
         }
     columns = {"input_column": "png", "label_column": "cls"} if kind == "webdataset" else {}
     values = {"format": kind, "classes": 3, "shape": [3, 8, 8], "transform": AUGMENTED, "shuffle_rows": 5}
-    return RayDataSpec(name="ray", **(values | places | columns | changes))
+    return RayDataSpec(name="ray", **(values | paths | columns | changes))

@@ -13,14 +13,22 @@ import torch
 from PIL import Image
 
 from tests.dist import run_on_ranks
-from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test, truncate, write_images
+from tests.trainer.data.image_files import (
+    CPU,
+    assert_same,
+    make_spec,
+    take,
+    take_test,
+    truncate,
+    write_images,
+)
 from tests.trainer.factories import here, run_here
 from tests.trainer.factories import make_spec as make_run
 from trainer.data import batch_indices, open_dataset
-from trainer.data.corrupt import MOST_IN_A_ROW, read, reading
+from trainer.data.corrupt import MAX_CORRUPT_IN_A_ROW, image_errors, read_or_replace
 from trainer.data.dataloader import ImageDataset
+from trainer.data.dataset import Splits
 from trainer.data.folders import open_folders
-from trainer.data.images import Parts
 from trainer.data.torchvision import open_library
 from trainer.errors import CorruptImage, DataError
 from trainer.jobspec import ImageFolderSpec, ImageTransformSpec, RayDataSpec, TorchvisionDataSpec
@@ -42,7 +50,7 @@ KINDS = [folder, library]
 
 @pytest.fixture
 def root(tmp_path):
-    """Two classes of five images to train on and three to test on, as Country211 has its files."""
+    """Two classes of five training and three test images, in the file layout of Country211."""
     images = write_images(tmp_path / "country211")
     (images / "val").rename(images / "test")
     return tmp_path
@@ -50,7 +58,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def paths(root):
-    """The images to train on in the order of their indices, and those to test on."""
+    """The training images in the order of their indices, and the test images."""
     return [sorted((root / "country211" / part).glob("*/*")) for part in ("train", "test")]
 
 
@@ -74,10 +82,10 @@ def all_skipped(datasets):
     [(folder, "train/cat/3.png"), (library, "image 3 of Country211, train")],
     ids=["folder", "library"],
 )
-def test_the_first_corrupt_image_is_refused_by_name(root, paths, kind, name):
+def test_the_first_corrupt_image_is_rejected_by_name(root, paths, kind, name):
     truncate(paths[0][3])
     [dataset] = open_here(make_spec(kind(root), global_batch_size=10))
-    with pytest.raises(CorruptImage, match=rf"data.root.*`corrupt_images: skip` leaves such images out.*{name}"):
+    with pytest.raises(CorruptImage, match=rf"data.root.*`corrupt_images: skip` skips such images.*{name}"):
         next(dataset.train(0))
     assert len(take_test([dataset])) == 2
     truncate(paths[1][1])
@@ -86,7 +94,7 @@ def test_the_first_corrupt_image_is_refused_by_name(root, paths, kind, name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_next_readable_image_takes_the_place_in_training(root, paths, kind, capsys):
+def test_a_corrupt_training_image_is_replaced_by_the_next_readable_one(root, paths, kind, capsys):
     for number in (4, 5, 9):
         truncate(paths[0][number])
     [dataset] = open_here(make_spec(kind(root, corrupt_images="skip"), global_batch_size=10))
@@ -96,18 +104,27 @@ def test_the_next_readable_image_takes_the_place_in_training(root, paths, kind, 
         for place in (0, 1, 2, 3, 6, 6, 6, 7, 8, 0):
             expected[np.asarray(Image.open(paths[0][place])).tobytes(), place // 5] += 1
         pixels = (inputs * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        assert Counter((x.numpy().tobytes(), y) for x, y in zip(pixels, labels.tolist(), strict=True)) == expected
+        assert (
+            Counter((x.numpy().tobytes(), y) for x, y in zip(pixels, labels.tolist(), strict=True))
+            == expected
+        )
     assert len(dataset.skipped_images) == 3
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out a corrupt image: ")]
-    assert {line.removeprefix("left out a corrupt image: ") for line in lines} == dataset.skipped_images
+    lines = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped a corrupt image: ")
+    ]
+    assert {line.removeprefix("skipped a corrupt image: ") for line in lines} == dataset.skipped_images
     assert len(lines) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_neither_workers_nor_a_resumption_change_what_is_trained_and_counted(root, paths, kind):
+def test_samples_and_counts_do_not_depend_on_workers_or_resumption(root, paths, kind):
     for number in (0, 4, 5, 9):
         truncate(paths[0][number])
-    spec = make_spec(kind(root, corrupt_images="skip", transform=CROPPED), global_batch_size=7, accumulate=2)
+    spec = make_spec(
+        kind(root, corrupt_images="skip", transform=CROPPED),
+        global_batch_size=7,
+        gradient_accumulation_steps=2,
+    )
     alone = open_here(spec)
     whole = take(alone, 0, 4)
     assert [len(labels) for _, labels in whole] == [4, 3] * 4
@@ -119,7 +136,7 @@ def test_neither_workers_nor_a_resumption_change_what_is_trained_and_counted(roo
     assert len(all_skipped(alone)) == 4
 
 
-def test_loader_processes_replace_and_tell_alike(root, paths):
+def test_loader_processes_replace_and_report_the_same_images(root, paths):
     for number in (4, 9):
         truncate(paths[0][number])
     truncate(paths[1][0])
@@ -134,7 +151,7 @@ def test_loader_processes_replace_and_tell_alike(root, paths):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_corrupt_image_is_left_out_of_the_test_samples(root, paths, kind, world_size):
+def test_a_corrupt_test_image_is_omitted(root, paths, kind, world_size):
     for number in (0, 4):
         truncate(paths[1][number])
     datasets = open_here(make_spec(kind(root, corrupt_images="skip")), world_size)
@@ -155,7 +172,7 @@ def test_a_corrupt_image_is_left_out_of_the_test_samples(root, paths, kind, worl
         (lambda path: Image.new("RGB", (30, 30)).save(path), "data.transform.crop"),
     ],
 )
-def test_nothing_but_corrupt_images_is_skipped(root, paths, kind, spoil, message):
+def test_only_corrupt_images_are_skipped(root, paths, kind, spoil, message):
     [dataset] = open_here(make_spec(kind(root, corrupt_images="skip"), global_batch_size=10))
     spoil(paths[0][3])
     with pytest.raises(DataError, match=message) as caught:
@@ -163,17 +180,21 @@ def test_nothing_but_corrupt_images_is_skipped(root, paths, kind, spoil, message
     assert not isinstance(caught.value, CorruptImage)
 
 
-def test_a_wrong_label_is_refused_all_the_same(root, paths):
+def test_an_invalid_label_is_rejected_even_if_corrupt_images_are_skipped(root, paths):
     truncate(paths[0][4])
     data = folder(root, corrupt_images="skip")
     parts = open_folders(data)
-    one_class = Parts(parts.training, parts.testing, 1, "")
-    dataset = ImageDataset(make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0)
-    with pytest.raises(DataError, match=r"must have labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"):
+    one_class = Splits(parts.training, parts.testing, 1, "")
+    dataset = ImageDataset(
+        make_spec(data, global_batch_size=10), data, one_class, 0, 1, CPU, torch.float32, 0
+    )
+    with pytest.raises(
+        DataError, match=r"must have labels from 0 to 0: .*train/dog/\d.png has another \(got 1\)"
+    ):
         next(dataset.train(0))
 
 
-def test_labels_that_are_found_by_reading_are_those_of_what_takes_the_place(root, paths):
+def test_labels_found_by_reading_are_those_of_the_replacement(root, paths):
     truncate(paths[0][4])
     for choice in ("skip", "refuse"):
         images = open_library(library(root, corrupt_images=choice)).training
@@ -186,7 +207,7 @@ def test_labels_that_are_found_by_reading_are_those_of_what_takes_the_place(root
                 images.labels()
 
 
-def test_an_image_that_the_library_has_but_opened_is_read_at_once(root, paths):
+def test_a_lazily_opened_image_is_read_immediately(root, paths):
     truncate(paths[0][4])
     images = open_library(library(root)).training
     images.dataset.loader = lambda path: Image.open(io.BytesIO(Path(path).read_bytes()))
@@ -194,27 +215,29 @@ def test_an_image_that_the_library_has_but_opened_is_read_at_once(root, paths):
         images[4]
 
 
-def test_too_many_in_a_row_end_it(tmp_path):
+def test_too_many_consecutive_corrupt_images_end_training(tmp_path):
     root = write_images(tmp_path, train=52, size=(2, 2))
     parts = open_folders(ImageFolderSpec(root=str(root), corrupt_images="skip"))
-    for path in parts.training.paths[1 : 1 + MOST_IN_A_ROW]:
+    for path in parts.training.paths[1 : 1 + MAX_CORRUPT_IN_A_ROW]:
         (root / path).write_bytes(b"no image")
-    assert read(parts.training, 2, skip=True).place == MOST_IN_A_ROW + 1
-    with pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*train/cat/1.png.* and 95 more") as caught:
-        read(parts.training, 1, skip=True)
+    assert read_or_replace(parts.training, 2, skip=True).place == MAX_CORRUPT_IN_A_ROW + 1
+    with pytest.raises(
+        DataError, match=r"100 in a row; all are corrupt: .*train/cat/1.png.* and 95 more"
+    ) as caught:
+        read_or_replace(parts.training, 1, skip=True)
     assert (caught.value.field, type(caught.value)) == ("data.corrupt_images", DataError)
     for path in parts.testing.paths:
         (root / path).write_bytes(b"no image")
     with pytest.raises(DataError, match="6 in a row"):
-        read(parts.testing, 4, skip=True)
+        read_or_replace(parts.testing, 4, skip=True)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_too_many_in_a_row_end_an_evaluation(tmp_path, world_size):
-    """Two workers see half of them each."""
+def test_too_many_consecutive_corrupt_images_end_an_evaluation(tmp_path, world_size):
+    """Two workers have half of the test data each."""
     root = write_images(tmp_path, test=52, size=(2, 2))
     data = ImageFolderSpec(root=str(root), corrupt_images="skip")
-    *corrupt, last = open_folders(data).testing.paths[1 : 1 + MOST_IN_A_ROW]
+    *corrupt, last = open_folders(data).testing.paths[1 : 1 + MAX_CORRUPT_IN_A_ROW]
     for path in corrupt:
         (root / path).write_bytes(b"no image")
     datasets = open_here(make_spec(data), world_size)
@@ -224,24 +247,28 @@ def test_too_many_in_a_row_end_an_evaluation(tmp_path, world_size):
         take_test(datasets)
 
 
-def test_what_takes_the_place_is_of_the_worker_s_own_shard(root, paths):
-    """Under `by_label` the second worker's are all of the second class, and its last one is followed by its first."""
+def test_a_replacement_is_from_the_shard_of_the_worker(root, paths):
+    """Under `by_label` the second worker has only the second class; the successor of its last image is its
+    first.
+    """
     truncate(paths[0][4])
     truncate(paths[0][9])
     data = folder(root, corrupt_images="skip")
-    datasets = open_here(make_spec(data, global_batch_size=10, sharding="by_label", num_workers=2), 2)
+    datasets = open_here(make_spec(data, global_batch_size=10, data_partition="by_label", num_workers=2), 2)
     for rank, dataset in enumerate(datasets):
         [batch] = next(dataset.train(0))
         assert batch.labels.tolist() == [rank] * 5
         pixels = (batch.inputs * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        expected = Counter(np.asarray(Image.open(paths[0][5 * rank + place])).tobytes() for place in (0, 1, 2, 3, 0))
+        expected = Counter(
+            np.asarray(Image.open(paths[0][5 * rank + place])).tobytes() for place in (0, 1, 2, 3, 0)
+        )
         assert Counter(image.numpy().tobytes() for image in pixels) == expected
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "webp", "tiff", "ppm"])
 @pytest.mark.parametrize("kept", [0, 5, 0.5])
-def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix, kept):
-    """To nothing, within its header, or in its midst; a PPM then makes Pillow raise ValueError."""
+def test_a_truncated_image_is_corrupt_in_every_format(tmp_path, suffix, kept):
+    """Truncated to nothing, within the header, and in the middle; for a PPM Pillow then raises ValueError."""
     root = write_images(tmp_path, size=(64, 48), suffix=suffix)
     images = open_folders(ImageFolderSpec(root=str(root))).training
     assert len([images[index] for index in range(10)]) == 10
@@ -253,14 +280,14 @@ def test_an_image_cut_off_is_corrupt_in_every_format(tmp_path, suffix, kept):
 
 
 @pytest.mark.parametrize("error", [ValueError("no image's"), MemoryError(), KeyError("label")])
-def test_what_is_not_of_pillow_passes(error):
-    with pytest.raises(type(error)) as caught, reading("data.root", "x"):
+def test_errors_not_raised_by_pillow_pass(error):
+    with pytest.raises(type(error)) as caught, image_errors("data.root", "x"):
         raise error
     assert caught.value is error
 
 
-def test_an_error_of_the_storage_may_go_by(monkeypatch, root):
-    """Even where Pillow meets it: the image can be whole, and read the next time."""
+def test_a_storage_error_is_not_a_corrupt_image(monkeypatch, root):
+    """Even if raised by Pillow: the image may be intact and readable the next time."""
     images = open_folders(folder(root, corrupt_images="skip")).training
 
     def fail(*_):
@@ -268,18 +295,18 @@ def test_an_error_of_the_storage_may_go_by(monkeypatch, root):
 
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(DataError, match="Input/output error") as caught:
-        read(images, 0, skip=True)
+        read_or_replace(images, 0, skip=True)
     assert type(caught.value) is DataError
 
 
-def test_the_error_goes_from_process_to_process():
+def test_the_error_can_be_pickled():
     error = CorruptImage("data.root", "x.png", "must be an image")
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy)) == (CorruptImage, "data.root: must be an image (got 'x.png')")
 
 
 def count_here(data):
-    """Train on what the 10 images are in one step, as one of the ranks or alone, and count."""
+    """Train on all 10 images in one step, as one of the ranks or alone, and count."""
     spec, worker = make_spec(data, global_batch_size=10, num_workers=here().world_size), here()
     dataset = ImageDataset(
         spec, data, open_parts(data), worker.rank, worker.world_size, CPU, torch.float32, processes=0
@@ -289,7 +316,7 @@ def count_here(data):
 
 
 @pytest.mark.dist
-def test_workers_count_together_what_each_has_left_out(root, paths):
+def test_skipped_images_are_counted_over_all_workers(root, paths):
     for number in (0, 4, 5, 9):
         truncate(paths[0][number])
     data = library(root, corrupt_images="skip")
@@ -299,8 +326,10 @@ def test_workers_count_together_what_each_has_left_out(root, paths):
     assert max(first, second) < 4 <= first + second
 
 
-def test_a_run_that_met_a_corrupt_image_goes_on_without_it(root, paths, tmp_path, monkeypatch):
-    """Weights in the end are those of a run that skipped from the beginning, to the last bit."""
+def test_a_run_resumed_with_skipping_equals_one_that_skipped_from_the_start(
+    root, paths, tmp_path, monkeypatch
+):
+    """The final weights have the bits of a run that skipped from the start."""
     monkeypatch.setattr("trainer.data.dataloader.count_processes", lambda _: 0)
     run = partial(make_run, global_batch_size=2, steps=6, eval_every=6, checkpoint={"every": 1})
     truncate(paths[0][batch_indices(10, 2, 3, run().seed)[1]])
@@ -314,7 +343,7 @@ def test_a_run_that_met_a_corrupt_image_goes_on_without_it(root, paths, tmp_path
         assert torch.equal(value, whole.model.state_dict()[name])
 
 
-def test_a_checkpoint_does_not_ask_what_is_done_with_corrupt_images(root):
+def test_the_policy_for_corrupt_images_is_not_in_the_resume_key(root):
     stream = partial(RayDataSpec, format="images", train="a", test="b", classes=2, shape=[3, 8, 8])
     for kind in (partial(folder, root), partial(library, root), stream):
         refusing, skipping = (make_spec(kind(corrupt_images=choice)) for choice in ("refuse", "skip"))
@@ -322,7 +351,7 @@ def test_a_checkpoint_does_not_ask_what_is_done_with_corrupt_images(root):
         assert identity(refusing, "x") != identity(make_spec(kind(transform=CROPPED)), "x")
 
 
-def test_open_dataset_hands_over_the_choice(root, paths):
+def test_open_dataset_passes_the_policy_for_corrupt_images(root, paths):
     truncate(paths[1][0])
     for data in (folder(root), library(root)):
         with pytest.raises(CorruptImage):

@@ -3,14 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.shuffle import KEPT_BATCHES, Cursor, RowOrder
+from trainer.data.shuffle import KEPT_BATCHES, BatchCursor, RowOrder
 from trainer.errors import DataError
 
 counts = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(sum).map(np.array)
 
 
 def make_order(rows, seed=0, window=0, blocks=3):
-    """An order over files whose rows are numbered through, read in blocks of some size; and the files that were read."""
+    """Return an order over files with consecutive row numbers, and the list of files that it reads."""
     starts, files_read = np.cumsum(rows) - rows, []
 
     def read(number, files):
@@ -36,9 +36,13 @@ def test_each_pass_sees_every_row_once(rows, window, passes):
 
 
 @given(
-    rows=counts, window=st.integers(0, 9), position=st.integers(0, 60), seed=st.integers(0, 9), blocks=st.integers(1, 9)
+    rows=counts,
+    window=st.integers(0, 9),
+    position=st.integers(0, 60),
+    seed=st.integers(0, 9),
+    blocks=st.integers(1, 9),
 )
-def test_the_row_at_a_position_depends_on_the_seed_alone(rows, window, position, seed, blocks):
+def test_the_row_at_a_position_depends_only_on_the_seed(rows, window, position, seed, blocks):
     whole = numbers_from(make_order(rows, seed, window)[0], 0, position + 20)
     assert numbers_from(make_order(rows, seed, window, blocks)[0], position, 20) == whole[position:]
 
@@ -59,42 +63,44 @@ def test_passes_seeds_and_windows_mix_differently():
     assert first[:20].tolist() != sorted(first[:20])
 
 
-def test_a_resumption_reads_the_files_that_are_left_of_the_pass():
+def test_a_resumption_reads_only_the_remaining_files_of_the_pass():
     order, files_read = make_order(np.full(10, 10), window=5)
     numbers_from(order, 273, 1)
     assert files_read == [3]
 
 
-def test_files_that_lose_rows_are_noticed():
-    order = RowOrder(np.array([5]), lambda number, files: iter([(np.zeros((4, 1)), np.zeros(4, np.int64))]), 0)
-    with pytest.raises(DataError, match="fewer rows than were counted"):
+def test_files_that_lost_rows_are_detected():
+    order = RowOrder(
+        np.array([5]), lambda number, files: iter([(np.zeros((4, 1)), np.zeros(4, np.int64))]), 0
+    )
+    with pytest.raises(DataError, match="fewer rows than counted at the start"):
         numbers_from(order, 0, 5)
 
 
 @given(asked=st.lists(st.integers(0, 30), min_size=1, max_size=20))
-def test_a_cursor_answers_alike_in_any_order(asked):
+def test_a_cursor_is_independent_of_the_order_of_requests(asked):
     order, _ = make_order(np.array([7, 6]), window=4)
-    cursor, whole = Cursor(order.rows_from, 5), numbers_from(order, 0, 31 * 5)
+    cursor, whole = BatchCursor(order.rows_from, 5), numbers_from(order, 0, 31 * 5)
     for number in asked:
         inputs, labels = cursor.batch(number)
         assert labels.tolist() == inputs[:, 0].tolist() == whole[number * 5 : number * 5 + 5]
 
 
-def test_workers_that_ask_one_after_the_other_are_served_from_one_reading():
+def test_requests_of_several_workers_share_one_read():
     order, files_read = make_order(np.array([100]))
-    cursor = Cursor(order.rows_from, 5)
+    cursor = BatchCursor(order.rows_from, 5)
     for number in range(15):
         for late in range(KEPT_BATCHES):
             cursor.batch(max(0, number - late))
     assert files_read == [1]
 
 
-def test_a_row_that_cannot_be_read_is_the_same_error_for_every_worker():
+def test_an_unreadable_row_is_the_same_error_for_every_worker():
     def rows_from(position):
         yield np.zeros(2) + position, 0
         raise DataError("data.train", "x.tar", "must be whole images")
 
-    cursor = Cursor(rows_from, 4)
+    cursor = BatchCursor(rows_from, 4)
     for _ in range(3):  # workers ask one after the other
         with pytest.raises(DataError, match="must be whole images"):
             cursor.batch(0)

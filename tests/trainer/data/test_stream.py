@@ -27,17 +27,17 @@ from trainer.errors import ConfigurationError, CorruptImage, DataError, DataTime
 from trainer.failure_kinds import classify
 from trainer.jobspec import DigitsSpec
 
-pytestmark = pytest.mark.ray
+pytestmark = pytest.mark.private_ray
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    """A Ray of this machine's own, as `trainer.driver.launch` starts it."""
+    """Private Ray of this machine, as `trainer.driver.launch` starts it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        import ray  # only now: it reads the environment
+        import ray  # imported here: it reads the environment
 
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
@@ -59,9 +59,9 @@ def feeding(spec):
 
 
 @pytest.mark.parametrize("kind", ["parquet", "images", "webdataset"])
-def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
-    """Five steps of 9 go more than twice over the 21 rows."""
-    spec = make_spec(make_stream(kind, tmp_path), global_batch_size=9, accumulate=2)
+def test_samples_do_not_depend_on_workers_or_resumption(kind, tmp_path):
+    """Five steps of 9 samples are more than two passes over the 21 rows."""
+    spec = make_spec(make_stream(kind, tmp_path), global_batch_size=9, gradient_accumulation_steps=2)
     with feeding(spec) as feeder:
         alone = open_all(spec, 1, feeder=feeder)
         assert (alone[0].shape, alone[0].classes, alone[0].skipped_images) == ((3, 8, 8), 3, frozenset())
@@ -76,8 +76,8 @@ def test_neither_workers_nor_a_resumption_change_a_sample(kind, tmp_path):
     assert labels[:21].tolist() != labels[21:42].tolist()
 
 
-def test_data_lies_at_any_address(tmp_path):
-    """Through fsspec and a real server, as an object store would be reached."""
+def test_data_is_read_from_any_address(tmp_path):
+    """Through fsspec and a real server, like an object store."""
     data = make_stream("webdataset", tmp_path)
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -94,18 +94,24 @@ def test_data_lies_at_any_address(tmp_path):
     ("kind", "name", "names"),
     [
         ("parquet", r"train/\d.parquet, crc32 [0-9a-f]{8}", [f"{n}.parquet" for n in (0, 0, 0, 1, 1, 1, 2)]),
-        ("images", r"train/./\d.png", [f"{n}.png" for n in ("a/0", "a/5", "a/6", "b/1", "c/0", "c/0", "c/6")]),
-        (
+        pytest.param(
+            "images",
+            r"train/./\d.png",
+            [f"{n}.png" for n in ("a/0", "a/5", "a/6", "b/1", "c/0", "c/0", "c/6")],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "webdataset",
             r"train/\d.tar, \d{3}",
             [f"{n[0]}.tar, {n[1:]}" for n in ("0000", "0005", "0006", "1001", "1001", "1007", "2005")],
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_corrupt_images_are_refused_by_name_or_replaced_alike_for_all_workers(kind, name, names, tmp_path):
-    """The last rows of each file are among them, so that a pass may end in them."""
+def test_corrupt_images_are_rejected_by_name_or_replaced_equally_for_all_workers(kind, name, names, tmp_path):
+    """The last rows of each file are corrupt too, so that a pass may end in them."""
     data = make_stream(kind, tmp_path, corrupt_train=(5, 6, 8, 14, 20), corrupt_test=(0, 6))
-    spec = make_spec(data, global_batch_size=9, accumulate=2)
+    spec = make_spec(data, global_batch_size=9, gradient_accumulation_steps=2)
     with feeding(spec) as feeder, pytest.raises(CorruptImage, match=f"`corrupt_images: skip`.*{name}"):
         take(open_all(spec, 1, feeder=feeder), 0, 3)
     spec = spec.model_copy(update={"data": data.model_copy(update={"corrupt_images": "skip"})})
@@ -118,43 +124,53 @@ def test_corrupt_images_are_refused_by_name_or_replaced_alike_for_all_workers(ki
     assert [len(labels) for _, labels in whole] == [5, 4] * 3
     assert min(labels.min() for _, labels in whole) >= 0
     images = {image.numpy().tobytes() for inputs, _ in whole for image in inputs}
-    assert bytes(4 * 3 * 8 * 8) not in images  # what stands for a corrupt image meanwhile
+    assert bytes(4 * 3 * 8 * 8) not in images  # placeholder of a corrupt image
     assert [len(labels) for _, labels in tests] == [3, 3, 1]
     assert found[0] == found[1] == found[2]
     ends = sorted(re.sub(r"^.*/(train|val|test)/|, crc32 .{8}$", "", skipped) for skipped in found[0])
     assert ends == names
 
 
-def test_too_many_corrupt_test_rows_in_a_row_end_an_evaluation(tmp_path):
+def test_too_many_consecutive_corrupt_test_rows_end_an_evaluation(tmp_path):
     test = write_parquet(tmp_path / "many", [110], encode_but(*range(3, 105)))
     spec = make_spec(make_stream("parquet", tmp_path, corrupt_images="skip", test=test))
-    with feeding(spec) as feeder, pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*many/0.parquet"):
+    with (
+        feeding(spec) as feeder,
+        pytest.raises(DataError, match=r"100 in a row; all are corrupt: .*many/0.parquet"),
+    ):
         take_test(open_all(spec, 1, feeder=feeder))
 
 
-def test_a_wrong_label_is_refused_also_where_corrupt_images_are_skipped(tmp_path):
+def test_an_invalid_label_is_rejected_even_if_corrupt_images_are_skipped(tmp_path):
     data = make_stream("webdataset", tmp_path, corrupt_train=(2,), classes=2, corrupt_images="skip")
     spec = make_spec(data)
-    with feeding(spec) as feeder, pytest.raises(DataError, match="must be a column of labels from 0 to 1") as caught:
+    with (
+        feeding(spec) as feeder,
+        pytest.raises(DataError, match="must be a column of labels from 0 to 1") as caught,
+    ):
         take(open_all(spec, 1, feeder=feeder), 0, 3)
     assert type(caught.value) is DataError
 
 
-def test_a_missing_number_is_refused_with_file_and_row(tmp_path):
+def test_a_missing_value_is_rejected_with_file_and_row(tmp_path):
     data = make_stream("parquet", tmp_path, shape=[2], transform={}, shuffle_rows=0, corrupt_images="skip")
     rows = [[0.5, 1.0]] * 70 + [[0.5, None]] + [[0.5, 1.0]] * 5
     pyarrow.parquet.write_table(pa.table({"image": rows, "label": [0] * 76}), tmp_path / "test" / "1.parquet")
-    pyarrow.parquet.write_table(pa.table({"image": rows[:5], "label": [0] * 5}), tmp_path / "test" / "0.parquet")
+    pyarrow.parquet.write_table(
+        pa.table({"image": rows[:5], "label": [0] * 5}), tmp_path / "test" / "0.parquet"
+    )
     spec = make_spec(data)
     with (
         feeding(spec) as feeder,
-        pytest.raises(DataError, match=r"is missing, NaN or infinite in .*1.parquet; it is row 70 of the file"),
+        pytest.raises(
+            DataError, match=r"is missing, NaN or infinite in .*1.parquet; it is row 70 of the file"
+        ),
     ):
         list(open_all(spec, 1, feeder=feeder)[0].test())
 
 
 def cut_off(path):
-    """In the midst of a member."""
+    """Truncate a file within a member."""
     path.write_bytes(path.read_bytes()[:5_000])
 
 
@@ -166,8 +182,8 @@ def cut_off(path):
         ("webdataset", "train", "1.tar", cut_off, r"ReadError: unexpected end of data"),
     ],
 )
-def test_a_file_that_breaks_only_as_it_is_read_is_named_by_its_address(kind, part, file, spoil, words, tmp_path):
-    """A whole footer hides a broken page; an archive is cut off after it was counted."""
+def test_a_file_that_fails_while_it_is_read_is_named_by_its_address(kind, part, file, spoil, words, tmp_path):
+    """An intact footer hides a corrupt page; an archive is truncated after it was counted."""
     spec = make_spec(make_stream(kind, tmp_path))
     with feeding(spec) as feeder:
         datasets = open_all(spec, 1, feeder=feeder)
@@ -175,19 +191,19 @@ def test_a_file_that_breaks_only_as_it_is_read_is_named_by_its_address(kind, par
         with pytest.raises(DataError) as caught:
             take(datasets, 0, 4) if part == "train" else take_test(datasets)
     assert (caught.value.field, caught.value.value) == (f"data.{part}", str(tmp_path / part))
-    assert re.fullmatch(rf"must be readable files: {words}.*", caught.value.takes)
+    assert re.fullmatch(rf"must be readable files: {words}.*", caught.value.rule)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")  # for copying its own context
-def test_an_error_of_a_task_is_told_from_the_loss_of_a_worker():
-    """As the feeder meets them: what a task of Ray Data's raised itself, and what became of a worker."""
+def test_task_errors_and_lost_workers_are_distinguished():
+    """As seen by the feeder: an error raised by a task of Ray Data, and the loss of a worker."""
     import ray.data
     from ray.data._internal.tensor_extensions.arrow import ArrowConversionError
     from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, RayTaskError
 
     from trainer.data.stream import _Feeder, _reading
 
-    _Feeder(make_spec(DigitsSpec()).model_dump_json())  # how it sets up Ray Data
+    _Feeder(make_spec(DigitsSpec()).model_dump_json())  # the setup of Ray Data
     rows = ray.data.range(3).map_batches(lambda columns: columns["cls"])
     with (
         pytest.raises(DataError, match=r"must be readable files: KeyError: cls \(got 'x'\)"),
@@ -214,7 +230,7 @@ def test_data_that_does_not_arrive_in_time_is_a_hang(monkeypatch):
     def sleep():
         threading.Event().wait(60)
 
-    monkeypatch.setattr(stream, "LEAST_TIMEOUT_SECONDS", 1)
+    monkeypatch.setattr(stream, "MIN_TIMEOUT_SECONDS", 1)
     reference = sleep.remote()
     try:
         with pytest.raises(DataTimeoutError, match="Ray Data had no batch within 5 seconds") as error:
@@ -224,13 +240,13 @@ def test_data_that_does_not_arrive_in_time_is_a_hang(monkeypatch):
     assert classify(error.value) == ("hang", False)
 
 
-def test_a_feeder_finds_what_is_wrong_as_it_starts(tmp_path):
+def test_a_feeder_reports_errors_at_startup(tmp_path):
     spec = make_spec(make_stream("parquet", tmp_path), global_batch_size=22)
     with pytest.raises(ConfigurationError, match="global_batch_size: must be at most 21"), feeding(spec):
         pass
 
 
-def test_neither_an_evaluation_nor_the_death_of_the_feeder_changes_a_sample(tmp_path):
+def test_samples_do_not_depend_on_evaluations_or_feeder_restarts(tmp_path):
     import ray
 
     spec = make_spec(make_stream("parquet", tmp_path))

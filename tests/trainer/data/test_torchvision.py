@@ -9,7 +9,7 @@ from torchvision.datasets import FakeData, VisionDataset
 
 from tests.trainer.data.image_files import CPU, assert_same, make_spec, take, take_test
 from trainer.data.dataloader import ImageDataset
-from trainer.data.images import Parts
+from trainer.data.dataset import Splits
 from trainer.data.torchvision import LibraryImages, open_library
 from trainer.errors import ConfigurationError, DataError
 from trainer.jobspec import ImageTransformSpec, TorchvisionDataSpec
@@ -18,12 +18,14 @@ MNIST = "torchvision:MNIST"
 
 
 def write_mnist(folder, parts, labels):
-    """Write files of the format that MNIST has."""
+    """Write files in the format of MNIST."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for part, count in parts.items():
         images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 2051, count, 28, 28) + images.tobytes()
+        )
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(
             struct.pack(">2i", 2049, count) + (np.arange(count) % labels).astype(np.uint8).tobytes()
         )
@@ -31,7 +33,7 @@ def write_mnist(folder, parts, labels):
 
 @pytest.fixture
 def mnist(tmp_path):
-    """A folder with files of the format and the names that MNIST has: 30 images to train on, 10 to test on."""
+    """Folder with files in the format and under the names of MNIST: 30 training and 10 test images."""
     write_mnist(tmp_path / "MNIST" / "raw", {"train": 30, "t10k": 10}, labels=10)
     return tmp_path
 
@@ -43,8 +45,8 @@ def open_here(spec, world_size=1):
     ]
 
 
-def test_a_dataset_of_files_that_the_user_has(mnist):
-    spec = make_spec(TorchvisionDataSpec(name=MNIST, root=str(mnist)), accumulate=2)
+def test_a_dataset_of_local_files(mnist):
+    spec = make_spec(TorchvisionDataSpec(name=MNIST, root=str(mnist)), gradient_accumulation_steps=2)
     alone = open_here(spec)
     assert (alone[0].shape, alone[0].classes) == ((1, 28, 28), 10)
     assert [len(labels) for _, labels in take_test(alone)] == [4, 4, 2]
@@ -56,7 +58,9 @@ def test_a_dataset_of_files_that_the_user_has(mnist):
 @pytest.mark.parametrize(("split", "classes"), [("balanced", 47), ("digits", 10), ("letters", 27)])
 def test_emnist_is_read_by_the_split_of_the_spec(tmp_path, split, classes):
     write_mnist(
-        tmp_path / "EMNIST" / "raw", {f"emnist-{split}-train": 60, f"emnist-{split}-test": 20}, labels=min(classes, 47)
+        tmp_path / "EMNIST" / "raw",
+        {f"emnist-{split}-train": 60, f"emnist-{split}-test": 20},
+        labels=min(classes, 47),
     )
     data = TorchvisionDataSpec(name="torchvision:EMNIST", root=str(tmp_path), split=split)
     parts = open_library(data)
@@ -65,7 +69,9 @@ def test_emnist_is_read_by_the_split_of_the_spec(tmp_path, split, classes):
     assert parts.training[9][1] == 9
     (alone,) = open_here(make_spec(data))
     assert (alone.shape, alone.classes) == ((1, 28, 28), classes)
-    with pytest.raises(DataError, match=r"data.root: must be the folder with the files of torchvision:EMNIST"):
+    with pytest.raises(
+        DataError, match=r"data.root: must be the folder with the files of torchvision:EMNIST"
+    ):
         open_library(data.model_copy(update={"split": "mnist"}))
 
 
@@ -77,19 +83,19 @@ def test_emnist_is_read_by_the_split_of_the_spec(tmp_path, split, classes):
             "balance",
             "must be one of balanced, byclass, bymerge, digits, letters, mnist for torchvision:EMNIST",
         ),
-        ("MNIST", "balanced", "must be null for torchvision:MNIST, whose parts are found by themselves"),
+        ("MNIST", "balanced", "must be null for torchvision:MNIST, whose parts are selected automatically"),
         ("SVHN", "train", "must be null for torchvision:SVHN"),
         ("FakeData", "train", "must be null for torchvision:FakeData"),
     ],
 )
-def test_a_split_that_a_dataset_does_not_have_is_refused(tmp_path, name, split, message):
+def test_an_unknown_split_is_rejected(tmp_path, name, split, message):
     with pytest.raises(ConfigurationError, match=f"data.split: {message}.*got '{split}'"):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path), split=split))
 
 
-def test_by_label_takes_the_labels_that_the_dataset_has(mnist):
+def test_by_label_uses_the_labels_of_the_dataset(mnist):
     data = TorchvisionDataSpec(name=MNIST, root=str(mnist))
-    spec = make_spec(data, sharding="by_label", num_workers=2)
+    spec = make_spec(data, data_partition="by_label", num_workers=2)
     first, second = (
         {label for _ in range(5) for part in next(stream) for label in part.labels.tolist()}
         for stream in (dataset.train(0) for dataset in open_here(spec, 2))
@@ -109,12 +115,15 @@ def test_fake_data_needs_no_files():
 
 
 def test_a_label_out_of_range_is_named_with_its_image():
-    data = TorchvisionDataSpec(name="torchvision:FakeData", transform=ImageTransformSpec(crop=4), corrupt_images="skip")
+    data = TorchvisionDataSpec(
+        name="torchvision:FakeData", transform=ImageTransformSpec(crop=4), corrupt_images="skip"
+    )
     fakes = open_library(data)
-    few = Parts(fakes.training, fakes.testing, 2, "")
+    few = Splits(fakes.training, fakes.testing, 2, "")
     dataset = ImageDataset(make_spec(data), data, few, 0, 1, CPU, torch.float32, 0)
     with pytest.raises(
-        DataError, match=r"must have labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)"
+        DataError,
+        match=r"must have labels from 0 to 1: image \d+ of FakeData, train has another \(got [2-9]\)",
     ):
         next(dataset.train(0))
 
@@ -132,12 +141,12 @@ def test_a_label_out_of_range_is_named_with_its_image():
         ("EMNIST", "data.split: must be one of balanced, byclass, .* for torchvision:EMNIST"),
         (
             "EuroSAT",
-            "EuroSAT has no such parts; `imagefolder` reads its images once they are in folders `train` and `val`",
+            "EuroSAT has no such parts; `imagefolder` reads images from folders `train` and `val`",
         ),
         ("Caltech101", "Caltech101 has no such parts; `imagefolder` reads"),
     ],
 )
-def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):
+def test_classes_that_are_no_training_datasets_are_rejected(name, message, tmp_path):
     with pytest.raises(ConfigurationError, match=message):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
 
@@ -146,13 +155,15 @@ def test_what_is_no_dataset_to_train_on_is_refused(name, message, tmp_path):
     "name", ["MNIST", "CIFAR10", "SVHN", "STL10", "Food101", "ImageNet", "GTSRB", "FGVCAircraft", "DTD"]
 )
 def test_missing_files_are_not_downloaded(name, tmp_path):
-    with pytest.raises(DataError, match=f"data.root: must be the folder with the files of torchvision:{name}"):
+    with pytest.raises(
+        DataError, match=f"data.root: must be the folder with the files of torchvision:{name}"
+    ):
         open_library(TorchvisionDataSpec(name=f"torchvision:{name}", root=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
 
 def write_turned(path, mode="RGB"):
-    """Write an image, white above and black below, that its EXIF orientation turns clockwise."""
+    """Write an image, white above and black below, whose EXIF orientation rotates it clockwise."""
     pixels = np.zeros((16, 16), np.uint8)
     pixels[:8] = 255
     exif = Image.Exif()
@@ -173,13 +184,15 @@ def test_images_of_a_dataset_are_rotated_as_their_exif_orientation_says(tmp_path
     for part in ("train", "test"):
         (folder / "meta" / f"{part}.json").write_text('{"pie": ["pie/1"]}')
     write_turned(folder / "images" / "pie" / "1.jpg")
-    image, label = open_library(TorchvisionDataSpec(name="torchvision:Food101", root=str(tmp_path))).training[0]
+    image, label = open_library(TorchvisionDataSpec(name="torchvision:Food101", root=str(tmp_path))).training[
+        0
+    ]
     assert (image.mode, label) == ("RGB", 0)
     assert_is_turned(image)
 
 
 class Opened(VisionDataset):
-    """One image, opened and not yet read."""
+    """One opened but unread image."""
 
     def __len__(self):
         return 1
@@ -189,7 +202,7 @@ class Opened(VisionDataset):
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("L", "L"), ("RGB", "RGB"), ("RGBA", "RGB"), ("1", "RGB")])
-def test_an_image_of_any_mode_is_rotated_and_a_grey_one_keeps_its_channel(tmp_path, mode, expected):
+def test_images_of_any_mode_are_rotated_and_grey_ones_keep_one_channel(tmp_path, mode, expected):
     write_turned(tmp_path / "x.png", mode)
     image, _ = LibraryImages(Opened(str(tmp_path / "x.png")), "a dataset", skip=False)[0]
     assert image.mode == expected
@@ -208,7 +221,9 @@ def test_links_out_of_the_root_are_refused_by_name(mnist, tmp_path_factory, of_f
     path = mnist / "MNIST" / "raw" if of_folder else mnist / "MNIST" / "raw" / "train-labels-idx1-ubyte"
     path.rename(outside)
     path.symlink_to(outside)
-    with pytest.raises(DataError, match=rf"data.root: must contain only links that stay below {mnist} .*got '{path}'"):
+    with pytest.raises(
+        DataError, match=rf"data.root: must contain only links that stay below {mnist} .*got '{path}'"
+    ):
         open_library(TorchvisionDataSpec(name=MNIST, root=str(mnist)))
 
 
@@ -220,8 +235,8 @@ def test_links_within_the_root_are_followed(mnist):
         assert len(open_library(TorchvisionDataSpec(name=MNIST, root=str(root))).training) == 30
 
 
-def test_a_folder_that_cannot_be_listed_is_refused(mnist, monkeypatch):
-    """Its files can be opened by name, and be links."""
+def test_an_unreadable_folder_is_rejected(mnist, monkeypatch):
+    """Its files can be opened by name, and may be links."""
 
     def deny(folder):
         raise PermissionError(errno.EACCES, "Permission denied", folder)
@@ -234,11 +249,13 @@ def test_a_folder_that_cannot_be_listed_is_refused(mnist, monkeypatch):
 
 
 def test_files_need_a_root():
-    with pytest.raises(ConfigurationError, match=r"data.root: must be the folder with the files of torchvision:MNIST"):
+    with pytest.raises(
+        ConfigurationError, match=r"data.root: must be the folder with the files of torchvision:MNIST"
+    ):
         open_library(TorchvisionDataSpec(name=MNIST))
 
 
-def test_fake_data_is_torchvisions():
+def test_fake_data_equals_that_of_torchvision():
     image, label = open_library(TorchvisionDataSpec(name="torchvision:FakeData")).testing[3]
     expected, expected_label = FakeData(size=200, random_offset=1_000)[3]
     assert (np.asarray(image) == np.asarray(expected)).all()

@@ -1,4 +1,4 @@
-"""Parts of the driver that need no Ray."""
+"""Parts of the driver that do not need Ray."""
 
 import sys
 import threading
@@ -11,11 +11,11 @@ from tests.trainer.factories import make_spec
 from trainer.atomic import atomic_write
 from trainer.driver.launch import _fit, wait_while_saving
 from trainer.errors import StorageError
-from trainer.jobspec import TASK_FILE, AttemptContext, Task
+from trainer.jobspec import TASK_FILE, AttemptContext, AttemptTask
 from trainer.worker import read_task
 
 
-def test_a_driver_that_is_to_stop_waits_for_the_checkpoint_that_is_being_written(tmp_path):
+def test_a_stopping_driver_waits_for_the_checkpoint_in_progress(tmp_path):
     marker = tmp_path / "saving"
     began = time.monotonic()
     wait_while_saving(marker, 30)
@@ -38,12 +38,18 @@ def make_task(folder):
     context = AttemptContext(
         job_id="a", attempt=1, name="a", folder=str(folder), mlflow_url="http://m", mlflow_token=TOKEN
     )
-    return Task(spec=make_spec(), context=context)
+    return AttemptTask(spec=make_spec(), context=context)
 
 
 def test_ray_train_gets_no_token(tmp_path, monkeypatch):
     """Ray copies the configuration of a run into its state and its events."""
-    modules = ("ray", "ray.exceptions", "ray.train", "ray.train.torch", "ray.train.v2._internal.execution.callback")
+    modules = (
+        "ray",
+        "ray.exceptions",
+        "ray.train",
+        "ray.train.torch",
+        "ray.train.v2._internal.execution.callback",
+    )
     fakes = {name: mock.MagicMock() for name in modules}
     for name, fake in fakes.items():
         monkeypatch.setitem(sys.modules, name, fake)
@@ -56,11 +62,11 @@ def test_ray_train_gets_no_token(tmp_path, monkeypatch):
     assert TOKEN not in given
     path = tmp_path / "attempt-1" / TASK_FILE
     assert train.call_args.kwargs["train_loop_config"]["task"] == str(path)
-    atomic_write(path, task)
+    atomic_write(path, task.model_dump_json())
     assert path.stat().st_mode & 0o777 == 0o600
     assert read_task(path) == task
 
 
-def test_a_task_file_that_a_node_does_not_have_is_named(tmp_path):
+def test_a_missing_task_file_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"task.json cannot be read on .*: No such file"):
         read_task(tmp_path / TASK_FILE)

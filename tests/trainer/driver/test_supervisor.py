@@ -10,8 +10,10 @@ import pytest
 from tests.processes import still_alive, wait_for_file, working_in
 from trainer.driver.supervisor import EXITS_VARIABLE, count_oom_kills
 
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'w'); time.sleep(300)"
-"""A process that ignores SIGTERM, and shows that it does."""
+DEAF = (
+    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'w'); time.sleep(300)"
+)
+"""Process that ignores SIGTERM, and reports it."""
 
 
 def supervise(folder, code):
@@ -71,8 +73,8 @@ def test_the_process_ends_when_its_supervisor_is_killed(tmp_path):
     assert still_alive([child], 10) == []
 
 
-def test_what_ends_after_its_starter_is_orphaned(tmp_path):
-    """As a worker whose node's Ray was killed: it ends with a status of its own."""
+def test_a_worker_that_outlives_its_raylet_is_orphaned(tmp_path):
+    """Like a worker whose raylet was killed: it ends with its own exit status."""
     code = "import os, time; open('started', 'w'); time.sleep(2); os._exit(1)"
     starter = f"""
 import subprocess, sys, time

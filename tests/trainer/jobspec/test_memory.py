@@ -21,7 +21,7 @@ WEIGHTS = (64 * 100 + 100 * 10) * 4
 SAMPLES = 60
 BATCH = SAMPLES * 64 * 4
 KEPT = SAMPLES * 200 * 4
-"""For backward: inputs of the norm and outputs of the activation."""
+"""Kept for backward: inputs of the norm and outputs of the activation."""
 CNN = {"name": "cnn", "channels": [8, 16], "activation": "relu"}
 CNN_WEIGHTS = ((8 + 8 * 16) * 9 + 16 * 10) * 4
 CNN_KEPT = SAMPLES * (8 * 64 + 16 * 16) * 4
@@ -31,7 +31,10 @@ CNN_KEPT = SAMPLES * (8 * 64 + 16 * 16) * 4
     ("changes", "expected"),
     [
         ({"model": MLP}, WEIGHTS + KEPT + BATCH),
-        ({"model": MLP, "norm": "none"}, WEIGHTS + WEIGHTS + BATCH),  # its gradients are more than what is kept
+        (
+            {"model": MLP, "norm": "none"},
+            WEIGHTS + WEIGHTS + BATCH,
+        ),  # its gradients are larger than its activations
         ({"model": MLP | {"activation": "gelu"}}, WEIGHTS + KEPT * 3 // 2 + BATCH),
         ({"model": MLP, "optimizer": {"name": "sgd", "momentum": 0.9}}, WEIGHTS * 2 + KEPT + BATCH),
         ({"model": MLP, "optimizer": {"name": "adamw"}}, WEIGHTS * 3 + KEPT + BATCH),
@@ -39,7 +42,7 @@ CNN_KEPT = SAMPLES * (8 * 64 + 16 * 16) * 4
         ({"model": MLP, "precision": "bf16"}, WEIGHTS * 2 + BATCH),
         ({"model": MLP, "num_workers": 2}, WEIGHTS * 2 + BATCH // 2),
         ({"model": MLP, "num_workers": 2, "parallel": "fsdp"}, WEIGHTS // 2 + KEPT // 2 + BATCH // 2),
-        ({"model": MLP, "accumulate": 3}, WEIGHTS * 2 + BATCH // 3),
+        ({"model": MLP, "gradient_accumulation_steps": 3}, WEIGHTS * 2 + BATCH // 3),
         ({"model": MLP, "compile": True}, WEIGHTS * 2 + BATCH),
         ({"model": MLP, "use_gpu": True, "optimizer": {"name": "adamw"}}, WEIGHTS),
         ({"model": CNN}, CNN_WEIGHTS + 2 * CNN_KEPT + BATCH),
@@ -47,7 +50,7 @@ CNN_KEPT = SAMPLES * (8 * 64 + 16 * 16) * 4
         ({"model": {"name": "timm:resnet26"}}, BATCH),
     ],
 )
-def test_weights_state_a_batch_and_gradients_or_activations_are_counted(changes, expected):
+def test_memory_counts_weights_state_batch_and_gradients_or_activations(changes, expected):
     assert need(**changes) == expected
 
 
@@ -64,8 +67,8 @@ def test_a_librarys_model_counts_by_its_measured_size():
 @pytest.mark.parametrize("norm", ["none", "batch"])
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "gelu"])
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_the_projects_networks_keep_what_is_counted_and_little_more(name, activation, norm):
-    """Besides, a cnn keeps the outputs of its pooling, and each network the inputs of its last layer."""
+def test_saved_activations_of_built_in_networks_match_the_estimate(name, activation, norm):
+    """A cnn also keeps the outputs of its pooling, and each network the inputs of its last layer."""
     data = {"name": "synthetic", "shape": [3, 16, 16], "classes": 4, "train_samples": 8, "test_samples": 8}
     spec = JobSpec.model_validate(
         {
@@ -91,20 +94,30 @@ def test_the_projects_networks_keep_what_is_counted_and_little_more(name, activa
         ("SGD", {"momentum": 0.9}),
     ],
 )
-def test_the_state_of_an_optimiser_is_what_torch_keeps(name, arguments):
-    spec = JobSpec.model_validate({"steps": 1, "optimizer": {"name": f"torch:{name}", "arguments": arguments}})
+def test_the_optimiser_state_estimate_matches_torch(name, arguments):
+    spec = JobSpec.model_validate(
+        {"steps": 1, "optimizer": {"name": f"torch:{name}", "arguments": arguments}}
+    )
     model = nn.Linear(30, 40)
     optimizer = build_optimizer(spec.optimizer, model)
     model(torch.ones(2, 30)).sum().backward()
     optimizer.step()
     state = optimizer.state[model.weight]
-    numbers = sum(value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1)
+    numbers = sum(
+        value.numel() for value in state.values() if isinstance(value, torch.Tensor) and value.numel() > 1
+    )
     copies = numbers / model.weight.numel()
-    assert _state_copies(spec) == int(copies)  # Adafactor keeps a row and a column alone
+    assert _state_copies(spec) == int(copies)  # Adafactor keeps only a row and a column
 
 
 def test_generated_data_is_counted():
-    data = {"name": "synthetic", "shape": [3, 8, 8], "classes": 2, "train_samples": 1_000, "test_samples": 500}
+    data = {
+        "name": "synthetic",
+        "shape": [3, 8, 8],
+        "classes": 2,
+        "train_samples": 1_000,
+        "test_samples": 500,
+    }
     assert need(model={"name": "timm:resnet26"}, data=data) == (1_500 + 60) * 3 * 8 * 8 * 4
 
 
@@ -112,9 +125,15 @@ def test_generated_data_is_counted():
     "changes",
     [
         {"model": {"name": "mlp", "hidden": [65_536] * 64}},
-        {"model": {"name": "timm:resnet26"}, "data": {"name": "synthetic", "shape": [65_536] * 4, "classes": 2}},
-        {"data": {"name": "imagefolder", "root": "/x", "transform": {"crop": 224}}, "global_batch_size": 10**9},
+        {
+            "model": {"name": "timm:resnet26"},
+            "data": {"name": "synthetic", "shape": [65_536] * 4, "classes": 2},
+        },
+        {
+            "data": {"name": "imagefolder", "root": "/x", "transform": {"crop": 224}},
+            "global_batch_size": 10**9,
+        },
     ],
 )
-def test_what_no_machine_has_is_more_than_a_terabyte(changes):
+def test_the_estimate_of_impossible_specs_exceeds_any_machine(changes):
     assert need(**changes) > 10**12 / 4

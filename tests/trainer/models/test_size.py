@@ -1,4 +1,6 @@
-"""Size of a library's model on the meta device, against what torch saves in a real forward pass."""
+"""Size of library models on the meta device, compared with the tensors that torch saves in a real forward
+pass.
+"""
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ def measure(name, shape=SHAPE, *, has_norms=True, **changes):
 
 
 def count_really(model, samples):
-    """The floating numbers that are alive for backward, by storage, in a forward pass of real numbers."""
+    """Return the number of floats alive for backward, by storage, in a real forward pass."""
     inputs, saved = torch.randn(samples, *SHAPE), {}
     given = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers(), inputs)}
 
@@ -44,10 +46,10 @@ def count_really(model, samples):
         ("torchvision:densenet121", {}),
         ("torchvision:googlenet", {}),
         ("timm:convnext_atto", {}),
-        ("timm:resnetv2_50", {}),  # weights are standardised, once for the batch
+        ("timm:resnetv2_50", {}),  # weights are standardised once per batch
     ],
 )
-def test_what_convolutional_networks_keep_for_backward_is_counted_exactly(name, changes):
+def test_saved_activations_of_convolutional_networks_are_counted_exactly(name, changes):
     model = build(name, **changes)
     found = measure(name, **changes)
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -55,7 +57,7 @@ def test_what_convolutional_networks_keep_for_backward_is_counted_exactly(name, 
 
 
 @pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "torchvision:vit_b_16"])
-def test_attention_counts_as_a_fused_kernel_keeps_it(name):
+def test_attention_counts_as_a_fused_kernel(name):
     changes = {"arguments": {"img_size" if name.startswith("timm") else "image_size": 64}}
     model = build(name, **changes)
     really = count_really(model, 3) - count_really(model, 2)
@@ -68,8 +70,8 @@ def test_resnet50_has_its_published_number_of_parameters():
     assert found.sample_activations * 4 == pytest.approx(83.7e6, rel=0.001)  # bytes, of float32
 
 
-def test_without_norms_their_inputs_are_not_kept():
-    """They are more than half of what a resnet keeps, and its activations work in place."""
+def test_inputs_of_norms_are_not_counted_without_norms():
+    """They are more than half of the activations of a resnet, whose activation modules work in place."""
     model = build("torchvision:resnet18")
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
@@ -79,10 +81,10 @@ def test_without_norms_their_inputs_are_not_kept():
     assert found < 0.55 * measure("torchvision:resnet18").sample_activations
 
 
-def test_what_is_not_known_counts_as_nothing():
+def test_unknown_sizes_count_as_zero():
     class Reads(nn.Linear):
         def forward(self, inputs):
-            return super().forward(inputs) * float(inputs.sum())  # which the meta device cannot say
+            return super().forward(inputs) * float(inputs.sum())  # which the meta device cannot compute
 
     assert measure("torchvision:resnet18", None).sample_activations == 0
     model = Reads(4, 3, device="meta")

@@ -1,4 +1,4 @@
-"""Biases that a norm makes redundant, and those that it does not."""
+"""Biases that a norm makes redundant, and biases that it does not."""
 
 from copy import deepcopy
 
@@ -17,10 +17,12 @@ from trainer.jobspec import Norm
 
 
 class Doubled(nn.Identity):
-    """Hands on its input in evaluation alone, as dropout does."""
+    """Module that returns its input in evaluation only, like dropout."""
 
     def forward(self, x):
-        return x * torch.tensor([[1.0], [2.0]]).repeat(len(x) // 2, 1)[..., None, None] if self.training else x
+        return (
+            x * torch.tensor([[1.0], [2.0]]).repeat(len(x) // 2, 1)[..., None, None] if self.training else x
+        )
 
 
 BIAS_IS_CANCELLED = {
@@ -42,7 +44,9 @@ BIAS_IS_CANCELLED = {
     ),
     "identities": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Identity(), nn.BatchNorm2d(8)),
     "questions for the shape": Calling(
-        lambda self, x: (lambda y: self.norm(y) if y.dim() == 4 and y.shape[1] == 8 and y.size(0) else y)(self.conv(x)),
+        lambda self, x: (lambda y: self.norm(y) if y.dim() == 4 and y.shape[1] == 8 and y.size(0) else y)(
+            self.conv(x)
+        ),
         conv=nn.Conv2d(3, 8, 3),
         norm=nn.BatchNorm2d(8),
     ),
@@ -52,7 +56,9 @@ BIAS_IS_CANCELLED = {
 BIAS_IS_USED = {
     "no norm": nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.BatchNorm2d(8)),
     "residual": Calling(
-        lambda self, x: (lambda y: y + self.norm(y))(self.conv(x)), conv=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8)
+        lambda self, x: (lambda y: y + self.norm(y))(self.conv(x)),
+        conv=nn.Conv2d(3, 8, 3),
+        norm=nn.BatchNorm2d(8),
     ),
     "written to before": Calling(
         lambda self, x: self.norm(self.conv(x).relu_()), conv=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8)
@@ -63,7 +69,9 @@ BIAS_IS_USED = {
         norm=nn.BatchNorm2d(8),
     ),
     "returned too": Calling(
-        lambda self, x: (lambda y: [y, self.norm(y)])(self.conv(x)), conv=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8)
+        lambda self, x: (lambda y: [y, self.norm(y)])(self.conv(x)),
+        conv=nn.Conv2d(3, 8, 3),
+        norm=nn.BatchNorm2d(8),
     ),
     "in a list": Calling(
         lambda self, x: (lambda y: torch.cat([y, self.norm(y)]))(self.conv(x)),
@@ -71,16 +79,22 @@ BIAS_IS_USED = {
         norm=nn.BatchNorm2d(8),
     ),
     "dropout between": nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.BatchNorm2d(8)),
-    "a layer that does nothing in evaluation": nn.Sequential(nn.Conv2d(3, 8, 3), Doubled(), nn.BatchNorm2d(8)),
+    "a layer that does nothing in evaluation": nn.Sequential(
+        nn.Conv2d(3, 8, 3), Doubled(), nn.BatchNorm2d(8)
+    ),
     "channels elsewhere": nn.Sequential(nn.Flatten(2), nn.Linear(16, 8), nn.BatchNorm1d(3)),
     "one of two calls": Calling(
-        lambda self, x: self.norm(self.conv(x)) + self.conv(x), conv=nn.Conv2d(3, 8, 3), norm=nn.BatchNorm2d(8)
+        lambda self, x: self.norm(self.conv(x)) + self.conv(x),
+        conv=nn.Conv2d(3, 8, 3),
+        norm=nn.BatchNorm2d(8),
     ),
 }
 
 
 def producer(model):
-    return next(module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d))
+    return next(
+        module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)
+    )
 
 
 @pytest.mark.parametrize("case", BIAS_IS_CANCELLED)
@@ -97,15 +111,17 @@ def test_a_bias_that_the_norm_cancels_is_dropped(case):
 
 
 @pytest.mark.parametrize("case", BIAS_IS_USED)
-def test_a_bias_that_is_used_elsewhere_is_kept(case):
+def test_a_bias_used_elsewhere_is_kept(case):
     model = deepcopy(BIAS_IS_USED[case])
     kept = producer(model).bias
     assert producer(switch(model, Norm.SYNC, 3, 4, 4)).bias is kept
 
 
 @pytest.mark.parametrize("norm", [Norm.NONE, Norm.GROUP, Norm.LAYER])
-def test_the_bias_that_batch_normalisation_replaced_is_restored(norm):
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1, bias=False)).double()
+def test_a_bias_replaced_by_batch_norm_is_restored(norm):
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1, bias=False)
+    ).double()
     switch(model, norm, 3, 4, 4, dtype=torch.float64)
     assert torch.equal(model[0].bias, torch.zeros(8, dtype=torch.float64))
     assert model[0].bias.requires_grad
@@ -117,7 +133,7 @@ PARTS = st.lists(st.sampled_from(["conv", "norm", "relu", "dropout", "add", "kee
 
 @given(PARTS)
 @settings(max_examples=60, deadline=None)
-def test_dropping_biases_leaves_any_network_the_function_that_it_is(parts):
+def test_dropping_biases_does_not_change_the_function_of_a_network(parts):
     kinds = {
         "conv": lambda: nn.Conv2d(4, 4, 3, padding=1),
         "norm": lambda: nn.BatchNorm2d(4),

@@ -6,7 +6,7 @@ import pytest
 from tests.trainer.factories import here, make_spec, run_here
 from trainer.checkpoint.state import TrainProgress
 from trainer.errors import Diverged
-from trainer.jobspec import AttemptContext, MlpSpec, SgdSpec, Task, attempt_folder
+from trainer.jobspec import AttemptContext, AttemptTask, MlpSpec, SgdSpec, attempt_folder
 from trainer.tracking.figures import write_figures
 from trainer.tracking.outbox import Outbox
 from trainer.training.step_sync import NoNotices
@@ -14,13 +14,13 @@ from trainer.worker import _train
 
 
 def is_drawn(path):
-    """Whether a file is a PNG image of some size."""
+    """Return whether a file is a non-empty PNG image."""
     content = path.read_bytes()
     width, height = struct.unpack(">II", content[16:24])
     return content.startswith(b"\x89PNG") and width > 300 and height > 200
 
 
-def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
+def test_the_figures_of_the_paper_are_drawn_from_run_metrics(tmp_path):
     _, notes = run_here(make_spec(steps=10, eval_every=5, probes={"measure": ["percentiles"], "every": 2}))
     outbox = Outbox(tmp_path)
     for step, metrics in notes.metrics.items():
@@ -38,9 +38,11 @@ def test_a_runs_own_metrics_become_the_figures_of_the_paper(tmp_path):
     assert all(is_drawn(path) for path in paths)
 
 
-def test_a_run_that_diverged_has_its_figures_too(tmp_path, monkeypatch):
+def test_figures_of_a_diverged_run_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.worker.RayNotices", NoNotices)
-    monkeypatch.setattr("trainer.worker.hide_credentials", lambda: None)  # of this process, which other tests need
+    monkeypatch.setattr(
+        "trainer.worker.hide_credentials", lambda: None
+    )  # of this process, which other tests need
     model = MlpSpec(activation="relu", init_std=1)
     probes = {"measure": ["percentiles"], "every": 1}
     spec = make_spec(norm="none", model=model, optimizer=SgdSpec(lr=1e5), steps=100, probes=probes)
@@ -48,11 +50,11 @@ def test_a_run_that_diverged_has_its_figures_too(tmp_path, monkeypatch):
     folder = attempt_folder(tmp_path, 1)
     folder.mkdir()
     with pytest.raises(Diverged):
-        _train(Task(spec=spec, context=context), here(), TrainProgress(), None, folder)
+        _train(AttemptTask(spec=spec, context=context), here(), TrainProgress(), None, folder)
     assert is_drawn(folder / "figures" / "percentiles-activation1.png")
 
 
-def test_what_was_not_measured_is_not_drawn(tmp_path):
+def test_figures_without_data_are_not_drawn(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     lines = [
         {"kind": "evaluation", "step": 0, "metrics": {"f1": 0.5}},

@@ -1,6 +1,7 @@
-"""Every metric of an evaluation, compared with scikit-learn on generated logits and shares of workers."""
+"""Metrics of an evaluation compared with scikit-learn on generated logits and shares of workers."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,15 +15,15 @@ from tests.dist import run_on_ranks
 from tests.trainer.factories import here
 from trainer.data.dataset import Batch
 from trainer.errors import DataError
-from trainer.jobspec import EvaluationSpec
+from trainer.jobspec import EvaluationSpec, Metric
 from trainer.training.evaluate import Evaluator
 
 CLASSES = 7
-ALL = ["accuracy", "top5_accuracy", "balanced_accuracy", "f1", "precision", "recall", "auroc", "calibration_error"]
+ALL = list(get_args(Metric))
 
 
 class Share:
-    """This rank's share of given logits, in batches of 8 of all ranks; the first ranks have more than the last."""
+    """This rank's share of given logits, in batches of 8 over all ranks; the first ranks have more."""
 
     classes = CLASSES
 
@@ -37,11 +38,13 @@ class Share:
 
 def evaluate(logits, labels, metrics=ALL):
     """Evaluate a model that returns its input."""
-    return dict(Evaluator(EvaluationSpec(metrics=metrics), nn.Identity(), Share(logits, labels), here()).evaluate(0))
+    return dict(
+        Evaluator(EvaluationSpec(metrics=metrics), nn.Identity(), Share(logits, labels), here()).evaluate(0)
+    )
 
 
 def make_case(seed, samples, scale, present, ties, shift):
-    """Return logits and labels; `present` are the classes with samples, `ties` rounds logits, so that many are equal."""
+    """Return logits and labels; `present` lists classes with samples, `ties` rounds logits."""
     random = np.random.default_rng(seed)
     labels = random.choice(present, samples)
     logits = random.normal(size=(samples, CLASSES)) + 0.7 * np.eye(CLASSES)[labels]
@@ -50,28 +53,38 @@ def make_case(seed, samples, scale, present, ties, shift):
 
 
 def calibration_error(probabilities, labels):
-    """Expected calibration error with 15 bins (Guo et al. 2017, equation 3), which scikit-learn does not have."""
+    """Compute the expected calibration error with 15 bins (Guo et al. 2017, equation 3).
+
+    scikit-learn does not have it.
+    """
     confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
     bins = np.digitize(confidence, np.arange(1, 15) / 15)
-    return sum(abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins))
+    return sum(
+        abs(right[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).mean() for b in set(bins)
+    )
 
 
 def expect(logits, labels):
-    log_probabilities, probabilities = logits.double().log_softmax(1).numpy(), logits.double().softmax(1).numpy()
+    log_probabilities, probabilities = (
+        logits.double().log_softmax(1).numpy(),
+        logits.double().softmax(1).numpy(),
+    )
     labels, chosen, present = labels.numpy(), logits.argmax(1).numpy(), np.unique(labels)
     areas = [reference.roc_auc_score(labels == label, log_probabilities[:, label]) for label in present]
     every = list(range(CLASSES))
     return {
         "accuracy": reference.accuracy_score(labels, chosen),
         "top5_accuracy": reference.top_k_accuracy_score(labels, logits.numpy(), k=5, labels=every),
-        # balanced_accuracy_score warns of classes that are predicted and have no samples, which many cases here have.
+        # balanced_accuracy_score warns about predicted classes without samples, which many cases have.
         "balanced_accuracy": reference.recall_score(labels, chosen, labels=present, average="macro"),
         "f1": reference.f1_score(labels, chosen, average="macro", zero_division=0),
         "precision": reference.precision_score(labels, chosen, average="macro", zero_division=0),
         "recall": reference.recall_score(labels, chosen, average="macro", zero_division=0),
         "auroc": np.mean(areas),
         "calibration_error": calibration_error(probabilities, labels),
-        "test_loss": -log_probabilities[np.arange(len(labels)), labels].mean(),  # log_loss clips probabilities
+        "test_loss": -log_probabilities[
+            np.arange(len(labels)), labels
+        ].mean(),  # log_loss clips probabilities
     }
 
 
@@ -85,7 +98,7 @@ CASES = {
 }
 CONFIDENT = {"seed": 1, "samples": 64, "scale": 40.0, "present": [0, 1, 2, 4], "ties": False, "shift": 0.0}
 IN_UNIT_INTERVAL = CONFIDENT | {"scale": 0.01, "shift": 0.5}
-"""Logits that look like probabilities."""
+"""Logits with the range of probabilities."""
 
 
 @given(**CASES)
@@ -93,7 +106,7 @@ IN_UNIT_INTERVAL = CONFIDENT | {"scale": 0.01, "shift": 0.5}
 @example(**CONFIDENT)
 @example(**IN_UNIT_INTERVAL)
 @example(**CONFIDENT | {"ties": True, "scale": 1.0})
-def test_metrics_are_those_of_scikit_learn(seed, samples, scale, present, ties, shift):
+def test_metrics_equal_those_of_scikit_learn(seed, samples, scale, present, ties, shift):
     logits, labels = make_case(seed, samples, scale, present, ties, shift)
     if len(labels.unique()) > 1:
         assert evaluate(logits, labels) == pytest.approx(expect(logits, labels), abs=2e-6, rel=1e-6)
@@ -106,7 +119,7 @@ def evaluate_cases(cases):
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_metrics_do_not_depend_on_how_samples_are_shared(world_size):
-    """A last batch of one sample leaves the other ranks without any; of a single sample, they have none at all."""
+    """A last batch of one sample leaves the other ranks empty; a single sample, all batches."""
     cases = [
         CONFIDENT | {"samples": 65},
         IN_UNIT_INTERVAL | {"samples": 17},
@@ -137,7 +150,7 @@ def test_classes_without_test_samples_are_reported_once(capsys):
     for step in range(2):
         list(evaluator.evaluate(step))
     assert capsys.readouterr().out == (
-        "evaluation: 3 of 7 classes have no test samples (3, 5, 6); "
+        "warning: 3 of 7 classes have no test samples (3, 5, 6); "
         "balanced_accuracy and auroc are means over the other classes\n"
     )
     assert evaluator.absent_classes == [3, 5, 6]

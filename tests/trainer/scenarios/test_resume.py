@@ -1,10 +1,19 @@
-"""A run that was interrupted goes on as if nothing had happened, to the last bit; with other numbers of workers, to rounding."""
+"""Resumption of an interrupted run: bit-exact, or up to rounding with other numbers of workers."""
+
+import time
 
 import pytest
 import torch.distributed as dist
 
 from tests.dist import run_on_ranks
-from tests.trainer.factories import InterruptedRunError, Interrupting, Notes, make_spec, run_here, train_here
+from tests.trainer.factories import (
+    InterruptedRunError,
+    Interrupting,
+    RecordingLogger,
+    make_spec,
+    run_here,
+    train_here,
+)
 from trainer.checkpoint.state import TrainProgress
 from trainer.errors import Preempted
 from trainer.jobspec import EarlyStopSpec, MlpSpec
@@ -12,13 +21,13 @@ from trainer.training.early_stopping import should_stop, update
 
 
 def state_of(result):
-    """All that a model holds, as bytes by name."""
+    """Return the model state as bytes by name."""
     return {name: value.numpy().tobytes() for name, value in result.model.state_dict().items()}
 
 
 def interrupt(spec, folder, step):
     with pytest.raises(InterruptedRunError):
-        run_here(spec, folder, journal=Interrupting(step))
+        run_here(spec, folder, metrics_logger=Interrupting(step))
 
 
 def finish(spec, folder):
@@ -26,10 +35,28 @@ def finish(spec, folder):
     return state_of(result), result.metrics, notes.metrics, notes.resumed_from
 
 
-def be_killed(spec, folder, rank, step):
-    """Train, and have one rank killed while the others go on."""
-    journal = Interrupting(step, kill=True) if dist.get_rank() == rank else Notes()
-    run_here(spec, folder, journal=journal)
+def train_and_kill(spec, folder, rank, step):
+    """Train, and kill one rank while the others continue."""
+    metrics_logger = Interrupting(step, kill=True) if dist.get_rank() == rank else RecordingLogger()
+    run_here(spec, folder, metrics_logger=metrics_logger)
+
+
+class Slow(Interrupting):
+    """Metrics logger that takes its time once."""
+
+    def update(self, step):
+        if step == 5:
+            time.sleep(1)
+        super().update(step)
+
+
+def test_the_time_of_training_includes_that_before_a_resumption(tmp_path):
+    spec = make_spec(checkpoint={"every": 3})
+    with pytest.raises(InterruptedRunError):
+        run_here(spec, tmp_path, metrics_logger=Slow(14))
+    _, notes = run_here(spec, tmp_path)
+    assert notes.resumed_from == 12
+    assert notes.seconds[20] > 1
 
 
 SPECS = {
@@ -39,18 +66,21 @@ SPECS = {
     "fp32, cosine, adamw": {
         "precision": "fp32",
         "optimizer": {"name": "adamw", "lr": 0.01},
-        "schedule": {"name": "cosine", "warmup_steps": 4},
+        "lr_schedule": {"name": "cosine", "warmup_steps": 4},
     },
     "bf16": {"precision": "bf16"},
-    "fp16, scaled loss": {"precision": "fp16", "clip_norm": 1.0},
-    "parts": {"accumulate": 3},
-    "early stop": {"early_stop": {"patience": 50}, "evaluation": {"statistics": "precise", "precise_batches": 4}},
-    "shuffled by label": {"sharding": "by_label"},
+    "fp16, scaled loss": {"precision": "fp16", "max_grad_norm": 1.0},
+    "parts": {"gradient_accumulation_steps": 3},
+    "early stop": {
+        "early_stop": {"patience": 50},
+        "evaluation": {"statistics": "precise", "precise_batches": 4},
+    },
+    "shuffled by label": {"data_partition": "by_label"},
 }
 
 
 @pytest.mark.parametrize("changes", SPECS.values(), ids=SPECS.keys())
-def test_alone_the_bits_are_those_of_an_uninterrupted_run(tmp_path, changes):
+def test_one_worker_resumes_with_the_bits_of_an_uninterrupted_run(tmp_path, changes):
     spec = make_spec(checkpoint={"every": 3}, **changes)
     whole, metrics, curve, _ = finish(spec, tmp_path / "whole")
     for step in (1, 8, 14):
@@ -64,8 +94,10 @@ def test_alone_the_bits_are_those_of_an_uninterrupted_run(tmp_path, changes):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("name", ["sync", "batch", "none, dropout", "fp32, cosine, adamw", "shuffled by label"])
-def test_on_several_workers_too(tmp_path, world_size, name):
+@pytest.mark.parametrize(
+    "name", ["sync", "batch", "none, dropout", "fp32, cosine, adamw", "shuffled by label"]
+)
+def test_several_workers_resume_with_the_bits_of_an_uninterrupted_run(tmp_path, world_size, name):
     spec = make_spec(num_workers=world_size, checkpoint={"every": 3}, **SPECS[name])
     whole = run_on_ranks(finish, world_size, spec, tmp_path / "whole")
     run_on_ranks(interrupt, world_size, spec, tmp_path / "cut", 8)
@@ -76,21 +108,23 @@ def test_on_several_workers_too(tmp_path, world_size, name):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("rank", [0, 2])
-def test_a_worker_that_is_killed_costs_no_bit(tmp_path, rank):
-    """Three workers, whose sums depend on the order of the summands, on a network whose gradients come in another order."""
+def test_killing_a_worker_changes_no_bit_of_the_result(tmp_path, rank):
+    """The sums of three workers depend on the order of terms; gradients arrive in another order."""
     model = {"name": "import:tests.trainer.networks:backwards"}
     spec = make_spec(num_workers=3, model=model, checkpoint={"every": 2}, precision="fp32", steps=12)
     whole = run_on_ranks(finish, 3, spec, tmp_path / "whole")
     with pytest.raises((EOFError, RuntimeError)):
-        run_on_ranks(be_killed, 3, spec, tmp_path / "cut", rank, 7, timeout_seconds=20)
+        run_on_ranks(train_and_kill, 3, spec, tmp_path / "cut", rank, 7, timeout_seconds=20)
     again = run_on_ranks(finish, 3, spec, tmp_path / "cut")
     assert [state for state, *_ in again] == [state for state, *_ in whole]
-    # That of step 6 may not have been finished when the worker was killed, after which step 7 began.
+    # The checkpoint of step 6 may be incomplete at the kill, after which step 7 began.
     assert {resumed for *_, resumed in again} <= {4, 6}
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 2}, {"parallel": "fsdp"}], ids=["plain", "parts", "fsdp"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"gradient_accumulation_steps": 2}, {"parallel": "fsdp"}], ids=["plain", "parts", "fsdp"]
+)
 def test_four_then_two_then_four_workers_equal_one(tmp_path, changes):
     """50 samples divide evenly over neither four workers nor, in two parts, over two."""
     spec = make_spec(num_workers=[2, 4], checkpoint={"every": 1}, **changes)
@@ -105,7 +139,7 @@ def test_four_then_two_then_four_workers_equal_one(tmp_path, changes):
 
 
 def resume_whole(spec, folder):
-    """As train_here, with a sharded model put together."""
+    """Train like train_here, with a sharded model gathered."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     result, notes = run_here(spec, folder)
@@ -118,8 +152,8 @@ def resume_whole(spec, folder):
     return shared[0], result.metrics, notes.metrics
 
 
-class NodeGoes:
-    """Notices of a node that is drained from the second look on."""
+class DrainedNode:
+    """Preemption notice from the second query on."""
 
     def __init__(self):
         self.looks = 0
@@ -129,22 +163,22 @@ class NodeGoes:
         return self.looks == 2
 
 
-def be_preempted(spec, folder):
+def train_until_preempted(spec, folder):
     with pytest.raises(Preempted) as error:
-        run_here(spec, folder, notices=NodeGoes())
+        run_here(spec, folder, notices=DrainedNode())
     return error.value.step
 
 
 @pytest.mark.dist
-def test_a_drained_node_saves_before_it_goes_and_no_step_is_lost(tmp_path, monkeypatch):
+def test_a_drained_node_saves_and_no_step_is_lost(tmp_path, monkeypatch):
     spec = make_spec(num_workers=2, steps=4_000, eval_every=4_000, precision="fp32")
-    first, second = run_on_ranks(be_preempted, 2, spec, tmp_path)
+    first, second = run_on_ranks(train_until_preempted, 2, spec, tmp_path)
     assert first == second > 0
     assert run_on_ranks(finish, 2, spec.model_copy(update={"steps": first + 1}), tmp_path)[0][3] == first
 
 
-def test_a_deadline_ends_the_run_with_what_it_has(tmp_path):
-    spec = make_spec(steps=10_000_000, eval_every=1_000_000, deadline_seconds=0.5)
+def test_a_time_limit_ends_the_run_with_its_current_result(tmp_path):
+    spec = make_spec(steps=10_000_000, eval_every=1_000_000, max_train_seconds=0.5)
     result, notes = run_here(spec, tmp_path)
     assert result.end == "deadline"
     assert 0 < result.step < spec.steps
@@ -153,7 +187,7 @@ def test_a_deadline_ends_the_run_with_what_it_has(tmp_path):
     assert (again.end, again.step, notes.resumed_from) == ("deadline", result.step, result.step)
 
 
-def test_an_early_stop_stays_one(tmp_path):
+def test_an_early_stop_is_final(tmp_path):
     spec = make_spec(steps=500, early_stop={"patience": 3}, eval_every=10)
     result, notes = run_here(spec, tmp_path)
     assert result.end == "stopped early"
@@ -163,13 +197,15 @@ def test_an_early_stop_stays_one(tmp_path):
     assert (again.end, again.step) == ("stopped early", result.step)
 
 
-def test_an_early_stop_by_another_metric_does_not_count_on_the_old_ones_best(tmp_path):
+def test_changing_the_early_stop_metric_resets_its_best(tmp_path):
     first, _ = run_here(make_spec(steps=100, early_stop={"metric": "accuracy"}), tmp_path)
     assert first.end == "finished"
     assert first.metrics["accuracy"] > first.metrics["test_loss"]
-    # Taken for a loss, the accuracy would be one that no later evaluation comes up to, and the first of them the end.
+    # As a loss, the accuracy would be a best value that no later evaluation reaches, and the first one would
+    # end the run.
     second, notes = run_here(
-        make_spec(steps=160, eval_every=20, early_stop={"metric": "test_loss", "mode": "max", "patience": 1}), tmp_path
+        make_spec(steps=160, eval_every=20, early_stop={"metric": "test_loss", "mode": "max", "patience": 1}),
+        tmp_path,
     )
     assert notes.resumed_from == 100
     assert second.step >= 140
@@ -185,7 +221,7 @@ def test_an_early_stop_by_another_metric_does_not_count_on_the_old_ones_best(tmp
         ("accuracy", "min", [False, False, False, True]),
     ],
 )
-def test_patience_ends_the_run_by_the_direction_of_the_metric(metric, mode, ends):
+def test_patience_uses_the_direction_of_the_metric(metric, mode, ends):
     spec, position, found = EarlyStopSpec(metric=metric, mode=mode, patience=1), TrainProgress(), []
     for value in (0.9, 0.5, 0.4, 0.45):
         position.metrics = {metric: value}
@@ -203,7 +239,7 @@ def test_a_loss_as_target_is_reached_from_above():
     assert ends == [False, False, True]
 
 
-def test_a_target_ends_the_run_though_it_is_reached_by_less_than_counts_as_improvement():
+def test_a_target_reached_by_less_than_min_delta_ends_the_run():
     spec, position = EarlyStopSpec(target=0.8, min_delta=0.01), TrainProgress()
     ends = []
     for accuracy in (0.795, 0.799, 0.803):

@@ -1,4 +1,7 @@
-"""The main claim, in one process: a sigmoid network reaches 80 % in at least five times fewer steps with synchronised BN."""
+"""Main claim in one process: synchronised BN needs at most a fifth of the steps.
+
+A sigmoid network reaches 80 % in at least five times fewer steps.
+"""
 
 from service.cli.demo import RECIPE
 from tests.trainer.factories import train_here
@@ -11,6 +14,6 @@ def best_accuracy(norm, steps):
     return max(metrics["accuracy"] for metrics in curve.values())
 
 
-def test_with_sync_150_steps_do_what_750_do_not_without():
+def test_sync_reaches_80_percent_in_a_fifth_of_the_steps():
     assert best_accuracy("sync", 150) >= 0.8
     assert best_accuracy("none", 750) < 0.8

@@ -1,6 +1,7 @@
-"""Exact resume as a property: any spec, interrupted anywhere, ends with the bytes of a run that was not interrupted.
+"""Exact resume as a property: any interrupted spec ends with the bytes of an uninterrupted run.
 
-Each case is drawn from a seed. `make test` runs one for every optimiser and a few on several workers, `make test-slow` many more.
+Each case is drawn from a seed. `make test` runs one per optimiser and a few on several workers, `make
+test-slow` many more.
 """
 
 import random
@@ -50,10 +51,10 @@ def draw_case(seed, optimizer=None, world_size=1, parallel="ddp"):
     changes = {
         "optimizer": {"lr": 0.02, "weight_decay": choose.choice([0.0, 0.01])} | optimizer,
         "norm": norm,
-        "schedule": choose.choice(SCHEDULES),
+        "lr_schedule": choose.choice(SCHEDULES),
         "precision": choose.choice(["fp32", "bf16", "fp16", "fp64"]),
-        "accumulate": choose.choice([1, 2, 3]),
-        "clip_norm": choose.choice([None, 1.0]),
+        "gradient_accumulation_steps": choose.choice([1, 2, 3]),
+        "max_grad_norm": choose.choice([None, 1.0]),
         "model": {
             "name": "mlp",
             "hidden": choose.choice([[16, 16], [7, 5, 9]]),
@@ -65,7 +66,7 @@ def draw_case(seed, optimizer=None, world_size=1, parallel="ddp"):
         "checkpoint": {"every": choose.choice([1, 2, 5]), "keep_best": choose.choice([None, "accuracy"])},
         "probes": choose.choice([{}, {"measure": ["drift", "percentiles"], "every": 3}]),
         "eval_every": choose.choice([3, 7]),
-        "sharding": choose.choice(["iid", "by_label"]),
+        "data_partition": choose.choice(["iid", "by_label"]),
         "parallel": parallel,
         "num_workers": world_size,
         "steps": STEPS,
@@ -76,11 +77,11 @@ def draw_case(seed, optimizer=None, world_size=1, parallel="ddp"):
 
 
 def assert_resumes_exactly(folder, spec, interruptions):
-    """Compare all that the last checkpoints hold of an uninterrupted run and of one that is interrupted."""
+    """Compare the last checkpoints of an uninterrupted and an interrupted run."""
     run_here(spec, folder / "whole")
     for step in interruptions:
         with pytest.raises(InterruptedRunError):
-            run_here(spec, folder / "cut", journal=Interrupting(step))
+            run_here(spec, folder / "cut", metrics_logger=Interrupting(step))
     _, notes = run_here(spec, folder / "cut")
     every, before = spec.checkpoint.every, interruptions[-1] - 1
     assert (notes.resumed_from or 0) >= before // every * every  # `keep_best` saves more often
@@ -91,7 +92,7 @@ def assert_resumes_exactly(folder, spec, interruptions):
 
 
 def read_last_checkpoint(folder):
-    """All content of a run's last checkpoint, by path; tensors as dtype and bytes."""
+    """Return all content of a run's last checkpoint by path; tensors as dtype and bytes."""
     last = max(path.parent for path in folder.glob(f"step-{STEPS:012d}-*/manifest.json"))
     content: dict[str, Any] = {}
 
@@ -113,7 +114,7 @@ def read_last_checkpoint(folder):
     return content
 
 
-# torch says so where a loss scale skips the very first step.
+# torch warns where a loss scale skips the very first step.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step:UserWarning")
 
 

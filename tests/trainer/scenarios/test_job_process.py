@@ -1,4 +1,4 @@
-"""The processes of a job on a real Ray: what they see, what they write, how they end, and what they leave."""
+"""Processes of a job on a real Ray: environment, output, exit, and processes left behind."""
 
 import json
 import os
@@ -20,9 +20,9 @@ from trainer.jobspec import (
     OUTCOME_FILE,
     Allowlist,
     AttemptContext,
+    AttemptTask,
     JobSpec,
     Outcome,
-    Task,
     attempt_folder,
 )
 
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 LINES = 50_000
-DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); open('deaf', 'a'); time.sleep(300)"
+DEAF = "import signal, time; signal.signal(15, signal.SIG_IGN); open('deaf', 'a'); time.sleep(300)"
 
 def make(classes):
     return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, classes))
@@ -60,15 +60,15 @@ def waiting(classes):
     open(f"waiting-{dist.get_rank()}", "w")
     time.sleep(300)
 """
-VALUE = "a-value-that-nobody-may-see"
+VALUE = "a-secret-value"
 SPEC = {"data": {"name": "digits"}, "num_workers": 2, "steps": 4, "eval_every": 2, "log_model": False}
 
 
 def start(folder, model, **context):
-    """Start a driver on a Ray of its own, in `folder`, as Ray's job server does on a cluster."""
+    """Start a driver with a private Ray in `folder`, as Ray's job server does on a cluster."""
     (folder / "models.py").write_text(MODELS)
     spec = SPEC | {"model": {"name": f"import:models:{model}", "arguments": {"classes": 10}}}
-    task = Task(
+    task = AttemptTask(
         spec=JobSpec.model_validate(spec),
         context=AttemptContext(
             job_id="job-1",
@@ -104,7 +104,7 @@ def text_in(folder):
 
 @pytest.fixture(scope="module")
 def busy(tmp_path_factory):
-    """A job of two workers that print a lot at once, leave a deaf child each, and succeed."""
+    """Succeeded job of two workers that print concurrently and each leave a child that ignores SIGTERM."""
     folder = tmp_path_factory.mktemp("busy")
     secret = folder / "ann" / "secret"
     secret.parent.mkdir()
@@ -118,7 +118,7 @@ def busy(tmp_path_factory):
     return SimpleNamespace(folder=folder, ended_at=ended_at, lines=lines_in(folder))
 
 
-def test_nothing_that_a_job_started_outlives_it_by_15_seconds(busy):
+def test_no_process_outlives_its_job_by_15_seconds(busy):
     left = [process for process in working_in(busy.folder) if "deaf" in " ".join(process.cmdline())]
     assert still_alive(left, 15 - (time.monotonic() - busy.ended_at)) == []
     assert (busy.folder / "deaf").exists()
@@ -134,7 +134,7 @@ def test_each_line_of_each_worker_is_in_the_log_once(busy):
     assert sum("step 4/4" in line.text for line in busy.lines) == 1
 
 
-def test_the_log_is_free_of_rays_own_noise(busy):
+def test_the_log_has_no_messages_of_ray(busy):
     text = "\n".join(line.text for line in busy.lines)
     for noise in ("PreemptionWatcher", "TrainController", "(raylet)", "RayTrainWorker", "INFO", "\x1b"):
         assert noise not in text
@@ -152,20 +152,22 @@ def test_each_worker_sees_the_jobs_secret_and_no_credential_of_the_service(busy)
     assert VALUE not in (busy.folder / "output").read_text()
 
 
-def test_a_worker_that_user_code_ends_is_that_codes_failure(tmp_path):
+def test_an_exit_in_user_code_is_a_user_code_failure(tmp_path):
     start(tmp_path, "leaving").wait(150)
     outcome = outcome_in(tmp_path)
     assert (outcome.state, outcome.cause, outcome.rank) == ("failed", "user_code", 1), text_in(tmp_path)
     assert outcome.reason == "worker 1: its process ended with status 7"
-    tries = json.loads((tmp_path / "job-1/checkpoints/run.json").read_text())["tries"]
-    assert len(tries) == 1
+    history = json.loads((tmp_path / "job-1/checkpoints/run.json").read_text())
+    assert len(history["worker_group_runs"]) == 1
 
 
-def test_a_driver_that_is_killed_leaves_an_outcome_and_no_process(tmp_path):
+def test_a_killed_driver_leaves_an_outcome_and_no_process(tmp_path):
     process = start(tmp_path, "waiting")
     wait_for_file(tmp_path / "waiting-1", 120)
     everything = working_in(tmp_path)
-    (driver,) = [child for child in psutil.Process(process.pid).children() if child.cmdline()[1:3] == ["-m", "trainer"]]
+    (driver,) = [
+        child for child in psutil.Process(process.pid).children() if child.cmdline()[1:3] == ["-m", "trainer"]
+    ]
     driver.kill()
     process.wait(20)
     outcome = outcome_in(tmp_path)
