@@ -11,7 +11,7 @@ from pydantic import Field
 
 SECRET_PREFIX = "syncbn_"  # noqa: S105 - what a token begins with, so that scanners of leaked secrets know it
 RESERVED_OWNERS = frozenset({"dispatcher", "service", "shared"})
-"""Names of parts of the service in events, and of the folder of secrets that all may use."""
+"""Names that owners must not have: parts of the service in events, and the folder of shared secrets."""
 
 Owner = Annotated[
     str,
@@ -46,13 +46,13 @@ class Token:
     id: str
     owner: str
     name: str
-    """What it is for, in its maker's words."""
+    """Purpose, as its creator describes it."""
     scopes: tuple[Scope, ...]
     created_at: datetime
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
     last_used_at: datetime | None = None
-    """To the minute."""
+    """Time of last use, accurate to a minute."""
 
     def is_valid(self, now: datetime) -> bool:
         """Return whether the token is valid."""
@@ -82,16 +82,16 @@ class AuditRecord:
     """Audit record."""
 
     sequence: int = 0
-    """Grows over all records; the database gives it."""
+    """Number that increases over all records, assigned by the database."""
     at: datetime
     actor: str
-    """Whose token it was, or the part of the service."""
+    """Owner of the token that was used, or part of the service."""
     token_id: str | None
-    """The token that was shown; None for a part of the service."""
+    """Token that was used; None for a part of the service."""
     action: str
-    """Such as `token.create`."""
+    """Name of the action, such as `token.create`."""
     subject: str
-    """Identifier of what it was done to."""
+    """Identifier of the object of the action."""
     detail: str
 
 
@@ -101,12 +101,15 @@ def new_secret() -> str:
 
 
 def hash_secret(secret: str) -> str:
-    """Hash a secret. A fast hash suffices for 256 random bits, and every request needs one."""
+    """Hash a secret.
+
+    A fast hash suffices for 256 random bits, and every request needs one.
+    """
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-MOST_NAMES = 10_000
-"""Buckets that are kept before the full ones, which say nothing, are thrown away."""
+MAX_BUCKETS = 10_000
+"""Maximum number of buckets before full ones, which hold no information, are dropped."""
 
 
 class RateLimit:
@@ -118,10 +121,12 @@ class RateLimit:
 
     def take(self, name: str, now: float) -> float:
         """Take a token at time `now`; return 0, or the seconds to wait."""
+        # Generic cell rate algorithm: one number per bucket, the time at which it will be full again.
         full_at = max(self._full_at.get(name, now), now) + self._interval
+        # The tolerance absorbs rounding of sums of the interval.
         if (early := full_at - now - self._span) > 1e-9:
             return early
-        if len(self._full_at) >= MOST_NAMES:
+        if len(self._full_at) >= MAX_BUCKETS:
             self._full_at = {name: at for name, at in self._full_at.items() if at > now}
         self._full_at[name] = full_at
         return 0.0
@@ -129,23 +134,24 @@ class RateLimit:
 
 SIGN_IN_LINK_LIFETIME = timedelta(minutes=10)
 SESSION_LIFETIME = timedelta(hours=12)
-HOME = "/mlflow/"
-"""Page that a browser is sent to after sign-in, unless it asked for another one."""
+HOME = "/"
+"""Default page after sign-in."""
 
 
 class CredentialKind(StrEnum):
     """Kinds of credentials."""
 
     SIGN_IN = "sign_in"
-    """One sign-in of a browser; used up by it."""
+    """Single sign-in of a browser."""
     SESSION = "session"
-    """A signed-in browser."""
+    """Session of a browser."""
     ATTEMPT = "attempt"
-    """Writes of one running attempt to its MLflow run."""
+    """Writes of a running attempt to its MLflow run."""
 
 
 def local_path(target: str | None) -> str:
     """Return `target` if it is a path of this service, else the home page."""
+    # Browsers read `//host` and `/\host` as another site, and drop control characters before parsing.
     is_local = target is not None and target.startswith("/") and not target.startswith(("//", "/\\"))
     has_controls = target is not None and any(ord(letter) < 0x20 or letter == "\\" for letter in target)
     return target if target is not None and is_local and not has_controls else HOME

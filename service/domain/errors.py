@@ -1,22 +1,11 @@
-"""Errors of the control plane, one HTTP status each."""
+"""Errors of the control plane, one HTTP status each.
 
-from typing import Any
+Invalid fields are errors of `trainer.jobspec.InvalidField`.
+"""
 
 
 class ServiceError(Exception):
     """Base class of errors with a message for users."""
-
-
-MAX_SHOWN = 200
-"""Characters of a value that a message shows."""
-
-
-class InvalidField(ServiceError):  # noqa: N818 - names say what is the case
-    """A field of a request has an invalid value."""
-
-    def __init__(self, field: str, value: Any, takes: str) -> None:
-        super().__init__(f"{field}: {takes} (got {shown(value)})")
-        self.field, self.value, self.takes = field, value, takes
 
 
 class NotFound(ServiceError):  # noqa: N818
@@ -49,9 +38,3 @@ class StorageFull(UpstreamUnavailable):
 
 class UpstreamRejected(ServiceError):  # noqa: N818
     """Ray or MLflow refused a request; a retry helps only after a temporary error."""
-
-
-def shown(value: Any) -> str:
-    """Return a value for a message, shortened if it is long."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

@@ -6,9 +6,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from service.domain.retries import Failures, Retries
-from service.domain.scheduling import SchedulableJob, least_needs, most_needs
-from trainer.jobspec import JobSpec, Progress
+from service.domain.retries import Failures, JobFailureKind, Retries
+from service.domain.scheduling import SchedulableJob, max_resources, min_resources
+from trainer.jobspec import JobSpec, Progress, spec_warnings
 
 
 class JobState(StrEnum):
@@ -37,7 +37,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),
 }
-"""From each state to those that may follow; back to queued means another attempt."""
+"""Legal next states of each state; queued means another attempt."""
 ACTIVE_STATES = frozenset({JobState.SUBMITTED, JobState.RUNNING})
 """States in which an attempt may be running."""
 
@@ -49,44 +49,48 @@ class JobRecord:
     id: str
     name: str
     owner: str
-    """Whose token submitted it."""
+    """Owner of the token that submitted the job."""
     tags: tuple[str, ...] = ()
     priority: int = 0
     retries: Retries = field(default_factory=Retries)
     secrets: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the workers, each with the name of the secret that it holds there; never its value."""
-    queue_seconds: float | None = None
-    """How long it may wait for its first attempt."""
-    run_seconds: float | None = None
-    """How long its attempts may run, all together."""
+    """Names of secrets by the environment variables of the workers that hold them; never their values."""
+    queue_timeout_seconds: float | None = None
+    """Time limit for the start of the first attempt."""
+    max_run_seconds: float | None = None
+    """Time limit for all attempts together."""
     state: JobState = JobState.QUEUED
     reason: str
     attempt: int = 1
     failures: Failures = field(default_factory=Failures)
+    failure_kind: JobFailureKind | None = None
+    """Failure kind of the newest attempt that failed; None if none did, or if the job did not fail in the
+    end.
+    """
     cancel_requested: bool = False
     comparison_id: str | None = None
     variant: dict[str, Any] = field(default_factory=dict)
-    """What the comparison's matrix set in this job's spec, the seed included: path to value."""
+    """Values that the matrix of the comparison set in the spec, by path, including the seed."""
     resumed_from: str | None = None
-    """The ended job whose checkpoints this one goes on from."""
+    """Id of the ended job whose checkpoints this one continues from."""
     cloned_from: str | None = None
     progress: Progress | None = None
     mlflow_run_id: str | None = None
     mlflow_experiment_id: str | None = None
     mlflow_closed: bool = False
-    """Whether MLflow knows the end of this job's run."""
+    """Whether the MLflow run is closed."""
     created_at: datetime
     queued_at: datetime
-    """When it joined the queue, for its newest attempt."""
+    """Time at which the newest attempt entered the queue."""
     not_before: datetime | None = None
-    """When its newest attempt may start."""
+    """Earliest start of the newest attempt."""
     started_at: datetime | None = None
-    """When its newest attempt was seen running."""
+    """Time at which the newest attempt was first observed running."""
     ran_seconds: float = 0.0
-    """How long the attempts before that ran."""
+    """Run time of the earlier attempts in seconds."""
     ended_at: datetime | None = None
     version: int = 1
-    """Grows with each stored change; a change that was computed from an older version is refused."""
+    """Number that increases with each stored change; a change computed from an older version is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,11 @@ class Job(JobRecord):
     """Job: one training run that a user submitted."""
 
     spec: JobSpec
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the spec."""
+        return spec_warnings(self.spec)
 
     @property
     def norm(self) -> str:
@@ -122,13 +131,17 @@ class Job(JobRecord):
     @property
     def queue_until(self) -> datetime | None:
         """End of the queue time limit; None without a limit."""
-        if self.queue_seconds is None or self.attempt > 1:
+        # Later attempts are queued by the service; the user's limit is for the first one.
+        if self.queue_timeout_seconds is None or self.attempt > 1:
             return None
-        return self.created_at + timedelta(seconds=self.queue_seconds)
+        return self.created_at + timedelta(seconds=self.queue_timeout_seconds)
 
     @property
     def submission_id(self) -> str:
-        """Submission id of the attempt, known before Ray is called, so that crashes can be repaired."""
+        """Submission id of the attempt.
+
+        It is known before Ray is called, so that crashes can be repaired.
+        """
         return submission_id(self.id, self.attempt)
 
     def seconds_run(self, now: datetime) -> float:
@@ -136,9 +149,14 @@ class Job(JobRecord):
         current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
         return self.ran_seconds + current
 
-    def after(self, step: "Transition", now: datetime) -> "Job":
-        """Return the job after a transition, except for its version."""
-        after = replace(self, state=step.state, reason=step.reason)
+    def apply(self, step: "Transition", now: datetime) -> "Job":
+        """Return the job after a transition, which must be legal."""
+        if not is_legal(self.state, step.state):
+            raise AssertionError(f"{self.id}: {self.state} -> {step.state} is no legal transition")
+        after = replace(self, state=step.state, reason=step.reason, version=self.version + 1)
+        # A success clears the failure kind of earlier attempts.
+        if step.failure_kind is not None or step.state.is_terminal:
+            after = replace(after, failure_kind=step.failure_kind)
         if step.state == JobState.RUNNING:
             return replace(after, started_at=now)
         if step.state == JobState.QUEUED:
@@ -147,14 +165,19 @@ class Job(JobRecord):
                 attempt=self.attempt + 1,
                 failures=step.failures or self.failures,
                 ran_seconds=self.seconds_run(now),
+                # The next attempt may resume at an earlier step than the last progress.
                 progress=None,
                 started_at=None,
                 queued_at=now,
                 not_before=step.not_before,
             )
-        return replace(after, ran_seconds=self.seconds_run(now), ended_at=now) if step.state.is_terminal else after
+        return (
+            replace(after, ran_seconds=self.seconds_run(now), ended_at=now)
+            if step.state.is_terminal
+            else after
+        )
 
-    def candidate(self) -> SchedulableJob:
+    def schedulable(self) -> SchedulableJob:
         """Return the job for the scheduler."""
         return SchedulableJob(
             id=self.id,
@@ -162,8 +185,8 @@ class Job(JobRecord):
             priority=self.priority,
             queued_at=self.queued_at,
             not_before=self.not_before,
-            least=least_needs(self.spec),
-            most=most_needs(self.spec),
+            min_resources=min_resources(self.spec),
+            max_resources=max_resources(self.spec),
             submission_id=self.submission_id,
         )
 
@@ -174,8 +197,9 @@ class Transition:
 
     state: JobState
     reason: str
+    failure_kind: JobFailureKind | None = None
     failures: Failures | None = None
-    """Back to the queue, for another attempt: what has failed so far, the newest included."""
+    """Failure counts including the newest failure, if the job is queued again."""
     not_before: datetime | None = None
 
 
@@ -184,20 +208,20 @@ class Event:
     """Entry of a job's timeline: a transition or a request."""
 
     sequence: int = 0
-    """Grows over all events; the database gives it."""
+    """Number that increases over all events, assigned by the database."""
     job_id: str
     at: datetime
     state: JobState
     reason: str
     actor: str
-    """Whose token it was, or the part of the service."""
+    """Owner of the token that was used, or part of the service."""
     attempt: int
 
 
 ADMIN = "admin"
-"""Owner of the first token, and of all that was there before tokens had owners."""
-LONGEST_NAME = 200
-"""Characters of a job's name."""
+"""Owner of the first token, and of everything that was stored before tokens had owners."""
+MAX_NAME_CHARS = 200
+"""Maximum length of a job's name."""
 
 
 def submission_id(job_id: str, attempt: int) -> str:

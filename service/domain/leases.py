@@ -1,8 +1,8 @@
 """Leases: division of work among replicas.
 
-The work is cut into parts, each under a lease of its own. A lease that was not renewed in time is free for others, and each new
-holder gets a token larger than the one before: what a holder that was away writes with its old token is refused (fencing; Kleppmann
-2016, How to do distributed locking).
+The work is cut into parts, each under its own lease. A lease that was not renewed in time is free for
+others, and each new holder gets a token larger than the one before: what a holder that was away writes with
+its old token is refused (fencing; Kleppmann 2016, How to do distributed locking).
 """
 
 from collections.abc import Collection
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from zlib import crc32
 
 SCHEDULER = "scheduler"
-"""Who holds this one admits jobs: what is free can be counted by one alone."""
+"""Lease of the replica that admits jobs; only one may count free resources."""
 SHARDS = 8
-"""Parts that the jobs are cut into, each looked after by one replica."""
+"""Number of shards of the jobs; each is reconciled by one replica."""
 LEASES = (SCHEDULER, *(f"shard-{number}" for number in range(SHARDS)))
 
 

@@ -1,4 +1,4 @@
-"""Next state of a job, from its outcome and Ray's status."""
+"""Decisions about jobs: the next action for a job, from what was observed of it."""
 
 import re
 import signal
@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
-from service.domain.retries import BLAME, Blame, pause
+from service.domain.retries import RETRY_GROUPS, JobFailureKind, RetryGroup, pause
 from trainer.jobspec import Outcome
 from trainer.processes import describe_status
 
@@ -38,62 +38,185 @@ class Submission:
     message: str
 
 
-def next_step(job: Job, submission: Submission | None, outcome: Outcome | None, now: datetime) -> Transition | None:
-    """Return the next transition of a submitted job, or None; `submission` is None if unknown to Ray.
+@dataclass(frozen=True)
+class Observation:
+    """Observed state of a submitted attempt."""
 
-    The outcome that the run itself wrote is believed before Ray, whose record is lost with its head. A submitted job that Ray
-    does not know is left as it is, to be handed over (again): its submission may never have arrived.
+    submission: Submission | None
+    """Submission as Ray reports it; None if it is unknown to Ray."""
+    outcome: Outcome | None
+    """Outcome that the run wrote itself, or None."""
+    heartbeat_age_seconds: float
+    """Seconds since Ray's status or the driver's heartbeat changed last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Time limits of the operator, in seconds."""
+
+    outcome_grace_seconds: float
+    """Time for a heartbeat or an outcome after Ray reported the end of an attempt."""
+    heartbeat_timeout_seconds: float
+    """Time without a heartbeat after which a running attempt is lost."""
+    start_timeout_seconds: float
+    """Time for Ray to start a submission."""
+
+
+class Command(StrEnum):
+    """Actions that do not change the state of a job."""
+
+    WAIT = "wait"
+    SUBMIT = "submit"
+    """Submit the attempt to Ray; it may have been submitted before."""
+    STOP = "stop"
+    """Stop the attempt in Ray."""
+    CLOSE = "close"
+    """Close the attempt's folder, upon which its driver stops."""
+    CANCEL_PENDING = "cancel_pending"
+    """Cancel an attempt that Ray has not started."""
+    FINISH_RUN = "finish_run"
+    """Close the MLflow run of a job that has ended."""
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Action: apply a transition, and stop the attempt in Ray if it may still run."""
+
+    transition: Transition
+    stop: bool = False
+
+
+Action = Command | Advance
+
+
+def decide(job: Job, observation: Observation | None, limits: Limits, now: datetime) -> Action:
+    """Return the next action for a job.
+
+    Args:
+        job: the stored job.
+        observation: observed state of its attempt; None if the job is queued or has ended.
+        limits: time limits of the operator.
+        now: the current time.
+    """
+    if job.state.is_terminal:
+        return Command.FINISH_RUN
+    if job.state == JobState.QUEUED:
+        leaves = _leave_queue(job, now)
+        return Command.WAIT if leaves is None else Advance(leaves)
+    assert observation is not None
+    submission, outcome, age = observation.submission, observation.outcome, observation.heartbeat_age_seconds
+    is_pending = submission is not None and submission.status == RayStatus.PENDING
+    if is_pending and job.cancel_requested:
+        return Command.CANCEL_PENDING
+    if is_pending and age > limits.start_timeout_seconds:
+        what = f"Ray has not started it within {limits.start_timeout_seconds:g} s"
+        return Advance(after_failure(job, "not_started", what, now))
+    # Ray reports a driver as running for ever whose end it did not see, as after the loss of its head.
+    timeout = limits.heartbeat_timeout_seconds if outcome is None else limits.outcome_grace_seconds
+    has_started = outcome is not None or job.state == JobState.RUNNING
+    is_lost = has_started and submission is not None and not submission.status.is_terminal and age > timeout
+    transition = next_transition(job, None if is_lost else submission, outcome, now)
+    must_stop = job.cancel_requested or is_overtime(job, now)
+    if transition is None:
+        return Command.SUBMIT if submission is None else Command.STOP if must_stop else Command.WAIT
+    # An end that only Ray reports is believed after some seconds without a heartbeat: Ray can call a living
+    # driver failed, files can arrive late, and a submission whose response was lost can still arrive.
+    is_doubtful = outcome is None and not is_lost and not _is_certain(submission)
+    if is_doubtful and age < limits.outcome_grace_seconds:
+        return Command.CLOSE if must_stop else Command.WAIT
+    return Advance(transition, stop=is_lost)
+
+
+def next_transition(
+    job: Job, submission: Submission | None, outcome: Outcome | None, now: datetime
+) -> Transition | None:
+    """Return the next transition of a submitted job, or None.
+
+    `submission` is None if unknown to Ray.
+
+    The outcome that the run itself wrote is believed before Ray, whose record is lost with its head. A
+    submitted job that Ray does not know stays as it is, to be submitted again: its submission may never
+    have arrived.
     """
     if submission is not None and not submission.status.is_terminal:
         if submission.status == RayStatus.RUNNING and job.state == JobState.SUBMITTED:
             return Transition(state=JobState.RUNNING, reason=f"attempt {job.attempt} is running")
         return None
     if outcome is not None and outcome.state == "succeeded":
-        return Transition(state=JobState.SUCCEEDED, reason=outcome.reason)
+        return Transition(state=JobState.SUCCEEDED, reason=outcome.reason, failure_kind=outcome.cause)
     if job.cancel_requested:
         return Transition(state=JobState.CANCELLED, reason="cancelled on request")
     if is_overtime(job, now):
-        return Transition(state=JobState.FAILED, reason=f"ran longer than its run_seconds, {job.run_seconds:g}")
+        return _failed(f"ran longer than its max_run_seconds, {job.max_run_seconds:g}", "time_limit")
     if outcome is not None:
-        blame = BLAME.get(outcome.cause, Blame.USER) if outcome.cause else Blame.USER
-        what = outcome.reason if blame == Blame.USER else f"{outcome.cause}: {outcome.reason}"
-        return after_failure(job, blame, what, now)
+        kind = outcome.cause or "user_code"
+        is_users = RETRY_GROUPS[kind] == RetryGroup.USER
+        return after_failure(job, kind, outcome.reason if is_users else f"{kind}: {outcome.reason}", now)
     if submission is None:
-        if job.state == JobState.RUNNING:
-            return after_failure(job, Blame.INFRASTRUCTURE, "Ray lost it", now)
-        return None
+        return (
+            after_failure(job, "worker_lost", "Ray lost it", now) if job.state == JobState.RUNNING else None
+        )
     if submission.status == RayStatus.STOPPED:
-        return Transition(state=JobState.FAILED, reason="stopped in Ray, not through this service")
-    blame, what = explain_driver(submission)
-    return after_failure(job, blame, what, now)
+        return _failed("stopped in Ray, not through this service", "stopped")
+    return after_failure(job, *explain_driver(submission), now)
 
 
-def explain_driver(submission: Submission) -> tuple[Blame, str]:
-    """Return reason and failure kind of a driver that left no outcome, from Ray's message."""
+def explain_driver(submission: Submission) -> tuple[JobFailureKind, str]:
+    """Return failure kind and reason of a driver that left no outcome.
+
+    They are derived from Ray's message.
+    """
     if (found := EXIT_CODE.search(submission.message)) is not None:
         status = int(found[1])
         status = 128 - status if status > 128 else status  # as a shell reports a signal
-        blame = Blame.INFRASTRUCTURE if -status in OUTSIDE_SIGNALS else Blame.UNKNOWN
-        return blame, f"the driver {describe_status(status)} and left no outcome"
-    if submission.status == RayStatus.FAILED and submission.message:  # of the job's supervisor, not of the driver
-        return Blame.INFRASTRUCTURE, "Ray lost the driver, which left no outcome"
-    return Blame.UNKNOWN, "the driver left no outcome"
+        kind: JobFailureKind = "worker_lost" if -status in OUTSIDE_SIGNALS else "unknown"
+        return kind, f"the driver {describe_status(status)} and left no outcome"
+    if submission.status == RayStatus.FAILED and submission.message:  # of Ray's supervisor of the driver
+        return "worker_lost", "Ray lost the driver, which left no outcome"
+    return "unknown", "the driver left no outcome"
 
 
 def is_overtime(job: Job, now: datetime) -> bool:
     """Return whether a job has exceeded its run time limit."""
-    return job.run_seconds is not None and job.seconds_run(now) > job.run_seconds
+    return job.max_run_seconds is not None and job.seconds_run(now) > job.max_run_seconds
 
 
-def after_failure(job: Job, blame: Blame, what: str, now: datetime) -> Transition:
-    """Return the transition after a failure: queued again if a retry of this kind is left."""
-    failures = job.failures.increment(blame)
-    count, allowed = failures.of(blame), job.retries.allowed(blame)
-    if blame == Blame.USER:
-        return Transition(state=JobState.FAILED, reason=what)
+def after_failure(job: Job, kind: JobFailureKind, what: str, now: datetime) -> Transition:
+    """Return the transition after a failure.
+
+    The job is queued again if a retry of its group is left.
+    """
+    group = RETRY_GROUPS[kind]
+    if group == RetryGroup.USER:
+        return _failed(what, kind)
+    failures = job.failures.increment(group)
+    count, allowed = failures.of(group), job.retries.allowed(group)
     if count > allowed:
-        reason = f"attempt {job.attempt}: {what}; no retries left for {blame} ({allowed})"
-        return Transition(state=JobState.FAILED, reason=reason)
-    reason = f"attempt {job.attempt}: {what}; retry {count} of {allowed} for {blame} follows"
-    not_before = now + pause(count)
-    return Transition(state=JobState.QUEUED, reason=reason, failures=failures, not_before=not_before)
+        return _failed(f"attempt {job.attempt}: {what}; no retries left for {group} ({allowed})", kind)
+    reason = f"attempt {job.attempt}: {what}; retry {count} of {allowed} for {group} follows"
+    return Transition(
+        state=JobState.QUEUED,
+        reason=reason,
+        failure_kind=kind,
+        failures=failures,
+        not_before=now + pause(count),
+    )
+
+
+def _leave_queue(job: Job, now: datetime) -> Transition | None:
+    if job.cancel_requested:
+        return Transition(state=JobState.CANCELLED, reason="cancelled while queued")
+    if job.queue_until is not None and job.queue_until <= now:
+        limit = f"waited longer than its queue_timeout_seconds, {job.queue_timeout_seconds:g}"
+        return _failed(f"{limit}; at last: {job.reason}", "time_limit")
+    return None
+
+
+def _failed(reason: str, kind: JobFailureKind) -> Transition:
+    return Transition(state=JobState.FAILED, reason=reason, failure_kind=kind)
+
+
+def _is_certain(submission: Submission | None) -> bool:
+    return submission is not None and (
+        not submission.status.is_terminal or submission.status == RayStatus.STOPPED
+    )

@@ -1,8 +1,8 @@
 """Bounds on MLflow queries: rows, runs, conditions.
 
-MLflow itself answers `metrics/get-history` without a page size with all points of a run, takes 100 runs of 2,500 points in one
-request, and checks none of it for GraphQL. Page sizes are lowered, for its clients and pages follow `next_page_token`; what cannot
-be lowered without another meaning is refused.
+MLflow itself answers `metrics/get-history` without a page size with all points of a run, takes 100 runs of
+2,500 points in one request, and checks none of it for GraphQL. Page sizes are lowered, for its clients and
+pages follow `next_page_token`; what cannot be lowered without another meaning is refused.
 """
 
 import json
@@ -10,13 +10,13 @@ from typing import Any
 
 from graphql import FieldNode, GraphQLError, OperationDefinitionNode, VariableNode, parse
 
-from service.domain.errors import InvalidField
 from service.domain.mlflow_access import read_object
+from trainer.jobspec import InvalidField
 
 Pairs = list[tuple[str, str]]
 
 MAX_QUERY_BYTES = 100_000
-"""Body of a query; a page of MLflow's UI that names 100 runs takes 4,000."""
+"""Maximum body of a query; a page of MLflow's UI that names 100 runs sends 4,000."""
 MAX_RESULTS = {
     "experiments/search": 1_000,
     "runs/search": 1_000,
@@ -28,23 +28,24 @@ MAX_RESULTS = {
     "metrics/get-history-bulk": 25_000,
     "metrics/get-history-bulk-interval": 2_500,
 }
-"""Page sizes; MLflow's UI asks for at most 1,000, and for 25,000 points of a history."""
+"""Maximum page sizes; MLflow's UI requests at most 1,000, and 25,000 points of a history."""
 WITHOUT_DEFAULT = ("metrics/get-history", "model-versions/search")
-"""Routes whose page is larger than that where no size is given."""
+"""Routes whose default page size exceeds the maximum."""
 PER_RUN = "metrics/get-history-bulk-interval"
-"""Its page size counts the points of each run."""
+"""Route whose page size counts the points of each run."""
 MAX_POINTS = 50_000
-"""Of all runs of one such request; the UI asks for 320 points of at most 100 runs."""
+"""Maximum number of points of all runs in one such request; the UI requests 320 points of at most 100 runs.
+"""
 MAX_RUNS, MAX_ITEMS, MAX_ORDER_BY = 100, 1_000, 20
 MAX_CONDITIONS = 50
-"""Of a filter: each is a join. "and" is counted, in names too."""
+"""Maximum number of conditions of a filter, each of which is a join. "and" is counted, also in names."""
 CAMEL_CASE = {
     "max_results": "maxResults",
     "order_by": "orderBy",
     "experiment_ids": "experimentIds",
     "run_ids": "runIds",
 }
-"""Second spellings of protobuf's JSON, and the only ones of GraphQL."""
+"""Field names in camel case: alternatives in protobuf's JSON, and the only names in GraphQL."""
 GRAPHQL = "/graphql"
 GRAPHQL_FIELDS = {
     "mlflowGetExperiment": "",
@@ -55,13 +56,16 @@ GRAPHQL_FIELDS = {
     "mlflowSearchModelVersions": "model-versions/search",
     "mlflowGetMetricHistoryBulkInterval": PER_RUN,
 }
-"""Fields of MLflow's schema, and the routes that do the same."""
+"""Fields of MLflow's GraphQL schema, with the equivalent routes."""
 MAX_TOKENS = 1_000
-"""Of a GraphQL document; the longest of MLflow's UI has 150."""
+"""Maximum number of tokens of a GraphQL document; the longest of MLflow's UI has 150."""
 
 
 def bounded(path: str, query: Pairs, body: bytes | None) -> tuple[Pairs, bytes | None]:
-    """Return the bounded query string and body of a reader's request. Raises InvalidField."""
+    """Return the bounded query string and body of a reader's request.
+
+    Raises InvalidField.
+    """
     route = path.rpartition("mlflow/")[2]
     if body is None:
         return _bounded_query(route, query), None
@@ -69,8 +73,11 @@ def bounded(path: str, query: Pairs, body: bytes | None) -> tuple[Pairs, bytes |
     if path != GRAPHQL:
         return query, json.dumps(_bounded_fields(route, content)).encode()
     route, arguments = _graphql_arguments(content)
-    arguments |= {CAMEL_CASE.get(name, name): value for name, value in _bounded_fields(route, arguments).items()}
-    # MLflow reads the number of points of this one field from the address instead of from the field's argument.
+    arguments |= {
+        CAMEL_CASE.get(name, name): value for name, value in _bounded_fields(route, arguments).items()
+    }
+    # MLflow reads the number of points of this one field from the address instead of from the field's
+    # argument.
     points = [("max_results", str(arguments["maxResults"]))] if route == PER_RUN else []
     return points, json.dumps(content).encode()
 
@@ -90,7 +97,10 @@ def _bounded_query(route: str, query: Pairs) -> Pairs:
 
 
 def _bounded_fields(route: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields in canonical spelling with a bounded page size. Raises InvalidField."""
+    """Return the fields in canonical spelling with a bounded page size.
+
+    Raises InvalidField.
+    """
     content = dict(given)
     for name, second in CAMEL_CASE.items():
         if second in content:
@@ -129,8 +139,8 @@ def _graphql_arguments(content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         field, variable = _root_field(str(query))
         route = GRAPHQL_FIELDS[field]
     except (GraphQLError, LookupError, RecursionError, ValueError):
-        takes = "must be one known field without aliases or fragments, with a variable as its input"
-        raise InvalidField("query", query, takes) from None
+        rule = "must be one known field without aliases or fragments, with a variable as its input"
+        raise InvalidField("query", query, rule) from None
     arguments = variables.get(variable) if isinstance(variables, dict) else None
     if not isinstance(arguments, dict):
         raise InvalidField(f"variables.{variable}", arguments, "must be an object")

@@ -8,45 +8,63 @@ from trainer.jobspec import JobSpec
 
 
 @dataclass(frozen=True)
-class Capacity:
+class Resources:
     """Amount of resources."""
 
     cpus: float = 0
     gpus: float = 0
 
-    def __add__(self, other: "Capacity") -> "Capacity":
-        return Capacity(self.cpus + other.cpus, self.gpus + other.gpus)
+    def __add__(self, other: "Resources") -> "Resources":
+        return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
 
-    def __sub__(self, other: "Capacity") -> "Capacity":
-        return Capacity(self.cpus - other.cpus, self.gpus - other.gpus)
+    def __sub__(self, other: "Resources") -> "Resources":
+        return Resources(self.cpus - other.cpus, self.gpus - other.gpus)
 
     def __str__(self) -> str:
         return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
 
-    def holds(self, need: "Capacity") -> bool:
-        """Return whether `need` fits."""
-        return need.cpus <= self.cpus and need.gpus <= self.gpus
+    def fits(self, available: "Resources") -> bool:
+        """Return whether this amount is available."""
+        return self.cpus <= available.cpus and self.gpus <= available.gpus
 
-    def at_most(self, other: "Capacity") -> "Capacity":
+    def at_most(self, other: "Resources") -> "Resources":
         """Return the minimum per resource."""
-        return Capacity(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
+        return Resources(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
 
-    def share_of(self, total: "Capacity") -> float:
-        """Return the dominant share of `total` (Ghodsi et al. 2011, Dominant Resource Fairness)."""
-        return max(self.cpus / total.cpus if total.cpus else 0.0, self.gpus / total.gpus if total.gpus else 0.0)
+    def share_of(self, total: "Resources") -> float:
+        """Return the dominant share of `total`.
+
+        Source: Ghodsi et al. 2011, Dominant Resource Fairness.
+        """
+        return max(
+            self.cpus / total.cpus if total.cpus else 0.0, self.gpus / total.gpus if total.gpus else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of a node of the cluster."""
+
+    address: str
+    total: Resources
+    free: Resources
+    memory_bytes: int
+    """Memory that Ray gives to its tasks; 0 if it is not known."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Resources of the cluster."""
 
-    total: Capacity
-    free: Capacity
-    """What nobody holds, in whole workers: a node with half a CPU free has room for none."""
+    total: Resources
+    free: Resources
+    """Free resources in whole workers: half a free CPU of a node counts as none."""
     placed: frozenset[str] = frozenset()
-    """Submissions whose workers have their resources, which are no longer free."""
+    """Submissions whose workers have their resources already."""
     largest_node_bytes: int | None = None
-    """Memory of the node that has most of it; None: not known."""
+    """Memory of the largest node; None if it is not known."""
+    nodes: tuple[Node, ...] = ()
+    """Live nodes, by address."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +75,7 @@ class Quota:
     cpus: float | None = None
     gpus: float | None = None
 
-    def takes(self, jobs: int, held: Capacity) -> bool:
+    def allows(self, jobs: int, held: Resources) -> bool:
         """Return whether a usage is within the quota."""
         return (
             (self.jobs is None or jobs <= self.jobs)
@@ -75,27 +93,27 @@ class SchedulableJob:
     priority: int = 0
     queued_at: datetime
     not_before: datetime | None = None
-    """When a job that is tried again may start."""
-    least: Capacity
-    """What the whole gang of its fewest workers takes."""
-    most: Capacity
-    """What it may come to hold while it runs: an elastic job takes what is free, up to its largest number of workers."""
+    """Earliest start of a job after a failure."""
+    min_resources: Resources
+    """Resources of the minimum number of workers, which start together."""
+    max_resources: Resources
+    """Resources of the maximum number of workers, which an elastic job may grow to."""
     submission_id: str = ""
-    """Ray's name for its current attempt."""
+    """Submission id of the current attempt."""
     has_workers: bool = False
-    """Whether Ray already counts its workers as taken."""
+    """Whether Ray already counts its workers as used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """Scheduling policy of the operator."""
 
-    most_active: int
-    """Jobs that may be with Ray at one time: each costs its head memory."""
+    max_active: int
+    """Maximum number of submitted jobs; each uses memory of Ray's head."""
     backfill: timedelta = timedelta(minutes=5)
-    """How long smaller jobs may pass the first in the queue while that waits for room."""
-    patience: timedelta = timedelta(hours=6)
-    """After how long in the queue a job goes before all others, whatever their priority."""
+    """Time for which smaller jobs may overtake the first job of the queue while it waits for resources."""
+    starvation: timedelta = timedelta(hours=6)
+    """Time in the queue after which a job goes first, regardless of priorities."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     default_quota: Quota = Quota()
 
@@ -105,48 +123,58 @@ class Plan:
     """Plan: jobs to submit, and reasons of the others."""
 
     admitted: list[SchedulableJob]
-    """In the order in which they go to Ray."""
+    """Jobs to submit, in order."""
     reasons: dict[str, str]
-    """Why each of the others waits, by id."""
+    """Reasons of the other jobs for waiting, by id."""
 
 
-def least_needs(spec: JobSpec) -> Capacity:
-    """Return the resources that a job needs to start: a CPU per worker, and GPUs as requested."""
+def min_resources(spec: JobSpec) -> Resources:
+    """Return the resources that a job needs to start.
+
+    These are one CPU per worker, and GPUs as requested.
+    """
     return _resources(spec, spec.min_workers)
 
 
-def most_needs(spec: JobSpec) -> Capacity:
+def max_resources(spec: JobSpec) -> Resources:
     """Return the maximum resources of a job while it runs."""
     return _resources(spec, spec.max_workers)
 
 
-def _resources(spec: JobSpec, workers: int) -> Capacity:
-    return Capacity(cpus=workers, gpus=workers if spec.use_gpu else 0)
+def _resources(spec: JobSpec, workers: int) -> Resources:
+    return Resources(cpus=workers, gpus=workers if spec.use_gpu else 0)
 
 
 def plan(
-    waiting: Iterable[SchedulableJob], active: Sequence[SchedulableJob], cluster: Cluster, policy: Policy, now: datetime
+    waiting: Iterable[SchedulableJob],
+    active: Sequence[SchedulableJob],
+    cluster: Cluster,
+    policy: Policy,
+    now: datetime,
 ) -> Plan:
     """Return the plan for now.
 
-    Who waits longer than `policy.patience` comes first, the oldest before others; then priority; then the owner with the smallest
-    dominant share of the cluster; then age. A job is admitted only if its whole gang fits what is free and its owner's quota takes
-    it. While the first in this order waits for room, or the first of an owner for its quota, others that fit may pass it, but only
-    for `policy.backfill`: then what becomes free is kept for it. So every job that the cluster and its owner's quota can take is
-    admitted in the end, as long as others end.
+    Jobs are ordered by starvation (queued for longer than `policy.starvation`, oldest first), then priority,
+    then dominant share of the owner (smallest first), then age. A job is admitted only if its whole gang fits
+    the free resources and the quota of its owner. While the first job in this order waits for resources, or
+    the first one of an owner for the quota, later jobs that fit may pass it (backfill), but only for
+    `policy.backfill`; after that, free resources are reserved for it. So every job that fits the cluster and
+    its owner's quota is admitted eventually, provided that other jobs end.
     """
     queue = {job.id: job for job in waiting}
     running, admitted, reasons = list(active), list[SchedulableJob](), dict[str, str]()
+    # These jobs cannot be admitted by this plan, whatever else is running; they do not reserve resources.
     for job in list(queue.values()):
         if job.not_before is not None and job.not_before > now:
             reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
-        elif not cluster.total.holds(job.least):
-            reasons[job.id] = f"needs {job.least}, but the whole cluster has {cluster.total}"
-        elif not _quota(policy, job).takes(1, job.most):
-            reasons[job.id] = f"may hold {job.most}, more than the quota of {job.owner}"
+        elif not job.min_resources.fits(cluster.total):
+            reasons[job.id] = f"needs {job.min_resources}, but the whole cluster has {cluster.total}"
+        elif not _quota(policy, job).allows(1, job.max_resources):
+            reasons[job.id] = f"may hold {job.max_resources}, more than the quota of {job.owner}"
         else:
             continue
         del queue[job.id]
+    # The order is computed again after each admission, because it changes the owners' shares.
     while queue:
         chosen = _next(queue.values(), running, cluster, policy, now, reasons)
         if chosen is None:
@@ -167,48 +195,58 @@ def _next(
     reasons: dict[str, str],
 ) -> SchedulableJob | None:
     """Return the first job that may start, and set the reasons of those before it."""
-    held: dict[str, Capacity] = {}
+    held: dict[str, Resources] = {}
+    # An elastic job counts at its maximum, since Ray may let it grow to that at any time.
     counts: dict[str, int] = {}
     for job in running:
-        held[job.owner] = held.get(job.owner, Capacity()) + job.most
+        held[job.owner] = held.get(job.owner, Resources()) + job.max_resources
         counts[job.owner] = counts.get(job.owner, 0) + 1
 
     def rank(job: SchedulableJob) -> tuple[object, ...]:
-        if now - job.queued_at >= policy.patience:
+        if now - job.queued_at >= policy.starvation:
+            # Starving jobs are ordered only by age. The id makes the order total, so that replicas agree.
             return (0, job.queued_at, job.id)
-        share = held.get(job.owner, Capacity()).share_of(cluster.total)
+        share = held.get(job.owner, Resources()).share_of(cluster.total)
         return (1, -job.priority, share, job.queued_at, job.id)
 
     free = _free(running, cluster)
     kept_for: SchedulableJob | None = None
     quota_kept_for: dict[str, SchedulableJob] = {}
     for job in sorted(queue, key=rank):
-        owners = held.get(job.owner, Capacity()) + job.most
+        owners = held.get(job.owner, Resources()) + job.max_resources
         first = quota_kept_for.get(job.owner)
+        # Quotas come before resources: a job without quota must not reserve resources for itself.
         if first is not None and now - first.queued_at >= policy.backfill:
             reasons[job.id] = f"waits behind {first.id}, which has waited longer for the quota of {job.owner}"
-        elif not _quota(policy, job).takes(counts.get(job.owner, 0) + 1, owners):
+        elif not _quota(policy, job).allows(counts.get(job.owner, 0) + 1, owners):
             reasons[job.id] = f"waits for the quota of {job.owner}"
             quota_kept_for.setdefault(job.owner, job)
-        elif len(running) >= policy.most_active:
-            reasons[job.id] = f"waits for one of {policy.most_active} active jobs to end"
+        elif len(running) >= policy.max_active:
+            reasons[job.id] = f"waits for one of {policy.max_active} active jobs to end"
         elif kept_for is not None and now - kept_for.queued_at >= policy.backfill:
-            reasons[job.id] = f"waits behind {kept_for.id}, which has waited longer for {kept_for.least}"
-        elif not free.holds(job.least):
-            reasons[job.id] = f"waits for {job.least}"
+            reasons[job.id] = (
+                f"waits behind {kept_for.id}, which has waited longer for {kept_for.min_resources}"
+            )
+        elif not job.min_resources.fits(free):
+            reasons[job.id] = f"waits for {job.min_resources}"
+            # Only the first job reserves; otherwise a long queue would block all backfill.
             kept_for = kept_for or job
         else:
             return job
     return None
 
 
-def _free(running: Sequence[SchedulableJob], cluster: Cluster) -> Capacity:
-    """Return the free resources: the smaller of our count and Ray's, less pending submissions."""
-    ours, not_placed = Capacity(), Capacity()
+def _free(running: Sequence[SchedulableJob], cluster: Cluster) -> Resources:
+    """Return the free resources.
+
+    They are the smaller of our count and Ray's, less pending submissions.
+    """
+    ours, not_placed = Resources(), Resources()
     for job in running:
-        ours += job.most
+        ours += job.max_resources
         if not job.has_workers:
-            not_placed += job.most
+            not_placed += job.max_resources
+    # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
     return (cluster.total - ours).at_most(cluster.free - not_placed)
 
 

@@ -1,32 +1,36 @@
-"""Statistics of curves: steps to a target, spread over seeds, ratios, intervals."""
+"""Statistics of curves and of paired seeds."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, stdev
-from typing import Literal
+from itertools import pairwise
+from statistics import NormalDist, fmean, median, stdev
+from typing import Any, Literal
 
 from trainer.jobspec import Direction, best_value, is_reached
 
 Curve = Sequence[tuple[int, float]]
-"""A metric by step, in the order of steps."""
+"""Pairs of step and value, in the order of steps."""
+Bounds = tuple[float, float]
+"""Lower and upper bound of a number; equal if the number is known."""
 
 MIN_SEEDS = 3
-"""Fewer have no interval."""
+"""Minimum number of seeds of an interval."""
 CONFIDENCE = 0.95
+POWER = 0.8
+"""Probability with which the proposed number of seeds finds the observed effect."""
+MAX_SEEDS = 100
+"""Largest number of seeds that is proposed."""
+RESAMPLES = 9_999
+BOOTSTRAP_SEED = 0
+MAX_EXACT_SEEDS = 16
+"""Largest number of seeds whose sign changes are all enumerated."""
+MAX_SEEDS_WITHIN_T = 4
+"""Up to this number of seeds the t interval contains the range of the values.
 
-Verdict = Literal[
-    "baseline",
-    "faster",
-    "faster on one seed",
-    "slower",
-    "slower on one seed",
-    "no clear difference",
-    "target not reached",
-    "baseline without data",
-    "runs failed",
-    "not finished",
-]
+No value is further from the mean than s · (n - 1) / √n, and half the t interval is s · t / √n with t = 4.30
+and 3.18 for n = 3 and 4. So it contains all bootstrap intervals.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,30 +42,16 @@ class Spread:
     high: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class VariantResult:
-    """Results of a variant's runs."""
+@dataclass(frozen=True)
+class Interval:
+    """Interval whose bounds may be infinite."""
 
-    n: int
-    """Runs with a curve."""
-    reached: int
-    """Runs that reached the target."""
-    failed: int
-    """Runs that failed or were cancelled; what they logged until then counts as data."""
-    steps_to_target: Spread | None
-    """Over the runs that reached it."""
-    best: Spread | None
-    final: Spread | None
-    ratio: Spread | None
-    """Steps of the baseline over this variant's, seed by seed: above 1 is faster."""
-    ratio_is_at_least: bool
-    """Whether some run of the baseline never reached the target, so that its last step stands in and the true ratio is larger."""
-    verdict: Verdict
+    low: float
+    high: float
 
-
-def steps_to_target(curve: Curve, target: float, direction: Direction = "max") -> int | None:
-    """Return the first step at which the metric is `target` or better, or None."""
-    return next((step for step, value in curve if is_reached(value, target, direction)), None)
+    def __contains__(self, value: float) -> bool:
+        """Return whether a value is within the interval."""
+        return self.low <= value <= self.high
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -69,45 +59,61 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(median=median(values), low=min(values), high=max(values)) if values else None
 
 
-def mean_interval(bounds: Sequence[tuple[float, float]], *, is_ratio: bool = False) -> tuple[float, float] | None:
-    """Return Student's t interval of the mean over paired seeds: mean ± t · s / √n.
+def finite_points(curve: Curve) -> list[tuple[int, float]]:
+    """Return the points with finite values."""
+    return [(step, value) for step, value in curve if math.isfinite(value)]
 
-    It has n - 1 degrees of freedom and level `CONFIDENCE`.
 
-    Of ratios it is that of the geometric mean, from their logarithms: a ratio and its inverse get the same verdict. Its level does
-    not depend on n, unlike that of the range; it assumes that seeds (of ratios, their logarithms) are about normal.
-    Each seed has a lower and an upper bound, which are equal for a number that is known. The lower end is that of the lower bounds,
-    whose mean is at most that of the numbers, and the upper end that of the upper bounds. An end that an infinite bound leaves open
-    is infinite. None for fewer than `MIN_SEEDS`, a bound that is NaN, or a negative ratio.
+def up_to(curve: Curve, last_step: int | None) -> Curve:
+    """Return the points up to a step; all of them if it is None."""
+    return curve if last_step is None else [(step, value) for step, value in curve if step <= last_step]
+
+
+def reaching_steps(curve: Curve, target: float, direction: Direction = "max") -> Bounds | None:
+    """Return the last evaluation before the target and the first at it.
+
+    The target was reached in between. Both are the same if the first evaluation is at the target. None if it
+    was not reached.
     """
-    ends = [end for pair in bounds for end in pair]
-    if len(bounds) < MIN_SEEDS or any(math.isnan(end) or (is_ratio and end < 0) for end in ends):
+    before: int | None = None
+    for step, value in curve:
+        if is_reached(value, target, direction):
+            return (step if before is None else before), step
+        before = step
+    return None
+
+
+def steps_to_target(curve: Curve, target: float, direction: Direction = "max") -> int | None:
+    """Return the first step at which the metric is `target` or better, or None."""
+    return next((step for step, value in curve if is_reached(value, target, direction)), None)
+
+
+def value_at(curve: Curve, step: int) -> float | None:
+    """Return the value at a step, interpolated between points; None outside the curve."""
+    before = next((point for point in reversed(curve) if point[0] <= step), None)
+    after = next((point for point in curve if point[0] >= step), None)
+    if before is None or after is None:
         return None
-    lows, highs = zip(*bounds, strict=True)
-    return _end_of_interval(lows, -1, is_ratio=is_ratio), _end_of_interval(highs, 1, is_ratio=is_ratio)
+    if before[0] == after[0]:
+        return before[1]
+    share = (step - before[0]) / (after[0] - before[0])
+    return before[1] + share * (after[1] - before[1])
 
 
-def _end_of_interval(values: Sequence[float], sign: Literal[-1, 1], *, is_ratio: bool) -> float:
-    from scipy.special import stdtrit  # not at the top: only reports pay for its import
+def area(curve: Curve, last_step: int) -> float | None:
+    """Return the mean over steps up to `last_step`.
 
-    if min(values) == max(values):
-        return values[0]  # exactly, also if infinite
-    if is_ratio:
-        values = [math.log(value) if value > 0 else -math.inf for value in values]
-    n = len(values)
-    if all(map(math.isfinite, values)):
-        t = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
-        end = fmean(values) + sign * t * stdev(values) / math.sqrt(n)
-    else:
-        end = sign * math.inf
-    return _exp(end) if is_ratio else end
-
-
-def _exp(value: float) -> float:
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
+    It is the area under the curve, by trapezoids, divided by its width. None for a curve that ends earlier or
+    has no width.
+    """
+    end = value_at(curve, last_step)
+    if end is None:
+        return None
+    points = [*(point for point in curve if point[0] < last_step), (last_step, end)]
+    width = last_step - points[0][0]
+    if width == 0:
+        return None
+    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points)) / width
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
@@ -116,78 +122,132 @@ def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
 
 
 def default_target(baseline: Mapping[int, Curve], direction: Direction = "max") -> float | None:
-    """Return the median best value of the baseline, the target in Figure 3 of the paper."""
-    best = best_of(baseline.values(), direction)
-    return best.median if best else None
+    """Return the best value that every run of the baseline reached.
 
-
-def compare(
-    runs: Mapping[int, Curve],
-    baseline: Mapping[int, Curve],
-    target: float | None,
-    *,
-    is_baseline: bool,
-    direction: Direction = "max",
-    failed: int = 0,
-    unfinished: int = 0,
-) -> VariantResult:
-    """Return the results of a variant's `runs` (curve by seed) against the baseline's.
-
-    Ratios are taken seed by seed. "faster" and "slower" are said only if every run reached the target and the interval of the
-    ratio is above or below 1; of one seed, which has no interval, they are said as such. `failed` and `unfinished` count the runs
-    in those states.
+    Figure 3 of the paper uses the best value of a single run. With a median over seeds, half of the runs
+    would not reach it, and their steps would be unknown. None without data.
     """
-    curves = {seed: curve for seed, curve in runs.items() if curve}
-    steps: dict[int, int | None] = {}
-    if target is not None:
-        steps = {seed: steps_to_target(curve, target, direction) for seed, curve in curves.items()}
-    reached = {seed: step for seed, step in steps.items() if step is not None}
-    ratios = _ratios(reached, baseline, target, direction) if target is not None else []
-    return VariantResult(
-        n=len(curves),
-        reached=len(reached),
-        failed=failed,
-        steps_to_target=spread(list(reached.values())),
-        best=best_of(curves.values(), direction),
-        final=spread([curve[-1][1] for curve in curves.values()]),
-        ratio=None if is_baseline else spread([low for low, _ in ratios]),
-        ratio_is_at_least=any(low < high for low, high in ratios) and not is_baseline,
-        verdict="baseline"
-        if is_baseline
-        else _verdict(len(curves), len(reached), ratios, failed=failed, unfinished=unfinished),
+    best = best_of([finite_points(curve) for curve in baseline.values()], direction)
+    if best is None:
+        return None
+    return best.low if direction == "max" else best.high
+
+
+def mean_interval(bounds: Sequence[Bounds], *, is_ratio: bool = False) -> Interval | None:
+    """Return the 95 % interval of the mean over paired seeds.
+
+    It is the wider of two intervals, end by end: Student's t interval (n - 1 degrees of freedom), which
+    assumes values that are approximately normal, and the bias-corrected and accelerated bootstrap interval
+    (Efron 1987) with the small-sample expansion of Hesterberg 2015, which does not, but contains the mean too
+    rarely for few seeds (`benchmarks/interval_coverage.py`). The seed of the resampling is fixed.
+
+    For ratios it is the interval of the geometric mean, computed from logarithms, so a ratio and its inverse
+    get the same verdict.
+
+    Each seed has a lower and an upper bound, which are equal for a known number. The lower end is computed
+    from the lower bounds, the upper end from the upper bounds; an infinite bound makes its end infinite.
+    Returns None for fewer than `MIN_SEEDS`, a bound that is NaN, or a negative ratio.
+    """
+    ends = [end for pair in bounds for end in pair]
+    if len(bounds) < MIN_SEEDS or any(math.isnan(end) or (is_ratio and end < 0) for end in ends):
+        return None
+    lows, highs = zip(*bounds, strict=True)
+    return Interval(
+        _end_of_interval(lows, -1, is_ratio=is_ratio), _end_of_interval(highs, 1, is_ratio=is_ratio)
     )
 
 
-def _ratios(
-    reached: Mapping[int, int], baseline: Mapping[int, Curve], target: float, direction: Direction
-) -> list[tuple[float, float]]:
-    """Return bounds of the ratio of steps, baseline to variant, per common seed.
+def _end_of_interval(values: Sequence[float], sign: Literal[-1, 1], *, is_ratio: bool) -> float:
+    # Without variance, t · s is 0; the formula would add rounding errors, or NaN for infinities.
+    if min(values) == max(values):
+        return values[0]  # exactly, also if infinite
+    if is_ratio:
+        values = [math.log(value) if value > 0 else -math.inf for value in values]
+    if not all(map(math.isfinite, values)):
+        end = sign * math.inf
+    else:
+        n = len(values)
+        end = fmean(values) + sign * _student_t(n) * stdev(values) / math.sqrt(n)
+        if n > MAX_SEEDS_WITHIN_T:
+            end = sign * max(sign * end, sign * _bootstrap_interval(values)[0 if sign < 0 else 1])
+    return _exp(end) if is_ratio else end
 
-    Step 0 counts as 1, for a ratio needs a divisor. A baseline that never gets there would have taken its last step or more.
+
+def _student_t(n: int, probability: float = (1 + CONFIDENCE) / 2) -> float:
+    from scipy.special import stdtrit  # not at the top: only reports pay for its import
+
+    return float(stdtrit(n - 1, probability))
+
+
+def _bootstrap_interval(values: Sequence[float]) -> Bounds:
+    from scipy.stats import bootstrap
+
+    if fmean(values) < 0:  # so that a ratio and its inverse are resampled alike
+        low, high = _bootstrap_interval([-value for value in values])
+        return -high, -low
+    n = len(values)
+    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n))
+    low, high = bootstrap(
+        (sorted(values),),
+        _mean,
+        confidence_level=1 - 2 * tail,
+        n_resamples=RESAMPLES,
+        method="BCa",
+        rng=BOOTSTRAP_SEED,
+    ).confidence_interval
+    return float(low), float(high)
+
+
+def _mean(values: Any, axis: int) -> Any:
+    return values.mean(axis=axis)
+
+
+def permutation_p_value(values: Sequence[float]) -> float | None:
+    """Return the two-sided p value of the paired permutation test.
+
+    Its null hypothesis is that the mean of `values` is 0. The sign of each seed's difference (for ratios, of
+    its logarithm) is exchangeable if the variants are equal. All 2ⁿ sign changes are enumerated, so the test
+    is exact; beyond `MAX_EXACT_SEEDS` seeds it is computed from a seeded sample of them. It cannot be below
+    2 / 2ⁿ. None without values or if one is not finite.
     """
-    ratios = []
-    for seed, steps in reached.items():
-        curve = baseline.get(seed)
-        if not curve:
-            continue
-        baseline_steps = steps_to_target(curve, target, direction)
-        low = max(curve[-1][0] if baseline_steps is None else baseline_steps, 1) / max(steps, 1)
-        ratios.append((low, math.inf if baseline_steps is None else low))
-    return ratios
+    if not values or not all(map(math.isfinite, values)):
+        return None
+    if len(values) == 1 or all(value == 0 for value in values):
+        return 1.0
+    from scipy.stats import permutation_test
+
+    return float(
+        permutation_test(
+            (sorted(values),),
+            _mean,
+            permutation_type="samples",
+            n_resamples=2**MAX_EXACT_SEEDS,
+            rng=BOOTSTRAP_SEED,
+        ).pvalue
+    )
 
 
-def _verdict(n: int, reached: int, ratios: Sequence[tuple[float, float]], *, failed: int, unfinished: int) -> Verdict:
-    if failed:
-        return "runs failed"
-    if unfinished and (n == 0 or reached < n):
-        return "not finished"
-    if n == 0 or reached < n:
-        return "target not reached"
-    if not ratios:
-        return "not finished" if unfinished else "baseline without data"
-    low, high = ratios[0] if n == 1 else mean_interval(ratios, is_ratio=True) or (-math.inf, math.inf)
-    if low > 1:
-        return "faster" if n > 1 else "faster on one seed"
-    if high < 1:
-        return "slower" if n > 1 else "slower on one seed"
-    return "no clear difference"
+def more_seeds(values: Sequence[float]) -> int | None:
+    """Return how many more seeds would exclude 0 from the interval of the mean.
+
+    They would do so with the probability `POWER`, by Student's t interval.
+
+    `values` are differences, or logarithms of ratios. The effect and its standard deviation are assumed to be
+    those observed. None if the observed mean is 0, or more than `MAX_SEEDS` would be needed.
+    """
+    n = len(values)
+    if n < 2 or not all(map(math.isfinite, values)):
+        return max(MIN_SEEDS - n, 0) or None
+    mean, deviation = abs(fmean(values)), stdev(values)
+    for needed in range(max(n + 1, MIN_SEEDS), MAX_SEEDS + 1):
+        t = _student_t(needed) + _student_t(needed, POWER)
+        if mean > 0 and mean >= t * deviation / math.sqrt(needed):
+            return needed - n
+    return None
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,9 +1,9 @@
 """Verdict of a recipe: holds, fails, cannot tell, or not enough data.
 
-Each number is an interval, for not all is known of a run that never reached its level: it would have taken its own steps or more.
-A rule is judged by the 95 % t interval of the mean over seeds (of ratios, of the geometric mean): it holds (fails) if all of the
-interval keeps to (exceeds) the bound, and otherwise the runs cannot tell. A recipe fails if a rule fails in any case, and holds if
-all rules hold in all cases.
+Each number is an interval, since a run that did not reach its level gives only a lower bound: at least its
+own steps. A rule is judged by the 95 % interval of the mean over seeds (for ratios, of the geometric mean).
+It holds if the whole interval satisfies the bound, fails if no part of it does, and is otherwise undecided
+("cannot tell"). A recipe fails if a rule fails in any case, and holds if all rules hold in all cases.
 """
 
 import math
@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from service.domain.comparisons import Variant
-from service.domain.recipes import Figure, Measure, Recipe, Rule, Selection
-from service.domain.statistics import Curve, mean_interval, steps_to_target
+from service.domain.comparisons import Variant, without_seed
+from service.domain.jobs import JobState, JobSummary
+from service.domain.recipes import Claim, Figure, Measure, Rule, Selection
+from service.domain.statistics import Curve, Interval, mean_interval, steps_to_target
 from trainer.jobspec import best_value, metric_direction
 
 Judgement = Literal["holds", "fails", "cannot tell", "not enough data"]
@@ -24,22 +25,14 @@ class Run:
     """Finished run."""
 
     variant: Variant
-    """Point of the matrix, without the seed."""
+    """Values of the matrix, without the seed."""
     seed: int
     curves: Mapping[str, Curve]
-    """By metric."""
+    """Curves by metric."""
     diverged: bool = False
-    """Whether it ended before its time, its loss not finite: a run that has no final value."""
+    """Whether the run diverged; it has no final value then."""
     weights: Sequence[float] | None = None
     """Final weights and buffers, in a fixed order."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Number that may be known only by bounds."""
-
-    low: float
-    high: float
 
 
 UNKNOWN = Interval(-math.inf, math.inf)
@@ -61,18 +54,23 @@ class Finding:
 
     figure: Figure
     case: Selection
-    """The value of `each` that it is about; empty if there is none."""
+    """Value of the figure's `each`; empty without one."""
     values: Sequence[Value]
     judgement: Judgement | None
-    """None for a figure that no rule is about."""
+    """Judgement of the rule; None for a figure without a rule."""
     interval: Interval | None = None
-    """Of the mean over seeds, of ratios the geometric one (95 %); None if there are too few seeds, or runs are missing."""
+    """95 % interval of the mean over seeds (geometric for ratios); None with too few seeds or missing runs.
+    """
 
     @property
     def shows_no_difference(self) -> bool:
         """Return whether the interval of a ratio or difference contains equality."""
         equal = {"ratio": 1.0, "difference": 0.0}.get(self.figure.by)
-        return equal is not None and self.interval is not None and self.interval.low <= equal <= self.interval.high
+        return (
+            equal is not None
+            and self.interval is not None
+            and self.interval.low <= equal <= self.interval.high
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,42 +81,66 @@ class RecipeVerdict:
     findings: Sequence[Finding]
 
 
-def judge(recipe: Recipe, runs: Sequence[Run]) -> RecipeVerdict:
-    """Return the verdict of a recipe by the runs of a preset, some of which may be missing."""
-    findings = [finding for figure in (*recipe.verdict, *recipe.figures) for finding in _find(figure, runs)]
+def judge(claim: Claim, runs: Sequence[Run]) -> RecipeVerdict:
+    """Return the verdict on a claim by the runs of a comparison.
+
+    Some of the runs may be missing.
+    """
+    findings = [finding for figure in (*claim.verdict, *claim.figures) for finding in _find(figure, runs)]
     found = {finding.judgement for finding in findings}
+    # The worst judgement decides; figures without a rule have the judgement None and do not count.
     order: tuple[Judgement, ...] = ("fails", "not enough data", "cannot tell")
     judgement: Judgement = next((one for one in order if one in found), "holds")
     return RecipeVerdict(judgement=judgement, findings=findings)
 
 
-def select(selection: Selection, variants: Sequence[Variant], beside: str | None = None) -> list[int]:
-    """Return the indices of the variants that equal a selection in all paths except `beside`."""
+def select(selection: Selection, variants: Sequence[Variant], except_path: str | None = None) -> list[int]:
+    """Return the indices of the variants that match a selection.
+
+    They equal it in all paths except `except_path`.
+    """
     return [
         place
         for place, variant in enumerate(variants)
-        if {path: value for path, value in variant.items() if path != beside} == selection
+        if {path: value for path, value in variant.items() if path != except_path} == selection
     ]
 
 
-def metrics_of(recipe: Recipe) -> set[str]:
-    """Return the metrics that the verdict and figures of a recipe need."""
-    measures = [figure.measure for figure in (*recipe.verdict, *recipe.figures) if figure.measure is not None]
-    return {name for measure in measures for name in (measure.metric, measure.minus) if name is not None}
+def finished_runs(jobs: Sequence[JobSummary], curves: Mapping[str, Mapping[str, Curve]]) -> list[Run]:
+    """Return the runs of the jobs that succeeded.
+
+    Args:
+        jobs: jobs of a comparison.
+        curves: curve of each metric and job, by metric and job id.
+    """
+    return [
+        Run(
+            variant=without_seed(job.variant),
+            seed=job.seed,
+            curves={metric: by_job[job.id] for metric, by_job in curves.items()},
+            diverged=job.failure_kind == "diverged",
+        )
+        for job in jobs
+        if job.state == JobState.SUCCEEDED
+    ]
 
 
 def _find(figure: Figure, runs: Sequence[Run]) -> list[Finding]:
     seeds = sorted({run.seed for run in runs})
     findings = []
     for case, of, against in figure.cases():
-        values = [_value(figure, of, against, [run for run in runs if run.seed == seed], seed) for seed in seeds]
+        values = [
+            _value(figure, of, against, [run for run in runs if run.seed == seed], seed) for seed in seeds
+        ]
         numbers = [value.number for value in values if value.number is not None]
         is_complete = bool(values) and len(numbers) == len(values)
         bounds = [(number.low, number.high) for number in numbers]
-        ends = mean_interval(bounds, is_ratio=figure.by == "ratio") if is_complete else None
-        interval = None if ends is None else Interval(*ends)
+        # A missing run could change the mean in either direction, so an incomplete case has no interval.
+        interval = mean_interval(bounds, is_ratio=figure.by == "ratio") if is_complete else None
         judgement = _judge(figure, interval, is_complete=is_complete) if isinstance(figure, Rule) else None
-        findings.append(Finding(figure=figure, case=case, values=values, judgement=judgement, interval=interval))
+        findings.append(
+            Finding(figure=figure, case=case, values=values, judgement=judgement, interval=interval)
+        )
     return findings
 
 
@@ -141,6 +163,7 @@ def _holds(number: Interval, rule: Rule) -> bool | None:
             held = [end < rule.bound for end in ends]
         case "at_most":
             held = [end <= rule.bound for end in ends]
+    # Relations are monotonic, so a bound that holds for both ends holds for the whole interval.
     return held[0] if held[0] == held[1] else None
 
 
@@ -154,7 +177,10 @@ def _value(figure: Figure, of: Selection, against: Selection, runs: Sequence[Run
     other = _measure(figure.measure, against, runs)
     if one is None or other is None:
         return Value(seed=seed, number=None, of=one, against=other)
-    number = _ratio(one, other) if figure.by == "ratio" else Interval(one.low - other.high, one.high - other.low)
+    number = (
+        # Interval arithmetic: the lowest difference is between the lowest minuend and the highest subtrahend.
+        _ratio(one, other) if figure.by == "ratio" else Interval(one.low - other.high, one.high - other.low)
+    )
     return Value(seed=seed, number=number, of=one, against=other)
 
 
@@ -187,6 +213,7 @@ def _measure(measure: Measure, selection: Selection, runs: Sequence[Run]) -> Int
         return None if run is None else _of_run(measure, run, runs)
     window = measure.window
     chosen = [runs[place] for place in select(selection, [run.variant for run in runs], window.along)]
+    # A named variant need not set the path of the window.
     chosen = [run for run in chosen if window.along in run.variant]
     if not chosen:
         return None
@@ -212,11 +239,12 @@ def _of_run(measure: Measure, run: Run, runs: Sequence[Run]) -> Interval | None:
     if measure.take == "steps_to":
         return _steps_to(measure, curve, runs)
     if measure.take == "final" and run.diverged:
+        # A diverged run has no final value, but may have any other measure up to its divergence.
         return UNKNOWN
     results: dict[str, float] = {
         "final": values[-1],
-        "most": max(values),
-        "least": min(values),
+        "max": max(values),
+        "min": min(values),
         "mean": math.fsum(values) / len(values),
         "range": max(values) - min(values),
     }
@@ -227,6 +255,7 @@ def _curve(measure: Measure, run: Run) -> Curve:
     curve = run.curves.get(measure.metric, ())
     if measure.minus is not None:
         other = dict(run.curves.get(measure.minus, ()))
+        # Metrics may be measured at different steps; only common steps have a difference.
         curve = [(step, value - other[step]) for step, value in curve if step in other]
     return [(step, value) for step, value in curve if step >= measure.from_step]
 
@@ -242,4 +271,6 @@ def _steps_to(measure: Measure, curve: Curve, runs: Sequence[Run]) -> Interval |
         level = best_value(reached, direction)
     steps = steps_to_target(curve, level, direction)
     # Step 0 counts as 1: a ratio needs a divisor.
-    return Interval(max(curve[-1][0], 1), math.inf) if steps is None else Interval(max(steps, 1), max(steps, 1))
+    return (
+        Interval(max(curve[-1][0], 1), math.inf) if steps is None else Interval(max(steps, 1), max(steps, 1))
+    )

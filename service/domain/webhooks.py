@@ -1,11 +1,10 @@
 """Webhooks: filters, signatures, retries, and public addresses.
 
-Messages are signed as Standard Webhooks 1.0.0 (standardwebhooks.com) says, so receivers check them by a library of theirs.
+Messages are signed by the library of Standard Webhooks 1.0.0 (standardwebhooks.com), with which receivers
+check them.
 """
 
 import base64
-import hashlib
-import hmac
 import json
 import math
 import secrets
@@ -16,6 +15,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import standardwebhooks
 from pydantic import Field
 
 from service.domain.jobs import Job, JobState
@@ -25,11 +25,11 @@ IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 SECRET_PREFIX = "whsec_"  # noqa: S105 - what a secret begins with, by the standard
 PAUSES_SECONDS = (5, 30, 120, 600, 1_800, 7_200, 18_000, 36_000)
-"""Between a message's tries; after the last of them it is given up, some 18 hours after the first."""
+"""Pauses between the attempts to deliver a message; it is given up about 18 hours after the first one."""
 TRANSLATED = IPv6Network("64:ff9b::/96")
-"""IPv4 addresses as NAT64 writes them (RFC 6052)."""
+"""IPv4 addresses in NAT64 notation (RFC 6052)."""
 PUBLIC_IPV6 = IPv6Network("2000::/3")
-"""Global unicast: all that is handed out of IPv6 (RFC 4291). Other ways to write or wrap an IPv4 address lie outside of it."""
+"""Global unicast addresses of IPv6 (RFC 4291). Embedded IPv4 addresses lie outside of it."""
 NOT_PUBLIC = tuple(
     map(
         ip_network,
@@ -44,7 +44,7 @@ NOT_PUBLIC = tuple(
         ),
     )
 )
-"""What is called global by some versions of Python's tables, or by all."""
+"""Addresses that some or all versions of Python wrongly report as global."""
 
 
 class Threshold(FrozenModel):
@@ -71,12 +71,12 @@ class Webhook:
     owner: str
     url: str
     secret: str
-    """By which messages are signed: kept readable, since signing needs it."""
+    """Key that signs the messages; stored in plain text, since signing needs it."""
     states: tuple[JobState, ...]
-    """Ends of jobs."""
+    """Terminal states that cause a message."""
     thresholds: tuple[Threshold, ...] = ()
     tag: str | None = None
-    """Of which jobs; None: of all."""
+    """Tag of the jobs; None means all jobs."""
     created_at: datetime
 
     @property
@@ -92,22 +92,25 @@ class Webhook:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """Message to send. Its id is constant over all tries, so that receivers can ignore duplicates."""
+    """Message to send.
+
+    Its id is constant over all attempts, so that receivers can ignore duplicates.
+    """
 
     id: str
     webhook_id: str
     job_id: str
     about: str
-    """A state, or a threshold in words; a webhook has one message about each for a job."""
+    """State or threshold that the message reports; a webhook gets one message about each per job."""
     body: str
     created_at: datetime
     due_at: datetime
-    tries: int = 0
+    attempts: int = 0
     ended_at: datetime | None = None
-    """When it was taken, or given up."""
+    """Time at which the message was delivered or given up."""
     is_delivered: bool = False
     answer: str = ""
-    """To the last try, in words."""
+    """Response to the last attempt, or its error."""
 
 
 def new_webhook_secret() -> str:
@@ -115,15 +118,22 @@ def new_webhook_secret() -> str:
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-def signature(secret: str, message_id: str, timestamp: int, body: str) -> str:
-    """Return the signature of a message: `v1,` and base64 of HMAC-SHA256 over `id.timestamp.body`."""
-    key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
-    digest = hmac.new(key, f"{message_id}.{timestamp}.{body}".encode(), hashlib.sha256).digest()
-    return "v1," + base64.b64encode(digest).decode()
+def signed_headers(secret: str, message_id: str, at: datetime, body: str) -> dict[str, str]:
+    """Return the headers of a message that is sent at a time, which must be in UTC."""
+    return {
+        "webhook-id": message_id,
+        "webhook-timestamp": str(int(at.timestamp())),
+        "webhook-signature": standardwebhooks.Webhook(secret).sign(message_id, at, body),
+    }
 
 
-def write_message(job: Job, at: datetime, met: Threshold | None = None, step: int = 0, value: float = 0.0) -> str:
-    """Return the JSON body of a message: the end of a job, or the threshold that was `met`."""
+def write_message(
+    job: Job, at: datetime, met: Threshold | None = None, step: int = 0, value: float = 0.0
+) -> str:
+    """Return the JSON body of a message.
+
+    It is about the end of a job, or the threshold that was `met`.
+    """
     data: dict[str, Any] = {
         "job_id": job.id,
         "name": job.name,
@@ -137,14 +147,17 @@ def write_message(job: Job, at: datetime, met: Threshold | None = None, step: in
         "mlflow_run_id": job.mlflow_run_id,
     }
     if met is not None:
-        data["threshold"] = met.model_dump() | {"step": step, "value": value if math.isfinite(value) else str(value)}
+        data["threshold"] = met.model_dump() | {
+            "step": step,
+            "value": value if math.isfinite(value) else str(value),
+        }
     kind = f"job.{job.state.value}" if met is None else "job.threshold"
     return json.dumps({"type": kind, "timestamp": at.isoformat(), "data": data})
 
 
-def pause_after(tries: int) -> int | None:
+def pause_after(attempts: int) -> int | None:
     """Return the seconds until the next try, or None if the message is dropped."""
-    return PAUSES_SECONDS[tries - 1] if tries <= len(PAUSES_SECONDS) else None
+    return PAUSES_SECONDS[attempts - 1] if attempts <= len(PAUSES_SECONDS) else None
 
 
 def may_be_reached(address: IPAddress, allowed: Sequence[IPNetwork]) -> bool:

@@ -38,7 +38,7 @@ def test_secrets_are_random_and_long_and_their_hashes_differ():
     assert all(secret.startswith("syncbn_") and len(secret) == 50 for secret in made)
 
 
-def test_a_bucket_lets_a_burst_through_and_then_a_rate():
+def test_a_bucket_allows_a_burst_and_then_a_rate():
     limit = RateLimit(per_second=2, burst=3)
     assert [limit.take("a", 100.0) for _ in range(4)] == [0, 0, 0, 0.5]
     assert limit.take("b", 100.0) == 0
@@ -48,7 +48,7 @@ def test_a_bucket_lets_a_burst_through_and_then_a_rate():
     assert [limit.take("a", 200.0) for _ in range(4)] == [0, 0, 0, 0.5]
 
 
-def test_full_buckets_are_thrown_away():
+def test_full_buckets_are_discarded():
     limit = RateLimit(per_second=1, burst=1)
     for number in range(25_000):
         limit.take(str(number), now=float(number))

@@ -1,8 +1,14 @@
 import pytest
 
-from service.domain.comparisons import MOST_JOBS, ComparisonSpec, choose_baseline, describe, expand, without_seed
-from service.domain.errors import InvalidField
-from trainer.jobspec import JobSpec, Norm
+from service.domain.comparisons import (
+    MAX_COMPARISON_JOBS,
+    ComparisonSpec,
+    choose_baseline,
+    describe,
+    expand,
+    without_seed,
+)
+from trainer.jobspec import InvalidField, JobSpec, Norm
 
 SPEC = JobSpec(steps=10, num_workers=2)
 
@@ -19,27 +25,31 @@ def test_one_spec_per_point_in_the_order_of_the_matrix():
 
 
 @pytest.mark.parametrize(
-    ("matrix", "field", "told"),
+    ("matrix", "field", "message"),
     [
         ({"optimiser.lr": [0.1]}, "matrix.optimiser.lr", "optimizer.lr"),
         ({"optimizer": [0.1]}, "matrix.optimizer[0]", "valid dictionary"),
         ({"optimizer.lr": [0.1, -1]}, "matrix.optimizer.lr[1]", "greater than 0"),
         ({"norm": ["sync", "best"]}, "matrix.norm[1]", "'none', 'batch', 'sync'"),
-        ({"global_batch_size": [1]}, "matrix.global_batch_size[0]", "take 2 to 4000"),
+        ({"global_batch_size": [1]}, "matrix.global_batch_size[0]", "must be between 2 and 4000"),
         ({"num_workers": [2, 100]}, "matrix", "global_batch_size"),
-        ({"seed": [0, 0]}, "matrix", "seed=0 is the same one"),
-        ({"optimizer.lr": [1, 1.0]}, "matrix", "optimizer.lr=1 is the same one"),
-        ({"optimizer.lr": [0.1], "optimizer": [{"lr": 0.3}]}, "matrix.optimizer.lr", "sets optimizer as a whole"),
+        ({"seed": [0, 0]}, "matrix", "seed=0 occurs twice"),
+        ({"optimizer.lr": [1, 1.0]}, "matrix", "optimizer.lr=1 occurs twice"),
+        (
+            {"optimizer.lr": [0.1], "optimizer": [{"lr": 0.3}]},
+            "matrix.optimizer.lr",
+            "sets optimizer as a whole",
+        ),
         ({"seed": [0] * 10_000_000}, "matrix", "at most 256"),
-        ({"seed": list(range(MOST_JOBS + 1))}, "matrix", "at most 256"),
+        ({"seed": list(range(MAX_COMPARISON_JOBS + 1))}, "matrix", "at most 256"),
         ({"model.hidden.0": [5]}, "matrix.model.hidden.0", "model.hidden"),
     ],
 )
-def test_what_cannot_be_taken_is_named(matrix, field, told):
+def test_invalid_values_are_named(matrix, field, message):
     with pytest.raises(InvalidField) as caught:
         expand(SPEC, matrix)
     assert caught.value.field == field
-    assert told in caught.value.takes
+    assert message in caught.value.rule
 
 
 BN_X5 = {"norm": "sync", "optimizer.lr": 0.05}
@@ -70,13 +80,13 @@ def test_named_variants_set_several_fields_together_and_the_matrix_multiplies_th
         ({}, {"variant": ["a"]}, "matrix.variant"),
     ],
 )
-def test_what_cannot_be_taken_of_named_variants_is_named(variants, matrix, field):
+def test_invalid_named_variants_are_named(variants, matrix, field):
     with pytest.raises(InvalidField) as caught:
         expand(SPEC, matrix, variants)
     assert caught.value.field == field
 
 
-def test_baseline_is_completed_with_first_values():
+def test_the_baseline_is_completed_with_first_values():
     matrix = {"norm": ["none", "sync"], "optimizer.lr": [0.1, 0.5], "seed": [0, 1]}
     assert choose_baseline(matrix, None) == {"norm": "none", "optimizer.lr": 0.1}
     assert describe(choose_baseline({"optimizer.lr": [1, 2]}, {"optimizer.lr": 1.0})) == "optimizer.lr=1"
@@ -87,13 +97,13 @@ def test_baseline_is_completed_with_first_values():
     ("wanted", "field"),
     [({"seed": 0}, "baseline.seed"), ({"norm": "group"}, "baseline.norm"), ({"x": 1}, "baseline.x")],
 )
-def test_a_baseline_outside_of_the_matrix_is_refused(wanted, field):
+def test_a_baseline_outside_the_matrix_is_rejected(wanted, field):
     with pytest.raises(InvalidField) as caught:
         choose_baseline({"norm": ["none", "sync"], "seed": [0]}, wanted)
     assert caught.value.field == field
 
 
-def test_variants_are_named_for_people():
+def test_variants_have_readable_names():
     assert (
         describe({"norm": "sync", "optimizer.lr": 0.1, "model.hidden": [3, 3]})
         == "norm=sync optimizer.lr=0.1 model.hidden=[3, 3]"

@@ -20,7 +20,7 @@ def test_terminal_states():
     }
 
 
-def test_identifiers_are_safe_in_addresses_files_and_submission_ids():
+def test_identifiers_are_safe_in_urls_file_names_and_submission_ids():
     ids = {new_id("job") for _ in range(1_000)}
     assert len(ids) == 1_000
     assert all(re.fullmatch(r"job-[0-9a-f]{12}", identifier) for identifier in ids)

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from service.domain.errors import InvalidField
 from service.domain.mlflow_access import Forwarded, Grant, is_clean, is_readable, of_attempt
+from trainer.jobspec import InvalidField
 
 API = "/api/2.0/mlflow"
 GRANT = Grant("job-1", "a" * 32, "7")
@@ -57,12 +57,14 @@ def test_pages_and_queries_can_be_read(method, path):
         ("OPTIONS", "/"),
     ],
 )
-def test_nothing_else_can_be_read_or_written_by_who_has_signed_in(method, path):
+def test_other_routes_are_closed_to_signed_in_users(method, path):
     assert not is_readable(method, path)
 
 
-@pytest.mark.parametrize("path", ["", "x", "//x", "/a//b", "/a/../b", "/a/.", "/a\\b", "/a%2e/b", "/a\nb", "/a\x00"])
-def test_a_path_that_servers_may_read_differently_is_not_clean(path):
+@pytest.mark.parametrize(
+    "path", ["", "x", "//x", "/a//b", "/a/../b", "/a/.", "/a\\b", "/a%2e/b", "/a\nb", "/a\x00"]
+)
+def test_an_ambiguous_path_is_not_clean(path):
     assert not is_clean(path)
 
 
@@ -71,7 +73,7 @@ def test_an_ordinary_path_is_clean(path):
     assert is_clean(path)
 
 
-def test_an_attempt_writes_to_its_own_run():
+def test_an_attempt_may_write_to_its_own_run():
     metric = {"key": "accuracy", "value": 0.5, "timestamp": 1, "step": 2}
     forwarded = ask("POST", f"{API}/runs/log-batch", {"run_id": GRANT.run_id, "metrics": [metric]})
     assert forwarded == Forwarded({}, {"run_id": GRANT.run_id, "metrics": [metric]})
@@ -82,7 +84,13 @@ def test_an_attempt_writes_to_its_own_run():
 
 
 def test_other_spellings_of_a_run_are_not_forwarded():
-    content = {"run_id": GRANT.run_id, "runId": OTHER, "run_uuid": OTHER, "metrics": [], "params": [{"key": "x"}]}
+    content = {
+        "run_id": GRANT.run_id,
+        "runId": OTHER,
+        "run_uuid": OTHER,
+        "metrics": [],
+        "params": [{"key": "x"}],
+    }
     assert ask("POST", f"{API}/runs/log-batch", content).body == {"run_id": GRANT.run_id, "metrics": []}
     repeated = f'{{"run_id": "{OTHER}", "run_id": "{GRANT.run_id}", "metrics": []}}'.encode()
     forwarded = of_attempt(GRANT, "POST", f"{API}/runs/log-batch", {}, repeated)
@@ -90,7 +98,14 @@ def test_other_spellings_of_a_run_are_not_forwarded():
 
 
 def test_a_metric_cannot_be_written_to_the_model_of_another_run():
-    metric = {"key": "accuracy", "value": 1.0, "timestamp": 1, "step": 2, "model_id": "m-other", "modelId": "m-other"}
+    metric = {
+        "key": "accuracy",
+        "value": 1.0,
+        "timestamp": 1,
+        "step": 2,
+        "model_id": "m-other",
+        "modelId": "m-other",
+    }
     (forwarded,) = ask("POST", f"{API}/runs/log-batch", {"metrics": [metric]}).body["metrics"]
     assert forwarded == {"key": "accuracy", "value": 1.0, "timestamp": 1, "step": 2}
 
@@ -101,6 +116,9 @@ def test_a_metric_cannot_be_written_to_the_model_of_another_run():
         ("log-batch", {"run_id": OTHER, "metrics": []}, "run_id"),
         ("log-batch", {"metrics": {}}, "metrics"),
         ("log-batch", {"metrics": [1]}, "metrics"),
+        ("log-batch", {"tags": [["mlflow.runName", "x"]]}, "tags"),
+        ("log-inputs", {"datasets": ["x"]}, "datasets"),
+        ("outputs", {"models": [None]}, "models"),
         ("log-batch", {"tags": [{"key": "syncbn.job_id", "value": "job-2"}]}, "tags"),
         ("log-batch", {"tags": [{"key": "mlflow.parentRunId", "value": OTHER}]}, "tags"),
         ("log-batch", {"tags": [{"key": "variant", "value": "norm=sync"}]}, "tags"),
@@ -109,14 +127,14 @@ def test_a_metric_cannot_be_written_to_the_model_of_another_run():
         ("log-batch", [], "body"),
     ],
 )
-def test_what_an_attempt_may_not_write_is_named(path, content, field):
+def test_rejected_writes_of_an_attempt_are_named(path, content, field):
     with pytest.raises(InvalidField) as refused:
         ask("POST", f"{API}/runs/{path}", content)
     assert refused.value.field == field
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000])
-def test_a_body_that_is_no_json_is_refused(body):
+def test_a_body_that_is_not_json_is_rejected(body):
     with pytest.raises(InvalidField, match="body"):
         of_attempt(GRANT, "POST", f"{API}/runs/log-batch", {}, body)
 
@@ -126,6 +144,7 @@ def test_a_body_that_is_no_json_is_refused(body):
     [
         ("GET", f"{API}/runs/get", {"run_id": OTHER}),
         ("GET", f"{API}/runs/get", {}),
+        ("POST", f"{API}/experiments/set-experiment-tag", {}),
         ("POST", f"{API}/runs/delete", {}),
         ("POST", f"{API}/runs/update", {}),
         ("POST", f"{API}/runs/search", {}),
@@ -137,11 +156,11 @@ def test_a_body_that_is_no_json_is_refused(body):
         ("GET", "/", {}),
     ],
 )
-def test_an_attempt_may_do_nothing_else(method, path, query):
+def test_other_routes_are_closed_to_attempts(method, path, query):
     assert ask(method, path, **query) is None
 
 
-def test_a_search_for_models_is_narrowed_to_the_own_run():
+def test_a_model_search_is_restricted_to_the_own_run():
     content = {"experiment_ids": ["1", "2"], "filter": "source_run_id != ''"}
     assert ask("POST", f"{API}/logged-models/search", content).body == {
         "experiment_ids": ["7"],

@@ -1,12 +1,12 @@
-"""What readers may make MLflow do, on the requests of its own UI and on others."""
+"""MLflow queries of readers: those of its own UI, and others."""
 
 import json
 
 import pytest
 
 from service.domain import mlflow_queries
-from service.domain.errors import InvalidField
 from service.domain.mlflow_queries import bounded
+from trainer.jobspec import InvalidField
 
 API = "/ajax-api/2.0/mlflow"
 RUNS = [f"{number:032x}" for number in range(100)]
@@ -15,21 +15,34 @@ SEARCH = (
     "{ __typename mlflowSearchRuns(input: $data) { runs { info { runUuid } } } }"
 )
 HISTORY = (
-    'query GetMetricHistoryBulkInterval($data: MlflowGetMetricHistoryBulkIntervalInput!) @component(name: "x") '
+    "query GetMetricHistoryBulkInterval($data: MlflowGetMetricHistoryBulkIntervalInput!) @component(name: "
+    '"x") '
     "{ mlflowGetMetricHistoryBulkInterval(input: $data) { __typename metrics { step value } } }"
 )
 OF_THE_UI = [
     ("registered-models/search", [("max_results", "1000"), ("filter", "name ILIKE '%a%'")]),
     ("experiments/search", [("max_results", "1000")]),
     ("metrics/get-history", [("run_uuid", RUNS[0]), ("metric_key", "loss"), ("max_results", "25000")]),
-    ("metrics/get-history-bulk", [("run_id", run) for run in RUNS] + [("metric_key", "a"), ("max_results", "25000")]),
-    ("metrics/get-history-bulk-interval", [("run_ids", run) for run in RUNS] + [("metric_key", "a"), ("max_results", "320")]),
+    (
+        "metrics/get-history-bulk",
+        [("run_id", run) for run in RUNS] + [("metric_key", "a"), ("max_results", "25000")],
+    ),
+    (
+        "metrics/get-history-bulk-interval",
+        [("run_ids", run) for run in RUNS] + [("metric_key", "a"), ("max_results", "320")],
+    ),
     ("artifacts/list", [("run_id", RUNS[0]), ("path", "a")]),
-    ("runs/search", {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]}),
+    (
+        "runs/search",
+        {"experiment_ids": ["1"], "max_results": 100, "order_by": ["attributes.start_time DESC"]},
+    ),
     ("runs/search", {"filter": f"run_id IN ({','.join(repr(run) for run in RUNS)})", "max_results": 100}),
-    ("logged-models/search", {"experiment_ids": ["1"], "order_by": [{"field_name": "creation_time", "ascending": False}]}),
+    (
+        "logged-models/search",
+        {"experiment_ids": ["1"], "order_by": [{"field_name": "creation_time", "ascending": False}]},
+    ),
     ("experiments/search-datasets", {"experiment_ids": ["1"]}),
-]  # fmt: skip
+]
 
 
 def query(route, *pairs):
@@ -46,7 +59,7 @@ def graphql(query, **variables):
 
 
 @pytest.mark.parametrize(("route", "request_of_ui"), OF_THE_UI)
-def test_requests_of_the_ui_stay_as_they_are(route, request_of_ui):
+def test_requests_of_the_ui_are_unchanged(route, request_of_ui):
     if isinstance(request_of_ui, dict):
         assert body(route, request_of_ui) == request_of_ui
     else:
@@ -55,10 +68,10 @@ def test_requests_of_the_ui_stay_as_they_are(route, request_of_ui):
 
 @pytest.mark.parametrize("route", mlflow_queries.MAX_RESULTS)
 @pytest.mark.parametrize("prefix", ["/api/2.0/mlflow", "/ajax-api/2.0/mlflow", "/ajax-api/3.0/mlflow"])
-def test_page_sizes_are_lowered(route, prefix):
+def test_page_sizes_are_capped(route, prefix):
     most = mlflow_queries.MAX_RESULTS[route]
     assert bounded(f"{prefix}/{route}", [("max_results", "1000000")], None)[0] == [("max_results", str(most))]
-    twice = [("max_results", "1000000"), ("max_results", "1")]  # MLflow reads the first
+    twice = [("max_results", "1000000"), ("max_results", "1")]  # MLflow reads the first value
     assert bounded(f"{prefix}/{route}", twice, None)[0] == [("max_results", str(most))]
     for name in ("max_results", "maxResults"):
         assert body(route, {name: 1_000_000}) == {"max_results": most}
@@ -66,18 +79,18 @@ def test_page_sizes_are_lowered(route, prefix):
 
 
 @pytest.mark.parametrize("value", ["-1", "0", "x", "", "1e9", "9" * 5_000])
-def test_page_sizes_that_are_no_number_are_refused(value):
+def test_non_numeric_page_sizes_are_rejected(value):
     with pytest.raises(InvalidField, match="max_results"):
         query("metrics/get-history-bulk", ("max_results", value))
 
 
-def test_where_mlflow_has_no_page_size_there_is_one():
+def test_a_page_size_is_added_where_mlflow_has_no_limit():
     assert query("metrics/get-history") == {"max_results": "25000"}
     assert query("model-versions/search") == {"max_results": "1000"}
     assert query("runs/search") == {}
 
 
-def test_points_of_many_runs_are_fewer_of_each():
+def test_points_per_run_decrease_with_the_number_of_runs():
     many = [("run_ids", run) for run in RUNS]
     assert query("metrics/get-history-bulk-interval", *many, ("max_results", "2500"))["max_results"] == "500"
     assert query("metrics/get-history-bulk-interval", *many)["max_results"] == "500"
@@ -96,12 +109,12 @@ def test_points_of_many_runs_are_fewer_of_each():
         ("runs/search", []),
     ],
 )
-def test_queries_that_cost_much_are_refused(route, content):
+def test_expensive_queries_are_rejected(route, content):
     with pytest.raises(InvalidField):
         body(route, content)
 
 
-def test_graphql_is_bounded_as_the_other_routes_are():
+def test_graphql_queries_have_the_limits_of_other_routes():
     assert graphql(SEARCH, data={"experimentIds": ["1"], "maxResults": 100}) == (
         {},
         {"data": {"experimentIds": ["1"], "maxResults": 100}},
@@ -117,12 +130,14 @@ def test_graphql_is_bounded_as_the_other_routes_are():
     [
         (SEARCH.replace("mlflowSearchRuns(", "a: mlflowSearchRuns("), {"data": {}}),
         (SEARCH.replace("runs {", "runs { a: experiment { name } b: experiment { name }"), {"data": {}}),
-        (SEARCH.replace("{ runs", "{ ...f } } fragment f on MlflowSearchRunsResponse { x { runs"), {"data": {}}),
+        (SEARCH.replace("{ runs", "{ ...f } } fragment f on MlflowSearchRunsResponse { x { "
+                                  "runs"), {"data": {}}),
         (SEARCH.replace("input: $data", "input: {maxResults: 50000}"), {"data": {}}),
         (SEARCH.replace("Input!)", "Input = {maxResults: 50000})"), {"data": {}}),
         (SEARCH.replace("Input!)", "Input = {maxResults: 50000})"), {}),
         (SEARCH.replace("{ __typename", "{ other: __typename"), {"data": {}}),
-        (SEARCH.replace("{ __typename", "{ mlflowSearchRuns(input: $data) { runs { info { runUuid } } }"), {"data": {}}),
+        (SEARCH.replace("{ __typename", "{ mlflowSearchRuns(input: $data) { runs { info { runUuid } } "
+                                        "}"), {"data": {}}),
         (SEARCH + SEARCH.replace("SearchRuns(", "Second("), {"data": {}}),
         ("{ __schema { types { name } } }", {}),
         ("{ a { " * 150, {}),
@@ -132,6 +147,6 @@ def test_graphql_is_bounded_as_the_other_routes_are():
         (None, {}),
     ],
 )  # fmt: skip
-def test_graphql_that_could_be_multiplied_is_refused(document, variables):
+def test_graphql_that_multiplies_work_is_rejected(document, variables):
     with pytest.raises(InvalidField):
         graphql(document, **variables)

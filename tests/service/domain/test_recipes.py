@@ -1,4 +1,4 @@
-"""Recipe files, and their verdicts on runs that are made up."""
+"""Recipe files, and their verdicts on generated runs."""
 
 import math
 from importlib.resources import files
@@ -7,61 +7,30 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from service.cli.report_tables import finding_cells
 from service.domain.comparisons import expand, without_seed
-from service.domain.errors import InvalidField
-from service.domain.recipes import Figure, Recipe, read_recipe
-from service.domain.verdicts import Interval, Run, judge, metrics_of, select
+from service.domain.recipes import Claim, Figure, read_recipe
+from service.domain.verdicts import select
+from tests.service.domain.recipe_factory import COMPARISON, FASTER, FINAL, make_recipe
+from trainer.jobspec import InvalidField
 
 RECIPES = sorted((Path(str(files("trainer"))) / "recipes").glob("*.yaml"))
-COMPARISON = {"spec": {"steps": 10}, "matrix": {"norm": ["none", "sync"], "seed": [0, 1]}}
-FASTER = {
-    "says": "steps to 80 %, none / sync",
-    "measure": {"take": "steps_to", "level": 0.8},
-    "of": {"norm": "none"},
-    "against": {"norm": "sync"},
-    "by": "ratio",
-    "relation": "at_least",
-    "bound": 5,
-}
-FINAL = {"says": "final", "measure": {"take": "final"}, "of": {"norm": "sync"}, "relation": "at_least", "bound": 0.8}
-WINDOW = {"along": "optimizer.lr", "at_least": 0.85, "size": "width"}
-
-
-def make_recipe(*rules, figures=()):
-    texts = dict.fromkeys(("claim", "source", "paper", "falsified_if"), "words")
-    return Recipe.model_validate(
-        {"name": "example", "presets": {"quick": COMPARISON}, "verdict": list(rules), "figures": list(figures)} | texts
-    )
-
-
-def run(norm, values, seed=0, every=100, metric="accuracy", **more):
-    curve = [(number * every, value) for number, value in enumerate(values)]
-    return Run(
-        variant={"norm": norm} | more.pop("also", {}),
-        seed=seed,
-        curves={metric: curve} | more.pop("curves", {}),
-        **more,
-    )
-
-
-def number(verdict, finding=0, value=0):
-    return verdict.findings[finding].values[value].number
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_rule_of_a_recipe_finds_its_variants_in_the_presets_that_measure(path):
+def test_rules_of_recipes_match_variants_of_their_presets(path):
     recipe = read_recipe(path)
     for preset in ("quick", "paper"):
         comparison = recipe.presets[preset]
         points = expand(comparison.spec, comparison.matrix, comparison.variants)
-        variants = [dict(text) for text in {tuple(without_seed(point).items()) for point, _ in map(_hashable, points)}]
+        variants = [
+            dict(text) for text in {tuple(without_seed(point).items()) for point, _ in map(_hashable, points)}
+        ]
         for figure in (*recipe.verdict, *recipe.figures):
-            beside = figure.measure.window.along if figure.measure and figure.measure.window else None
+            along = figure.measure.window.along if figure.measure and figure.measure.window else None
             for _, of, against in figure.cases():
                 for selection in (of, against) if figure.against is not None else (of,):
-                    found = select(_frozen(selection), variants, beside)
-                    assert len(found) > 1 if beside else len(found) == 1, (preset, figure.says, selection)
+                    found = select(_frozen(selection), variants, along)
+                    assert len(found) > 1 if along else len(found) == 1, (preset, figure.label, selection)
 
 
 def _hashable(point):
@@ -78,178 +47,20 @@ def test_three_seeds_are_compared(path):
     assert all(len(recipe.presets[preset].matrix["seed"]) >= 3 for preset in ("quick", "paper"))
 
 
-def test_one_sample_a_worker_cannot_be_normalised_by_worker():
+def test_batch_norm_with_one_sample_per_worker_is_rejected():
     quick = read_recipe(next(path for path in RECIPES if path.stem == "sync-vs-batch")).presets["quick"]
     with pytest.raises(InvalidField, match="4 workers with norm 'batch'"):
         expand(quick.spec, {"norm": ["batch"], "global_batch_size": [4]})
 
 
-def on_three_seeds(norm, values, **more):
-    return [run(norm, values, seed, **more) for seed in range(3)]
-
-
-def test_a_ratio_of_steps_is_judged_by_an_interval_over_seeds():
-    recipe = make_recipe(FASTER)
-    runs = [*on_three_seeds("none", [0.1] * 10 + [0.9]), *on_three_seeds("sync", [0.1, 0.1, 0.8])]
-    assert judge(recipe, runs[:-1]).judgement == "not enough data"
-    assert judge(recipe, runs).judgement == "holds"
-    verdict = judge(recipe, [*runs[:-1], run("sync", [0.1, 0.1, 0.1, 0.8], 2)])
-    assert verdict.judgement == "cannot tell"
-    assert [value.number.low for value in verdict.findings[0].values] == [5.0, 5.0, 10 / 3]
-    interval = verdict.findings[0].interval
-    assert (interval.low, interval.high) == pytest.approx((2.44185, 7.81315), rel=1e-5)  # of the logarithms
-    assert judge(recipe, [*runs[:3], *on_three_seeds("sync", [0.1, 0.1, 0.1, 0.8])]).judgement == "fails"
-
-
-def test_one_seed_of_many_decides_nothing():
-    """A rule that had to hold for every seed failed the more often the more seeds there were."""
-    runs = [run("sync", [0.7 if seed == 5 else 0.9], seed) for seed in range(20)]
-    assert judge(make_recipe(FINAL), runs).judgement == "holds"
-
-
-@pytest.mark.parametrize(("seeds", "judged"), [(1, "cannot tell"), (2, "cannot tell"), (3, "holds")])
-def test_fewer_than_three_seeds_cannot_tell(seeds, judged):
-    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.9])[:seeds]).judgement == judged
-
-
-@pytest.mark.parametrize(
-    ("differences", "shows_none"), [((0.1, 0.2, 0.15), False), ((-0.01, 0.004, -0.002), True), ((0.1, 0.1), False)]
-)
-def test_an_interval_that_contains_equal_sides_shows_no_difference(differences, shows_none):
-    figure = {key: FASTER[key] for key in ("says", "of", "against")} | {
-        "measure": {"take": "final"},
-        "by": "difference",
+def test_a_recipe_lists_the_metrics_of_its_rules():
+    assert make_recipe(
+        FINAL, FINAL | {"measure": {"metric": "a", "minus": "b", "take": "mean"}}
+    ).metrics() == {
+        "accuracy",
+        "a",
+        "b",
     }
-    runs = [
-        run(norm, [0.5 + (difference if norm == "none" else 0)], seed)
-        for seed, difference in enumerate(differences)
-        for norm in ("none", "sync")
-    ]
-    [_, finding] = judge(make_recipe(FINAL, figures=[figure]), runs).findings
-    assert finding.shows_no_difference == shows_none
-    assert ("no difference that 3 seeds can show" in finding_cells(finding)) == shows_none
-
-
-def test_a_level_that_is_never_reached_bounds_the_ratio():
-    never, soon, late = [0.1] * 11, [0.1, 0.8], [0.1, 0.1, 0.1, 0.8]
-    recipe = make_recipe(FASTER)
-
-    def judge_curves(none, sync):
-        return judge(recipe, [*on_three_seeds("none", none), *on_three_seeds("sync", sync)])
-
-    assert judge_curves(never, soon).judgement == "holds"
-    assert (
-        number(judge_curves(never, soon)) == judge_curves(never, soon).findings[0].interval == Interval(10.0, math.inf)
-    )
-    assert judge_curves(never, late).judgement == "cannot tell"
-    assert judge_curves(soon, never).judgement == "fails"
-    assert judge_curves(never, never).judgement == "cannot tell"
-
-
-def test_a_level_can_be_the_best_of_a_variant():
-    rule = FASTER | {"measure": {"take": "steps_to", "level": {"norm": "none"}}}
-    runs = [run("none", [0.1, 0.2, 0.4, 0.6, 0.7, 0.75]), run("sync", [0.1, 0.76])]
-    assert number(judge(make_recipe(rule), runs)) == Interval(5.0, 5.0)
-
-
-def test_a_loss_reaches_its_level_from_above():
-    rule = FASTER | {"measure": {"metric": "test_loss", "take": "steps_to", "level": {"norm": "none"}}}
-    runs = [run("none", [2.3, 2, 1.5, 1, 0.6, 0.5], metric="test_loss"), run("sync", [2.3, 0.5], metric="test_loss")]
-    assert number(judge(make_recipe(rule), runs)) == Interval(5.0, 5.0)
-
-
-@pytest.mark.parametrize(
-    ("measure", "value"),
-    [
-        ({"take": "final"}, 0.5),
-        ({"take": "most"}, 0.9),
-        ({"take": "least"}, 0.1),
-        ({"take": "mean"}, 0.5),
-        ({"take": "range"}, 0.8),
-        ({"take": "range", "from_step": 200}, 0.4),
-        ({"take": "most", "minus": "train_accuracy"}, 0.7),
-    ],
-)
-def test_what_a_curve_comes_to(measure, value):
-    figure = FINAL | {"measure": measure}
-    one = run("sync", [0.1, 0.5, 0.9, 0.5], curves={"train_accuracy": [(200, 0.2), (300, 0.3)]})
-    assert number(judge(make_recipe(figure), [one])).low == pytest.approx(value)
-
-
-def test_a_window_is_of_the_rates_that_end_well_enough_and_a_diverged_run_does_not():
-    runs = [
-        run(norm, [0.1, value], seed, also={"optimizer.lr": rate}, diverged=norm == "none" and rate == 5)
-        for seed in range(3)
-        for norm, values in (("none", [0.2, 0.9, 0.9, 0.9]), ("sync", [0.9, 0.9, 0.9, 0.9]))
-        for rate, value in zip([0.1, 1, 2, 5], values, strict=True)
-    ]
-    rule = FASTER | {
-        "measure": {"take": "final", "window": WINDOW},
-        "of": {"norm": "sync"},
-        "against": {"norm": "none"},
-    }
-    verdict = judge(make_recipe(rule), runs)
-    value = verdict.findings[0].values[0]
-    assert (value.of.low, value.against.low, value.number.low, verdict.judgement) == (50, 2, 25, "holds")
-    for size, expected in (("count", (4, 2)), ("lowest", (0.1, 1)), ("highest", (5, 2))):
-        rule["measure"]["window"] = WINDOW | {"size": size}
-        value = judge(make_recipe(rule), runs).findings[0].values[0]
-        assert (value.of.low, value.against.low) == expected
-
-
-def test_an_empty_window_is_included_in_any_and_includes_none():
-    runs = [
-        one
-        for norm, value in (("none", 0.2), ("sync", 0.9))
-        for one in on_three_seeds(norm, [0.1, value], also={"optimizer.lr": 1})
-    ]
-    for of, against, judged in (("sync", "none", "holds"), ("none", "sync", "fails")):
-        for size, relation in (("lowest", "at_most"), ("highest", "at_least")):
-            rule = FINAL | {
-                "measure": {"take": "final", "window": WINDOW | {"size": size}},
-                "of": {"norm": of},
-                "against": {"norm": against},
-                "by": "difference",
-                "relation": relation,
-                "bound": 0,
-            }
-            assert judge(make_recipe(rule), runs).judgement == judged
-
-
-def test_a_run_that_diverged_has_no_final_value():
-    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.1, 0.9])).judgement == "holds"
-    assert judge(make_recipe(FINAL), on_three_seeds("sync", [0.1, 0.9], diverged=True)).judgement == "cannot tell"
-
-
-def test_weights_are_compared_by_their_largest_difference():
-    rule = FASTER | {"measure": None, "by": "weights", "relation": "at_most", "bound": 1e-9}
-    for change, judged in ((1e-10, "holds"), (1e-8, "fails")):
-        runs = [
-            *on_three_seeds("none", [1], weights=[1.0, 2.0, 3.0]),
-            *on_three_seeds("sync", [1], weights=[1.0, 2.0 + change, 3.0]),
-        ]
-        assert judge(make_recipe(rule), runs).judgement == judged
-    assert judge(make_recipe(rule), [run("none", [1]), run("sync", [1])]).judgement == "not enough data"
-
-
-def test_a_figure_is_asked_at_each_value_and_decides_nothing():
-    figure = {key: FINAL[key] for key in ("says", "measure")} | {"of": {}, "each": {"norm": ["none", "sync"]}}
-    runs = [*on_three_seeds("none", [0.1]), *on_three_seeds("sync", [0.9])]
-    verdict = judge(make_recipe(FINAL, figures=[figure]), runs)
-    assert verdict.judgement == "holds"
-    assert [(finding.case, finding.judgement) for finding in verdict.findings] == [
-        ({}, "holds"), ({"norm": "none"}, None), ({"norm": "sync"}, None),
-    ]  # fmt: skip
-
-
-def test_no_runs_are_not_enough():
-    assert judge(make_recipe(FINAL), []).judgement == "not enough data"
-
-
-def test_the_metrics_that_a_recipe_needs_are_told():
-    assert metrics_of(make_recipe(FINAL, FINAL | {"measure": {"metric": "a", "minus": "b", "take": "mean"}})) == {
-        "accuracy", "a", "b",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -266,19 +77,30 @@ def test_the_metrics_that_a_recipe_needs_are_told():
         {"bound": math.nan},
     ],
 )
-def test_a_rule_that_says_nothing_is_refused(change):
+def test_an_empty_rule_is_rejected(change):
     with pytest.raises(ValidationError):
         make_recipe(FASTER | change)
 
 
-def test_a_preset_that_a_recipe_lacks_is_named():
+def test_an_unknown_preset_is_named():
     with pytest.raises(ValueError, match="example has the presets quick"):
         make_recipe(FINAL).request("paper")
-    assert make_recipe(FINAL).request("quick") == {"name": "example"} | COMPARISON
+    recipe = make_recipe(FINAL)
+    claim = recipe.model_dump(mode="json", exclude={"name", "presets"}, exclude_unset=True)
+    asked = recipe.request("quick")
+    assert Claim.model_validate(asked.pop("recipe")) == Claim.model_validate(claim)
+    assert asked == {"name": "example"} | COMPARISON
 
 
-def test_a_case_fills_in_what_of_and_against_leave_open():
+def test_a_case_completes_the_selections_of_a_rule():
     figure = Figure.model_validate(
-        {"says": "", "of": {}, "against": {"num_workers": 1}, "by": "weights", "each": {"num_workers": [2]}}
+        {"label": "", "of": {}, "against": {"num_workers": 1}, "by": "weights", "each": {"num_workers": [2]}}
     )
     assert figure.cases() == [({"num_workers": 2}, {"num_workers": 2}, {"num_workers": 1})]
+
+
+def test_a_preset_that_does_not_vary_the_paths_of_the_rules_has_no_claim():
+    """The demo has one learning rate, and the rules of its recipe are about two."""
+    recipe = read_recipe(next(path for path in RECIPES if path.stem == "fig1-activations"))
+    assert "recipe" in recipe.request("quick")
+    assert "recipe" not in recipe.request("demo")
