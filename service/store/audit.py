@@ -7,8 +7,7 @@ from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.access import AuditRecord, Caller
-from service.store.database import Database
-from service.store.pages import read_page
+from service.store.database import Database, read_page
 from service.store.tables import audit
 
 SERVICE = "service"
@@ -26,7 +25,8 @@ class AuditStore:
         async with self._database.read() as connection:
             rows, more = await read_page(connection, select(*COLUMNS), audit.c.sequence, size, before)
         return [
-            AuditRecord(**{field.name: getattr(row, field.name) for field in fields(AuditRecord)}) for row in rows
+            AuditRecord(**{field.name: getattr(row, field.name) for field in fields(AuditRecord)})
+            for row in rows
         ], more
 
 

@@ -26,11 +26,15 @@ class CredentialStore:
         return await self._add(kind, token_id=token_id, expires_at=datetime.now(UTC) + lifetime)
 
     async def add_for_attempt(self, job: Job) -> str:
-        """Create a credential of the current attempt, valid while it is active; return its secret.
+        """Create a credential of the current attempt, valid while it is active.
+
+        Returns its secret.
 
         Those of its earlier attempts are deleted.
         """
-        earlier = delete(credentials).where(credentials.c.job_id == job.id, credentials.c.attempt < job.attempt)
+        earlier = delete(credentials).where(
+            credentials.c.job_id == job.id, credentials.c.attempt < job.attempt
+        )
         async with self._database.write() as connection:
             await connection.execute(earlier)
         return await self._add(CredentialKind.ATTEMPT, job_id=job.id, attempt=job.attempt)
@@ -38,7 +42,9 @@ class CredentialStore:
     async def _add(self, kind: CredentialKind, **values: object) -> str:
         secret = new_secret()
         async with self._database.write() as connection:
-            await connection.execute(insert(credentials).values(hash=hash_secret(secret), kind=kind.value, **values))
+            await connection.execute(
+                insert(credentials).values(hash=hash_secret(secret), kind=kind.value, **values)
+            )
         return secret
 
     async def find_token(self, kind: CredentialKind, secret: str) -> Token | None:
@@ -57,8 +63,13 @@ class CredentialStore:
         return None if row is None else read_token(row)
 
     async def delete(self, kind: CredentialKind, secret: str) -> bool:
-        """Delete a credential; return whether it existed, which is true for one caller only."""
-        query = delete(credentials).where(credentials.c.hash == hash_secret(secret), credentials.c.kind == kind.value)
+        """Delete a credential.
+
+        Returns whether it existed, which is true for one caller only.
+        """
+        query = delete(credentials).where(
+            credentials.c.hash == hash_secret(secret), credentials.c.kind == kind.value
+        )
         async with self._database.write() as connection:
             return (await connection.execute(query)).rowcount == 1
 
@@ -66,7 +77,9 @@ class CredentialStore:
         """Return the grant of an attempt; None if it is no longer the active attempt."""
         query = (
             select(jobs.c.id, jobs.c.mlflow_run_id, jobs.c.mlflow_experiment_id)
-            .join(credentials, and_(credentials.c.job_id == jobs.c.id, credentials.c.attempt == jobs.c.attempt))
+            .join(
+                credentials, and_(credentials.c.job_id == jobs.c.id, credentials.c.attempt == jobs.c.attempt)
+            )
             .where(
                 credentials.c.hash == hash_secret(secret),
                 credentials.c.kind == CredentialKind.ATTEMPT.value,
@@ -79,7 +92,11 @@ class CredentialStore:
         return None if row is None else Grant(*row)
 
     async def count_upload(self, secret: str, number: int, max_bytes: int) -> bool:
-        """Count uploaded bytes of an attempt; return False without counting beyond `max_bytes`."""
+        """Count uploaded bytes of an attempt.
+
+        Returns False without counting beyond `max_bytes`.
+        """
+        # One statement checks and counts, so that concurrent uploads cannot exceed the limit together.
         counted = credentials.c.uploaded_bytes + number
         query = (
             update(credentials)

@@ -4,17 +4,19 @@ SQLite with a write-ahead log, or PostgreSQL.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import randbelow
+from threading import Thread
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, Table, event, func, make_url, select, update
+from sqlalchemy import Column, Connection, Row, Select, Table, event, func, make_url, select, update
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects import sqlite as sqlite_dialect
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
@@ -23,24 +25,25 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.domain.leases import SCHEDULER
-from service.store import sqlite
 from service.store.tables import leases
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 TROUBLED_CLASSES = ("08", "53", "57", "58")
-"""Of PostgreSQL's SQLSTATEs: connection, resources, operator intervention (a restart), system."""
+"""SQLSTATE classes of temporary errors: connection, resources, operator intervention, system."""
 CONFLICTS = ("40001", "40P01")
-"""Serialization failure and deadlock: the same again may do."""
+"""SQLSTATEs of a serialization failure and a deadlock, which a retry may avoid."""
 DISK_FULL = "53100"
-"""SQLSTATE."""
+"""SQLSTATE of a full disk."""
 MIGRATION_LOCK = 5_021_503
-"""Of bringing the tables up to date."""
+"""Advisory lock of migrations."""
 CONNECTIONS = 20
-"""Kept open, and never more: to open one takes longer than most of what it is used for."""
+"""Number of connections, which stay open: opening one takes longer than most statements."""
 POSTGRESQL_SETTINGS = {"plan_cache_mode": "force_custom_plan"}
-"""A plan that was made while there were few jobs, and kept, reads all of many for each."""
+"""Settings of a session: plans cached while there were few jobs would read all of many jobs."""
+CLOSE_SECONDS = 5.0
+"""Time for the last statements of closed connections."""
 WRITES = "writes"
-"""Option of connections that are going to write."""
+"""Execution option of connections that write."""
 
 
 async def _nothing() -> None:
@@ -49,7 +52,10 @@ async def _nothing() -> None:
 
 @dataclass
 class Transaction:
-    """Transaction of several reads and writes of a task; it begins with the first write."""
+    """Transaction of several reads and writes of a task.
+
+    It begins with the first write.
+    """
 
     resources: AsyncExitStack
     first: Callable[[], Awaitable[object]]
@@ -61,22 +67,30 @@ class Database:
     """Database at `url`. Waits beyond `timeout_seconds` raise UpstreamUnavailable."""
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
-        self._engine, self._timeout_seconds = _open(url, timeout_seconds), timeout_seconds
+        self._threads: WeakSet[Thread] = WeakSet()
+        """Threads of SQLite's connections."""
+        self._engine = _open(url, timeout_seconds, self._threads)
+        self._timeout_seconds = timeout_seconds
         is_sqlite = self._engine.dialect.name == "sqlite"
-        # A read needs no transaction, each statement sees one state: on PostgreSQL it would cost two more messages.
-        self._reader = self._engine if is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        # A read needs no transaction, each statement sees one state: on PostgreSQL it would cost two more
+        # messages.
+        self._reader = (
+            self._engine if is_sqlite else self._engine.execution_options(isolation_level="AUTOCOMMIT")
+        )
         self._writing = self._engine.execution_options(**{WRITES: True})
-        # SQLite has one writer. Those who wait for it inside SQLite look again and again, without an order, and some never get it.
+        # SQLite has one writer. Those who wait for it inside SQLite look again and again, without an order,
+        # and some never get it.
         self._writer = asyncio.Lock() if is_sqlite else None
-        # By task, so that what a task starts beside itself does not write into its transaction.
+        # By task, so that other tasks do not write into the transaction.
         self._transactions: WeakKeyDictionary[asyncio.Task[Any], Transaction] = WeakKeyDictionary()
 
     @asynccontextmanager
     async def transaction(self, first: Callable[[], Awaitable[object]] = _nothing) -> AsyncIterator[None]:
-        """Join all writes of this task, and the reads after the first one, in one transaction.
+        """Join the writes of this task in one transaction.
 
-        It is committed at the end and rolled back on an error. It begins with the first write, and with `first` in it: so what is
-        asked of others before anything is stored, such as a name's address, keeps no writer waiting. Raises UpstreamUnavailable.
+        Reads after the first write are part of it. It is committed at the end and rolled back on an error. It
+        starts at the first write, or with `first` in it, so that requests to others before anything is
+        stored, such as name resolution, keep no writer waiting. Raises UpstreamUnavailable.
         """
         task = asyncio.current_task()
         assert task is not None
@@ -127,7 +141,8 @@ class Database:
                 yield connection
 
     async def _begin(self, transaction: Transaction) -> AsyncConnection:
-        # Errors of the database are converted where they occur, since other work in the block has errors of its own.
+        # Errors of the database are converted where they occur, since other work in the block has errors of
+        # its own.
         with _unavailable():
             connection = await transaction.resources.enter_async_context(self._connect_to_write())
             await connection.begin()
@@ -180,6 +195,13 @@ class Database:
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
+        # A statement whose task was cancelled answers to the event loop, which must not be closed before.
+        await asyncio.to_thread(self._join_threads)
+
+    def _join_threads(self) -> None:
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in list(self._threads):
+            thread.join(max(deadline - time.monotonic(), 0))
 
 
 async def advisory_lock(connection: AsyncConnection, lock: int) -> None:
@@ -209,7 +231,7 @@ def _unavailable() -> Iterator[None]:
 
 
 def _is_of_the_server(error: DBAPIError) -> bool:
-    """Return whether an error means that the database is unavailable, or a conflict to retry."""
+    """Return whether an error means an unavailable database or a conflict to retry."""
     state = _sqlstate(error)
     return (
         error.connection_invalidated
@@ -223,7 +245,7 @@ def _sqlstate(error: Exception) -> str:
     return str(getattr(getattr(error, "orig", None), "sqlstate", None) or "")
 
 
-def _open(url: str, timeout_seconds: float) -> AsyncEngine:
+def _open(url: str, timeout_seconds: float, threads: "WeakSet[Thread]") -> AsyncEngine:
     address = make_url(url)
     if address.get_backend_name() != "sqlite":
         engine = create_async_engine(
@@ -240,7 +262,8 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
 
         @event.listens_for(engine.sync_engine, "checkout")
         def check(connection: Any, *_: Any) -> None:
-            # After a restart of the server a connection knows that it is closed: to ask the server costs each use three messages.
+            # After a restart of the server a connection knows that it is closed: to ask the server costs each
+            # use three messages.
             if connection.driver_connection.is_closed():
                 raise DisconnectionError
 
@@ -249,7 +272,7 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(
         address,
-        connect_args={"timeout": timeout_seconds, "async_creator_fn": sqlite.connect},
+        connect_args={"timeout": timeout_seconds},
         pool_size=CONNECTIONS,
         max_overflow=0,
         pool_timeout=timeout_seconds,
@@ -257,7 +280,9 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
 
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        # Python's driver would otherwise begin a transaction only before some statements, and so not make migrations whole.
+        threads.add(connection.driver_connection._thread)
+        # Python's driver would otherwise begin a transaction only before some statements, and so not make
+        # migrations whole.
         connection.isolation_level = None
         cursor = connection.cursor()
         # With a write-ahead log, readers and the one writer do not block each other.
@@ -265,11 +290,28 @@ def _open(url: str, timeout_seconds: float) -> AsyncEngine:
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.close()
 
+    @event.listens_for(engine.sync_engine, "invalidate")
+    def roll_back(connection: Any, *_: Any) -> None:
+        # Where an INSERT with RETURNING is cancelled, its transaction and lock outlive the connection's
+        # close.
+        connection.rollback()
+
     @event.listens_for(engine.sync_engine, "begin")
     def begin(connection: Connection) -> None:
-        # Who reads first and then writes would be refused at once if another has written in between: writers wait at the beginning.
-        # A read needs no transaction: each statement sees one state, as on PostgreSQL.
+        # Who reads first and then writes would be refused at once if another has written in between: writers
+        # wait at the beginning. A read needs no transaction: each statement sees one state, as on PostgreSQL.
         if connection.get_execution_options().get(WRITES):
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+async def read_page(
+    connection: AsyncConnection, query: Select[Any], sequence: Column[int], size: int, before: int | None
+) -> tuple[list[Row[Any]], int | None]:
+    """Return up to `size` rows before a place, and the place of the next page."""
+    query = query.add_columns(sequence.label("place")).order_by(sequence.desc()).limit(size + 1)
+    if before is not None:
+        query = query.where(sequence < before)
+    rows = list((await connection.execute(query)).all())
+    return rows[:size], rows[size - 1].place if len(rows) > size else None

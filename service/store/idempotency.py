@@ -25,7 +25,7 @@ TAKE = {
     "postgresql": _taking(func.pg_try_advisory_xact_lock(func.hashtextextended(bindparam("name"), 0))),
     "sqlite": _taking(true()),  # which has one writer
 }
-"""Made once, as each POST needs it: making a statement takes about as long as running it."""
+"""Statement, compiled once: compiling takes about as long as running it."""
 IN_FLIGHT = "Idempotency-Key: the first request with this key has not been answered yet"
 
 
@@ -60,7 +60,10 @@ class IdempotencyStore:
                 raise RequestInProgress(IN_FLIGHT)
 
     async def store(self, owner: str, key: str, answer: StoredAnswer) -> None:
-        """Store the response of a request. Raises RequestInProgress if there is one; then roll back."""
+        """Store the response of a request.
+
+        Raises RequestInProgress if there is one; then roll back.
+        """
         row = asdict(answer) | {"owner": owner, "key": key, "created_at": datetime.now(UTC)}
         async with self._database.write() as connection:
             try:
@@ -68,7 +71,7 @@ class IdempotencyStore:
             except IntegrityError:
                 raise RequestInProgress(IN_FLIGHT) from None
 
-    async def forget_before(self, time: datetime) -> int:
+    async def delete_before(self, time: datetime) -> int:
         """Delete older keys and return their number. Keys are guaranteed for 24 hours."""
         async with self._database.write() as connection:
             return (await connection.execute(delete(keys).where(keys.c.created_at < time))).rowcount

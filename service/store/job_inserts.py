@@ -17,21 +17,39 @@ INSERT_JOBS, INSERT_EVENTS, INSERT_TAGS = (
     insert(events),
     insert(job_tags),
 )
-"""Made once, as each submission needs them: making a statement takes about as long as running it."""
+"""Statements, compiled once: compiling takes about as long as running them."""
 INSERTED_AT_ONCE = 32
 BYTES_BESIDE_SPEC = 1_000
-"""What a job takes in the database besides its spec and variant, about."""
+"""Approximate size of a job in the database without its spec and variant."""
 
 
-async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_stored_bytes: int | None = None) -> None:
-    """Store new jobs of one owner in the caller's transaction. Raises QuotaExceeded."""
+async def insert_jobs(
+    connection: AsyncConnection,
+    new: Sequence[Job],
+    max_stored_bytes: int | None = None,
+    *,
+    more_bytes: int = 0,
+) -> None:
+    """Store new jobs of one owner in the caller's transaction. Raises QuotaExceeded.
+
+    `more_bytes` is the size of what is stored and deleted with them; it counts with the first job.
+    """
+    first_id = new[0].id
 
     def insert_some(connection: Connection, some: Sequence[Job]) -> int:
         tags_of = {job.id: job.tags for job in some}
-        contents = [job_row(job) | {"stored_bytes": _stored_bytes(job)} for job in some]
+        contents = [
+            job_row(job) | {"stored_bytes": _stored_bytes(job) + more_bytes * (job.id == first_id)}
+            for job in some
+        ]
+        # RETURNING may have another order than VALUES, so rows are matched by id.
         rows = connection.execute(INSERT_JOBS, contents).all()
         connection.execute(INSERT_EVENTS, [event_row(job, job.created_at, job.owner) for job in some])
-        tags = [{"tag": tag, "job_sequence": row.sequence, "job_id": row.id} for row in rows for tag in tags_of[row.id]]
+        tags = [
+            {"tag": tag, "job_sequence": row.sequence, "job_id": row.id}
+            for row in rows
+            for tag in tags_of[row.id]
+        ]
         if tags:
             connection.execute(INSERT_TAGS, tags)
         return sum(int(content["stored_bytes"]) for content in contents)
@@ -42,7 +60,8 @@ async def insert_jobs(connection: AsyncConnection, new: Sequence[Job], max_store
     stored = await add_stored_bytes(connection, new[0].owner, size)
     if max_stored_bytes is not None and stored > max_stored_bytes:
         raise QuotaExceeded(
-            f"the jobs of {new[0].owner} would take {stored:,} bytes in the database; at most {max_stored_bytes:,} are allowed. "
+            f"the jobs of {new[0].owner} would take {stored:,} bytes in the database; at most "
+            f"{max_stored_bytes:,} are allowed. "
             "Retention deletes ended jobs, and the operator sets SYNCBN_QUOTA_STORED_BYTES"
         )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, submission_id
 from service.domain.leases import shard_of
-from service.domain.retries import Blame, Failures, Retries
-from service.domain.scheduling import Capacity, SchedulableJob
+from service.domain.retries import Failures, Retries, RetryGroup
+from service.domain.scheduling import Resources, SchedulableJob
 from service.store.tables import events, jobs
 from trainer.jobspec import JobSpec, Progress
 
@@ -21,12 +21,12 @@ SUMMARY_COLUMNS = [
     jobs.c.spec["seed"].as_integer().label("seed"),
     jobs.c.spec["steps"].as_integer().label("steps"),
 ]
-"""Of lists, which do not read specs: a page has up to 200 jobs."""
+"""Columns of lists, which do not read specs, as a page has up to 200 jobs."""
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
         "id", "owner", "priority", "queued_at", "not_before", "attempt",
-        "least_cpus", "least_gpus", "most_cpus", "most_gpus",
+        "min_cpus", "min_gpus", "max_cpus", "max_gpus",
     )
 ]  # fmt: skip
 EVENT_COLUMNS = [events.c[field.name] for field in fields(Event)]
@@ -39,23 +39,25 @@ def job_row(job: Job) -> dict[str, Any]:
     row["spec"] = job.spec.model_dump(mode="json")
     row["tags"] = list(job.tags)
     row["retries"] = job.retries.model_dump()
-    row["failures"] = {blame.value: count for blame, count in job.failures.counts.items()}
+    row["failures"] = {group.value: count for group, count in job.failures.counts.items()}
     row["state"] = job.state.value
     row["progress"] = job.progress.model_dump() if job.progress else None
-    candidate = job.candidate()
+    # Stored with the job, so that the scheduler does not parse specs.
+    candidate = job.schedulable()
     return row | {
         "norm": job.spec.norm,
         "queue_until": job.queue_until,
         "shard": shard_of(job.id),
-        "least_cpus": candidate.least.cpus,
-        "least_gpus": candidate.least.gpus,
-        "most_cpus": candidate.most.cpus,
-        "most_gpus": candidate.most.gpus,
+        "min_cpus": candidate.min_resources.cpus,
+        "min_gpus": candidate.min_resources.gpus,
+        "max_cpus": candidate.max_resources.cpus,
+        "max_gpus": candidate.max_resources.gpus,
     }
 
 
 def read_job(row: Any) -> Job:
     """Convert a row of COLUMNS to a job."""
+    # From JSON: strict validation of Python values would reject lists for tuples and text for enumerations.
     return Job(**_record(row), spec=JobSpec.model_validate_json(json.dumps(row.spec)))
 
 
@@ -75,7 +77,7 @@ def _record(row: Any) -> dict[str, Any]:
     return values | {
         "tags": tuple(row.tags),
         "retries": Retries(**row.retries),
-        "failures": Failures({Blame(blame): count for blame, count in row.failures.items()}),
+        "failures": Failures({RetryGroup(group): count for group, count in row.failures.items()}),
         "state": JobState(row.state),
         "progress": read_progress(row.progress),
     }
@@ -94,8 +96,8 @@ def read_candidate(row: Any) -> SchedulableJob:
         priority=row.priority,
         queued_at=row.queued_at,
         not_before=row.not_before,
-        least=Capacity(row.least_cpus, row.least_gpus),
-        most=Capacity(row.most_cpus, row.most_gpus),
+        min_resources=Resources(row.min_cpus, row.min_gpus),
+        max_resources=Resources(row.max_cpus, row.max_gpus),
         submission_id=submission_id(row.id, row.attempt),
     )
 

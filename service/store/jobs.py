@@ -14,6 +14,7 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
     cast,
     func,
     insert,
@@ -24,10 +25,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.errors import Conflict, NotFound, VersionMismatch
-from service.domain.jobs import Event, Job, JobState, JobSummary, Transition, is_legal
+from service.domain.jobs import Event, Job, JobState, JobSummary, Transition
 from service.domain.leases import Lease
 from service.domain.scheduling import SchedulableJob
-from service.store.database import Database
+from service.store.database import Database, read_page
 from service.store.job_inserts import insert_jobs
 from service.store.job_rows import (
     CANDIDATE_COLUMNS,
@@ -43,15 +44,13 @@ from service.store.job_rows import (
     read_summaries,
 )
 from service.store.leases import is_held
-from service.store.pages import read_page
 from service.store.tables import events, job_tags, jobs
-from service.store.totals import Totals, read_totals
-from service.store.usage import add_usage
+from service.store.usage import Totals, add_usage, read_totals
 from service.store.webhooks import announce_end
 from trainer.jobspec import JobSpec, Progress
 
-NOTED = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
-"""What may change without a transition."""
+UPDATABLE_FIELDS = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id", "mlflow_closed"})
+"""Fields that may change without a transition."""
 JOBS_AT_ONCE = 500
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
 
@@ -72,9 +71,9 @@ class Queue:
     """Queue and active jobs, for the scheduler."""
 
     waiting: dict[str, SchedulableJob]
-    """By job and attempt, as "id:1"."""
+    """Waiting jobs by job and attempt, such as "id:1"."""
     reasons: dict[str, str]
-    """Stored reasons of the waiting jobs that were not known before, by job id."""
+    """Stored reasons of the waiting jobs that are new to the caller, by job id."""
     active: list[SchedulableJob]
 
 
@@ -91,7 +90,7 @@ class JobSnapshot:
 class JobStore:
     """Jobs in the database. Updates are guarded by the version of the job.
 
-    A change that is made under a lease does not happen either if another replica has taken the lease since.
+    A change under a lease has no effect if another replica has taken the lease since.
     """
 
     def __init__(self, database: Database, max_stored_bytes: int | None = None) -> None:
@@ -101,7 +100,7 @@ class JobStore:
     async def add(self, job: Job) -> None:
         """Store a new job with its first event.
 
-        Raises NotFound if the one it is resumed from has been deleted meanwhile, and QuotaExceeded.
+        Raises NotFound if its source was deleted meanwhile, and QuotaExceeded.
         """
         async with self._database.write() as connection:
             if job.resumed_from is not None:
@@ -116,6 +115,7 @@ class JobStore:
         """Return a job. Raises NotFound, also if it is not `owner`'s."""
         query = select(*COLUMNS).where(jobs.c.id == job_id)
         found = await self._read(query if owner is None else query.where(jobs.c.owner == owner))
+        # Jobs of other owners are not found either, so that ids cannot be probed.
         if not found:
             raise NotFound(f"there is no job {job_id!r}")
         return found[0]
@@ -138,7 +138,9 @@ class JobStore:
 
     async def list_by_comparison(self, comparison_id: str) -> list[JobSummary]:
         """Return the jobs of a comparison in the order of its matrix."""
-        query = select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        query = (
+            select(*SUMMARY_COLUMNS).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        )
         async with self._database.read() as connection:
             rows = (await connection.execute(query)).all()
         return await read_summaries(rows)
@@ -146,7 +148,11 @@ class JobStore:
     async def specs_of(self, comparison_id: str) -> list[JobSpec]:
         """Return the specs of a comparison's jobs in the order of its matrix."""
         # As text, and read in a thread: all together they may be large.
-        query = select(cast(jobs.c.spec, Text)).where(jobs.c.comparison_id == comparison_id).order_by(jobs.c.sequence)
+        query = (
+            select(cast(jobs.c.spec, Text))
+            .where(jobs.c.comparison_id == comparison_id)
+            .order_by(jobs.c.sequence)
+        )
         async with self._database.read() as connection:
             found = (await connection.execute(query)).scalars().all()
         return await asyncio.to_thread(lambda: [JobSpec.model_validate_json(text) for text in found])
@@ -163,16 +169,20 @@ class JobStore:
     async def queue(self, known: Mapping[str, SchedulableJob] = MappingProxyType({})) -> Queue:
         """Return the queued and active jobs for the scheduler.
 
-        What is known already, by job and attempt, is not read again: while a job waits, nothing that counts changes.
+        Jobs in `known`, by job and attempt, are not read again: what the scheduler uses does not change while
+        a job waits.
         """
+        # Implied by the states, but it is the first column of the index.
         is_open = jobs.c.mlflow_closed.is_(False)
         waits = and_(is_open, jobs.c.state == JobState.QUEUED, jobs.c.cancel_requested.is_(False))
         is_active = and_(is_open, jobs.c.state.in_([state.value for state in ACTIVE]))
         key = jobs.c.id + ":" + cast(jobs.c.attempt, String)
         reasons: dict[str, str] = {}
         async with self._database.read() as connection:
-            # As one text: of thousands of rows each would take its turn with the requests that are being answered.
-            text = (await connection.execute(select(func.aggregate_strings(key, ",")).where(waits))).scalar_one()
+            # As one text: fetching thousands of rows separately would delay requests.
+            text = (
+                await connection.execute(select(func.aggregate_strings(key, ",")).where(waits))
+            ).scalar_one()
             keys = set(text.split(",")) if text else set()
             found = {name: candidate for name, candidate in known.items() if name in keys}
             new = [name.split(":")[0] for name in keys - known.keys()]
@@ -184,6 +194,32 @@ class JobStore:
                     found[row.key], reasons[row.id] = read_candidate(row), row.reason
             active = (await connection.execute(select(*CANDIDATE_COLUMNS).where(is_active))).all()
         return Queue(found, reasons, [read_candidate(row) for row in active])
+
+    async def first_waiting(
+        self, size: int, owner: str | None, starving_since: datetime
+    ) -> tuple[list[JobSummary], bool]:
+        """Return the first waiting jobs by rank, and whether there are more.
+
+        They are ordered as in `service.domain.scheduling`, but without the shares of owners, which change
+        with each admission.
+        """
+        starves = jobs.c.queued_at <= starving_since
+        query = select(*SUMMARY_COLUMNS).where(
+            jobs.c.mlflow_closed.is_(False),
+            jobs.c.state == JobState.QUEUED,
+            jobs.c.cancel_requested.is_(False),
+        )
+        query = query if owner is None else query.where(jobs.c.owner == owner)
+        rank = (starves.desc(), case((starves, 0), else_=-jobs.c.priority), jobs.c.queued_at, jobs.c.id)
+        async with self._database.read() as connection:
+            rows = (await connection.execute(query.order_by(*rank).limit(size + 1))).all()
+        return await read_summaries(rows[:size]), len(rows) > size
+
+    async def newest_succeeded(self, size: int, owner: str | None = None) -> list[Job]:
+        """Return the newest jobs that have succeeded, of all owners or one."""
+        query = select(*COLUMNS).where(jobs.c.state == JobState.SUCCEEDED)
+        query = query if owner is None else query.where(jobs.c.owner == owner)
+        return await self._read(query.order_by(jobs.c.sequence.desc()).limit(size))
 
     async def snapshots(self, job_ids: Collection[str]) -> dict[str, JobSnapshot]:
         """Return the snapshots of existing jobs by id."""
@@ -210,7 +246,8 @@ class JobStore:
     async def request_cancel(self, job_id: str, actor: str, version: int | None = None) -> Job:
         """Set the cancel flag; idempotent.
 
-        Raises NotFound; Conflict if the job has ended otherwise; Changed if it has another `version` than the given one.
+        Raises NotFound; Conflict if the job has ended otherwise; VersionMismatch if its version is not
+        `version`.
         """
         open_states = [state.value for state in JobState if not state.is_terminal]
         query = (
@@ -221,10 +258,13 @@ class JobStore:
         if version is not None:
             query = query.where(jobs.c.version == version)
         async with self._database.write() as connection:
+            # Only the request that sets the flag writes an event.
             if (await connection.execute(query)).rowcount:
                 job = read_job((await connection.execute(select(*COLUMNS).where(jobs.c.id == job_id))).one())
-                wish = replace(job, reason="asked to cancel")
-                await connection.execute(insert(events).values(**event_row(wish, datetime.now(UTC), actor)))
+                request = replace(job, reason="cancellation requested")
+                await connection.execute(
+                    insert(events).values(**event_row(request, datetime.now(UTC), actor))
+                )
                 return job
         job = await self.get(job_id)
         if version is not None and job.version != version:
@@ -236,40 +276,49 @@ class JobStore:
         return job
 
     async def advance(self, job: Job, step: Transition, actor: str, lease: Lease | None = None) -> Job | None:
-        """Apply a transition with its event; None, without an effect, if the job has changed."""
-        if not is_legal(job.state, step.state):
-            raise AssertionError(f"{job.id}: {job.state} -> {step.state} is no transition")
+        """Apply a transition with its event.
+
+        None, without an effect, if the job has changed.
+        """
         now = datetime.now(UTC)
-        after = job.after(step, now)
+        after = job.apply(step, now)
         async with self._database.write() as connection:
             if not await self._store(connection, job, after, lease):
                 return None
             await connection.execute(insert(events).values(**event_row(after, now, actor)))
+            # In the same transaction, so that a crash cannot lose the message.
             if after.state.is_terminal:
                 await announce_end(connection, after, now)
             if after.state == JobState.QUEUED or after.state.is_terminal:
                 ran_seconds = after.ran_seconds - job.ran_seconds
-                await add_usage(connection, job.owner, ran_seconds, job.candidate().most)
-        return replace(after, version=job.version + 1)
+                await add_usage(connection, job.owner, ran_seconds, job.schedulable().max_resources)
+        return after
 
-    async def note(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:
+    async def update_fields(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:
         """Update fields of a job without a transition; None if the job has changed."""
-        assert changes.keys() <= NOTED, changes
-        after = replace(job, **changes)
+        assert changes.keys() <= UPDATABLE_FIELDS, changes
+        after = replace(job, **changes, version=job.version + 1)
         async with self._database.write() as connection:
-            return replace(after, version=job.version + 1) if await self._store(connection, job, after, lease) else None
+            return after if await self._store(connection, job, after, lease) else None
 
-    async def explain(self, reasons: dict[str, str], lease: Lease) -> None:
-        """Store why jobs wait. No decision depends on the text, so the version does not change."""
-        query = update(jobs).where(jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease))
+    async def set_queue_reasons(self, reasons: dict[str, str], lease: Lease) -> None:
+        """Store why jobs wait.
+
+        No decision depends on the text, so the version does not change.
+        """
+        query = update(jobs).where(
+            jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease)
+        )
         rows = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
         for first in range(0, len(rows), JOBS_AT_ONCE):  # others write in between
             async with self._database.write() as connection:
-                await connection.execute(query.values(reason=bindparam("words")), rows[first : first + JOBS_AT_ONCE])
+                await connection.execute(
+                    query.values(reason=bindparam("words")), rows[first : first + JOBS_AT_ONCE]
+                )
 
     async def _store(self, connection: AsyncConnection, before: Job, after: Job, lease: Lease | None) -> bool:
-        values = job_row(replace(after, version=before.version + 1))
-        query = update(jobs).where(jobs.c.id == before.id, jobs.c.version == before.version).values(**values)
+        query = update(jobs).where(jobs.c.id == before.id, jobs.c.version == before.version)
+        query = query.values(**job_row(after))
         result = await connection.execute(query if lease is None else query.where(is_held(lease)))
         return result.rowcount == 1
 

@@ -20,9 +20,9 @@ class LeaseStore:
         self._database = database
 
     async def keep(self, replica: str, seconds: float) -> Mapping[str, Lease]:
-        """Record a heartbeat of `replica`, renew its leases, take free ones up to its share, and release the rest.
+        """Record a heartbeat of `replica` and renew its leases; return all by name.
 
-        Returns all that it holds, by name.
+        Takes free leases up to its share, and releases the rest.
         """
         async with self._database.write() as connection:
             # Replicas go through here one after the other, so that no two take the same lease.
@@ -30,7 +30,9 @@ class LeaseStore:
             now = await _now(connection)
             await connection.execute(delete(replicas).where(replicas.c.id == replica))
             await connection.execute(insert(replicas).values(id=replica, seen_at=now))
-            await connection.execute(delete(replicas).where(replicas.c.seen_at < now - timedelta(seconds=seconds)))
+            await connection.execute(
+                delete(replicas).where(replicas.c.seen_at < now - timedelta(seconds=seconds))
+            )
             alive = (await connection.execute(select(replicas.c.id))).scalars().all()
             share, held = share_of(replica, alive), dict[str, Lease]()
             for row in rows:

@@ -8,7 +8,7 @@ from sqlalchemy import Select, delete, exists, func, insert, or_, select
 from service.store.database import Database
 from service.store.tables import comparisons, deleted_jobs, events, job_tags, jobs
 from service.store.usage import add_stored_bytes
-from service.store.webhooks import forget_deliveries
+from service.store.webhooks import delete_deliveries
 
 
 class RetentionStore:
@@ -17,26 +17,41 @@ class RetentionStore:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    async def forget_jobs(self, time: datetime, most: int) -> int:
+    async def delete_jobs(self, time: datetime, most: int) -> int:
         """Delete jobs that ended before `time`, oldest first, and return their number.
 
-        With them go their events, tags and messages, and the comparisons that have no job left; their folders are `folders_left`.
-        Not deleted are jobs that MLflow does not know the end of yet, those that another one was resumed from, as long as it is
-        there, and those whose comparison has a job that stays, without which its report would be another one.
+        With them go their events, tags and messages, and the comparisons that have no job left; their folders
+        are `folders_left`. Not deleted are jobs that MLflow does not know the end of yet, those that another
+        one was resumed from, as long as it is there, and those whose comparison has a job that stays, without
+        which its report would be another one.
         """
         async with self._database.write() as connection:
-            query = _deletable(time).order_by(jobs.c.ended_at).limit(most).with_for_update(of=jobs, skip_locked=True)
+            query = (
+                _deletable(time)
+                .order_by(jobs.c.ended_at)
+                .limit(most)
+                .with_for_update(of=jobs, skip_locked=True)
+            )
             found = (await connection.execute(query)).scalars().all()
-            # Looked at again now that they are locked: who resumes from a job locks it too, and may have just done so.
+            # Looked at again now that they are locked: who resumes from a job locks it too, and may have just
+            # done so.
             again = _deletable(time).where(jobs.c.id.in_(found))
             old = (await connection.execute(again)).scalars().all()
             if not old:
                 return 0
-            sizes = select(jobs.c.owner, func.sum(jobs.c.stored_bytes)).where(jobs.c.id.in_(old)).group_by(jobs.c.owner)
+            sizes = (
+                select(jobs.c.owner, func.sum(jobs.c.stored_bytes))
+                .where(jobs.c.id.in_(old))
+                .group_by(jobs.c.owner)
+            )
             for owner, size in (await connection.execute(sizes)).all():
                 await add_stored_bytes(connection, owner, -int(size))
-            await forget_deliveries(connection, old)
-            for table, column in ((events, events.c.job_id), (job_tags, job_tags.c.job_id), (jobs, jobs.c.id)):
+            await delete_deliveries(connection, old)
+            for table, column in (
+                (events, events.c.job_id),
+                (job_tags, job_tags.c.job_id),
+                (jobs, jobs.c.id),
+            ):
                 await connection.execute(delete(table).where(column.in_(old)))
             is_empty = ~exists().where(jobs.c.comparison_id == comparisons.c.id)
             await connection.execute(delete(comparisons).where(comparisons.c.mlflow_closed, is_empty))
@@ -48,7 +63,7 @@ class RetentionStore:
         async with self._database.read() as connection:
             return list((await connection.execute(select(deleted_jobs.c.id))).scalars())
 
-    async def forget_folder(self, job_id: str) -> None:
+    async def delete_folder(self, job_id: str) -> None:
         """Record that the folder of a deleted job is gone."""
         async with self._database.write() as connection:
             await connection.execute(delete(deleted_jobs).where(deleted_jobs.c.id == job_id))
@@ -56,10 +71,12 @@ class RetentionStore:
 
 def _deletable(time: datetime) -> Select[Any]:
     other, later = jobs.alias(), jobs.alias()
-    # What a job goes on from may lie with the first of a row of jobs, so each of them keeps the one before.
+    # The checkpoints may lie with the first of several jobs, so each keeps the one before it.
     is_resumed = exists().where(later.c.resumed_from == jobs.c.id)
     other_stays = or_(
-        other.c.ended_at.is_(None), other.c.ended_at >= time, exists().where(later.c.resumed_from == other.c.id)
+        other.c.ended_at.is_(None),
+        other.c.ended_at >= time,
+        exists().where(later.c.resumed_from == other.c.id),
     )
     return select(jobs.c.id).where(
         jobs.c.ended_at < time,

@@ -60,10 +60,15 @@ comparisons = Table(
     Column("baseline", JSON, nullable=False),
     Column("metric", String(200), nullable=False),
     Column("target", Float),
+    Column("recipe", JSON),
     Column("mlflow_run_id", String(64)),
     Column("mlflow_experiment_id", String(64)),
     Column("mlflow_closed", Boolean, nullable=False, server_default=false()),
     Column("created_at", UtcDateTime, nullable=False),
+    # The place in lists; the jobs of a comparison have consecutive sequences.
+    Column("first_job_sequence", Integer, nullable=False, server_default="0"),
+    Index("ix_comparisons_first_job_sequence", "first_job_sequence"),
+    Index("ix_comparisons_owner_first_job", "owner", "first_job_sequence"),
 )
 
 jobs = Table(
@@ -78,14 +83,15 @@ jobs = Table(
     Column("priority", Integer, nullable=False),
     Column("retries", JSON, nullable=False),
     Column("secrets", JSON, nullable=False),
-    Column("queue_seconds", Float),
+    Column("queue_timeout_seconds", Float),
     # Of its first attempt; computed from the above.
     Column("queue_until", UtcDateTime),
-    Column("run_seconds", Float),
+    Column("max_run_seconds", Float),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("failures", JSON, nullable=False),
+    Column("failure_kind", String(40)),
     Column("cancel_requested", Boolean, nullable=False),
     Column("comparison_id", ForeignKey("comparisons.id"), index=True),
     Column("variant", JSON, nullable=False),
@@ -106,10 +112,10 @@ jobs = Table(
     Column("norm", String(20), nullable=False),
     Column("shard", Integer, nullable=False),
     Column("stored_bytes", Integer, nullable=False, server_default="0"),
-    Column("least_cpus", Float, nullable=False),
-    Column("least_gpus", Float, nullable=False),
-    Column("most_cpus", Float, nullable=False),
-    Column("most_gpus", Float, nullable=False),
+    Column("min_cpus", Float, nullable=False),
+    Column("min_gpus", Float, nullable=False),
+    Column("max_cpus", Float, nullable=False),
+    Column("max_gpus", Float, nullable=False),
     Index("ix_jobs_unsettled", "mlflow_closed", "state", "sequence"),
     Index("ix_jobs_owner_sequence", "owner", "sequence"),
     Index("ix_jobs_state_sequence", "state", "sequence"),
@@ -119,7 +125,7 @@ jobs = Table(
 )
 
 deleted_jobs = Table("deleted_jobs", metadata, Column("id", String(40), primary_key=True))
-"""Whose folders are still to be deleted."""
+"""Deleted jobs whose folders still exist."""
 
 job_tags = Table(
     "job_tags",
@@ -185,7 +191,7 @@ credentials = Table(
     Column("uploaded_bytes", BigInteger, nullable=False, server_default="0"),
     Column("expires_at", UtcDateTime, index=True),
 )
-"""What opens something besides tokens; `service.domain.access` has the kinds."""
+"""Credentials other than tokens; `service.domain.access` has the kinds."""
 
 audit = Table(
     "audit",
@@ -225,7 +231,7 @@ deliveries = Table(
     Column("body", Text, nullable=False),
     Column("created_at", UtcDateTime, nullable=False),
     Column("due_at", UtcDateTime, nullable=False),
-    Column("tries", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False),
     Column("ended_at", UtcDateTime),
     Column("is_delivered", Boolean, nullable=False),
     Column("answer", Text, nullable=False),

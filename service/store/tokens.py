@@ -13,19 +13,18 @@ from service.domain.access import Caller, Scope, Token, hash_secret, new_secret
 from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import ADMIN, new_id
 from service.store.audit import record
-from service.store.database import Database, advisory_lock
-from service.store.pages import read_page
+from service.store.database import Database, advisory_lock, read_page
 from service.store.tables import tokens
 
 COLUMNS = [tokens.c[field.name] for field in fields(Token)]
 BY_HASH = select(*COLUMNS).where(tokens.c.hash == bindparam("hash"))
-"""Made once, as each request needs it: making a statement takes about as long as running it."""
-MOST_KNOWN, SECONDS_KNOWN = 10_000, 1
-"""Tokens that are not read again for a moment: most requests come with one that has just been used."""
+"""Statement, compiled once: compiling takes about as long as running it."""
+MAX_CACHED_TOKENS, TOKEN_CACHE_SECONDS = 10_000, 1
+"""Size and lifetime of the cache of tokens, since most requests use a token that was just used."""
 ADMINS_LOCK = 5_021_504
-"""Of decisions about who is an admin."""
+"""Advisory lock of changes to the set of admins."""
 BETWEEN_NOTES = timedelta(minutes=1)
-"""So that reading does not write all the time."""
+"""Minimum time between two updates of a token's last use."""
 
 
 class TokenStore:
@@ -33,10 +32,10 @@ class TokenStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._known: TTLCache[str, Token] = TTLCache(MOST_KNOWN, SECONDS_KNOWN)
-        """By the hash of their secret."""
+        self._known: TTLCache[str, Token] = TTLCache(MAX_CACHED_TOKENS, TOKEN_CACHE_SECONDS)
+        """Cached tokens by the hash of their secret."""
         self._changes = 0
-        """Of tokens, as far as they are known here."""
+        """Number of changes of tokens made by this process."""
 
     async def add(self, token: Token, secret: str, maker: Caller | None) -> None:
         """Create a token; without an actor it is the service."""
@@ -44,13 +43,16 @@ class TokenStore:
             await _add(connection, token, secret, maker)
 
     async def find(self, secret: str) -> Token | None:
-        """Return the token of a secret, valid or not; a revocation elsewhere is seen within a second.
+        """Return the token of a secret, valid or not.
+
+        A revocation elsewhere is seen within a second.
 
         The duration of the comparison of hashes leaks nothing: the hash cannot be chosen without the secret.
         """
         hashed = hash_secret(secret)
         if (known := self._known.get(hashed)) is not None:
             return known
+        # Read before the query, to detect a revocation in this process while it runs.
         changes = self._changes
         async with self._database.read() as connection:
             row = (await connection.execute(BY_HASH, {"hash": hashed})).one_or_none()
@@ -76,6 +78,7 @@ class TokenStore:
         now = datetime.now(UTC)
         if token.last_used_at is not None and now - token.last_used_at < BETWEEN_NOTES:
             return
+        # The condition is repeated in SQL, since cached tokens of several replicas are not current.
         query = update(tokens).where(
             tokens.c.id == token.id,
             or_(tokens.c.last_used_at.is_(None), tokens.c.last_used_at <= now - BETWEEN_NOTES),
@@ -93,7 +96,8 @@ class TokenStore:
     async def revoke(self, token_id: str, actor: Caller) -> Token:
         """Revoke a token; idempotent.
 
-        Raises NotFound, and Conflict for the last valid token of an admin, after which nobody could make another one.
+        Raises NotFound, and Conflict for the last valid token of an admin, after which nobody could make
+        another one.
         """
         now = datetime.now(UTC)
         async with self._database.write() as connection:
@@ -102,13 +106,19 @@ class TokenStore:
             live = {row.id: read_token(row) for row in rows}
             token = live.pop(token_id, None)
             if token is None:
-                row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one_or_none()
+                row = (
+                    await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))
+                ).one_or_none()
                 if row is None:
                     raise NotFound(f"there is no token {token_id!r}")
                 return read_token(row)
             is_admin = Scope.ADMIN in token.scopes and token.is_valid(now)
-            if is_admin and not any(Scope.ADMIN in other.scopes and other.is_valid(now) for other in live.values()):
-                raise Conflict(f"token {token_id} is the last valid one with scope admin; make another one before")
+            if is_admin and not any(
+                Scope.ADMIN in other.scopes and other.is_valid(now) for other in live.values()
+            ):
+                raise Conflict(
+                    f"token {token_id} is the last valid one with scope admin; make another one before"
+                )
             await connection.execute(update(tokens).where(tokens.c.id == token_id).values(revoked_at=now))
             await _record(connection, actor, "token.revoke", token, now)
             row = (await connection.execute(select(*COLUMNS).where(tokens.c.id == token_id))).one()
@@ -122,8 +132,8 @@ class TokenStore:
     async def ensure_admin(self, given: str | None, show: Callable[[str], None]) -> None:
         """Ensure an admin token: with the given secret, or a new one if no token exists.
 
-        A given one that is known is left as it is, revoked or not. A new secret is handed to `show` before it is stored: a crash in
-        between leaves a useless secret, not a closed service.
+        A given one that is known is left as it is, revoked or not. A new secret is handed to `show` before it
+        is stored: a crash in between leaves a useless secret, not a closed service.
         """
         async with self._database.write() as connection:
             await advisory_lock(connection, ADMINS_LOCK)
@@ -143,12 +153,16 @@ async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Ca
     await _record(connection, maker, "token.create", token, token.created_at)
 
 
-async def _record(connection: AsyncConnection, actor: Caller | None, action: str, token: Token, at: datetime) -> None:
+async def _record(
+    connection: AsyncConnection, actor: Caller | None, action: str, token: Token, at: datetime
+) -> None:
     await record(connection, actor, action, token.id, f"of {token.owner}, with {', '.join(token.scopes)}", at)
 
 
 def _admin(name: str) -> Token:
-    return Token(id=new_id("token"), owner=ADMIN, name=name, scopes=(Scope.ADMIN,), created_at=datetime.now(UTC))
+    return Token(
+        id=new_id("token"), owner=ADMIN, name=name, scopes=(Scope.ADMIN,), created_at=datetime.now(UTC)
+    )
 
 
 def read_token(row: Any) -> Token:

@@ -16,15 +16,14 @@ from service.domain.errors import Conflict, NotFound
 from service.domain.jobs import Job, JobState, new_id
 from service.domain.webhooks import Delivery, Threshold, Webhook, write_message
 from service.store.audit import record
-from service.store.database import Database, advisory_lock
-from service.store.pages import read_page
+from service.store.database import Database, advisory_lock, read_page
 from service.store.tables import deliveries, jobs, webhooks
 
 COLUMNS = [webhooks.c[field.name] for field in fields(Webhook)]
 DELIVERY_COLUMNS = [deliveries.c[field.name] for field in fields(Delivery)]
-MOST_OF_AN_OWNER = 20
+MAX_WEBHOOKS_PER_OWNER = 20
 COUNT_LOCK = 5_021_505
-"""Of counting an owner's webhooks and adding one."""
+"""Advisory lock of counting an owner's webhooks and adding one."""
 
 
 class WebhookStore:
@@ -42,13 +41,17 @@ class WebhookStore:
         }
         count = select(func.count()).where(webhooks.c.owner == webhook.owner)
         async with self._database.write() as connection:
+            # Otherwise concurrent requests could each count the others' webhooks as absent.
             await advisory_lock(connection, COUNT_LOCK)
-            if (await connection.execute(count)).scalar_one() >= MOST_OF_AN_OWNER:
+            if (await connection.execute(count)).scalar_one() >= MAX_WEBHOOKS_PER_OWNER:
                 raise Conflict(
-                    f"{webhook.owner} has {MOST_OF_AN_OWNER} webhooks, the most there may be; delete one before"
+                    f"{webhook.owner} has {MAX_WEBHOOKS_PER_OWNER} webhooks, the most there may be; delete "
+                    "one before"
                 )
             await connection.execute(insert(webhooks).values(**row))
-            await record(connection, maker, "webhook.create", webhook.id, f"to {webhook.host}", webhook.created_at)
+            await record(
+                connection, maker, "webhook.create", webhook.id, f"to {webhook.host}", webhook.created_at
+            )
 
     async def get(self, webhook_id: str, owner: str | None = None) -> Webhook:
         """Return a webhook. Raises NotFound, also if it is not `owner`'s."""
@@ -59,7 +62,9 @@ class WebhookStore:
             raise NotFound(f"there is no webhook {webhook_id!r}")
         return _webhook(row)
 
-    async def page(self, size: int, before: int | None, owner: str | None) -> tuple[list[Webhook], int | None]:
+    async def page(
+        self, size: int, before: int | None, owner: str | None
+    ) -> tuple[list[Webhook], int | None]:
         """Return a page of webhooks, newest first, and the place of the next page."""
         query = select(*COLUMNS)
         query = query if owner is None else query.where(webhooks.c.owner == owner)
@@ -69,14 +74,17 @@ class WebhookStore:
 
     async def delete(self, webhook: Webhook, actor: Caller) -> None:
         """Delete a webhook and its messages, including unsent ones. Raises NotFound."""
-        # Locked first: a message that is being stored just now is waited for, and who comes later finds no webhook any more.
+        # Locked first: a message that is being stored just now is waited for, and who comes later finds no
+        # webhook any more.
         row = select(webhooks.c.id).where(webhooks.c.id == webhook.id).with_for_update()
         async with self._database.write() as connection:
             if (await connection.execute(row)).one_or_none() is None:
                 raise NotFound(f"there is no webhook {webhook.id!r}")
             await connection.execute(delete(deliveries).where(deliveries.c.webhook_id == webhook.id))
             await connection.execute(delete(webhooks).where(webhooks.c.id == webhook.id))
-            await record(connection, actor, "webhook.delete", webhook.id, f"to {webhook.host}", datetime.now(UTC))
+            await record(
+                connection, actor, "webhook.delete", webhook.id, f"to {webhook.host}", datetime.now(UTC)
+            )
 
     async def with_thresholds(self) -> list[Webhook]:
         """Read the webhooks with thresholds."""
@@ -88,26 +96,39 @@ class WebhookStore:
         """Store a message about a threshold, once per job, if the webhook still exists."""
         now = datetime.now(UTC)
         known = select(deliveries.c.id).where(
-            deliveries.c.webhook_id == webhook.id, deliveries.c.job_id == job.id, deliveries.c.about == str(met)
+            deliveries.c.webhook_id == webhook.id,
+            deliveries.c.job_id == job.id,
+            deliveries.c.about == str(met),
         )
+        # The row stays locked until the commit, so that a concurrent deletion waits.
         is_there = _kept(select(webhooks.c.id).where(webhooks.c.id == webhook.id))
         async with self._database.write() as connection:
             if (await connection.execute(is_there)).one_or_none() is None:
                 return
             if (await connection.execute(known)).one_or_none() is None:
-                await _send(connection, webhook, job, str(met), write_message(job, now, met, step, value), now)
+                await _send(
+                    connection, webhook, job, str(met), write_message(job, now, met, step, value), now
+                )
 
-    async def deliveries_of(self, webhook_id: str, size: int, before: int | None) -> tuple[list[Delivery], int | None]:
-        """Return a page of a webhook's messages, newest first, and the place of the next page."""
+    async def deliveries_of(
+        self, webhook_id: str, size: int, before: int | None
+    ) -> tuple[list[Delivery], int | None]:
+        """Return a page of a webhook's messages, newest first.
+
+        Also returns the position of the next page.
+        """
         query = select(*DELIVERY_COLUMNS).where(deliveries.c.webhook_id == webhook_id)
         async with self._database.read() as connection:
             rows, more = await read_page(connection, query, deliveries.c.sequence, size, before)
         return [_delivery(row) for row in rows], more
 
-    async def claim_due(self, most: int, seconds: float, busy: Collection[str] = ()) -> list[tuple[Webhook, Delivery]]:
+    async def claim_due(
+        self, most: int, seconds: float, busy: Collection[str] = ()
+    ) -> list[tuple[Webhook, Delivery]]:
         """Take due messages, oldest first, and reserve them for some seconds.
 
-        Of each webhook it is one at most, and none of those that are `busy`: so a slow receiver keeps only its own waiting.
+        Of each webhook it is one at most, and none of those that are `busy`: so a slow receiver keeps only
+        its own waiting.
         """
         now = datetime.now(UTC)
         is_due = (deliveries.c.ended_at.is_(None), deliveries.c.due_at <= now)
@@ -117,7 +138,9 @@ class WebhookStore:
         )
         query = select(*DELIVERY_COLUMNS).where(deliveries.c.id.in_(of_each), *is_due)
         query = query.order_by(deliveries.c.due_at)
-        async with self._database.read() as connection:  # most of the time there is none, and nothing to write
+        async with (
+            self._database.read() as connection
+        ):  # most of the time there is none, and nothing to write
             for look in (select(deliveries.c.id).where(*is_due), query):
                 if (await connection.execute(look.limit(1))).one_or_none() is None:
                     return []
@@ -131,16 +154,21 @@ class WebhookStore:
             found = {row.id: _webhook(row) for row in (await connection.execute(wanted)).all()}
         return [(found[delivery.webhook_id], delivery) for delivery in due]
 
-    async def note_try(self, delivery: Delivery) -> None:
+    async def record_attempt(self, delivery: Delivery) -> None:
         """Store the result of a try, unless another sender has tried since."""
-        is_as_it_was = (deliveries.c.ended_at.is_(None), deliveries.c.tries == delivery.tries - 1)
+        is_as_it_was = (deliveries.c.ended_at.is_(None), deliveries.c.attempts == delivery.attempts - 1)
         query = update(deliveries).where(deliveries.c.id == delivery.id, *is_as_it_was)
-        values = {name: getattr(delivery, name) for name in ("due_at", "tries", "ended_at", "is_delivered", "answer")}
+        values = {
+            name: getattr(delivery, name)
+            for name in ("due_at", "attempts", "ended_at", "is_delivered", "answer")
+        }
         async with self._database.write() as connection:
             await connection.execute(query.values(**values))
 
-    async def forget_ended(self, time: datetime, most: int) -> int:
-        """Delete messages that ended before `time`, about jobs that did too; return their number.
+    async def delete_ended(self, time: datetime, most: int) -> int:
+        """Delete messages that ended before `time`, about jobs that did too.
+
+        Returns their number.
 
         While a job runs, they prevent repeated messages about it.
         """
@@ -151,18 +179,23 @@ class WebhookStore:
             .limit(most)
         )
         async with self._database.write() as connection:
-            return (await connection.execute(delete(deliveries).where(deliveries.c.sequence.in_(old)))).rowcount
+            return (
+                await connection.execute(delete(deliveries).where(deliveries.c.sequence.in_(old)))
+            ).rowcount
 
 
 async def announce_end(connection: AsyncConnection, job: Job, at: datetime) -> None:
-    """Store a message for every webhook that matches the end of a job, in the transaction that ends it."""
+    """Store a message for every webhook that matches the end of a job.
+
+    The transaction is the one that ends the job.
+    """
     rows = (await connection.execute(_kept(select(*COLUMNS).where(webhooks.c.owner == job.owner)))).all()
     for webhook in map(_webhook, rows):
         if job.state in webhook.states and webhook.is_about(job):
             await _send(connection, webhook, job, job.state.value, write_message(job, at), at)
 
 
-async def forget_deliveries(connection: AsyncConnection, job_ids: Sequence[str]) -> None:
+async def delete_deliveries(connection: AsyncConnection, job_ids: Sequence[str]) -> None:
     """Delete messages about jobs, in the transaction that deletes the jobs."""
     await connection.execute(delete(deliveries).where(deliveries.c.job_id.in_(job_ids)))
 
@@ -172,9 +205,17 @@ def _kept(query: Select[Any]) -> Select[Any]:
     return query.with_for_update(read=True, key_share=True)
 
 
-async def _send(connection: AsyncConnection, webhook: Webhook, job: Job, about: str, body: str, at: datetime) -> None:
+async def _send(
+    connection: AsyncConnection, webhook: Webhook, job: Job, about: str, body: str, at: datetime
+) -> None:
     delivery = Delivery(
-        id=new_id("message"), webhook_id=webhook.id, job_id=job.id, about=about, body=body, created_at=at, due_at=at
+        id=new_id("message"),
+        webhook_id=webhook.id,
+        job_id=job.id,
+        about=about,
+        body=body,
+        created_at=at,
+        due_at=at,
     )
     await connection.execute(insert(deliveries).values(**asdict(delivery)))
 

@@ -48,7 +48,7 @@ async def test_a_session_leads_to_its_token_until_it_expires_or_is_deleted(store
 async def test_an_attempt_may_write_while_it_is_the_active_one(database, store):
     jobs, job = JobStore(database), make_job()
     await jobs.add(job)
-    job = await jobs.note(job, None, mlflow_run_id="run-1", mlflow_experiment_id="7")
+    job = await jobs.update_fields(job, None, mlflow_run_id="run-1", mlflow_experiment_id="7")
     secret = await store.add_for_attempt(job)
     assert await store.find_grant(secret) is None  # still queued
     job = await jobs.advance(job, Transition(state=JobState.SUBMITTED, reason="test"), "test")
@@ -57,7 +57,9 @@ async def test_an_attempt_may_write_while_it_is_the_active_one(database, store):
     await store.delete_expired()
     job = await jobs.advance(job, Transition(state=JobState.RUNNING, reason="test"), "test")
     assert await store.find_grant(secret) == Grant(job.id, "run-1", "7")
-    job = await jobs.advance(job, Transition(state=JobState.QUEUED, reason="again", failures=Failures()), "test")
+    job = await jobs.advance(
+        job, Transition(state=JobState.QUEUED, reason="again", failures=Failures()), "test"
+    )
     job = await jobs.advance(job, Transition(state=JobState.SUBMITTED, reason="test"), "test")
     assert await store.find_grant(secret) is None
     second = await store.add_for_attempt(job)
@@ -66,7 +68,7 @@ async def test_an_attempt_may_write_while_it_is_the_active_one(database, store):
     assert await store.find_grant(second) is None
 
 
-async def test_what_opens_nothing_any_more_is_deleted(database, store, token):
+async def test_invalid_credentials_are_deleted(database, store, token):
     jobs, job = JobStore(database), make_job()
     await jobs.add(job)
     await store.add_for_attempt(job)

@@ -1,26 +1,32 @@
 import asyncio
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from importlib import import_module
 
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import insert, inspect, select, text
+from sqlalchemy import MetaData, Table, func, insert, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import StorageFull, UpstreamUnavailable
+from service.domain.scheduling import Resources
+from service.store.comparisons import ComparisonStore
 from service.store.database import MIGRATIONS, Database
+from service.store.job_rows import job_row
 from service.store.jobs import JobStore
-from service.store.tables import audit, metadata
+from service.store.tables import audit, job_tags, jobs, metadata
 from service.store.usage import Usage
 from tests.service.examples import make_job
+from trainer.jobspec import JobSpec, StepSchedule
 
 
-async def test_the_migrations_make_the_tables(database):
+async def test_the_migrations_create_the_tables(database):
     async with database.read() as connection:
-        difference = await connection.run_sync(lambda c: compare_metadata(MigrationContext.configure(c), metadata))
+        difference = await connection.run_sync(
+            lambda c: compare_metadata(MigrationContext.configure(c), metadata)
+        )
     assert difference == []
 
 
@@ -29,26 +35,7 @@ async def test_migrating_again_changes_nothing(database):
     await database.check()
 
 
-async def test_what_was_used_before_it_was_kept_apart_is_taken_over(database):
-    before = import_module("service.store.migrations.versions.0007_usage").down_revision
-    jobs = JobStore(database)
-    job = make_job()
-    await jobs.add(job)
-    async with database.write() as connection:
-        await connection.execute(text("UPDATE jobs SET ran_seconds = 2.5, most_gpus = 2, most_cpus = 4"))
-        for change in (
-            "DROP TABLE usage",
-            "DROP TABLE credentials",
-            "ALTER TABLE jobs DROP COLUMN stored_bytes",
-            "ALTER TABLE jobs DROP COLUMN queue_until",
-        ):
-            await connection.execute(text(change))  # what this migration and later ones make
-        await connection.execute(text("UPDATE alembic_version SET version_num = :before"), {"before": before})
-    await database.migrate()
-    assert (await jobs.totals()).usage == {job.owner: Usage(gpu_seconds=5, cpu_seconds=10)}
-
-
-async def test_sqlite_has_a_write_ahead_log_and_makes_its_folder(tmp_path):
+async def test_sqlite_uses_a_write_ahead_log_and_creates_its_folder(tmp_path):
     database = Database(f"sqlite+aiosqlite:///{tmp_path}/new/test.db", 1)
     async with database.read() as connection:
         assert (await connection.execute(text("PRAGMA journal_mode"))).scalar() == "wal"
@@ -65,7 +52,7 @@ async def test_a_locked_database_is_unavailable_in_time(tmp_path):
     await second.close()
 
 
-async def test_who_is_going_to_write_to_sqlite_keeps_other_writers_waiting_from_the_first_read_on(tmp_path):
+async def test_a_sqlite_write_transaction_locks_from_its_first_read(tmp_path):
     first, second = [Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 0.2) for _ in range(2)]
     query = text("SELECT 1")
     async with first.write() as connection:
@@ -82,7 +69,7 @@ async def test_who_is_going_to_write_to_sqlite_keeps_other_writers_waiting_from_
 @pytest.mark.parametrize(
     ("state", "is_troubled"), [("57P03", True), ("53300", True), ("40P01", True), ("23505", False)]
 )
-async def test_what_the_server_says_of_itself_is_unavailable_and_our_mistakes_are_not(tmp_path, state, is_troubled):
+async def test_only_errors_of_the_database_server_are_unavailable(tmp_path, state, is_troubled):
     class ServerError(Exception):
         sqlstate = state
 
@@ -93,13 +80,13 @@ async def test_what_the_server_says_of_itself_is_unavailable_and_our_mistakes_ar
     await database.close()
 
 
-async def test_a_database_without_space_says_so(tmp_path):
+async def test_a_full_database_is_reported(tmp_path):
     database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
     await database.migrate()
 
     async def fill():
         async with database.write() as connection:
-            await connection.exec_driver_sql("PRAGMA max_page_count=1")  # as few as there are
+            await connection.exec_driver_sql("PRAGMA max_page_count=1")  # the minimum
             await connection.exec_driver_sql("CREATE TABLE large AS SELECT randomblob(1000000) AS content")
 
     with pytest.raises(StorageFull, match="no space left"):
@@ -108,14 +95,35 @@ async def test_a_database_without_space_says_so(tmp_path):
     await database.close()
 
 
-async def test_a_database_that_is_not_there_is_unavailable():
+async def test_a_cancelled_statement_has_ended_when_the_database_is_closed(tmp_path):
+    """Its thread answers to the event loop, which a test or a service closes next."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
+    numbers = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < 3000000) "
+
+    async def count():
+        async with database.read() as connection:
+            await connection.execute(text(numbers + "SELECT COUNT(*) FROM n"))
+
+    reading = asyncio.create_task(count())
+    await asyncio.sleep(0.1)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await database.close()
+    assert not any(thread.is_alive() for thread in database._threads)
+
+
+async def test_an_unreachable_database_is_unavailable():
     database = Database("postgresql+asyncpg://nobody@127.0.0.1:1/none", 1)
     with pytest.raises(UpstreamUnavailable, match="did not answer"):
         await database.check()
     await database.close()
 
 
-async def test_addresses_of_webhooks_are_cut_down_to_their_hosts_where_they_were_kept_in_the_audit(database):
+@asynccontextmanager
+async def empty_at(database, revision):
+    """A transaction in an empty database of an earlier revision."""
+
     def go_to(connection, revision):
         config = Config(attributes={"connection": connection})
         config.set_main_option("script_location", str(MIGRATIONS))
@@ -124,10 +132,138 @@ async def test_addresses_of_webhooks_are_cut_down_to_their_hosts_where_they_were
 
     async with database.write() as connection:
         for table in await connection.run_sync(lambda c: inspect(c).get_table_names()):
-            await connection.execute(text(f"DROP TABLE {table}" + " CASCADE" * (connection.dialect.name != "sqlite")))
-        await connection.run_sync(go_to, "0004")
-        for action, detail in (("webhook.create", "to https://a.example:1/secret?x"), ("token.create", "of ann")):
-            row = {"at": datetime.now(UTC), "actor": "ann", "action": action, "subject": "x", "detail": detail}
+            await connection.execute(
+                text(f"DROP TABLE {table}" + " CASCADE" * (connection.dialect.name != "sqlite"))
+            )
+        await connection.run_sync(go_to, revision)
+        yield connection
+
+
+EARLIER = {
+    "min_cpus": "least_cpus",
+    "min_gpus": "least_gpus",
+    "max_cpus": "most_cpus",
+    "max_gpus": "most_gpus",
+}
+
+
+async def insert_row(connection, name, row):
+    """Insert a row into a table as it is in the database, under the names of its columns there."""
+    table = await connection.run_sync(lambda c: Table(name, MetaData(), autoload_with=c))
+    row = {EARLIER[c]: value for c, value in row.items() if c in EARLIER} | row
+    await connection.execute(insert(table).values({c: v for c, v in row.items() if c in table.c}))
+
+
+async def insert_event(connection, job):
+    """Insert a row with a foreign key to a job, with which SQLite does not drop its table."""
+    event = {"job_id": job.id, "state": "queued", "reason": "x", "attempt": 1, "actor": "admin"}
+    await insert_row(connection, "events", event | {"at": datetime.now(UTC)})
+
+
+async def test_the_migration_sums_usage_of_earlier_jobs(database):
+    job = make_job()
+    async with empty_at(database, "0006") as connection:
+        await insert_row(
+            connection, "jobs", job_row(job) | {"ran_seconds": 2.5, "max_gpus": 2, "max_cpus": 4}
+        )
+    await database.migrate()
+    assert (await JobStore(database).totals()).usage == {job.owner: Usage(gpu_seconds=5, cpu_seconds=10)}
+
+
+OLD_SPEC = {
+    "steps": 9,
+    "accumulate": 2,
+    "clip_norm": 0.5,
+    "deadline_seconds": 60.0,
+    "schedule": {"name": "step", "steps": [3], "factor": 0.5},
+    "sharding": "by_label",
+    "num_workers": 2,
+}
+
+
+async def test_specs_with_earlier_field_names_are_migrated(database):
+    job = make_job(comparison_id="comparison-1")
+    now = datetime.now(UTC)
+    stored = job_row(job) | {
+        "spec": OLD_SPEC,
+        "variant": {"schedule.steps": [3], "norm": "sync"},
+        "queue_seconds": 5.0,
+        "run_seconds": 7.0,
+    }
+    comparison = {
+        "id": "comparison-1",
+        "name": "old",
+        "owner": job.owner,
+        "matrix": {"sharding": ["iid", "by_label"], "optimizer.lr": [0.1]},
+        "baseline": {"sharding": "iid", "optimizer.lr": 0.1},
+        "metric": "accuracy",
+        "created_at": now,
+        "mlflow_closed": False,
+    }
+    async with empty_at(database, "0010") as connection:
+        await insert_row(connection, "comparisons", comparison)
+        await insert_row(connection, "jobs", stored)
+        await insert_event(connection, job)
+    await database.migrate()
+    read = await JobStore(database).get(job.id)
+    assert read.spec == JobSpec(
+        steps=9,
+        num_workers=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.5,
+        max_train_seconds=60.0,
+        lr_schedule=StepSchedule(name="step", steps=[3], factor=0.5),
+        data_partition="by_label",
+    )
+    assert (read.queue_timeout_seconds, read.max_run_seconds) == (5.0, 7.0)
+    assert read.variant == {"lr_schedule.steps": [3], "norm": "sync"}
+    found = await ComparisonStore(database).get("comparison-1")
+    assert found.matrix == {"data_partition": ["iid", "by_label"], "optimizer.lr": [0.1]}
+    assert found.baseline == {"data_partition": "iid", "optimizer.lr": 0.1}
+
+
+async def test_rules_and_resources_with_earlier_names_are_migrated(database):
+    job = make_job(comparison_id="comparison-1")
+    old = {"says": "best", "measure": {"take": "most", "metric": "accuracy"}, "of": {"norm": "sync"}}
+    comparison = {
+        "id": "comparison-1",
+        "name": "old",
+        "owner": job.owner,
+        "matrix": {"norm": ["none", "sync"]},
+        "baseline": {"norm": "none"},
+        "metric": "accuracy",
+        "recipe": {"claim": "c", "verdict": [old | {"relation": "above", "bound": 0.5}], "figures": [old]},
+        "created_at": datetime.now(UTC),
+        "mlflow_closed": False,
+    }
+    resources = {"min_cpus": 2.0, "min_gpus": 0.0, "max_cpus": 3.0, "max_gpus": 1.0}
+    async with empty_at(database, "0012") as connection:
+        await insert_row(connection, "comparisons", comparison)
+        await insert_row(connection, "jobs", job_row(job) | resources)
+        await insert_event(connection, job)
+    await database.migrate()
+    recipe = (await ComparisonStore(database).get("comparison-1")).recipe
+    assert [(each["label"], each["measure"]["take"]) for each in recipe["verdict"] + recipe["figures"]] == [
+        ("best", "max"),
+        ("best", "max"),
+    ]
+    (queued,) = (await JobStore(database).queue()).waiting.values()
+    assert (queued.min_resources, queued.max_resources) == (Resources(2, 0), Resources(3, 1))
+
+
+async def test_the_migration_reduces_webhook_urls_in_the_audit_to_hosts(database):
+    async with empty_at(database, "0004") as connection:
+        for action, detail in (
+            ("webhook.create", "to https://a.example:1/secret?x"),
+            ("token.create", "of ann"),
+        ):
+            row = {
+                "at": datetime.now(UTC),
+                "actor": "ann",
+                "action": action,
+                "subject": "x",
+                "detail": detail,
+            }
             await connection.execute(insert(audit).values(**row))
     await database.migrate()
     async with database.read() as connection:
@@ -135,13 +271,16 @@ async def test_addresses_of_webhooks_are_cut_down_to_their_hosts_where_they_were
     assert kept == ["to https://a.example", "of ann"]
 
 
-async def test_connections_that_the_server_has_closed_are_replaced_without_an_error(postgresql_url):
+async def test_connections_closed_by_the_server_are_replaced(postgresql_url):
     database, other = Database(postgresql_url, 10), Database(postgresql_url, 10)
     async with database.write() as first, database.read() as second:
         process_ids = [
-            (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one() for connection in (first, second)
+            (await connection.execute(text("SELECT pg_backend_pid()"))).scalar_one()
+            for connection in (first, second)
         ]
-        drivers = [(await connection.get_raw_connection()).driver_connection for connection in (first, second)]
+        drivers = [
+            (await connection.get_raw_connection()).driver_connection for connection in (first, second)
+        ]
     async with other.read() as connection:
         for process_id in process_ids:
             await connection.execute(text("SELECT pg_terminate_backend(:id, 5000)"), {"id": process_id})
@@ -162,3 +301,56 @@ async def test_reads_begin_no_transaction_and_writes_do(postgresql_url):
             query = text("SELECT cast(pg_current_xact_id() AS text)")
             assert len({(await connection.execute(query)).scalar_one() for _ in range(2)}) == transactions
     await database.close()
+
+
+@pytest.fixture
+async def sqlite(tmp_path):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
+    await database.migrate()
+    yield database
+    await database.close()
+
+
+async def count(database, table):
+    async with database.read() as connection:
+        return (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+
+
+async def test_cancelled_writers_leave_no_open_transaction(sqlite):
+    from service.store.jobs import JobStore
+
+    store, added = JobStore(sqlite), 0
+    for number in range(60):
+        task = asyncio.create_task(store.add(make_job(tags=("a", "b"))))
+        for _ in range(number):  # iterations of the event loop, so that each of them is covered
+            await asyncio.sleep(0)
+        task.cancel()
+        ended = (await asyncio.gather(task, return_exceptions=True))[0]
+        added += ended is None
+        await store.add(make_job())  # waits if the writer before still holds the database
+        added += 1
+    assert await count(sqlite, jobs) >= added
+    assert await count(sqlite, job_tags) % 2 == 0
+
+
+async def test_concurrent_writers_and_readers_all_complete(sqlite):
+    from service.store.jobs import JobStore
+
+    store = JobStore(sqlite)
+
+    async def work():
+        job = make_job()
+        await store.add(job)
+        return await store.get(job.id) == job
+
+    assert all(await asyncio.gather(*[work() for _ in range(100)]))
+
+
+async def test_an_error_rolls_back_the_whole_write(sqlite):
+    async def fail():
+        async with sqlite.write() as connection:
+            await connection.execute(insert(job_tags).values(tag="a", job_sequence=1, job_id="job-0"))
+
+    with pytest.raises(Exception, match=r"(?i)foreign key"):
+        await fail()
+    assert await count(sqlite, job_tags) == 0

@@ -18,7 +18,7 @@ def keys(database):
     return IdempotencyStore(database)
 
 
-async def test_a_key_and_what_its_request_stores_come_together(database, keys):
+async def test_a_key_is_stored_atomically_with_its_request(database, keys):
     jobs, job, calls = JobStore(database), make_job(), []
 
     async def fail():
@@ -50,7 +50,7 @@ async def test_a_key_and_what_its_request_stores_come_together(database, keys):
     assert await keys.find("bob", "k") == OTHER
 
 
-async def test_a_write_that_fails_inside_a_transaction_ends_all_of_it(database):
+async def test_a_failed_write_rolls_back_the_enclosing_transaction(database):
     jobs, job = JobStore(database), make_job()
 
     async def add_twice():
@@ -63,7 +63,7 @@ async def test_a_write_that_fails_inside_a_transaction_ends_all_of_it(database):
     assert (await jobs.page(10, None))[0] == []
 
 
-async def test_trouble_that_is_not_the_databases_passes_as_it_is(database):
+async def test_other_errors_pass_unchanged(database):
     async def fail():
         async with database.transaction():
             raise FileNotFoundError("a file")
@@ -72,7 +72,7 @@ async def test_trouble_that_is_not_the_databases_passes_as_it_is(database):
         await fail()
 
 
-async def test_what_another_task_reads_and_writes_is_no_part_of_it(database):
+async def test_other_tasks_are_not_part_of_the_transaction(database):
     jobs, job = JobStore(database), make_job()
 
     async def look():
@@ -86,7 +86,10 @@ async def test_what_another_task_reads_and_writes_is_no_part_of_it(database):
 
 
 async def take_during(database, keys, first):
-    """Take the key, and answer, while the transaction of another replica, `first`, holds it; tell whether, and after how long."""
+    """Insert the key while the transaction of another replica, `first`, holds it.
+
+    Returns whether it succeeded, and after how long.
+    """
     taken = asyncio.Event()
 
     async def hold():
@@ -112,7 +115,7 @@ async def take_during(database, keys, first):
     return found
 
 
-async def test_while_a_replica_answers_another_is_told_so_at_once_or_on_sqlite_waits(database, keys):
+async def test_a_key_in_flight_is_rejected_or_on_sqlite_waited_for(database, keys):
     is_stored, seconds = await take_during(database, keys, lambda: keys.store("ann", "k", ANSWER))
     is_postgresql = database._engine.dialect.name == "postgresql"
     assert not is_stored
@@ -120,26 +123,26 @@ async def test_while_a_replica_answers_another_is_told_so_at_once_or_on_sqlite_w
     assert await keys.find("ann", "k") == ANSWER
 
 
-async def test_if_the_first_replica_fails_the_key_is_free_again(database, keys):
+async def test_a_key_is_free_if_the_first_replica_fails(database, keys):
     async def fail():
         raise ZeroDivisionError
 
     is_stored, _ = await take_during(database, keys, fail)
-    if not is_stored:  # on SQLite it has waited, and has the key
+    if not is_stored:  # on SQLite it has waited and has the key
         await keys.store("ann", "k", OTHER)
     assert is_stored == (database._engine.dialect.name == "sqlite")
     assert await keys.find("ann", "k") == OTHER
 
 
-async def test_another_key_is_taken_meanwhile(database, keys):
+async def test_another_key_is_not_blocked(database, keys):
     async with database.transaction():
         await keys.take("ann", "k")
         await keys.take("ann", "l")
 
 
-async def test_old_keys_are_forgotten(database, keys):
+async def test_old_keys_are_deleted(database, keys):
     await keys.store("ann", "k", ANSWER)
     now = datetime.now(UTC)
-    assert await keys.forget_before(now - timedelta(hours=1)) == 0
-    assert await keys.forget_before(now + timedelta(hours=1)) == 1
+    assert await keys.delete_before(now - timedelta(hours=1)) == 0
+    assert await keys.delete_before(now + timedelta(hours=1)) == 1
     await keys.store("ann", "k", OTHER)

@@ -14,7 +14,7 @@ def leases(database):
     return LeaseStore(database)
 
 
-def test_shares_are_even_and_whole():
+def test_lease_shares_are_even_and_complete():
     for count in range(1, 12):
         names = [f"replica-{number}" for number in range(count)]
         shares = [share_of(name, names) for name in names]
@@ -28,7 +28,7 @@ async def test_one_replica_holds_everything_and_keeps_its_tokens(leases):
     assert await leases.keep("one", 10) == first
 
 
-async def test_what_is_held_is_handed_over_only_when_its_holder_lets_go(leases):
+async def test_a_held_lease_moves_only_after_release(leases):
     first = await leases.keep("one", 10)
     assert await leases.keep("two", 10) == {}
     kept = await leases.keep("one", 10)
@@ -39,7 +39,7 @@ async def test_what_is_held_is_handed_over_only_when_its_holder_lets_go(leases):
     assert all(lease.token == first[name].token + 1 for name, lease in given.items())
 
 
-async def test_of_many_that_start_together_no_two_hold_the_same(leases):
+async def test_replicas_that_start_together_hold_different_leases(leases):
     names = [f"replica-{number}" for number in range(5)]
     for _ in range(3):
         held = await asyncio.gather(*[leases.keep(name, 10) for name in names])
@@ -47,13 +47,13 @@ async def test_of_many_that_start_together_no_two_hold_the_same(leases):
     assert sorted(taken) == sorted(LEASES)
 
 
-async def test_after_a_stop_others_take_over_at_once(leases):
+async def test_leases_of_a_stopped_replica_are_taken_over_immediately(leases):
     await leases.keep("one", 100)
     await leases.release("one")
     assert (await leases.keep("two", 100)).keys() == set(LEASES)
 
 
-async def test_what_a_replica_writes_after_its_lease_was_taken_is_refused(database, leases):
+async def test_writes_with_a_lost_lease_are_rejected(database, leases):
     jobs, job = JobStore(database), make_job()
     await jobs.add(job)
     old = (await leases.keep("one", 0.2))[SCHEDULER]
@@ -62,7 +62,7 @@ async def test_what_a_replica_writes_after_its_lease_was_taken_is_refused(databa
     new = (await leases.keep("two", 0.25))[SCHEDULER]
     assert new.token > old.token
     assert await jobs.advance(job, step, "one", old) is None
-    assert await jobs.note(job, old, mlflow_run_id="x") is None
-    await jobs.explain({job.id: "an old thought"}, old)
+    assert await jobs.update_fields(job, old, mlflow_run_id="x") is None
+    await jobs.set_queue_reasons({job.id: "an old thought"}, old)
     assert await jobs.get(job.id) == job
     assert (await jobs.advance(job, step, "two", new)).state == JobState.SUBMITTED

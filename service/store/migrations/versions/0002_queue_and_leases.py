@@ -41,7 +41,7 @@ def new_columns() -> list[sa.Column[Any]]:
 
 
 def upgrade() -> None:
-    """Add the columns, work out what they hold for the jobs there are, and make the tables."""
+    """Add columns, compute them for existing jobs, and create tables."""
     columns = new_columns()
     names = [column.name for column in columns]
     with op.batch_alter_table("jobs") as batch:
@@ -49,7 +49,9 @@ def upgrade() -> None:
             batch.add_column(column)
     jobs = sa.table("jobs", *(sa.column(name) for name in ("id", "sequence", "spec", "created_at", *names)))
     connection = op.get_bind()
-    for row in connection.execute(sa.select(jobs.c.id, sa.cast(jobs.c.spec, sa.Text), jobs.c.created_at)).all():
+    for row in connection.execute(
+        sa.select(jobs.c.id, sa.cast(jobs.c.spec, sa.Text), jobs.c.created_at)
+    ).all():
         spec = json.loads(row[1])
         workers = spec.get("num_workers", 1)
         least, most = workers if isinstance(workers, list) else (workers, workers)
@@ -77,7 +79,9 @@ def upgrade() -> None:
     op.create_table(
         "job_tags",
         sa.Column("tag", sa.String(80), nullable=False),
-        sa.Column("job_id", sa.String(40), sa.ForeignKey("jobs.id", name="fk_job_tags_job_id"), nullable=False),
+        sa.Column(
+            "job_id", sa.String(40), sa.ForeignKey("jobs.id", name="fk_job_tags_job_id"), nullable=False
+        ),
         sa.PrimaryKeyConstraint("tag", "job_id", name="pk_job_tags"),
     )
     op.create_table(
@@ -95,4 +99,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("name", name="pk_leases"),
     )
     parts = ["scheduler", *(f"shard-{number}" for number in range(8))]
-    op.bulk_insert(leases, [{"name": name, "token": 0, "until": datetime(1970, 1, 1, tzinfo=UTC)} for name in parts])
+    op.bulk_insert(
+        leases, [{"name": name, "token": 0, "until": datetime(1970, 1, 1, tzinfo=UTC)} for name in parts]
+    )

@@ -12,7 +12,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Make the table and the indexes, and cut the webhooks' addresses, whose paths may be secrets, down to their hosts."""
+    """Create tables and indexes, and reduce the addresses of webhooks to hosts.
+
+    Paths of webhooks may be secrets.
+    """
     op.create_table(
         "deleted_jobs",
         sa.Column("id", sa.String(40), nullable=False),

@@ -23,7 +23,8 @@ def upgrade() -> None:
     )
     op.execute(
         "INSERT INTO job_tags (tag, job_sequence, job_id) "
-        "SELECT tag, jobs.sequence, jobs.id FROM job_tags_before JOIN jobs ON jobs.id = job_tags_before.job_id"
+        "SELECT tag, jobs.sequence, jobs.id FROM job_tags_before JOIN jobs ON jobs.id = "
+        "job_tags_before.job_id"
     )
     op.drop_table("job_tags_before")
     op.create_index("ix_job_tags_job_id", "job_tags", ["job_id"])

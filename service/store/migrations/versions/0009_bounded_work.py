@@ -18,7 +18,9 @@ def upgrade() -> None:
         batch.add_column(sa.Column("queue_until", sa.DateTime(timezone=True)))
     with op.batch_alter_table("usage") as batch:
         batch.add_column(sa.Column("stored_bytes", sa.BigInteger(), nullable=False, server_default="0"))
-    op.execute("UPDATE jobs SET stored_bytes = LENGTH(CAST(spec AS TEXT)) + LENGTH(CAST(variant AS TEXT)) + 1000")
+    op.execute(
+        "UPDATE jobs SET stored_bytes = LENGTH(CAST(spec AS TEXT)) + LENGTH(CAST(variant AS TEXT)) + 1000"
+    )
     op.execute(
         "INSERT INTO usage (owner, gpu_seconds, cpu_seconds, stored_bytes) "
         "SELECT DISTINCT owner, 0.0, 0.0, 0 FROM jobs WHERE owner NOT IN (SELECT owner FROM usage)"
