@@ -1,8 +1,9 @@
 """Log of a job: lines of its driver and workers over all attempts.
 
-Driver and workers write files of their own. The driver keeps an index of these files: which of them comes next, and up to which
-byte. So the order is fixed, and one number, the bytes before it, is a place in the stream. What the index does not hold, because
-the driver was killed or is about to add it, comes last, in the order of the files' names.
+Driver and workers write files of their own. The driver keeps an index of these files: which of them comes
+next, and up to which byte. So the order is fixed, and one number, the bytes before it, is a place in the
+stream. What the index does not hold, because the driver was killed or is about to add it, comes last, in the
+order of the files' names.
 """
 
 import re
@@ -11,18 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from os import SEEK_END
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import BinaryIO, Literal, cast, get_args
 
-from service.domain.errors import InvalidField
-from trainer.jobspec import LOG_FILE, LOG_INDEX_FILE
+from service.adapters.shared_files import open_file
+from trainer.jobspec import LOG_FILE, LOG_INDEX_FILE, InvalidField
 
 Level = Literal["debug", "info", "warning", "error"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 CHUNK_BYTES = 65_536
 MAX_LINE_BYTES = 65_536
-"""What is longer is cut into several."""
+"""Maximum length of a line; longer lines are split."""
 TAIL_BYTES = 4_096
-"""Of a line that is not whole yet."""
+"""Bytes read of an unfinished last line."""
 WORKER_FILE = re.compile(r"^log-rank-(?P<rank>\d+)\.txt$")
 INDEX_LINE = re.compile(rb"^(?P<name>log[a-z0-9-]*\.txt) (?P<end>\d{1,15})\n$")
 LEVEL = re.compile(r"\b(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b")
@@ -53,9 +54,9 @@ class Line:
     """Line of a log."""
 
     place: LogOffset
-    """Its end."""
+    """Offset of the end of the line."""
     rank: int | None
-    """Of the worker that printed it; None for the driver."""
+    """Rank of the worker that printed the line; None for the driver."""
     level: Level
     text: str
 
@@ -66,9 +67,9 @@ class Selection:
 
     rank: int | None = None
     level: Level | None = None
-    """The least."""
+    """Lowest level."""
 
-    def takes(self, line: Line) -> bool:
+    def matches(self, line: Line) -> bool:
         """Return whether a line matches."""
         return (self.rank is None or line.rank == self.rank) and (
             self.level is None or LEVELS.index(line.level) >= LEVELS.index(self.level)
@@ -82,11 +83,14 @@ class AttemptLog:
         self._folder, self._start = folder, place
         self.place = LogOffset(place.attempt)
         self._ends: dict[str, int] = {}
-        """Bytes read of each file."""
+        """Number of bytes read so far, by file."""
         self._index_offset = 0
 
     def read(self, *, is_over: bool = False) -> Iterator[Line]:
-        """Yield the complete lines; with `is_over`, also the incomplete one at the end of a file."""
+        """Yield the complete lines.
+
+        With `is_over`, also the incomplete one at the end of a file.
+        """
         for name, end in self._segments():
             yield from self._read_file(name, end, is_whole=True)
         if is_over or not (self._folder / LOG_INDEX_FILE).exists():
@@ -100,7 +104,7 @@ class AttemptLog:
         """Return the current text of incomplete lines that carriage returns overwrite."""
         lines = []
         for path in self._files():
-            with suppress(FileNotFoundError), path.open("rb") as file:
+            with suppress(FileNotFoundError), self._open(path.name) as file:
                 size = file.seek(0, SEEK_END)
                 file.seek(max(self._ends.get(path.name, 0), size - TAIL_BYTES))
                 content = file.read(TAIL_BYTES).rpartition(b"\n")[2]
@@ -111,17 +115,20 @@ class AttemptLog:
     def _segments(self) -> Iterator[tuple[str, int]]:
         """Yield the new entries of the index: a file, and the end to read up to."""
         try:
-            index = (self._folder / LOG_INDEX_FILE).open("rb")
+            index = self._open(LOG_INDEX_FILE)
         except FileNotFoundError:
             return
         with index:
             index.seek(self._index_offset)
-            for line in index:
+            while line := index.readline(MAX_LINE_BYTES):
                 if not line.endswith(b"\n"):  # still being written
                     return
                 if (found := INDEX_LINE.match(line)) is not None:
                     yield found["name"].decode(), int(found["end"])
                 self._index_offset += len(line)
+
+    def _open(self, name: str) -> BinaryIO:
+        return open_file(self._folder.parent.parent, self._folder / name)
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("log*.txt"), key=lambda path: (path.name != LOG_FILE, path.name))
@@ -132,7 +139,7 @@ class AttemptLog:
         if self._ends.get(name, 0) >= end:
             return
         try:
-            file = (self._folder / name).open("rb")
+            file = self._open(name)
         except FileNotFoundError:
             return
         with file:
@@ -164,7 +171,8 @@ class AttemptLog:
         return self._make_line(name, content)
 
     def _make_line(self, name: str, content: bytes) -> Line:
-        # A progress bar goes back to the start of its line again and again: what a terminal would show at last is the line.
+        # A progress bar goes back to the start of its line again and again: what a terminal would show at
+        # last is the line.
         text = content.decode(errors="replace").rstrip("\r").rpartition("\r")[2]
         worker = WORKER_FILE.match(name)
         return Line(self.place, int(worker["rank"]) if worker else None, _level(text), text)

@@ -1,8 +1,9 @@
 """MLflow server that requires a shared secret.
 
-`mlflow server --app-name syncbn` runs this application (an `mlflow.app` entry point) in place of MLflow's own. It wraps all of
-MLflow's routes, those of its assistant, gateway and job execution included, so that none of them can be reached without the
-secret. The service is the only holder of the secret: see `service.api.mlflow_proxy` for what it forwards.
+`mlflow server --app-name syncbn` runs this application (an `mlflow.app` entry point) in place of MLflow's
+own. It wraps all of MLflow's routes, those of its assistant, gateway and job execution included, so that none
+of them can be reached without the secret. The service is the only holder of the secret: see
+`service.api.mlflow_proxy` for what it forwards.
 """
 
 import hmac
@@ -49,7 +50,9 @@ def create_app() -> ASGIApp:
     """Create MLflow's application behind SYNCBN_MLFLOW_SECRET. Raises ValueError."""
     secret = os.environ.pop(SECRET_VARIABLE, "")
     if len(secret) < MIN_SECRET_LENGTH:
-        raise ValueError(f"{SECRET_VARIABLE}: must have at least {MIN_SECRET_LENGTH} characters (got {len(secret)})")
+        raise ValueError(
+            f"{SECRET_VARIABLE}: must have at least {MIN_SECRET_LENGTH} characters (got {len(secret)})"
+        )
     from mlflow.server.fastapi_app import app
 
     return SecretRequired(app, secret)

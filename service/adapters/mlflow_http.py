@@ -11,7 +11,7 @@ import httpx
 from service.domain.errors import UpstreamUnavailable
 
 MAX_CONNECTIONS = 32
-"""For each kind of request: slow downloads and uploads must not keep metrics waiting."""
+"""Connections per kind of request, so that slow downloads and uploads do not delay metrics."""
 FORWARDED_HEADERS = (
     "accept",
     "accept-encoding",
@@ -21,7 +21,7 @@ FORWARDED_HEADERS = (
     "if-none-match",
     "user-agent",
 )
-"""Of a request; neither cookies nor credentials of the caller are among them."""
+"""Request headers that are forwarded; cookies and credentials of the caller are not."""
 RETURNED_HEADERS = (
     "content-type",
     "content-length",
@@ -33,7 +33,7 @@ RETURNED_HEADERS = (
     "etag",
     "last-modified",
 )
-"""Of an answer; cookies are not."""
+"""Response headers that are returned; cookies are not."""
 
 
 class Kind(StrEnum):
@@ -59,7 +59,9 @@ class MlflowHttp:
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
                 follow_redirects=False,
                 trust_env=False,
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one caller's would go with another's
+                cookies=CookieJar(
+                    DefaultCookiePolicy(allowed_domains=[])
+                ),  # one caller's would go with another's
             )
             for kind in Kind
         }

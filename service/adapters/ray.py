@@ -1,6 +1,7 @@
 """Ray client of the service: submissions over the Ray Jobs REST API.
 
-HTTP rather than Ray's client class, because that has no time limits, and follows RAY_ADDRESS rather than the address it is given.
+HTTP rather than Ray's client class, because that has no time limits, and follows RAY_ADDRESS rather than the
+address it is given.
 """
 
 import asyncio
@@ -14,17 +15,22 @@ import httpx
 
 from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Capacity, Cluster
+from service.domain.scheduling import Cluster, Node, Resources
 from trainer.jobspec import JOB_VARIABLE
 
 ENTRYPOINT = "python -m trainer"
-"""A shell line in Ray, hence the same for every job: what a user wrote is in the task file."""
-SECONDS_TO_STOP = 10
-"""What a driver gets between SIGINT and SIGKILL."""
+"""Command that Ray runs in a shell. It is the same for every job; everything a user wrote is in the task
+file.
+"""
+STOP_TIMEOUT_SECONDS = 10
+"""Time between SIGINT and SIGKILL when a driver is stopped."""
 
 
 class RayJobs(Protocol):
-    """Interface to submissions in Ray. All calls raise UpstreamUnavailable after a timeout."""
+    """Interface to submissions in Ray.
+
+    All calls raise UpstreamUnavailable after a timeout.
+    """
 
     async def submit(self, submission_id: str, task_file: Path) -> None:
         """Submit an attempt by its task file, once. Raises UpstreamRejected."""
@@ -49,8 +55,12 @@ class RayJobsOverHttp:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._timeout_seconds = timeout_seconds
         self._submissions: dict[str, str | None] = {}
-        """By Ray's own id of a job, of those that have placement groups; None for what is no submission."""
-        self._http = httpx.AsyncClient(base_url=address, headers=headers, timeout=timeout_seconds, trust_env=False)
+        """Submission id by Ray's job id, for jobs with placement groups; None if Ray started the job without
+        one.
+        """
+        self._http = httpx.AsyncClient(
+            base_url=address, headers=headers, timeout=timeout_seconds, trust_env=False
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -62,9 +72,13 @@ class RayJobsOverHttp:
             JOB_VARIABLE: str(task_file),
             # Ray Train stops its workers cleanly on SIGINT alone, and Ray's 3 seconds are too few for that.
             "RAY_JOB_STOP_SIGNAL": "SIGINT",
-            "RAY_JOB_STOP_WAIT_TIME_S": str(SECONDS_TO_STOP),
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_TIMEOUT_SECONDS),
         }
-        body = {"entrypoint": ENTRYPOINT, "submission_id": submission_id, "runtime_env": {"env_vars": variables}}
+        body = {
+            "entrypoint": ENTRYPOINT,
+            "submission_id": submission_id,
+            "runtime_env": {"env_vars": variables},
+        }
         answer = await self._call("POST", "/api/jobs/", json=body)
         # Ray answers a repeated submission id with 500, like any other fault: look whether it has it.
         if answer.is_error and await self.find(submission_id) is None:
@@ -95,35 +109,51 @@ class RayJobsOverHttp:
     async def cluster(self) -> Cluster:
         """Return total and free resources, and the submissions that have theirs.
 
-        What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing is reported as in use.
+        What is in use is as Ray's monitor saw it last, some seconds ago at most; without a monitor, nothing
+        is reported as in use.
         """
-        nodes, status, placed = await asyncio.gather(
+        listed, status, placed = await asyncio.gather(
             self._call("GET", "/api/v0/nodes", params={"detail": "true", "limit": "10000"}),
             self._call("GET", "/api/cluster_status"),
             self._placed(),
         )
-        answer, usage = self._content(nodes), self._content(status)
+        answer, usage = self._content(listed), self._content(status)
         with _understood(answer):
-            total = {
-                node["node_id"]: node["resources_total"]
-                for node in answer["data"]["result"]["result"]
-                if node["state"] == "ALIVE"
-            }
+            alive = [node for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"]
+            total = {node["node_id"]: node["resources_total"] for node in alive}
+            addresses = {node["node_id"]: str(node["node_ip"]) for node in alive}
         with _understood(usage):
             report = ((usage["data"].get("clusterStatus") or {}).get("loadMetricsReport") or {}).get(
                 "usageByNode"
             ) or {}
             used = {node: {name: amount for name, (amount, _) in by.items()} for node, by in report.items()}
-        free = [
-            {name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")}
+        free = {
+            node: {
+                name: math.floor(by.get(name, 0) - used.get(node, {}).get(name, 0)) for name in ("CPU", "GPU")
+            }
+            for node, by in total.items()
+        }
+        nodes = [
+            Node(addresses[node], _sum([by]), _sum([free[node]]), int(by.get("memory", 0)))
             for node, by in total.items()
         ]
-        memory = max((int(by.get("memory", 0)) for by in total.values()), default=0)
-        return Cluster(_sum(total.values()), _sum(free), placed, memory or None)
+        memory = max((node.memory_bytes for node in nodes), default=0)
+        return Cluster(
+            _sum(total.values()),
+            _sum(free.values()),
+            placed,
+            memory or None,
+            tuple(sorted(nodes, key=lambda node: node.address)),
+        )
 
     async def _placed(self) -> frozenset[str]:
         """Return the submissions whose placement group is created."""
-        created = {"filter_keys": "state", "filter_predicates": "=", "filter_values": "CREATED", "limit": "10000"}
+        created = {
+            "filter_keys": "state",
+            "filter_predicates": "=",
+            "filter_values": "CREATED",
+            "limit": "10000",
+        }
         answer = self._content(await self._call("GET", "/api/v0/placement_groups", params=created))
         with _understood(answer):
             creators = {group["creator_job_id"] for group in answer["data"]["result"]["result"]}
@@ -152,9 +182,9 @@ class RayJobsOverHttp:
             return answer.json()
 
 
-def _sum(nodes: Iterable[Mapping[str, float]]) -> Capacity:
-    each = [Capacity(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes]
-    return sum(each, start=Capacity())
+def _sum(nodes: Iterable[Mapping[str, float]]) -> Resources:
+    each = [Resources(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes]
+    return sum(each, start=Resources())
 
 
 @contextmanager

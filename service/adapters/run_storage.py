@@ -17,6 +17,7 @@ from typing import ParamSpec, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from service.adapters.shared_files import make_file, open_file, write_private_file
 from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.domain.jobs import Job
 from trainer.jobspec import (
@@ -27,9 +28,9 @@ from trainer.jobspec import (
     OUTCOME_FILE,
     PROGRESS_FILE,
     TASK_FILE,
+    AttemptTask,
     Outcome,
     Progress,
-    Task,
     attempt_folder,
 )
 
@@ -37,17 +38,22 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 P = ParamSpec("P")
 STORAGE_SECONDS = 20.0
-"""For a look at a job's files."""
+"""Timeout of one access to a job's files."""
 STORAGE_THREADS = ThreadPoolExecutor(32, thread_name_prefix="storage")
-"""Its own, so that storage keeps nothing but looks at it waiting, and is kept waiting by nothing else."""
-MOST_BYTES = 1_000_000
+"""Threads for access to the storage only, so that a storage that hangs does not block other work."""
+MAX_READ_BYTES = 1_000_000
+"""Maximum number of bytes of an outbox that are read at once."""
+MAX_JSON_BYTES = 8_000_000
+"""Maximum size of a task, progress or outcome file; larger files are ignored."""
+MAX_REASON_CHARS = 10_000
+"""Maximum length of an outcome's reason, since user code can write the file."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""No space on the disk, in the quota, or by the process's own limit."""
+"""Error numbers of a full disk, an exceeded disk quota, and the file size limit of the process."""
 PROBE = b"\0" * 4_096
-SECONDS_BETWEEN_PROBES = 2.0
+PROBE_INTERVAL_SECONDS = 2.0
 PROBE_SECONDS = 5.0
 MARK_FILE = ".storage"
-"""By which the storage is known again."""
+"""File that identifies the storage."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,18 @@ POINT = TypeAdapter(Point)
 
 
 async def on_storage(work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Call a function on files in a thread. Raises UpstreamUnavailable after a timeout."""
+    """Call a function on files in a thread.
+
+    Raises UpstreamUnavailable after a timeout.
+    """
     return await on_threads(STORAGE_THREADS, partial(copy_context().run, work, *arguments, **options))
 
 
 async def on_threads(threads: Executor, work: Callable[[], T]) -> T:
-    """Call a function on files in one of `threads`. Raises UpstreamUnavailable after a timeout."""
+    """Call a function on files in one of `threads`.
+
+    Raises UpstreamUnavailable after a timeout.
+    """
     try:
         async with asyncio.timeout(STORAGE_SECONDS):
             return await asyncio.get_running_loop().run_in_executor(threads, work)
@@ -96,6 +108,7 @@ class RunFiles:
             self._storage.mkdir(parents=True, exist_ok=True)
             mark.touch()
             self._is_known = True
+        # Fails if the mark is gone, as with an unmounted storage; it must not be created again.
         os.utime(mark)
         with tempfile.TemporaryFile(dir=self._storage) as file:
             file.write(PROBE)
@@ -107,7 +120,8 @@ class RunFiles:
 
     async def ensure_space(self) -> None:
         """Raise StorageFull if the storage was full some seconds ago."""
-        if time.monotonic() - self._probed_at > SECONDS_BETWEEN_PROBES:
+        if time.monotonic() - self._probed_at > PROBE_INTERVAL_SECONDS:
+            # Set before the probe, so that concurrent requests do not probe too.
             self._probed_at = time.monotonic()
             try:
                 async with asyncio.timeout(PROBE_SECONDS):
@@ -115,6 +129,7 @@ class RunFiles:
                 self._full = None
             except StorageFull as error:
                 self._full = error
+            # Not full as far as is known; readiness reports a storage that does not answer.
             except (UpstreamUnavailable, TimeoutError):
                 self._full = None
         if self._full is not None:
@@ -129,31 +144,35 @@ class RunFiles:
         return attempt_folder(self.job_folder(job.id), attempt or job.attempt)
 
     def close_attempts(self, job: Job, last: int | None = None) -> None:
-        """Close the attempts up to `last` (default: current): their drivers do not start and end."""
+        """Close the attempts up to `last` (default: current).
+
+        Their drivers do not start, or end.
+        """
         for attempt in range(1, (job.attempt if last is None else last) + 1):
-            folder = self.attempt_folder(job, attempt)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / CLOSED_FILE).touch()
+            make_file(self._storage, self.attempt_folder(job, attempt) / CLOSED_FILE)
 
-    def write_task(self, task: Task) -> Path:
-        """Write the task file of an attempt, readable only by its user, and return its path."""
+    def write_task(self, task: AttemptTask) -> Path:
+        """Write the task file of an attempt and return its path.
+
+        Only its user can read the file.
+        """
         path = attempt_folder(self.job_folder(task.context.job_id), task.context.attempt) / TASK_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{TASK_FILE}.")
-        with os.fdopen(handle, "w") as file:
-            file.write(task.model_dump_json())
-        return Path(name).replace(path)
+        write_private_file(self._storage, path, task.model_dump_json())
+        return path
 
-    def task(self, job: Job) -> Task | None:
+    def task(self, job: Job) -> AttemptTask | None:
         """Return the task of the current attempt, or None."""
-        return self._read(job, TASK_FILE, Task)
+        return self._read(job, TASK_FILE, AttemptTask)
 
     def progress(self, job: Job) -> Progress | None:
         """Return the progress of the current attempt, or None."""
         return self._read(job, PROGRESS_FILE, Progress)
 
-    def sign_of_life(self, job: Job) -> float | None:
-        """Return the time of the last heartbeat of the current attempt, by the driver's clock."""
+    def last_heartbeat(self, job: Job) -> float | None:
+        """Return the time of the last heartbeat of the current attempt.
+
+        It is measured by the driver's clock.
+        """
         try:
             return (self.attempt_folder(job) / DRIVER_FILE).stat().st_mtime
         except FileNotFoundError:
@@ -161,30 +180,39 @@ class RunFiles:
 
     def outcome(self, job: Job) -> Outcome | None:
         """Return the outcome of the current attempt, or None."""
-        return self._read(job, OUTCOME_FILE, Outcome)
+        outcome = self._read(job, OUTCOME_FILE, Outcome)
+        return outcome and outcome.model_copy(update={"reason": _storable(outcome.reason)})
 
     def metrics(self, job: Job, place: int) -> tuple[list[Point], int]:
         """Read measurements from an offset of the outbox; also return the next offset."""
         try:
-            with (self.job_folder(job.id) / OUTBOX_FILE).open("rb") as file:
+            with open_file(self._storage, self.job_folder(job.id) / OUTBOX_FILE) as file:
                 file.seek(place)
-                lines = file.readlines(MOST_BYTES)
+                content = file.read(MAX_READ_BYTES)
         except FileNotFoundError:
             return [], place
-        if lines and not lines[-1].endswith(b"\n"):  # still being written
-            lines.pop()
-        return list(_points(lines)), place + sum(map(len, lines))
+        # The last line may still be being written; it is read next time.
+        size = content.rfind(b"\n") + 1
+        if not size and len(content) == MAX_READ_BYTES:  # longer than any line of ours
+            size = MAX_READ_BYTES
+        return list(_points(content[:size].split(b"\n"))), place + size
 
     def log_path(self, job: Job, attempt: int) -> Path:
-        """Return the folder of an attempt's log, if it exists."""
+        """Return the path of an attempt's log, which may not exist yet."""
         return self.attempt_folder(job, attempt) / LOG_FILE
 
     def _read(self, job: Job, name: str, kind: type[M]) -> M | None:
         path = self.attempt_folder(job) / name
         try:
-            return kind.model_validate_json(path.read_bytes())
+            with open_file(self._storage, path) as file:
+                return kind.model_validate_json(file.read(MAX_JSON_BYTES))
         except (FileNotFoundError, ValidationError):
             return None
+
+
+def _storable(text: str) -> str:
+    """Return text that a database can hold: PostgreSQL refuses NUL."""
+    return text[:MAX_REASON_CHARS].replace("\0", "\ufffd")
 
 
 def _points(lines: Iterable[bytes]) -> Iterator[Point]:

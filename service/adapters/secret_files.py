@@ -6,12 +6,13 @@ Only their names are stored and sent.
 from pathlib import Path
 
 from service.adapters.run_storage import on_storage
-from service.domain.errors import InvalidField, UpstreamRejected
+from service.domain.errors import UpstreamRejected
+from trainer.jobspec import InvalidField
 
 SHARED = "shared"
-"""The folder whose secrets all owners may use."""
-MOST_NAMES = 20
-"""Names listed in an error."""
+"""Folder of the secrets that all owners may use."""
+MAX_NAMES_SHOWN = 20
+"""Maximum number of names in an error message."""
 
 
 class JobSecrets:
@@ -23,7 +24,8 @@ class JobSecrets:
     async def resolve(self, owner: str, secrets: dict[str, str]) -> dict[str, str]:
         """Return references in full, as `<owner>/<name>`.
 
-        Raises InvalidField for what the owner may not use, or is not there; UpstreamUnavailable if the folder does not answer.
+        Raises InvalidField for what the owner may not use, or is not there; UpstreamUnavailable if the folder
+        does not answer.
         """
         if not secrets:
             return {}
@@ -42,10 +44,14 @@ class JobSecrets:
     def _resolve(self, owner: str, variable: str, name: str) -> str:
         field = f"secrets.{variable}"
         if self._folder is None:
-            raise InvalidField(field, name, "must be empty: the operator allows secrets by SYNCBN_SECRETS_FOLDER")
+            raise InvalidField(
+                field, name, "must be empty: the operator allows secrets by SYNCBN_SECRETS_FOLDER"
+            )
         reference = name if "/" in name else f"{owner}/{name}"
         if reference.partition("/")[0] not in (owner, SHARED) or not self._is_there(reference):
-            raise InvalidField(field, name, f"must be one of {', '.join(self._names(owner)) or 'none; there are none'}")
+            raise InvalidField(
+                field, name, f"must be one of {', '.join(self._names(owner)) or 'none; there are none'}"
+            )
         return reference
 
     def _is_there(self, reference: str) -> bool:
@@ -65,4 +71,4 @@ class JobSecrets:
             for path in sorted((self._folder / place).glob("*"))
             if not path.name.startswith(".") and self._is_there(f"{place}/{path.name}")
         ]
-        return found[:MOST_NAMES]
+        return found[:MAX_NAMES_SHOWN]

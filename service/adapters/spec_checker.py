@@ -15,26 +15,27 @@ from dataclasses import dataclass
 
 from cachetools import TTLCache
 
-from service.domain.errors import InvalidField, shown
 from trainer.jobspec import (
     ImportedModelSpec,
+    InvalidField,
     JobSpec,
     LibraryModelSpec,
     ModelSize,
     Norm,
     TorchOptimizerSpec,
     TorchvisionDataSpec,
+    shorten,
 )
 
 logger = logging.getLogger(__name__)
 IDLE_SECONDS = 300.0
-"""After the last check; then the process ends, and frees some 700 MB."""
+"""Time without a check after which the process exits, which frees about 700 MB."""
 KNOWN_SECONDS = 600.0
 MAX_LINE_BYTES = 1_000_000
 MAX_MESSAGE = 1_000
-"""Characters."""
+"""Maximum length of a message in characters."""
 INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", "TMPDIR", "OMP_NUM_THREADS")
-"""Environment variables that the process gets; the service's secrets are not among them."""
+"""Environment variables that the process inherits; the service's secrets are not among them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Answer:
     error: tuple[str, object, str] | None = None
     """Field, value and message."""
     size: ModelSize | None = None
-    """Of a library's model."""
+    """Size of a library model; None for other models."""
 
 
 def _needs_libraries(spec: JobSpec) -> bool:
@@ -63,8 +64,8 @@ def _key(spec: JobSpec) -> str:
 class SpecChecker:
     """Client of `python -m trainer.check`, which it starts when needed.
 
-    A check takes at most `timeout_seconds`, of which the first ones take several for importing torch. What cannot be checked in
-    time, or at all, is left to the workers to find out.
+    A check takes at most `timeout_seconds`, of which the first ones take several for importing torch. What
+    cannot be checked in time, or at all, is left to the workers to find out.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
@@ -77,7 +78,8 @@ class SpecChecker:
     async def check(self, specs: Sequence[JobSpec]) -> list[ModelSize | None]:
         """Return the sizes of library models; None for others and unmeasured ones.
 
-        Raises InvalidField if one of the specs names something that does not exist, or does not take its arguments.
+        Raises InvalidField if one of the specs names something that does not exist, or does not take its
+        arguments.
         """
         if not self._timeout_seconds:
             return [None] * len(specs)
@@ -87,7 +89,9 @@ class SpecChecker:
                 for key, spec in wanted.items():
                     if key not in self._known:
                         async with self._turn:
-                            self._known[key] = Answer()  # if it is not checked in time, not again either, for a while
+                            self._known[key] = (
+                                Answer()
+                            )  # if it is not checked in time, not again either, for a while
                             self._known[key] = await self._ask(spec)
                     if (error := self._known.get(key, Answer()).error) is not None:
                         raise InvalidField(*error)
@@ -114,7 +118,8 @@ class SpecChecker:
         found = json.loads(line)
         error, size = found["error"], found["size"]
         return Answer(
-            error and (f"spec.{error['field']}", shown(error["value"]), str(error["message"])[:MAX_MESSAGE]),
+            error
+            and (f"spec.{error['field']}", shorten(error["value"]), str(error["message"])[:MAX_MESSAGE]),
             size and ModelSize(**size),
         )
 

@@ -13,12 +13,12 @@ from urllib.parse import urlsplit
 
 import httpcore
 
-from service.domain.errors import InvalidField
 from service.domain.webhooks import IPAddress, IPNetwork, is_in, may_be_reached
+from trainer.jobspec import InvalidField
 
-SECONDS_TO_RESOLVE = 5.0
-MOST_LOOK_UPS = 32
-"""At one time."""
+RESOLVE_TIMEOUT_SECONDS = 5.0
+MAX_CONCURRENT_LOOKUPS = 32
+"""Maximum number of name lookups at the same time."""
 PORTS = {"https": 443, "http": 80}
 
 
@@ -30,12 +30,12 @@ class Resolver:
     """Resolver in separate threads, so that a slow name server delays nothing else."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(MOST_LOOK_UPS, thread_name_prefix="names")
+        self._threads = ThreadPoolExecutor(MAX_CONCURRENT_LOOKUPS, thread_name_prefix="names")
 
     async def look_up(self, host: str, port: int) -> list[IPAddress]:
         """Resolve a host name. Raises OSError and UnicodeError."""
         look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        async with asyncio.timeout(SECONDS_TO_RESOLVE):
+        async with asyncio.timeout(RESOLVE_TIMEOUT_SECONDS):
             found = await asyncio.get_running_loop().run_in_executor(self._threads, look_up)
         return list(dict.fromkeys(ip_address(str(item[4][0]).partition("%")[0]) for item in found))
 
@@ -45,7 +45,10 @@ class Resolver:
 
 
 class SsrfGuard(httpcore.AsyncNetworkBackend):
-    """Network backend that connects to the addresses it has checked (SSRF, DNS rebinding)."""
+    """Network backend that connects only to addresses that it has checked.
+
+    It prevents SSRF and DNS rebinding.
+    """
 
     def __init__(self, names: Resolver, may_be_reached: Callable[[IPAddress], bool]) -> None:
         self._names, self._may_be_reached, self._backend = names, may_be_reached, httpcore.AnyIOBackend()
@@ -58,13 +61,20 @@ class SsrfGuard(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to the first address that answers. Raises Forbidden for private addresses."""
+        """Connect to the first address that answers.
+
+        Raises Forbidden for private addresses.
+        """
         addresses = await self._names.look_up(host, port)
+        # All, not any: the connection could use each of them. The check is repeated here, since DNS may have
+        # changed since the webhook was created.
         if not all(map(self._may_be_reached, addresses)):
             raise Forbidden(f"{host} is not an address that messages are sent to")
         for place, address in enumerate(addresses):
             try:
-                return await self._backend.connect_tcp(str(address), port, timeout, local_address, socket_options)
+                return await self._backend.connect_tcp(
+                    str(address), port, timeout, local_address, socket_options
+                )
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 if place == len(addresses) - 1:
                     raise
@@ -76,7 +86,7 @@ class WebhookHttp:
 
     def __init__(self, allowed: Sequence[IPNetwork], seconds: float) -> None:
         self._allowed, self._seconds, self._names = allowed, seconds, Resolver()
-        # A pool for each scheme, as what is not encrypted may go to fewer places. The sender says how much goes on at once.
+        # A pool per scheme, as plain HTTP may go to fewer addresses. The sender limits concurrency.
         self._pools = {
             scheme: httpcore.AsyncConnectionPool(
                 network_backend=SsrfGuard(self._names, may), max_connections=None, keepalive_expiry=5
@@ -102,7 +112,9 @@ class WebhookHttp:
                 "url", url, "must be a public address; the operator allows others by SYNCBN_WEBHOOK_NETWORKS"
             )
         if parts.scheme == "http" and not all(is_in(address, self._allowed) for address in addresses):
-            raise InvalidField("url", url, "must be https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS")
+            raise InvalidField(
+                "url", url, "must be https://; http:// only in networks of SYNCBN_WEBHOOK_NETWORKS"
+            )
 
     async def post(self, url: str, body: str, headers: dict[str, str]) -> int:
         """POST a body and return the status. Redirects are not followed.
@@ -111,6 +123,8 @@ class WebhookHttp:
         """
         sent = {"Content-Type": "application/json", "User-Agent": "syncbn-webhooks/1"} | headers
         async with (
+            # A limit of the whole request; httpcore's timeouts are per operation, so a slow receiver could
+            # stretch them.
             asyncio.timeout(self._seconds),
             self._pools[urlsplit(url).scheme].stream(
                 "POST", url, headers=list(sent.items()), content=body.encode()

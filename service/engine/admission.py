@@ -14,23 +14,28 @@ from service.engine.submitter import Submitter
 from service.store.jobs import JobStore
 
 FORGET_SECONDS = 60.0
-"""Period after which all reasons are read again: they may have changed, as after a commit whose answer was lost."""
+"""Period after which all reasons are read again; they may differ after a commit whose response was lost."""
 
 
 class Admission:
     """Admission of queued jobs."""
 
-    def __init__(self, jobs: JobStore, ray: RayJobs, attempts: Submitter, policy: Callable[[], Policy]) -> None:
+    def __init__(
+        self, jobs: JobStore, ray: RayJobs, attempts: Submitter, policy: Callable[[], Policy]
+    ) -> None:
         self._jobs, self._ray, self._attempts, self._policy = jobs, ray, attempts, policy
         self._lease: Lease | None = None
         """Lease token of the following facts; another replica may have changed them since."""
         self._learnt_at = 0.0
         self._known: dict[str, SchedulableJob] = {}
         self._reasons: dict[str, str] = {}
-        """Why jobs wait, by id."""
+        """Reasons for waiting by job id."""
 
     async def admit(self, lease: Lease) -> None:
-        """Start the jobs that the plan admits, and store why the others wait. Raises UpstreamUnavailable."""
+        """Start the jobs that the plan admits, and store why the others wait.
+
+        Raises UpstreamUnavailable.
+        """
         now = time.monotonic()
         if lease != self._lease or now - self._learnt_at > FORGET_SECONDS:
             self._lease, self._learnt_at, self._known, self._reasons = lease, now, {}, {}
@@ -68,5 +73,5 @@ class Admission:
         """Store changed reasons of queued jobs."""
         changed = {job_id: reason for job_id, reason in reasons.items() if self._reasons[job_id] != reason}
         if changed:
-            await self._jobs.explain(changed, lease)
+            await self._jobs.set_queue_reasons(changed, lease)
             self._reasons |= changed

@@ -1,20 +1,20 @@
 """Leases of this replica, renewed while it lives."""
 
-import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
 
 from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import SCHEDULER, Lease, shard_of
+from service.engine.background import periodic
 from service.store.leases import LeaseStore
 
 logger = logging.getLogger(__name__)
 RENEWALS = 3
-"""Times that a lease is renewed before it would run out."""
+"""Number of renewals before a lease would expire."""
 
 
-class Replica:
+class LeaseHolder:
     """Holder of leases.
 
     A former process of the same name must have ended, since its leases are taken over.
@@ -26,7 +26,10 @@ class Replica:
         self._renewed_at = 0.0
 
     async def start(self) -> None:
-        """Take the leases of a former process of this name under new tokens, and a share of the rest."""
+        """Take leases under new tokens.
+
+        These are the leases of a former process of this name, and a share of the rest.
+        """
         await self._leases.release(self.name)
         await self.renew()
 
@@ -37,28 +40,26 @@ class Replica:
 
     async def run(self, is_stuck: Callable[[], bool]) -> None:
         """Renew the leases until cancelled, unless the work hangs, and then release them."""
+
+        async def renew() -> None:
+            if is_stuck():
+                logger.critical("the dispatcher is stuck; its jobs are left to other replicas")
+            else:
+                await self.renew()
+
         try:
-            while True:
-                await asyncio.sleep(self._lease_seconds / RENEWALS)
-                if is_stuck():
-                    logger.critical("the dispatcher is stuck; its work is left to other replicas")
-                    continue
-                try:
-                    await self.renew()
-                except (
-                    Exception
-                ) as error:  # of whatever kind: without leases this replica would do nothing, and say nothing
-                    known = isinstance(error, UpstreamUnavailable)
-                    logger.warning("leases could not be renewed: %s", error, exc_info=not known)
+            await periodic("renewal of the leases", renew, self._lease_seconds / RENEWALS)
         finally:
+            # First, so that nothing acts on a lease while it is being released.
             self._held = {}
             try:
                 await self._leases.release(self.name)
             except UpstreamUnavailable as error:
-                logger.warning("leases could not be given back, and run out by themselves: %s", error)
+                logger.warning("leases could not be released, and expire: %s", error)
 
     async def renew(self) -> None:
         """Renew the leases once."""
+        # Measured before the call: the database counts the lease from a time at or after this one.
         began = time.monotonic()
         self._held = await self._leases.keep(self.name, self._lease_seconds)
         self._renewed_at = began
@@ -77,4 +78,6 @@ class Replica:
 
     def shards(self) -> set[int]:
         """Return the shards that this replica reconciles."""
-        return {int(name.removeprefix("shard-")) for name in self._held if name != SCHEDULER and self.lease(name)}
+        return {
+            int(name.removeprefix("shard-")) for name in self._held if name != SCHEDULER and self.lease(name)
+        }

@@ -9,41 +9,51 @@ from service.domain.webhooks import Webhook
 from service.store.webhooks import WebhookStore
 
 FORGET_SECONDS = 600.0
-"""After the last look at a job: it has ended, or another replica looks after it."""
+"""Time after which the offset of a job that is no longer polled is dropped."""
 
 
 @dataclass(frozen=True)
-class _Place:
+class ReadOffset:
+    """Offset up to which the metrics of a job were read."""
+
     byte: int
-    """In the job's metrics."""
+    """Offset in the job's metrics file."""
     looked_at: float
 
 
-NOWHERE = _Place(0, 0.0)
+START = ReadOffset(0, 0.0)
 
 
-class Thresholds:
-    """Metric alerts: reads the metrics of jobs incrementally; nothing is reported twice."""
+class MetricAlerts:
+    """Metric alerts: reads the metrics of jobs incrementally.
+
+    Nothing is reported twice.
+    """
 
     def __init__(self, webhooks: WebhookStore, files: RunFiles) -> None:
         self._store, self._files = webhooks, files
         self._webhooks: list[Webhook] = []
-        self._places: dict[tuple[str, str], _Place] = {}
-        """Read offset of each webhook and job; a webhook that is created later gets all earlier measurements of a job."""
+        self._offsets: dict[tuple[str, str], ReadOffset] = {}
+        """Read offset of each webhook and job; a webhook that is created later gets all earlier measurements
+        of a job.
+        """
 
     async def refresh(self) -> None:
         """Load the thresholds, and drop the offsets of jobs that are no longer read."""
         self._webhooks = await self._store.with_thresholds()
         since = time.monotonic() - FORGET_SECONDS
-        self._places = {key: place for key, place in self._places.items() if place.looked_at > since}
+        self._offsets = {key: place for key, place in self._offsets.items() if place.looked_at > since}
 
-    async def look(self, job: Job) -> None:
-        """Report thresholds that a job has met since the last poll. Raises UpstreamUnavailable."""
+    async def poll(self, job: Job) -> None:
+        """Report thresholds that a job has met since the last poll.
+
+        Raises UpstreamUnavailable.
+        """
         wanted = [webhook for webhook in self._webhooks if webhook.is_about(job)]
         if not wanted:
             return
         thresholds = [(webhook, threshold) for webhook in wanted for threshold in webhook.thresholds]
-        known = [self._places.get((webhook.id, job.id), NOWHERE) for webhook in wanted]
+        known = [self._offsets.get((webhook.id, job.id), START) for webhook in wanted]
         place = min(place.byte for place in known)  # measurements that were reported are not reported again
         while True:
             points, end = await on_storage(self._files.metrics, job, place)
@@ -51,10 +61,14 @@ class Thresholds:
                 break
             for webhook, threshold in thresholds:
                 met = (
-                    p for p in points if threshold.metric in p.metrics and threshold.is_met(p.metrics[threshold.metric])
+                    p
+                    for p in points
+                    if threshold.metric in p.metrics and threshold.is_met(p.metrics[threshold.metric])
                 )
                 if (first := next(met, None)) is not None:
-                    await self._store.announce(webhook, job, threshold, first.step, first.metrics[threshold.metric])
+                    await self._store.announce(
+                        webhook, job, threshold, first.step, first.metrics[threshold.metric]
+                    )
             place = end
         now = time.monotonic()
-        self._places |= {(webhook.id, job.id): _Place(place, now) for webhook in wanted}
+        self._offsets |= {(webhook.id, job.id): ReadOffset(place, now) for webhook in wanted}

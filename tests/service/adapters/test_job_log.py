@@ -5,8 +5,7 @@ import tracemalloc
 import pytest
 
 from service.adapters.job_log import MAX_LINE_BYTES, AttemptLog, LogOffset, Selection
-from service.domain.errors import InvalidField
-from trainer.jobspec import FEEDER_LOG_FILE, LOG_FILE, LOG_INDEX_FILE, worker_log_file
+from trainer.jobspec import FEEDER_LOG_FILE, LOG_FILE, LOG_INDEX_FILE, InvalidField, worker_log_file
 from trainer.logs import LogIndex, indexed_logs
 
 PARTS = [
@@ -19,7 +18,7 @@ PARTS = [
     (LOG_FILE, "2026-01-01 00:00:00 ERROR ray: lost\n"),
     (FEEDER_LOG_FILE, "3 files\n"),
 ]
-"""What is written one after the other, and to which file."""
+"""Lines in write order, and the file of each."""
 
 
 def write(folder, name, text):
@@ -38,10 +37,14 @@ def folder(tmp_path):
 
 def read(folder, place=None, *, is_over=False, **selection):
     wanted = Selection(**selection)
-    return [line for line in AttemptLog(folder, place or LogOffset()).read(is_over=is_over) if wanted.takes(line)]
+    return [
+        line
+        for line in AttemptLog(folder, place or LogOffset()).read(is_over=is_over)
+        if wanted.matches(line)
+    ]
 
 
-def test_lines_have_rank_level_and_place_and_are_in_the_order_of_their_writing(folder):
+def test_lines_have_rank_level_and_offset_in_write_order(folder):
     lines = read(folder)
     assert [(line.rank, line.level, line.text) for line in lines] == [
         (None, "info", "output of the driver"),
@@ -58,19 +61,24 @@ def test_lines_have_rank_level_and_place_and_are_in_the_order_of_their_writing(f
     assert lines[-1].place == LogOffset(1, sum(len(text) for _, text in PARTS))
 
 
-def test_lines_are_selected(folder):
-    assert [line.text for line in read(folder, rank=0)] == ["worker 0 of 2 on b, process 11", "step 5/10  accuracy 0.5"]
+def test_lines_are_filtered(folder):
+    assert [line.text for line in read(folder, rank=0)] == [
+        "worker 0 of 2 on b, process 11",
+        "step 5/10  accuracy 0.5",
+    ]
     assert [line.level for line in read(folder, level="warning")] == ["warning", "error", "error"]
-    assert [line.text for line in read(folder, rank=1, level="error")] == ["Traceback (most recent call last):"]
+    assert [line.text for line in read(folder, rank=1, level="error")] == [
+        "Traceback (most recent call last):"
+    ]
 
 
-def test_from_every_line_on_the_rest_is_the_same(folder):
+def test_reading_from_any_offset_yields_the_same_remaining_lines(folder):
     lines = read(folder)
     for number, line in enumerate(lines):
         assert read(folder, line.place) == lines[number + 1 :]
 
 
-def test_a_place_beyond_the_end_is_the_end(folder):
+def test_an_offset_beyond_the_end_is_the_end(folder):
     log = AttemptLog(folder, LogOffset(1, 999_999_999_999_999))
     assert list(log.read()) == []
     assert log.place == read(folder)[-1].place
@@ -79,8 +87,8 @@ def test_a_place_beyond_the_end_is_the_end(folder):
     assert [line.text for line in log.read()] == ["more"]
 
 
-def test_what_the_index_does_not_hold_is_read_once_the_attempt_is_over(folder):
-    """As after the driver was killed: nothing of what it or the workers printed is missing."""
+def test_lines_missing_from_the_index_are_read_after_the_attempt(folder):
+    """After a kill of the driver no output of it or the workers is missing."""
     before = read(folder)
     write(folder, worker_log_file(1), "one more\nand half a line")
     write(folder, worker_log_file(7), "another\n")
@@ -96,7 +104,7 @@ def test_what_the_index_does_not_hold_is_read_once_the_attempt_is_over(folder):
     assert read(folder, rest[1].place, is_over=True) == rest[2:]
 
 
-def test_without_an_index_the_drivers_file_is_followed(tmp_path):
+def test_without_an_index_the_driver_log_is_followed(tmp_path):
     write(tmp_path, LOG_FILE, "whole\nhalf")
     log = AttemptLog(tmp_path, LogOffset())
     assert [line.text for line in log.read()] == ["whole"]
@@ -108,7 +116,7 @@ def test_without_an_index_the_drivers_file_is_followed(tmp_path):
     assert log.place.offset == (tmp_path / LOG_FILE).stat().st_size
 
 
-def test_lines_are_indexed_when_they_are_whole(tmp_path):
+def test_lines_are_indexed_once_complete(tmp_path):
     index = LogIndex(tmp_path)
     log = AttemptLog(tmp_path, LogOffset())
     write(tmp_path, worker_log_file(0), "whole\nhalf")
@@ -119,7 +127,7 @@ def test_lines_are_indexed_when_they_are_whole(tmp_path):
     assert [line.text for line in log.read()] == ["half a line"]
 
 
-def test_a_reader_that_breaks_off_goes_on_where_it_was(folder):
+def test_an_interrupted_reader_resumes_at_its_offset(folder):
     lines, log = read(folder), AttemptLog(folder, LogOffset())
     found = []
     while True:
@@ -130,12 +138,12 @@ def test_a_reader_that_breaks_off_goes_on_where_it_was(folder):
     assert found == lines
 
 
-def test_of_a_progress_bar_the_last_state_is_shown(tmp_path):
+def test_the_last_state_of_a_progress_bar_is_shown(tmp_path):
     write(tmp_path, LOG_FILE, "epoch 1:  0%\repoch 1: 50%\repoch 1: 100%\r\nwindows\r\n")
     assert [line.text for line in read(tmp_path)] == ["epoch 1: 100%", "windows"]
 
 
-def test_the_present_state_of_a_progress_bar_is_known_until_its_line_is_whole(tmp_path):
+def test_the_current_state_of_a_progress_bar_is_shown_until_its_line_ends(tmp_path):
     log = AttemptLog(tmp_path, LogOffset())
     write(tmp_path, LOG_FILE, "whole\nhalf")
     assert log.unfinished() == []
@@ -150,7 +158,7 @@ def test_the_present_state_of_a_progress_bar_is_known_until_its_line_is_whole(tm
     assert log.unfinished() == []
 
 
-def test_bytes_that_are_no_text_and_endless_lines_are_read_too(tmp_path):
+def test_invalid_utf_8_and_unterminated_lines_are_read(tmp_path):
     index = LogIndex(tmp_path)
     write(tmp_path, LOG_FILE, b"\xff\r\n" + b"x" * (2 * MAX_LINE_BYTES + 5))
     index.update()
@@ -175,7 +183,7 @@ os.system("echo the last line, by a child")
 """
 
 
-def test_all_that_several_workers_print_at_once_is_found(tmp_path):
+def test_concurrent_output_of_several_workers_is_complete(tmp_path):
     ranks = range(3)
     with indexed_logs(tmp_path):
         command = [sys.executable, "-c", WRITER]
@@ -206,7 +214,7 @@ def test_a_log_of_100_mb_takes_little_memory(tmp_path):
         tracemalloc.stop()
 
 
-def test_places_are_parsed_as_they_are_told():
+def test_offsets_round_trip_through_text():
     assert LogOffset.parse("Last-Event-ID", str(LogOffset(3, 17))) == LogOffset(3, 17)
     for text in ("", "3", "a:b", "1:-1", "1:2:3", "9999999:1"):
         with pytest.raises(InvalidField, match="Last-Event-ID"):

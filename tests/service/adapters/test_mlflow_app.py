@@ -19,7 +19,9 @@ async def accept(socket):
     await socket.accept()
 
 
-APP = SecretRequired(Starlette(routes=[Route("/{path:path}", answer), WebSocketRoute("/socket", accept)]), SECRET)
+APP = SecretRequired(
+    Starlette(routes=[Route("/{path:path}", answer), WebSocketRoute("/socket", accept)]), SECRET
+)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The same tests on a real Ray and on its stand-in."""
+"""Tests on a real Ray and on its fake."""
 
 import asyncio
 import time
@@ -12,24 +12,24 @@ from service.adapters.run_storage import RunFiles
 from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import new_id
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Capacity, Cluster
+from service.domain.scheduling import Cluster, Node, Resources
 from tests.fakes import FakeRay
 from trainer.jobspec import (
     LOG_FILE,
     OUTCOME_FILE,
     AttemptContext,
+    AttemptTask,
     DigitsSpec,
     JobSpec,
     MlpSpec,
     Outcome,
-    Task,
     attempt_folder,
     worker_log_file,
 )
 
 
 class Real:
-    """A real cluster: what was submitted goes on by itself."""
+    """A real cluster: submissions change state by themselves."""
 
     def __init__(self, stack):
         token = (stack.data_dir / "ray-token").read_text()
@@ -44,7 +44,7 @@ class Real:
 
 
 class Fake:
-    """The stand-in: goes on when it is told to."""
+    """The fake: submissions change state by `set`."""
 
     def __init__(self):
         self.ray = FakeRay()
@@ -68,10 +68,10 @@ def make_task(folder: Path, **changes) -> Path:
     spec = JobSpec(**({"data": DigitsSpec(), "model": MlpSpec(hidden=[8]), "steps": 20} | changes))
     # The name makes the task longer than an environment variable can be.
     context = AttemptContext(job_id=folder.name, attempt=1, name="test" * 50_000, folder=str(folder))
-    return RunFiles(folder.parent).write_task(Task(spec=spec, context=context))
+    return RunFiles(folder.parent).write_task(AttemptTask(spec=spec, context=context))
 
 
-async def test_a_submission_runs_to_its_end_and_only_once(cluster, tmp_path):
+async def test_a_submission_runs_once_to_its_end(cluster, tmp_path):
     name = new_id("job") + "-a1"
     assert await cluster.ray.find(name) is None
     task = make_task(tmp_path)
@@ -92,7 +92,7 @@ async def test_a_running_submission_can_be_stopped(cluster, tmp_path):
     name = new_id("job") + "-a1"
     await cluster.ray.submit(name, make_task(tmp_path, steps=10_000_000, num_workers=2))
     await cluster.reach(name, RayStatus.RUNNING)
-    async with asyncio.timeout(60):  # Ray gives the workers their resources long before their first step
+    async with asyncio.timeout(60):  # Ray assigns resources to workers long before their first step
         while name not in (await cluster.ray.cluster()).placed:
             await asyncio.sleep(0.2)
     await cluster.ray.stop(name)
@@ -101,24 +101,26 @@ async def test_a_running_submission_can_be_stopped(cluster, tmp_path):
     assert not (attempt_folder(tmp_path, 1) / OUTCOME_FILE).exists()
 
 
-async def test_what_ray_does_not_know_is_no_error(cluster):
+async def test_an_unknown_submission_is_no_error(cluster):
     assert await cluster.ray.find("job-0-a1") is None
     await cluster.ray.stop("job-0-a1")
     assert await cluster.ray.logs("job-0-a1") == ""
 
 
-async def test_the_cluster_tells_its_size(cluster):
+async def test_the_cluster_reports_its_size(cluster):
     size = 4 if isinstance(cluster, Real) else 2
-    async with asyncio.timeout(30):  # until what ran before has gone from what Ray's monitor sees
+    async with asyncio.timeout(30):  # until earlier work is gone from Ray's monitor
         while (found := await cluster.ray.cluster()).free.cpus < size:
             await asyncio.sleep(0.2)
-    assert found == Cluster(Capacity(size, 0), Capacity(size, 0), largest_node_bytes=found.largest_node_bytes)
+    all_of_it, memory = Resources(size, 0), found.largest_node_bytes
+    node = Node(found.nodes[0].address, all_of_it, all_of_it, memory or 0)
+    assert found == Cluster(all_of_it, all_of_it, largest_node_bytes=memory, nodes=(node,))
     if isinstance(cluster, Real):
         assert 1e9 < found.largest_node_bytes < psutil.virtual_memory().total
 
 
 @pytest.mark.ray
-async def test_a_wrong_token_is_refused(stack):
+async def test_a_wrong_token_is_rejected(stack):
     ray = RayJobsOverHttp(stack.connection.ray_address, "wrong", 10)
     with pytest.raises(UpstreamUnavailable, match=r"40[13]"):
         await ray.find("job-0-a1")

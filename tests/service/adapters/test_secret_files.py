@@ -1,10 +1,11 @@
 import pytest
 
 from service.adapters.secret_files import JobSecrets
-from service.domain.errors import InvalidField, UpstreamRejected
+from service.domain.errors import UpstreamRejected
+from trainer.jobspec import InvalidField
 
 
-async def test_without_a_folder_there_are_none():
+async def test_without_a_folder_there_are_no_secrets():
     none = JobSecrets(None)
     assert await none.resolve("ann", {}) == none.paths({}) == {}
     with pytest.raises(InvalidField, match="SYNCBN_SECRETS_FOLDER"):

@@ -1,4 +1,4 @@
-"""The checks of specs in their own process, as the service asks for them."""
+"""Checks of specs in a separate process, as the service requests them."""
 
 import asyncio
 import time
@@ -8,12 +8,11 @@ import psutil
 import pytest
 
 from service.adapters.spec_checker import SpecChecker
-from service.domain.errors import InvalidField
-from trainer.jobspec import JobSpec, Norm
+from trainer.jobspec import InvalidField, JobSpec, Norm
 
 
 def checkers():
-    """The processes that check specs."""
+    """Processes that check specs."""
     found = []
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
@@ -38,12 +37,28 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
     for model, field, message in [
         ({"name": "timm:resnet266"}, "spec.model.name", r"must be a model of timm; similar names: resnet26"),
         ({"name": "torchvision:resnet19"}, "spec.model.name", r"resnet18"),
-        ({"name": "timm:resnet26", "arguments": {"junk": 1}}, "spec.model.arguments", "unexpected keyword argument 'junk'"),
-        ({"name": "torchvision:resnet18", "arguments": {"x": 1}}, "spec.model.arguments", "unexpected keyword argument 'x'"),
-        ({"name": "import:nowhere:build"}, "spec.model.name", "there is no module nowhere"),
-        ({"name": "import:tests.trainer.networks:nothing"}, "spec.model.name", "has no function nothing"),
-        ({"name": "import:tests.trainer.networks:slow", "arguments": {"x": 1}}, "spec.model.arguments", "'x'"),
-    ]:  # fmt: skip
+        (
+            {"name": "timm:resnet26", "arguments": {"junk": 1}},
+            "spec.model.arguments",
+            "unexpected keyword argument 'junk'",
+        ),
+        (
+            {"name": "torchvision:resnet18", "arguments": {"x": 1}},
+            "spec.model.arguments",
+            "unexpected keyword argument 'x'",
+        ),
+        ({"name": "import:nowhere:build"}, "spec.model.name", "there is no nowhere"),
+        (
+            {"name": "import:tests.trainer.networks:nothing"},
+            "spec.model.name",
+            "must be a function in tests.trainer.networks",
+        ),
+        (
+            {"name": "import:tests.trainer.networks:slow", "arguments": {"x": 1}},
+            "spec.model.arguments",
+            "'x'",
+        ),
+    ]:
         with pytest.raises(InvalidField, match=message) as refused:
             await checker.check([spec(model)])
         assert refused.value.field == field
@@ -67,10 +82,15 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
         await checker.check([spec(optimizer=adam)])
     assert refused.value.field == "spec.optimizer.arguments"
     await checker.check([spec(optimizer=adam | {"arguments": {"betas": [0.8, 0.9]}})])
-    for model in ("timm:resnet26", "timm:vit_tiny_patch16_224", "torchvision:googlenet", "timm:convnext_tiny"):
+    for model in (
+        "timm:resnet26",
+        "timm:vit_tiny_patch16_224",
+        "torchvision:googlenet",
+        "timm:convnext_tiny",
+    ):
         await checker.check([spec({"name": model})])
     began = time.monotonic()
-    await checker.check([spec({"name": "timm:resnet26"})])  # known by now
+    await checker.check([spec({"name": "timm:resnet26"})])  # cached by now
     assert time.monotonic() - began < 0.01
     (process,) = checkers()
     assert "SYNCBN_TOKEN" not in process.environ()
@@ -78,7 +98,7 @@ async def test_names_and_arguments_are_checked_against_the_libraries(checker, mo
     assert not process.is_running()
 
 
-async def test_models_of_libraries_are_measured(checker):
+async def test_sizes_of_library_models_are_measured(checker):
     data = {"name": "imagefolder", "root": "/x", "transform": {"crop": 224}}
     resnet = spec({"name": "torchvision:resnet50"}, data=data)
     sizes = await checker.check([spec(), resnet, resnet.model_copy(update={"norm": Norm.NONE})])
@@ -89,21 +109,23 @@ async def test_models_of_libraries_are_measured(checker):
     assert sizes[1].sample_activations * 4 == pytest.approx(83.7e6, rel=0.001)
     assert sizes[2].sample_activations < 0.5 * sizes[1].sample_activations
     unknown = spec({"name": "torchvision:resnet50"}, data={"name": "torchvision:CIFAR10", "root": "/x"})
-    assert (await checker.check([unknown]))[0].sample_activations == 0  # the size of its images is not known
+    assert (await checker.check([unknown]))[0].sample_activations == 0  # the size of its images is unknown
 
 
-async def test_what_the_spec_alone_tells_starts_no_process(checker):
+async def test_specs_that_need_no_check_start_no_process(checker):
     await checker.check([spec()])
     await checker.check([spec({"name": "cnn"}, data={"name": "synthetic", "shape": [3, 8, 8], "classes": 2})])
     assert checkers() == []
 
 
 @pytest.mark.parametrize("kind", ["slow", "dead"])
-async def test_what_cannot_be_checked_in_time_is_let_pass(tmp_path, monkeypatch, caplog, kind):
+async def test_a_check_that_times_out_is_skipped(tmp_path, monkeypatch, caplog, kind):
     package = tmp_path / "trainer"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "check.py").write_text("import time; time.sleep(60)" if kind == "slow" else "raise SystemExit(3)")
+    (package / "check.py").write_text(
+        "import time; time.sleep(60)" if kind == "slow" else "raise SystemExit(3)"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     checker = SpecChecker(3)
@@ -116,13 +138,13 @@ async def test_what_cannot_be_checked_in_time_is_let_pass(tmp_path, monkeypatch,
     assert checkers() == []
 
 
-async def test_no_check_is_wanted(monkeypatch):
+async def test_checks_can_be_disabled(monkeypatch):
     checker = SpecChecker(0)
     await checker.check([spec({"name": "timm:resnet266"})])
     assert checkers() == []
 
 
-async def test_arguments_that_take_too_much_memory_end_the_check_alone(checker):
+async def test_arguments_that_exhaust_memory_end_only_the_check(checker):
     await checker.check([spec({"name": "timm:vit_tiny_patch16_224", "arguments": {"depth": 4_000_000_000}})])
     with pytest.raises(InvalidField, match="resnet26"):
         await checker.check([spec({"name": "timm:resnet266"})])
@@ -137,7 +159,7 @@ async def test_one_time_limit_holds_for_all_specs_of_a_request(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     checker = SpecChecker(2)
     began = time.monotonic()
-    for _ in range(3):  # what was not checked in time is not checked again for a while
+    for _ in range(3):  # a timed-out check is not repeated for some time
         await checker.check([spec({"name": f"timm:resnet{number}"}) for number in range(8)][:1])
     await checker.check([spec({"name": f"timm:resnet{number}"}) for number in range(8)])
     assert time.monotonic() - began < 5

@@ -1,4 +1,4 @@
-"""What is sent out, and what it keeps waiting: nothing else."""
+"""Outgoing webhook requests, and independence of other work from them."""
 
 import asyncio
 import socket
@@ -8,14 +8,14 @@ from ipaddress import ip_network
 import pytest
 
 from service.adapters.run_storage import on_storage
-from service.adapters.webhook_http import MOST_LOOK_UPS, Forbidden, WebhookHttp
-from service.domain.errors import InvalidField
+from service.adapters.webhook_http import MAX_CONCURRENT_LOOKUPS, Forbidden, WebhookHttp
 from tests.service.receiver import receiving
+from trainer.jobspec import InvalidField
 
 
 @pytest.fixture
 def slow_names(monkeypatch):
-    """Names that are not found before the test has ended."""
+    """Names that do not resolve during the test."""
     ended, asked, look_up = threading.Event(), [], socket.getaddrinfo
 
     def wait(host, *arguments, **options):
@@ -30,10 +30,10 @@ def slow_names(monkeypatch):
     ended.set()
 
 
-async def test_what_is_not_encrypted_goes_to_allowed_networks_alone_also_when_a_name_has_another_address_since(
+async def test_plain_http_reaches_only_allowed_networks_even_after_a_dns_change(
     monkeypatch,
 ):
-    # All public addresses, and so this one, are reached by https: what is looked at is the scheme.
+    # All public addresses, and so this one, need https: the scheme is what is tested.
     monkeypatch.setattr("service.adapters.webhook_http.may_be_reached", lambda address, allowed: True)
     with receiving() as receiver:
         for allowed, is_sent in (("10.0.0.0/8", False), ("127.0.0.0/8", True)):
@@ -47,11 +47,14 @@ async def test_what_is_not_encrypted_goes_to_allowed_networks_alone_also_when_a_
     assert len(receiver.messages) == 1
 
 
-async def test_slow_names_keep_no_look_at_files_waiting(slow_names):
+async def test_slow_name_resolution_does_not_delay_file_access(slow_names):
     outgoing = WebhookHttp([], 5)
-    checks = [asyncio.create_task(outgoing.check("https://slow.example/")) for _ in range(2 * MOST_LOOK_UPS)]
+    checks = [
+        asyncio.create_task(outgoing.check("https://slow.example/"))
+        for _ in range(2 * MAX_CONCURRENT_LOOKUPS)
+    ]
     async with asyncio.timeout(5):
-        while len(slow_names) < MOST_LOOK_UPS:
+        while len(slow_names) < MAX_CONCURRENT_LOOKUPS:
             await asyncio.sleep(0.01)
         assert await on_storage(lambda: "read") == "read"
         assert await asyncio.to_thread(lambda: "done") == "done"
@@ -61,15 +64,15 @@ async def test_slow_names_keep_no_look_at_files_waiting(slow_names):
     await outgoing.close()
 
 
-async def test_a_name_that_is_not_found_in_time_is_refused(slow_names, monkeypatch):
-    monkeypatch.setattr("service.adapters.webhook_http.SECONDS_TO_RESOLVE", 0.1)
+async def test_a_name_that_does_not_resolve_in_time_is_rejected(slow_names, monkeypatch):
+    monkeypatch.setattr("service.adapters.webhook_http.RESOLVE_TIMEOUT_SECONDS", 0.1)
     outgoing = WebhookHttp([], 5)
     with pytest.raises(InvalidField, match="does not resolve"):
         await outgoing.check("https://slow.example/")
     await outgoing.close()
 
 
-async def test_storage_that_hangs_keeps_nothing_else_waiting():
+async def test_hanging_storage_does_not_delay_other_work():
     started, ended = threading.Event(), threading.Event()
 
     def hang():

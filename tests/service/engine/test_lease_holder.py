@@ -1,4 +1,4 @@
-"""Replicas: how they share the work, and what becomes of it when one hangs, crashes or comes back late."""
+"""Replicas: division of work, and recovery when one hangs, crashes or returns late."""
 
 import asyncio
 
@@ -9,45 +9,45 @@ from service.adapters.run_storage import on_storage
 from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import SHARDS
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Capacity, Policy
-from service.engine.lease_holder import Replica
+from service.domain.scheduling import Policy, Resources
+from service.engine.lease_holder import LeaseHolder
 from service.store.leases import LeaseStore
 from service.store.tables import leases
-from tests.service.engine.replica_fixture import House
+from tests.service.engine.replica_fixture import ReplicaFixture
 from trainer.jobspec import CLOSED_FILE, OUTCOME_FILE, Outcome
 
 SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
 
 
 async def test_replicas_share_the_work_and_one_takes_over_from_the_other(database, tmp_path):
-    first = House(database, tmp_path, name="one")
-    second = House(database, tmp_path, name="two", ray=first.ray, mlflow=first.mlflow)
-    first.ray.total = Capacity(cpus=50)
-    first.policy = second.policy = Policy(most_active=50)
+    first = ReplicaFixture(database, tmp_path, name="one")
+    second = ReplicaFixture(database, tmp_path, name="two", ray=first.ray, mlflow=first.mlflow)
+    first.ray.total = Resources(cpus=50)
+    first.policy = second.policy = Policy(max_active=50)
     jobs = [await first.add() for _ in range(20)]
     await first.start()
     await second.start()
-    await first.replica.renew()  # gives back what is now the other's share
-    await second.replica.renew()
-    assert first.replica.shards() | second.replica.shards() == set(range(SHARDS))
-    assert not first.replica.shards() & second.replica.shards()
-    assert (first.replica.scheduler() is None) != (second.replica.scheduler() is None)
-    await asyncio.gather(first.round(), second.round())
+    await first.lease_holder.renew()  # releases what is now the other's share
+    await second.lease_holder.renew()
+    assert first.lease_holder.shards() | second.lease_holder.shards() == set(range(SHARDS))
+    assert not first.lease_holder.shards() & second.lease_holder.shards()
+    assert (first.lease_holder.scheduler() is None) != (second.lease_holder.scheduler() is None)
+    await asyncio.gather(first.tick(), second.tick())
     for job in jobs:
         first.ray.set(job.submission_id, RayStatus.RUNNING)
-    await asyncio.gather(first.round(), second.round())
+    await asyncio.gather(first.tick(), second.tick())
     assert {await first.state(job) for job in jobs} == {"running"}
-    # One of them freezes; its leases run out; when it goes on, it changes nothing.
-    held = first.replica._held
+    # One replica freezes and its leases expire; when it continues, it changes nothing.
+    held = first.lease_holder._held
     await LeaseStore(database).release("one")
-    await second.replica.renew()
+    await second.lease_holder.renew()
     for job in jobs:
         second.write(job, OUTCOME_FILE, SUCCEEDED)
         second.ray.set(job.submission_id, RayStatus.SUCCEEDED)
-    first.replica._held = held
-    await first.dispatcher.round(60)
+    first.lease_holder._held = held
+    await first.dispatcher.tick(60)
     assert {await first.state(job) for job in jobs} == {"running"}
-    await second.round()
+    await second.tick()
     assert {await first.state(job) for job in jobs} == {"succeeded"}
     assert [len(first.ray.tasks[job.submission_id]) for job in jobs] == [1] * len(jobs)
 
@@ -55,38 +55,43 @@ async def test_replicas_share_the_work_and_one_takes_over_from_the_other(databas
 @pytest.mark.parametrize(
     ("error", "is_stuck"), [(ZeroDivisionError("ours"), True), (UpstreamUnavailable("theirs"), False)]
 )
-async def test_a_replica_whose_every_round_fails_by_our_mistake_is_stuck(house, monkeypatch, error, is_stuck):
-    monkeypatch.setattr("service.engine.dispatcher.LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.4)
-    await house.start()
-    await house.add()
+async def test_a_replica_whose_ticks_all_fail_is_reported_as_stuck(replica, monkeypatch, error, is_stuck):
+    monkeypatch.setattr("service.engine.dispatcher.MAX_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 1.0)
+    await replica.start()
+    await replica.add()
 
     async def fail(lease):
         raise error
 
-    monkeypatch.setattr(house.dispatcher._admission, "admit", fail)  # after the jobs were looked after
-    task = asyncio.create_task(house.dispatcher.run())
+    monkeypatch.setattr(replica.dispatcher._admission, "admit", fail)  # after the jobs were reconciled
+    task = asyncio.create_task(replica.dispatcher.run())
     try:
         await asyncio.sleep(0.3)
-        assert not house.dispatcher.is_stuck()
-        await asyncio.sleep(0.5)
-        assert house.dispatcher.is_stuck() == is_stuck
+        assert not replica.dispatcher.is_stuck()
+        await asyncio.sleep(1.0)
+        assert replica.dispatcher.is_stuck() == is_stuck
         monkeypatch.undo()
         await asyncio.sleep(0.3)
-        assert not house.dispatcher.is_stuck()
+        assert not replica.dispatcher.is_stuck()
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_a_replica_whose_rounds_hang_leaves_its_work_to_others(database, tmp_path, monkeypatch):
+async def test_a_replica_with_hanging_ticks_loses_its_leases(database, tmp_path, monkeypatch):
     monkeypatch.setattr("service.engine.dispatcher.STUCK_SECONDS", 0.2)
-    stuck, other = House(database, tmp_path, name="one"), House(database, tmp_path, name="two")
-    for house in (stuck, other):
-        house.replica = house.dispatcher._replica = Replica(LeaseStore(database), house.name, 0.3)
+    stuck, other = (
+        ReplicaFixture(database, tmp_path, name="one"),
+        ReplicaFixture(database, tmp_path, name="two"),
+    )
+    for replica in (stuck, other):
+        replica.lease_holder = replica.dispatcher._lease_holder = LeaseHolder(
+            LeaseStore(database), replica.name, 0.3
+        )
     await stuck.start()
     await stuck.add()
-    await stuck.round()
+    await stuck.tick()
 
     async def hang(submission_id):
         await asyncio.Event().wait()
@@ -94,24 +99,24 @@ async def test_a_replica_whose_rounds_hang_leaves_its_work_to_others(database, t
     monkeypatch.setattr(stuck.ray, "find", hang)
     tasks = [
         asyncio.create_task(stuck.dispatcher.run()),
-        asyncio.create_task(stuck.replica.run(stuck.dispatcher.is_stuck)),
+        asyncio.create_task(stuck.lease_holder.run(stuck.dispatcher.is_stuck)),
     ]
     try:
         async with asyncio.timeout(10):
-            while len(other.replica.shards()) < SHARDS:
+            while len(other.lease_holder.shards()) < SHARDS:
                 await asyncio.sleep(0.05)
-                await other.replica.renew()
-        assert not stuck.replica.is_alive
+                await other.lease_holder.renew()
+        assert not stuck.lease_holder.is_alive
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def test_a_replica_without_its_lease_ends_no_attempt(database, tmp_path, monkeypatch):
-    frozen = House(database, tmp_path, name="one")
+async def test_a_replica_without_its_lease_stops_no_attempt(database, tmp_path, monkeypatch):
+    frozen = ReplicaFixture(database, tmp_path, name="one")
     job = await frozen.add()
-    await frozen.round()
+    await frozen.tick()
     frozen.ray.set(job.submission_id, RayStatus.FAILED, "a passing error")
     advance = frozen.jobs.advance
 
@@ -121,43 +126,45 @@ async def test_a_replica_without_its_lease_ends_no_attempt(database, tmp_path, m
         return await advance(*arguments)
 
     monkeypatch.setattr(frozen.jobs, "advance", wake_up_late)
-    await frozen.round()
+    await frozen.tick()
     assert await frozen.state(job) == "submitted"
     assert not (frozen.files.attempt_folder(job) / CLOSED_FILE).exists()
 
 
-async def test_what_a_crash_left_open_is_closed_before_the_next_attempt_and_at_the_end(house, monkeypatch):
+async def test_attempts_left_open_by_a_crash_are_closed_later(replica, monkeypatch):
     async def crash(*_):
         raise OSError("killed")
 
-    job = await house.add()
-    await house.round()
-    policy, house.policy = house.policy, Policy(most_active=0)
+    job = await replica.add()
+    await replica.tick()
+    policy, replica.policy = replica.policy, Policy(max_active=0)
     with monkeypatch.context() as patched:
-        patched.setattr("service.engine.dispatcher.on_storage", crash_after_reading(house, crash))
-        house.ray.set(job.submission_id, RayStatus.FAILED)
-        await house.round()
-    house.policy = policy
-    job = await house.jobs.get(job.id)
+        patched.setattr("service.engine.reconciler.on_storage", crash_after_reading(replica, crash))
+        replica.ray.set(job.submission_id, RayStatus.FAILED)
+        await replica.tick()
+    replica.policy = policy
+    job = await replica.jobs.get(job.id)
     assert (job.state, job.attempt) == ("queued", 2)
-    closed = [house.files.attempt_folder(job, attempt) / CLOSED_FILE for attempt in (1, 2)]
+    closed = [replica.files.attempt_folder(job, attempt) / CLOSED_FILE for attempt in (1, 2)]
     assert [file.exists() for file in closed] == [False, False]
-    await house.round()
+    await replica.tick()
     assert [file.exists() for file in closed] == [True, False]
     with monkeypatch.context() as patched:
-        patched.setattr("service.engine.dispatcher.on_storage", crash_after_reading(house, crash))
-        await house.jobs.request_cancel(job.id, "ann")
-        house.ray.set(job.submission_id, RayStatus.STOPPED)
-        await house.round()
-    assert await house.state(job) == "cancelled"
-    await house.round()
+        patched.setattr("service.engine.reconciler.on_storage", crash_after_reading(replica, crash))
+        await replica.jobs.request_cancel(job.id, "ann")
+        replica.ray.set(job.submission_id, RayStatus.STOPPED)
+        await replica.tick()
+    assert await replica.state(job) == "cancelled"
+    await replica.tick()
     assert [file.exists() for file in closed] == [True, True]
 
 
-def crash_after_reading(house, crash):
-    """Let reading files pass, and closing attempts end in a crash."""
+def crash_after_reading(replica, crash):
+    """Let reads of files pass, and make closing of attempts crash."""
 
     async def work(function, *arguments):
-        return await (crash() if function == house.files.close_attempts else on_storage(function, *arguments))
+        return await (
+            crash() if function == replica.files.close_attempts else on_storage(function, *arguments)
+        )
 
     return work
