@@ -5,6 +5,7 @@ import math
 import time
 from datetime import UTC, datetime
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from fastapi import HTTPException, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
@@ -15,7 +16,10 @@ from service.domain.errors import UpstreamUnavailable
 
 logger = logging.getLogger(__name__)
 SESSION_COOKIE = "syncbn_session"
-bearer = HTTPBearer(auto_error=False, description="a token, as `POST /v1/tokens` or `syncbn token create` makes them")
+DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+bearer = HTTPBearer(
+    auto_error=False, description="a token, as `POST /v1/tokens` or `syncbn token create` makes them"
+)
 
 
 async def authenticate(request: Request) -> Caller:
@@ -23,6 +27,7 @@ async def authenticate(request: Request) -> Caller:
 
     The answer to a wrong token is the same whether it is unknown, expired or revoked.
     """
+    # Routes with idempotency keys authenticate before FastAPI's dependencies do; a request counts once.
     known: Caller | None = getattr(request.state, "caller", None)
     if known is not None:
         return known
@@ -50,12 +55,36 @@ async def caller_of_session(request: Request) -> Caller | None:
     return await _admit(components, token)
 
 
+def is_own_origin(request: Request) -> bool:
+    """Return whether a request comes from a page of this service.
+
+    Browsers send the origin with every POST, so one without it is none of theirs.
+    """
+    public = urlsplit(components_of(request).public_url)
+    own = {
+        _origin(public.scheme, public.netloc),
+        _origin(request.url.scheme, request.headers.get("Host", "")),
+    }
+    return request.headers.get("Origin") in own
+
+
+def check_origin(request: Request) -> None:
+    """Refuse a request from a page of another site. Raises HTTPException with 403."""
+    if not is_own_origin(request):
+        raise HTTPException(403, f"Origin: must be this service (got {request.headers.get('Origin')!r})")
+
+
+def _origin(scheme: str, authority: str) -> str:
+    """Return an origin as browsers write it, without the default port."""
+    return f"{scheme}://{authority.lower().removesuffix(DEFAULT_PORTS.get(scheme, ''))}"
+
+
 async def _admit(components: Components, token: Token) -> Caller:
     limit_rate(components, token.id)
     try:
         await components.tokens.note_use(token)
     except UpstreamUnavailable as error:  # no reason to turn anybody away
-        logger.warning("the use of token %s could not be noted: %s", token.id, error)
+        logger.warning("the last use of token %s could not be stored: %s", token.id, error)
     return Caller(token.owner, token.scopes, token.id)
 
 
@@ -65,16 +94,20 @@ def limit_rate(components: Components, name: str) -> None:
 
 
 def limit_failure(request: Request) -> None:
-    """Count a request without valid credentials, by address. Raises HTTPException with 429.
+    """Count a request without valid credentials, by address.
 
-    Valid credentials pass whatever others do: behind a proxy, all callers may have one address.
+    Raises HTTPException with 429.
+
+    Valid credentials are not limited by address, since all callers behind a proxy may share one.
     """
     address = request.client.host if request.client else ""
     _limit(components_of(request).failures.take(address, time.monotonic()))
 
 
 async def _caller(
-    request: Request, needed: SecurityScopes, _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)]
+    request: Request,
+    needed: SecurityScopes,
+    _: Annotated[HTTPAuthorizationCredentials | None, Security(bearer)],
 ) -> Caller:
     caller = await authenticate(request)
     for scope in needed.scopes:

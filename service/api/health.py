@@ -6,15 +6,15 @@ import time
 from collections.abc import Awaitable
 
 from service.adapters.run_storage import on_storage
-from service.api.background import Background
 from service.api.dependencies import Components
 from service.api.schemas import Check, Readiness
 from service.domain.errors import StorageFull
+from service.engine.background import Background
 
 logger = logging.getLogger(__name__)
-SECONDS_TO_CHECK = 5.0
-SECONDS_KEPT = 1.0
-"""An answer; anyone may ask, and however many do, what is asked is asked so often at most."""
+CHECK_TIMEOUT_SECONDS = 5.0
+CACHE_SECONDS = 1.0
+"""Time for which a readiness response is reused, however many clients ask."""
 
 
 class Health:
@@ -28,7 +28,7 @@ class Health:
     async def readiness(self) -> Readiness:
         """Return the state of all dependencies, at most a second old."""
         async with self._turn:
-            if self._seen is None or time.monotonic() - self._seen[0] >= SECONDS_KEPT:
+            if self._seen is None or time.monotonic() - self._seen[0] >= CACHE_SECONDS:
                 self._seen = (time.monotonic(), await self._look())
             return self._seen[1]
 
@@ -55,18 +55,18 @@ class Health:
         if self.has_failed() or not self._components.replica.is_alive:
             ended = ", ".join(self._background.ended()) or "none"
             logger.warning("the dispatcher is not ready: ended: %s", ended)
-            return Check(ok=False, detail="does not look after jobs; the service's log says more")
-        return Check(ok=True, detail="looks after jobs")
+            return Check(ok=False, detail="does not reconcile jobs; see the log of the service")
+        return Check(ok=True, detail="reconciles jobs")
 
 
 async def _check(name: str, call: Awaitable[object]) -> Check:
     try:
-        async with asyncio.timeout(SECONDS_TO_CHECK):
+        async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
             await call
     except StorageFull as error:
         logger.warning("%s is not ready: %s", name, error)
         return Check(ok=False, detail="no space left on its disk")
-    except Exception as error:  # whatever is wrong, it is the answer; addresses and the like are for the log alone
+    except Exception as error:  # of any kind; addresses and other details are for the log only
         logger.warning("%s is not ready: %s", name, error or type(error).__name__)
-        return Check(ok=False, detail="does not answer; the service's log says more")
+        return Check(ok=False, detail="does not answer; see the log of the service")
     return Check(ok=True, detail="answers")

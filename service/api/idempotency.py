@@ -15,18 +15,20 @@ from service.api.auth import authenticate
 from service.api.dependencies import components_of
 from service.api.json_body import JsonRequest
 from service.domain.access import Caller
-from service.domain.errors import InvalidField, RequestInProgress
+from service.domain.errors import RequestInProgress
 from service.store.idempotency import IN_FLIGHT, StoredAnswer
+from trainer.jobspec import InvalidField
 
 LARGE_BYTES, LARGE_PATH = 10_000, "/v1/comparisons"
-"""Bodies that take long to work on; a comparison's may be short, and stand for many jobs."""
+"""Size and path of requests that take long; the body of a comparison may be short and stand for many jobs."""
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 TAKES = "must be 1 to 255 visible ASCII characters"
 PARAMETER = {
     "name": HEADER,
     "in": "header",
     "required": False,
-    "description": "new for each request, such as a UUID: the same request under the same key is done once, and gets the same "
+    "description": "new for each request, such as a UUID: the same request under the same key is done "
+    "once, and gets the same "
     "answer for 24 hours at least",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!-~]+$"},
 }
@@ -63,8 +65,9 @@ class KnownCaller(APIRoute):
 class Route(KnownCaller):
     """Route whose POST requests may be repeated with an idempotency key.
 
-    What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither; after an error
-    the key is free. The key is taken with the first write: what a route asks of others, it asks before.
+    What a POST stores and its answer are committed in one transaction, so a crash leaves both or neither;
+    after an error the key is free. The key is taken with the first write: what a route asks of others, it
+    asks before.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
@@ -83,7 +86,7 @@ class Route(KnownCaller):
             caller = await authenticate(request)
             if not re.fullmatch(r"[!-~]{1,255}", key):
                 raise InvalidField(HEADER, key, TAKES)
-            return await _once(request, caller, key, handle)
+            return await answer_once(request, caller, key, handle)
 
         return handle_once
 
@@ -93,9 +96,13 @@ def answer_repeats_with(request: Request, answer: Response) -> None:
     request.state.answer_to_repeats = answer
 
 
-async def _once(
+async def answer_once(
     request: Request, caller: Caller, key: str, handle: Callable[[Request], Coroutine[Any, Any, Response]]
 ) -> Response:
+    """Handle a request once per key, and answer repetitions with its first response.
+
+    Raises RequestInProgress, and InvalidField if the key was used for another request.
+    """
     components = components_of(request)
     # Before the transaction, since the body may be slow to come.
     fingerprint = await _fingerprint(request, caller)
@@ -113,11 +120,13 @@ async def _once(
                 await components.idempotency.store(caller.owner, key, stored)
                 return answer
         except Exception:
-            # A repetition gets the first answer, whatever would be said to the same request now.
+            # A repetition gets the first response, even if the same request would fail now.
             if (before := await components.idempotency.find(caller.owner, key)) is None:
                 raise
     if before.fingerprint != fingerprint:
-        raise InvalidField(HEADER, key, "must be a new key for each request; this one was used for another request")
+        raise InvalidField(
+            HEADER, key, "must be a new key for each request; this one was used for another request"
+        )
     return Response(before.body, before.status, headers=before.headers | {REPLAYED: "true"})
 
 

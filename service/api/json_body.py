@@ -10,14 +10,15 @@ from fastapi import HTTPException, Request, Response
 from pydantic import BaseModel
 
 MAX_VALUES = 20_000
-"""Numbers, texts, lists and objects of a body, about: commas and brackets are counted, those within texts included."""
+"""Approximate maximum number of values in a body; commas and brackets are counted, also inside strings."""
 MARKS = (b",", b"[", b"{")
 
 
 class JsonRequest(Request):
     """Request whose body has a bounded number of values and is parsed in a thread.
 
-    Parsing and validation take long for many values, however few bytes these are, and hold Python's lock meanwhile.
+    Parsing and validation take long for many values, however few bytes these are, and hold Python's lock
+    meanwhile.
     """
 
     @classmethod
@@ -29,7 +30,10 @@ class JsonRequest(Request):
         return request
 
     async def json(self) -> Any:
-        """Parse the body. Raises json.JSONDecodeError, UnicodeDecodeError, RecursionError, and HTTPException with 422."""
+        """Parse the body.
+
+        Raises json.JSONDecodeError, UnicodeDecodeError, RecursionError, and HTTPException with 422.
+        """
         body = await self.body()
         if sum(map(body.count, MARKS)) > MAX_VALUES:
             raise HTTPException(422, f"must have at most {MAX_VALUES:,} values")
@@ -39,7 +43,9 @@ class JsonRequest(Request):
 P = ParamSpec("P")
 T = TypeVar("T")
 _THREADS = ThreadPoolExecutor(2, thread_name_prefix="compute")
-"""More would not compute faster, as they share Python's lock, and would keep the event loop waiting for longer."""
+"""Threads for parsing and encoding. More would not be faster, as they share the GIL, and would delay the
+event loop.
+"""
 
 
 async def respond(make: Callable[[], BaseModel]) -> Response:

@@ -15,9 +15,9 @@ from service.api import problems
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 5.0
-"""After the answer, for the rest of a body that nobody waits for."""
+"""Time after the response in which the rest of the body is read and discarded."""
 BODY_SECONDS = 60.0
-"""For a whole body, or for each part of one under a path whose bodies may be large."""
+"""Timeout of a whole body; under a path with large bodies, of each chunk."""
 
 
 class HeaderDeadlineProtocol(HttpToolsProtocol):
@@ -46,7 +46,7 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Start the timeout of the rest of an unread body, such as that of a refused request."""
+        """Start the timeout of the rest of an unread body, as of a refused request."""
         if self.cycle.more_body:
             self._close_in(self.linger_seconds)
         super().on_response_complete()
@@ -77,8 +77,13 @@ class BodyDeadline:
     A late body raises HTTPException with 408 in its reader.
     """
 
-    def __init__(self, app: ASGIApp, seconds: float = BODY_SECONDS, large_under: tuple[str, ...] = ()) -> None:
-        """Allow `seconds` for a body; under the path prefixes of `large_under`, for each part of it."""
+    def __init__(
+        self, app: ASGIApp, seconds: float = BODY_SECONDS, large_under: tuple[str, ...] = ()
+    ) -> None:
+        """Allow `seconds` for a body.
+
+        Under the path prefixes of `large_under`, for each part of it.
+        """
         self._app, self._seconds, self._large_under = app, seconds, large_under
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,14 +118,18 @@ class DeclaredLength:
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_bytes_under: dict[str, int]) -> None:
-        """Allow `max_bytes`, and other numbers under the path prefixes of `max_bytes_under`."""
+        """Allow `max_bytes`, or the limits of the prefixes in `max_bytes_under`."""
         self._app, self._max_bytes, self._max_bytes_under = app, max_bytes, max_bytes_under
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
         max_bytes = next(
-            (limit for prefix, limit in self._max_bytes_under.items() if scope.get("path", "").startswith(prefix)),
+            (
+                limit
+                for prefix, limit in self._max_bytes_under.items()
+                if scope.get("path", "").startswith(prefix)
+            ),
             self._max_bytes,
         )
         if declared.isdecimal() and int(declared) > max_bytes:
@@ -131,7 +140,10 @@ class DeclaredLength:
 
 
 class HeadAsGet:
-    """ASGI middleware that answers HEAD as GET without the body; a stream ends after its header."""
+    """ASGI middleware that answers HEAD as GET without the body.
+
+    A stream ends after its header.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -153,4 +165,5 @@ class HeadAsGet:
         async def receive_until_answered() -> Message:
             return {"type": "http.disconnect"} if is_answered else await receive()
 
+        # The disconnect after the header makes a stream stop instead of producing a body that is dropped.
         await self._app({**scope, "method": "GET"}, receive_until_answered, send_header)

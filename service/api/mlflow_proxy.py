@@ -1,8 +1,9 @@
 """Reverse proxy to MLflow under `/mlflow/`, the only way to it from outside.
 
-Browsers come with a session, programs with a token of scope read, and both may read. Attempts come with a credential of their own
-and may write to their run. `service.domain.mlflow_access` decides what is forwarded, `service.domain.mlflow_queries` bounds what a
-query makes MLflow do. Files and answers are streamed; each request has a time limit.
+Browsers come with a session, programs with a token of scope read, and both may read. Attempts come with a
+credential of their own and may write to their run. `service.domain.mlflow_access` decides what is forwarded,
+`service.domain.mlflow_queries` bounds what a query makes MLflow do. Files and answers are streamed; each
+request has a time limit.
 """
 
 import asyncio
@@ -25,31 +26,36 @@ from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
 from service.api.dependencies import components_of
 from service.api.json_body import in_thread
 from service.api.sign_in import sign_in_page
-from service.domain.errors import InvalidField, NotFound, UpstreamUnavailable
+from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt
 from service.domain.mlflow_queries import MAX_QUERY_BYTES, bounded
 from service.store.credentials import CredentialStore
+from trainer.jobspec import InvalidField
 
 PREFIX = "/mlflow"
 UPLOADS = f"{PREFIX}/api/2.0/mlflow-artifacts/"
 COUNTED_BYTES = 8_000_000
-"""Of an upload whose length is not declared, between two entries in the database."""
+"""Bytes of an upload without declared length between two updates of the database."""
 MIN_COUNTED_BYTES = 1_000_000
-"""What a file counts at least, so that the number of files is bounded too."""
+"""Minimum size that a file, dataset or logged model counts for, which bounds their number."""
 MAX_SECONDS, MAX_FILE_SECONDS = 120.0, 3600.0
-"""For a whole request and its answer, and where one of both is a file."""
+"""Timeout of a request with its response, and the same if one of them is a file."""
 MAX_READS, MAX_UPLOADS = 16, 4
-"""Of one token, and of one job's attempt, at the same time."""
+"""Maximum number of concurrent requests per token, and of uploads per attempt."""
 PAGES_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-src 'self' blob: data:; "
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
+    "'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-src 'self' blob: "
+    "data:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 ARTIFACT_POLICY = "sandbox; default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""Of files that user code has written: scripts in them do not run as pages of this service."""
+"""Content security policy of files that user code has written: their scripts do not run with the service's
+origin.
+"""
 ARTIFACT_PATHS = ("/get-artifact", "/ajax-api/2.0/mlflow-artifacts/", "/api/2.0/mlflow-artifacts/")
 Charge = Callable[[int], Awaitable[None]]
-"""Counts bytes of an upload; raises HTTPException with 413 if the attempt may not upload so many."""
+"""Function that counts bytes of an upload. Raises HTTPException with 413 above the limit of the attempt."""
 
 
 class Slots:
@@ -59,7 +65,10 @@ class Slots:
         self._maximum, self._taken = maximum, Counter[str]()
 
     def take(self, name: str) -> Callable[[], None]:
-        """Take a slot; return the function that releases it. Raises HTTPException with 429."""
+        """Take a slot; return the function that releases it.
+
+        Raises HTTPException with 429.
+        """
         if self._taken[name] >= self._maximum:
             detail = f"at most {self._maximum} such requests at the same time"
             raise HTTPException(429, detail, headers={"Retry-After": "1"})
@@ -79,7 +88,9 @@ class ForwardedAnswer(StreamingResponse):
     However it ends, the connection to MLflow and the caller's slot are free afterwards.
     """
 
-    def __init__(self, answer: httpx.Response, path: str, deadline: float, release: Callable[[], None]) -> None:
+    def __init__(
+        self, answer: httpx.Response, path: str, deadline: float, release: Callable[[], None]
+    ) -> None:
         self._answer, self._deadline, self._release = answer, deadline, release
         headers = {name: answer.headers[name] for name in RETURNED_HEADERS if name in answer.headers}
         headers["Content-Security-Policy"] = ARTIFACT_POLICY if _is_artifact(path) else PAGES_POLICY
@@ -103,10 +114,13 @@ class MlflowProxy:
         self._max_attempt_bytes = max_attempt_bytes
         self._readers, self._uploads = Slots(MAX_READS), Slots(MAX_UPLOADS)
         self._owned: TTLCache[tuple[str, str], bool] = TTLCache(1_000, 600)
-        """Run and model; a model's run never changes."""
+        """Cache of pairs of a run and its model; the run of a model never changes."""
 
     async def forward(self, request: Request) -> Response:
-        """Forward one request. Raises HTTPException, InvalidField, NotFound and UpstreamUnavailable."""
+        """Forward one request.
+
+        Raises HTTPException, InvalidField, NotFound and UpstreamUnavailable.
+        """
         path = request.scope["path"].removeprefix(PREFIX)
         if not path:  # the page's own addresses are relative to the folder
             return RedirectResponse(f"{PREFIX}/")
@@ -116,6 +130,7 @@ class MlflowProxy:
             )
         credentials = await bearer(request)
         components = components_of(request)
+        # Attempts and users send their credentials in the same header.
         grant = await components.credentials.find_grant(credentials.credentials) if credentials else None
         if credentials and grant:
             limit_rate(components, f"attempt of {grant.job_id}")
@@ -124,16 +139,26 @@ class MlflowProxy:
         caller = await (authenticate(request) if credentials else caller_of_session(request))
         if caller is None:
             if request.method == "GET" and path == "/":
-                return sign_in_page(status=401)
-            raise HTTPException(401, "sign in at /sign-in, or send a token", headers={"WWW-Authenticate": "Bearer"})
+                return sign_in_page(request, f"{PREFIX}/", status=401)
+            raise HTTPException(
+                401, "sign in at /sign-in, or send a token", headers={"WWW-Authenticate": "Bearer"}
+            )
         if not is_readable(request.method, path):
             raise HTTPException(403, f"{request.method} {path} is not forwarded to MLflow")
         body = await _read(request, MAX_QUERY_BYTES) if request.method == "POST" else None
+        # In a thread: parsing large JSON and GraphQL would delay other requests.
         query, content = await in_thread(bounded, path, request.query_params.multi_items(), body)
+        # The bounded body may have another length.
         headers = {name: value for name, value in request.headers.items() if name != "content-length"}
         release = self._readers.take(caller.token_id)
         return await self._send(
-            components.mlflow_http, request.method, path, release, query=query, headers=headers, content=content
+            components.mlflow_http,
+            request.method,
+            path,
+            release,
+            query=query,
+            headers=headers,
+            content=content,
         )
 
     async def _forward_attempt(
@@ -146,6 +171,8 @@ class MlflowProxy:
             raise HTTPException(403, f"{request.method} {path} is not open to the attempt of a job")
         if forwarded.model_id is not None and not await self._owns_model(mlflow, grant, forwarded.model_id):
             raise NotFound(f"the run of this attempt has no logged model {forwarded.model_id!r}")
+        if forwarded.is_counted:
+            await charge(max(len(body), MIN_COUNTED_BYTES))
         headers = dict(request.headers)
         if not is_upload:
             headers = {name: value for name, value in headers.items() if not name.startswith("content-")}
@@ -183,7 +210,9 @@ class MlflowProxy:
 
     async def _charge(self, credentials: CredentialStore, secret: str, number: int) -> None:
         if not await credentials.count_upload(secret, number, self._max_attempt_bytes):
-            raise HTTPException(413, f"an attempt may upload at most {self._max_attempt_bytes:,} bytes in all")
+            raise HTTPException(
+                413, f"an attempt may upload at most {self._max_attempt_bytes:,} bytes in all"
+            )
 
     async def _owns_model(self, mlflow: MlflowHttp, grant: Grant, model_id: str) -> bool:
         if (grant.run_id, model_id) not in self._owned:
@@ -205,6 +234,8 @@ def _is_artifact(path: str) -> bool:
 
 async def _counted(request: Request, charge: Charge) -> AsyncIterator[bytes]:
     """Yield the body of an upload. Raises HTTPException with 413 beyond the limit."""
+    # Charged before forwarding, so that a rejected upload never reaches MLflow. The declared length may be
+    # missing or wrong, so the bytes that arrive are counted too.
     counted = max(int(request.headers.get("content-length", 0)), MIN_COUNTED_BYTES)
     await charge(counted)
     uncounted = -counted

@@ -8,19 +8,19 @@ from typing import Annotated
 from fastapi import Query
 
 from service.api.schemas.names import MAX_PAGE_SIZE
-from service.domain.errors import InvalidField
+from trainer.jobspec import InvalidField
 
-LARGEST_PLACE = 2**31 - 1
+MAX_SEQUENCE = 2**31 - 1
 PageSize = Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)]
 PageToken = Annotated[str | None, Query(description="`next_page_token` of the page before")]
 
 
-def token_of(place: int | None) -> str | None:
+def encode_page_token(place: int | None) -> str | None:
     """Encode a place as a page token."""
     return None if place is None else base64.urlsafe_b64encode(str(place).encode()).decode().rstrip("=")
 
 
-def place_of(token: str | None) -> int | None:
+def decode_page_token(token: str | None) -> int | None:
     """Decode a page token. Raises InvalidField."""
     if not token:
         return None
@@ -28,6 +28,6 @@ def place_of(token: str | None) -> int | None:
         text = base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)).decode()
     except (binascii.Error, ValueError):
         text = ""
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > LARGEST_PLACE:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > MAX_SEQUENCE:
         raise InvalidField("page_token", token, "must be the next_page_token of an earlier answer")
     return int(text)

@@ -15,7 +15,6 @@ from starlette.routing import Match
 from service.api.schemas import FieldError, Problem
 from service.domain.errors import (
     Conflict,
-    InvalidField,
     NotFound,
     QuotaExceeded,
     RequestInProgress,
@@ -25,11 +24,10 @@ from service.domain.errors import (
     UpstreamUnavailable,
     VersionMismatch,
 )
-from trainer.jobspec import NotAllowed, field_path
+from trainer.jobspec import InvalidField, NotAllowed, field_path
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[ServiceError], HTTPStatus] = {
-    InvalidField: HTTPStatus.UNPROCESSABLE_ENTITY,
     NotFound: HTTPStatus.NOT_FOUND,
     Conflict: HTTPStatus.CONFLICT,
     RequestInProgress: HTTPStatus.CONFLICT,
@@ -41,9 +39,9 @@ STATUS: dict[type[ServiceError], HTTPStatus] = {
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MAX_ERRORS = 20
-"""Fields that one answer names."""
-LONGEST_VALUE = 200
-"""Characters of a refused value that are sent back."""
+"""Maximum number of invalid fields in one response."""
+MAX_VALUE_CHARS = 200
+"""Maximum length of an invalid value that is sent back."""
 
 
 def answer(
@@ -51,7 +49,8 @@ def answer(
 ) -> Response:
     """Return the answer for a problem."""
     problem = Problem(title=status.phrase, status=status, detail=detail, errors=list(errors))
-    # Text from a request may hold half a surrogate pair, which UTF-8 cannot; as escapes of JSON everything can be sent.
+    # Text from a request may hold half a surrogate pair, which UTF-8 cannot; as escapes of JSON everything
+    # can be sent.
     content = json.dumps(problem.model_dump(), ensure_ascii=True)
     return Response(content, status, headers=headers, media_type=MEDIA_TYPE)
 
@@ -65,22 +64,40 @@ def install(app: FastAPI) -> None:
     """Register the error handlers of `app`."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(ServiceError, _on_service_error)
-    app.add_exception_handler(NotAllowed, _on_refusal)
+    app.add_exception_handler(InvalidField, _on_invalid_field)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(Exception, _on_mistake_of_ours)
 
 
+def answer_of(request: Request, error: Exception) -> Response:
+    """Return the answer for an error of a kind that has a handler."""
+    handlers = (
+        (RequestValidationError, _on_validation_error),
+        (ServiceError, _on_service_error),
+        (InvalidField, _on_invalid_field),
+        (HTTPException, _on_http_exception),
+    )
+    handle = next(handle for kind, handle in handlers if isinstance(error, kind))
+    return handle(request, error)
+
+
 def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    if isinstance(error.body, bytes) and error.body:  # FastAPI has not read it, since it does not claim to be JSON
+    if (
+        isinstance(error.body, bytes) and error.body
+    ):  # FastAPI has not read it, since it does not claim to be JSON
         sent = request.headers.get("Content-Type")
-        item = FieldError(field="Content-Type", value=sent, takes="must be application/json")
-        return answer(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: must be application/json (got {sent})", [item])
+        item = FieldError(field="Content-Type", value=sent, message="must be application/json")
+        return answer(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"Content-Type: must be application/json (got {sent})", [item]
+        )
     errors = [
-        FieldError(field=_path(item["loc"], error.body), value=_short(item.get("input")), takes=_takes(item))
+        FieldError(
+            field=_path(item["loc"], error.body), value=_short(item.get("input")), message=_message(item)
+        )
         for item in islice(error.errors(), MAX_ERRORS)
     ]
-    detail = "; ".join(f"{item.field}: {item.takes}" for item in errors)
+    detail = "; ".join(f"{item.field}: {item.message}" for item in errors)
     if (more := len(error.errors()) - len(errors)) > 0:
         detail += f"; and {more} more"
     return answer(HTTPStatus.UNPROCESSABLE_ENTITY, detail, errors)
@@ -88,19 +105,15 @@ def _on_validation_error(request: Request, error: Exception) -> Response:
 
 def _on_service_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    errors = (
-        [FieldError(field=error.field, value=_short(error.value), takes=error.takes)]
-        if isinstance(error, InvalidField)
-        else []
-    )
     headers = {"Retry-After": "1"} if isinstance(error, RequestInProgress | UpstreamUnavailable) else None
-    return answer(STATUS[type(error)], str(error), errors, headers)
+    return answer(STATUS[type(error)], str(error), headers=headers)
 
 
-def _on_refusal(_: Request, error: Exception) -> Response:
-    assert isinstance(error, NotAllowed)
-    item = FieldError(field=f"spec.{error.field}", value=_short(error.value), takes=error.takes)
-    return answer(HTTPStatus.UNPROCESSABLE_ENTITY, f"{item.field}: {error.takes}", [item])
+def _on_invalid_field(_: Request, error: Exception) -> Response:
+    assert isinstance(error, InvalidField)
+    field = f"spec.{error.field}" if isinstance(error, NotAllowed) else error.field
+    item = FieldError(field=field, value=_short(error.value), message=error.rule)
+    return answer(HTTPStatus.UNPROCESSABLE_ENTITY, str(InvalidField(field, error.value, error.rule)), [item])
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -108,17 +121,19 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
     status, headers = HTTPStatus(error.status_code), dict(error.headers or {})
     match status:
         case HTTPStatus.BAD_REQUEST:  # not UTF-8, nested too deeply, or numbers of thousands of digits
-            item = FieldError(field="body", takes="must be JSON in UTF-8 within the size limits")
-            return answer(status, f"{item.field}: {item.takes}", [item], headers)
+            item = FieldError(field="body", message="must be JSON in UTF-8 within the size limits")
+            return answer(status, f"{item.field}: {item.message}", [item], headers)
         case HTTPStatus.UNPROCESSABLE_ENTITY:  # of what a body holds, before its fields are looked at
-            item = FieldError(field="body", takes=str(error.detail))
-            return answer(status, f"{item.field}: {item.takes}", [item], headers)
+            item = FieldError(field="body", message=str(error.detail))
+            return answer(status, f"{item.field}: {item.message}", [item], headers)
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             return answer(status, too_large(request.app.max_body_size), headers=headers)
         case HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = ", ".join(_methods_of(request))
             return answer(
-                status, f"{request.url.path} takes {allowed} (got {request.method})", headers={"Allow": allowed}
+                status,
+                f"method: must be {allowed} for {request.url.path} (got {request.method})",
+                headers={"Allow": allowed},
             )
         case HTTPStatus.NOT_FOUND:  # of an address; what is not there at a known one is a NotFound
             return answer(status, f"there is nothing at {request.url.path}", headers=headers)
@@ -126,15 +141,20 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> list[str]:
-    """Return the methods of all routes of an address; Starlette reports only those of the first."""
+    """Return the methods of all routes of an address.
+
+    Starlette reports only those of the first.
+    """
     scopes = [(method, {**request.scope, "method": method}) for method in METHODS]
     routes = request.app.router.routes
-    return [method for method, scope in scopes if any(route.matches(scope)[0] == Match.FULL for route in routes)]
+    return [
+        method for method, scope in scopes if any(route.matches(scope)[0] == Match.FULL for route in routes)
+    ]
 
 
 def _on_mistake_of_ours(_: Request, error: Exception) -> Response:
     # Starlette logs the error with its traceback; who called learns no more than that it was not their fault.
-    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "an error of the service; its log says more")
+    return answer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; see the log of the service")
 
 
 def _path(location: Sequence[str | int], body: Any) -> str:
@@ -143,7 +163,7 @@ def _path(location: Sequence[str | int], body: Any) -> str:
     return (field_path(parts, body) or "body") if where == "body" else ".".join(str(part) for part in parts)
 
 
-def _takes(item: dict[str, Any]) -> str:
+def _message(item: dict[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     match item["type"]:
         case "missing":
@@ -159,7 +179,11 @@ def _takes(item: dict[str, Any]) -> str:
 
 def _short(value: Any) -> Any:
     """Return a value as JSON for an answer, shortened if it is long."""
-    if isinstance(value, bool | int | float | None) and value == value and value not in (float("inf"), float("-inf")):
+    if (
+        isinstance(value, bool | int | float | None)
+        and value == value
+        and value not in (float("inf"), float("-inf"))
+    ):
         return value
     text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "…"
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "…"

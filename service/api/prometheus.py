@@ -9,9 +9,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from service.domain.jobs import JobState
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
-from service.store.totals import Totals
+from service.store.usage import Totals
 
-SECONDS_BUCKETS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
+DURATION_BUCKETS_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
 
 
 class Metrics:
@@ -23,11 +23,14 @@ class Metrics:
         self.dispatch_seconds = Histogram(
             "syncbn_dispatch_seconds",
             "From the time that an attempt joined the queue, to its submission",
-            buckets=SECONDS_BUCKETS,
+            buckets=DURATION_BUCKETS_SECONDS,
             registry=self._registry,
         )
-        self.round_seconds = Histogram(
-            "syncbn_round_seconds", "One round of the dispatcher", buckets=SECONDS_BUCKETS, registry=self._registry
+        self.tick_seconds = Histogram(
+            "syncbn_tick_seconds",
+            "One round of the dispatcher",
+            buckets=DURATION_BUCKETS_SECONDS,
+            registry=self._registry,
         )
 
         self.webhook_messages = Counter(
@@ -63,18 +66,23 @@ class _Snapshot:
         yield queued
         oldest = self._totals.oldest_queued_at
         age = (self._now - oldest).total_seconds() if oldest else 0.0
-        yield GaugeMetricFamily("syncbn_oldest_queued_seconds", "How long the first of the queue has waited", value=age)
+        yield GaugeMetricFamily(
+            "syncbn_oldest_queued_seconds", "How long the first of the queue has waited", value=age
+        )
         for resource in ("gpu", "cpu"):
             family = CounterMetricFamily(
                 f"syncbn_{resource}_seconds",
-                f"Time that ended attempts ran, times the {resource.upper()}s that they may have held, by owner",
+                f"Time that ended attempts ran, times the {resource.upper()}s that they may have held, by "
+                "owner",
                 labels=["owner"],
             )
             for owner, used in self._totals.usage.items():
                 family.add_metric([owner], getattr(used, f"{resource}_seconds"))
             yield family
         replicas = GaugeMetricFamily(
-            "syncbn_replica_silent_seconds", "Seconds since the last heartbeat of a replica", labels=["replica"]
+            "syncbn_replica_silent_seconds",
+            "Seconds since the last heartbeat of a replica",
+            labels=["replica"],
         )
         for replica, silent in self._seen.items():
             replicas.add_metric([replica], silent)

@@ -2,69 +2,93 @@
 
 import re
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Annotated
 from zlib import crc32
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query, Response
 from fastapi.responses import PlainTextResponse, StreamingResponse
 
 from service.adapters.job_log import PLACE, Level, Line, LogOffset, Selection
 from service.adapters.run_storage import on_storage
 from service.api.auth import Reader, Submitter
-from service.api.dependencies import Components, GivenComponents
+from service.api.dependencies import (
+    COMPARISON,
+    Checks,
+    Feed,
+    Files,
+    JobId,
+    Jobs,
+    MlflowUrl,
+    Ray,
+    WakeDispatcher,
+)
 from service.api.idempotency import Route
 from service.api.json_body import respond
-from service.api.pagination import LARGEST_PLACE, PageSize, PageToken, place_of, token_of
-from service.api.path_params import COMPARISON, JobId
+from service.api.pagination import MAX_SEQUENCE, PageSize, PageToken, decode_page_token, encode_page_token
 from service.api.routes.streams import Stream, described, follow_events, follow_log, read_log
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobSummaryView, JobView, SubmitJob
 from service.domain.access import Caller, Owner
 from service.domain.comparisons import check_size
-from service.domain.errors import InvalidField, VersionMismatch
+from service.domain.errors import VersionMismatch
 from service.domain.jobs import Job, JobState
 from service.domain.submission import Tag, clone, resume
 from service.store.jobs import Filter
-from trainer.jobspec import Norm
+from trainer.jobspec import InvalidField, Norm
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=Route)
 
 
+@dataclass(frozen=True)
+class _Add:
+    """Stores a new job and answers with it."""
+
+    job_store: Jobs
+    mlflow_url: MlflowUrl
+    wake: WakeDispatcher
+    response: Response
+
+    async def __call__(self, job: Job) -> JobView:
+        await self.job_store.add(job)
+        self.wake()
+        self.response.headers["Location"] = f"/v1/jobs/{job.id}"
+        self.response.headers["ETag"] = etag(job)
+        return JobView.of(job, self.mlflow_url)
+
+
+@dataclass(frozen=True)
+class _Derive:
+    """Makes a job from another one, with the owner and permissions of the caller."""
+
+    job_store: Jobs
+    checks: Checks
+
+    async def __call__(self, make: Callable[..., Job], job_id: str, body: ChangeJob, caller: Caller) -> Job:
+        old = await self.job_store.get(job_id, caller.sees_only)
+        # Secrets are resolved again for the caller, who may be another owner than that of the old job.
+        job = make(old, owner=caller.owner, name=body.name, overrides=body.overrides, secrets={})
+        return replace(job, secrets=await self.checks.check(caller.owner, [job.spec], old.secrets))
+
+
+Add = Annotated[_Add, Depends()]
+Derive = Annotated[_Derive, Depends()]
+
+
 @router.post("", status_code=202)
-async def submit_job(body: SubmitJob, caller: Submitter, components: GivenComponents, response: Response) -> JobView:
+async def submit_job(body: SubmitJob, caller: Submitter, checks: Checks, add: Add) -> JobView:
     """Submit a job."""
     check_size(body.spec)
-    components.permissions.check(body.spec)
-    await components.feasibility.check([body.spec])
-    await components.files.ensure_space()
-    secrets = await components.secrets.resolve(caller.owner, body.secrets)
-    job = body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets)
-    return await _add(job, components, response)
-
-
-async def _after(job_id: str, make: Callable[..., Job], body: ChangeJob, caller: Caller, components: Components) -> Job:
-    """Create a job from another one, with the owner and permissions of the caller."""
-    old = await components.jobs.get(job_id, caller.sees_only)
-    await components.files.ensure_space()
-    secrets = await components.secrets.resolve(caller.owner, old.secrets)
-    job = make(old, owner=caller.owner, name=body.name, overrides=body.overrides, secrets=secrets)
-    components.permissions.check(job.spec)
-    await components.feasibility.check([job.spec])
-    return job
-
-
-async def _add(job: Job, components: Components, response: Response) -> JobView:
-    await components.jobs.add(job)
-    components.database.after_commit(components.dispatcher.wake)
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    response.headers["ETag"] = etag(job)
-    return JobView.of(job, components.mlflow_public_url)
+    # Before the first write: checks call other systems, which must not happen inside a transaction.
+    secrets = await checks.check(caller.owner, [body.spec], body.secrets)
+    return await add(body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets))
 
 
 @router.get("", response_model=JobList)
 async def list_jobs(
     caller: Reader,
-    components: GivenComponents,
+    job_store: Jobs,
+    mlflow_url: MlflowUrl,
     owner: Annotated[Owner | None, Query()] = None,
     state: Annotated[JobState | None, Query()] = None,
     comparison: Annotated[str | None, Query(pattern=COMPARISON, description="a comparison's id")] = None,
@@ -73,107 +97,129 @@ async def list_jobs(
     page_size: PageSize = 50,
     page_token: PageToken = None,
 ) -> JobList | Response:
-    """List the jobs of the caller (scope admin: all) that match all filters, newest first."""
+    """List the jobs of the caller that match all filters, newest first.
+
+    With the scope admin, lists the jobs of all callers.
+    """
+    # Jobs of others do not exist for the caller, so the list is empty instead of an error.
     if caller.sees_only not in (None, owner or caller.sees_only):
         return JobList(jobs=[], next_page_token=None)
-    wanted = Filter(owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag)
-    jobs, more = await components.jobs.page(page_size, place_of(page_token), wanted)
+    wanted = Filter(
+        owner=caller.sees_only or owner, state=state, comparison_id=comparison, norm=norm, tag=tag
+    )
+    jobs, more = await job_store.page(page_size, decode_page_token(page_token), wanted)
     return await respond(
         lambda: JobList(
-            jobs=[JobSummaryView.of(job, components.mlflow_public_url) for job in jobs],
-            next_page_token=token_of(more),
+            jobs=[JobSummaryView.of(job, mlflow_url) for job in jobs],
+            next_page_token=encode_page_token(more),
         )
     )
 
 
 @router.get(
-    "/{job_id:identifier}", response_model=JobView, responses={304: {"description": "it is as `If-None-Match` says"}}
+    "/{job_id:identifier}",
+    response_model=JobView,
+    responses={304: {"description": "it is as `If-None-Match` says"}},
 )
 async def show_job(
     job_id: JobId,
     caller: Reader,
-    components: GivenComponents,
+    job_store: Jobs,
+    mlflow_url: MlflowUrl,
     response: Response,
     if_none_match: Annotated[str | None, Header(alias="If-None-Match", max_length=200)] = None,
 ) -> JobView | Response:
     """Show a job, with an `ETag` that changes with it."""
-    job = await components.jobs.get(job_id, caller.sees_only)
+    job = await job_store.get(job_id, caller.sees_only)
     if if_none_match == etag(job):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers={"ETag": etag(job)})
     response.headers["ETag"] = etag(job)
-    return JobView.of(job, components.mlflow_public_url)
+    return JobView.of(job, mlflow_url)
 
 
 @router.post("/{job_id:identifier}:cancel", status_code=202)
 async def cancel_job(
     job_id: JobId,
     caller: Submitter,
-    components: GivenComponents,
+    job_store: Jobs,
+    mlflow_url: MlflowUrl,
+    wake: WakeDispatcher,
     if_match: Annotated[
         str | None, Header(alias="If-Match", max_length=200, description="the `ETag` that the job must have")
     ] = None,
 ) -> JobView:
     """Request the cancellation of a job. A job that has ended otherwise answers 409."""
-    job = await components.jobs.get(job_id, caller.sees_only)
+    job = await job_store.get(job_id, caller.sees_only)
     version = _version(job, if_match) if if_match else None
-    job = await components.jobs.request_cancel(job_id, caller.owner, version)
-    components.database.after_commit(components.dispatcher.wake)
-    return JobView.of(job, components.mlflow_public_url)
+    job = await job_store.request_cancel(job_id, caller.owner, version)
+    wake()
+    return JobView.of(job, mlflow_url)
 
 
 @router.post("/{job_id:identifier}:resume", status_code=202)
-async def resume_job(
-    job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
-) -> JobView:
+async def resume_job(job_id: JobId, body: ChangeJob, caller: Submitter, derive: Derive, add: Add) -> JobView:
     """Submit a new job that continues from the checkpoints of an ended one."""
-    return await _add(await _after(job_id, resume, body, caller, components), components, response)
+    return await add(await derive(resume, job_id, body, caller))
 
 
 @router.post("/{job_id:identifier}:clone", status_code=202)
-async def clone_job(
-    job_id: JobId, body: ChangeJob, caller: Submitter, components: GivenComponents, response: Response
-) -> JobView:
+async def clone_job(job_id: JobId, body: ChangeJob, caller: Submitter, derive: Derive, add: Add) -> JobView:
     """Submit a new job with the spec of another one, from step 0."""
-    return await _add(await _after(job_id, clone, body, caller, components), components, response)
+    return await add(await derive(clone, job_id, body, caller))
 
 
-@router.get("/{job_id:identifier}/events", response_model=EventList, responses=described("transition", "progress"))
+@router.get(
+    "/{job_id:identifier}/events", response_model=EventList, responses=described("transition", "progress")
+)
 async def list_events(
     job_id: JobId,
     caller: Reader,
-    components: GivenComponents,
+    job_store: Jobs,
+    feed: Feed,
     follow: Annotated[
-        bool, Query(description="stream transitions and progress as server-sent events until the job has ended")
+        bool,
+        Query(description="stream transitions and progress as server-sent events until the job has ended"),
     ] = False,
     last_event_id: Annotated[
-        str | None, Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,10}$", description="go on after this event")
+        str | None,
+        Header(alias="Last-Event-ID", pattern=r"^[0-9]{1,10}$", description="go on after this event"),
     ] = None,
 ) -> EventList | Response:
     """List the state changes of a job in order."""
-    job = await components.jobs.get(job_id, caller.sees_only)
+    job = await job_store.get(job_id, caller.sees_only)
     after = _sequence(last_event_id) if last_event_id else 0
     if follow:
-        return Stream(components, caller, follow_events(components, caller, job, after))
-    return EventList(events=[EventView.of(event) for event in await components.jobs.events_of(job_id, after)])
+        return Stream(feed, caller, follow_events(feed, job_store, caller, job, after))
+    return EventList(
+        events=[EventView.model_validate(event) for event in await job_store.events_of(job_id, after)]
+    )
 
 
-@router.get("/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line", "unfinished"))
+@router.get(
+    "/{job_id:identifier}/logs", response_class=PlainTextResponse, responses=described("line", "unfinished")
+)
 async def read_logs(
     job_id: JobId,
     caller: Reader,
-    components: GivenComponents,
+    job_store: Jobs,
+    feed: Feed,
+    files: Files,
+    ray: Ray,
     attempt: Annotated[
-        int | None, Query(ge=1, description="default: the last one; of a stream, where it begins, by default the first")
+        int | None,
+        Query(ge=1, description="default: the last one; of a stream, where it begins, by default the first"),
     ] = None,
     rank: Annotated[int | None, Query(ge=0, description="lines of this worker alone")] = None,
     level: Annotated[Level | None, Query(description="lines of this level or a more serious one")] = None,
-    follow: Annotated[bool, Query(description="stream lines as server-sent events until the job has ended")] = False,
+    follow: Annotated[
+        bool, Query(description="stream lines as server-sent events until the job has ended")
+    ] = False,
     last_event_id: Annotated[
         str | None, Header(alias="Last-Event-ID", pattern=PLACE.pattern, description="go on after this event")
     ] = None,
 ) -> Response:
     """Return or follow the log of a job; empty before it has started."""
-    job = await components.jobs.get(job_id, caller.sees_only)
+    job = await job_store.get(job_id, caller.sees_only)
     wanted = Selection(rank, level)
     if attempt is not None and attempt > job.attempt:
         raise InvalidField("attempt", attempt, f"must be 1 to {job.attempt}")
@@ -181,28 +227,32 @@ async def read_logs(
         place = LogOffset.parse("Last-Event-ID", last_event_id) if last_event_id else LogOffset(attempt or 1)
         if place.attempt > job.attempt:
             raise InvalidField("Last-Event-ID", last_event_id, "must be the id of an event of this stream")
-        return Stream(components, caller, follow_log(components, caller, job, place, wanted))
+        return Stream(feed, caller, follow_log(feed, files, caller, job, place, wanted))
     place = LogOffset(attempt or job.attempt)
-    if await on_storage(components.files.log_path(job, place.attempt).is_file):
-        lines = read_log(components, job, place, wanted)
-        return StreamingResponse(_text(lines), media_type="text/plain; charset=utf-8")
+    if await on_storage(files.log_path(job, place.attempt).is_file):
+        lines = read_log(files, job, place, wanted)
+        return StreamingResponse(log_text(lines), media_type="text/plain; charset=utf-8")
     # Without a log of its own the driver did not come far: what there is, Ray has.
-    return PlainTextResponse(await components.ray.logs(f"{job.id}-a{place.attempt}"))
+    return PlainTextResponse(await ray.logs(f"{job.id}-a{place.attempt}"))
 
 
-async def _text(parts: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+async def log_text(parts: AsyncIterator[list[Line]]) -> AsyncIterator[str]:
+    """Yield lines as text, with the ranks of their workers."""
     async for lines in parts:
-        yield "".join(f"{line.text}\n" if line.rank is None else f"[{line.rank}] {line.text}\n" for line in lines)
+        yield "".join(
+            f"{line.text}\n" if line.rank is None else f"[{line.rank}] {line.text}\n" for line in lines
+        )
 
 
 def _sequence(last_event_id: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", last_event_id) or int(last_event_id) > LARGEST_PLACE:
+    if not re.fullmatch(r"[0-9]{1,10}", last_event_id) or int(last_event_id) > MAX_SEQUENCE:
         raise InvalidField("Last-Event-ID", last_event_id, "must be the id of an event of this stream")
     return int(last_event_id)
 
 
 def etag(job: Job) -> str:
     """Return the ETag of a job, from its version and its reason for waiting."""
+    # Queue reasons change without a new version, since they are rewritten in bulk.
     return f'"{job.version}-{crc32(job.reason.encode()):x}"'
 
 

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 
 from fastapi import APIRouter
 
+from service.adapters.ray import RayJobs
 from service.api.auth import Submitter
-from service.api.dependencies import Components, GivenComponents
+from service.api.dependencies import Checks, Ray
 from service.api.idempotency import KnownCaller
 from service.api.json_body import in_thread
-from service.api.schemas import Needs, SubmitComparison, SubmitJob, Validation
+from service.api.schemas import SubmitComparison, SubmitJob, Validation
+from service.api.submission_checks import SubmissionChecks
 from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
 from service.domain.errors import UpstreamUnavailable
-from service.domain.scheduling import Capacity, least_needs, most_needs
+from service.domain.scheduling import Resources, max_resources, min_resources
 from service.domain.submission import SubmitOptions
 from trainer.jobspec import JobSpec
 
@@ -22,41 +24,45 @@ router = APIRouter(prefix="/v1", route_class=KnownCaller)
 
 
 @router.post("/jobs:validate", tags=["jobs"])
-async def validate_job(body: SubmitJob, caller: Submitter, components: GivenComponents) -> Validation:
+async def validate_job(body: SubmitJob, caller: Submitter, checks: Checks, ray: Ray) -> Validation:
     """Check a submission without storing it."""
     check_size(body.spec)
-    return await _validate(components, caller.owner, body, body.spec, [body.spec])
+    return await _validate(checks, ray, caller.owner, body, body.spec, [body.spec])
 
 
 @router.post("/comparisons:validate", tags=["comparisons"])
-async def validate_comparison(body: SubmitComparison, caller: Submitter, components: GivenComponents) -> Validation:
+async def validate_comparison(
+    body: SubmitComparison, caller: Submitter, checks: Checks, ray: Ray
+) -> Validation:
     """Check a comparison without storing it."""
     specs = [spec for _, spec in await in_thread(expand, body.spec, body.matrix, body.variants)]
     choose_baseline(body.axes, body.baseline)
-    return await _validate(components, caller.owner, body, body.spec, specs)
+    return await _validate(checks, ray, caller.owner, body, body.spec, specs)
 
 
 async def _validate(
-    components: Components, owner: str, terms: SubmitOptions, base: JobSpec, specs: Sequence[JobSpec]
+    checks: SubmissionChecks,
+    ray: RayJobs,
+    owner: str,
+    options: SubmitOptions,
+    base: JobSpec,
+    specs: Sequence[JobSpec],
 ) -> Validation:
     """Check names, and return the resources needed and whether the cluster has them."""
-    for spec in specs:
-        components.permissions.check(spec)
-    await components.feasibility.check(specs)
-    await components.secrets.resolve(owner, terms.secrets)
+    await checks.check(owner, specs, options.secrets, to_store=False)
     least, most = (
-        Capacity(max(need.cpus for need in needs), max(need.gpus for need in needs))
-        for needs in ([least_needs(spec) for spec in specs], [most_needs(spec) for spec in specs])
+        Resources(max(need.cpus for need in needs), max(need.gpus for need in needs))
+        for needs in ([min_resources(spec) for spec in specs], [max_resources(spec) for spec in specs])
     )
     try:
-        fits: bool | None = (await components.ray.cluster()).total.holds(least)
+        fits: bool | None = least.fits((await ray.cluster()).total)
     except UpstreamUnavailable:
         fits = None
     return Validation(
         jobs=len(specs),
         spec=base,
-        least=Needs.model_validate(least),
-        most=Needs.model_validate(most),
+        min_resources=least,
+        max_resources=most,
         fits=fits,
         warnings=warnings_of(specs),
     )

@@ -1,8 +1,11 @@
 """Type of names, and bounds that several schemas share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
+
+Examples = dict[str, dict[str, Any]]
+"""Examples of a request by name."""
 
 Name = Annotated[
     str,
@@ -15,4 +18,4 @@ Name = Annotated[
 ]
 
 MAX_PAGE_SIZE = 200
-"""Entries on one page of a list, at most."""
+"""Maximum number of entries on one page of a list."""

@@ -1,23 +1,36 @@
 """Schemas of webhooks."""
 
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, Field, HttpUrl, field_validator
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, field_validator
 
+from service.api.schemas.names import Examples
 from service.domain.jobs import JobState
 from service.domain.submission import Tag
-from service.domain.webhooks import Delivery, Threshold, Webhook
+from service.domain.webhooks import Threshold
 from trainer.jobspec import FrozenModel
 
+THRESHOLD = {"metric": "accuracy", "relation": "at_least", "bound": 0.9}
 ENDS = [state for state in JobState if state.is_terminal]
 
 
 class MakeWebhook(FrozenModel):
     """Request for a new webhook."""
 
+    EXAMPLES: ClassVar[Examples] = {
+        "of two ends and a threshold, for the jobs with a tag": {
+            "url": "https://example.org/hooks/training",
+            "states": ["succeeded", "failed"],
+            "thresholds": [THRESHOLD],
+            "tag": "nightly",
+        },
+        "of all ends": {"url": "https://example.org/hooks/training"},
+    }
+
     url: Annotated[HttpUrl, Field(strict=False)] = Field(
-        description="where messages are sent to, by POST: a public https:// address; answers 2xx once it has a message"
+        description="where messages are sent to, by POST: a public https:// address; answers 2xx once it "
+        "has a message"
     )
     states: Annotated[list[Annotated[JobState, Field(strict=False)]], Field(max_length=len(ENDS))] = Field(
         ENDS, description="terminal states of jobs to report"
@@ -38,25 +51,23 @@ class MakeWebhook(FrozenModel):
 class WebhookView(BaseModel):
     """A webhook, without its secret."""
 
-    id: str
-    owner: str
-    url: str
-    states: list[JobState]
-    thresholds: list[Threshold]
-    tag: str | None
-    created_at: datetime
+    model_config = ConfigDict(from_attributes=True)
 
-    @classmethod
-    def of(cls, webhook: Webhook) -> "WebhookView":
-        """Show a webhook."""
-        return cls.model_validate({name: getattr(webhook, name) for name in cls.model_fields})
+    id: str = Field(examples=["webhook-41d7c0aa9be2"])
+    owner: str = Field(examples=["ann"])
+    url: str = Field(examples=["https://example.org/hooks/training"])
+    states: list[JobState] = Field(examples=[["succeeded", "failed"]])
+    thresholds: list[Threshold] = Field(examples=[[THRESHOLD]])
+    tag: str | None = Field(examples=["nightly"])
+    created_at: datetime = Field(examples=["2026-03-02T09:30:00Z"])
 
 
 class MadeWebhook(WebhookView):
     """New webhook with its signing secret."""
 
     secret: str = Field(
-        description="for a library of Standard Webhooks, which checks the header `webhook-signature` by it"
+        examples=["whsec_…"],
+        description="for a library of Standard Webhooks, which checks the header `webhook-signature` by it",
     )
 
 
@@ -70,20 +81,21 @@ class WebhookList(BaseModel):
 class DeliveryView(BaseModel):
     """Message and its result."""
 
-    id: str = Field(description="the header `webhook-id`, the same in all tries")
-    job_id: str
-    about: str = Field(description="a state, or a threshold")
-    created_at: datetime
-    due_at: datetime = Field(description="of the next try")
-    tries: int
-    ended_at: datetime | None = Field(description="when it was taken, or given up")
-    is_delivered: bool
-    answer: str = Field(description="to the last try")
+    model_config = ConfigDict(from_attributes=True)
 
-    @classmethod
-    def of(cls, delivery: Delivery) -> "DeliveryView":
-        """Show a message."""
-        return cls(**{name: getattr(delivery, name) for name in cls.model_fields})
+    id: str = Field(
+        examples=["message-90b3aa71cd52"], description="the header `webhook-id`, the same in all attempts"
+    )
+    job_id: str = Field(examples=["job-3f9c2b7a10de"])
+    about: str = Field(examples=["succeeded"], description="a state, or a threshold")
+    created_at: datetime = Field(examples=["2026-03-02T09:30:00Z"])
+    due_at: datetime = Field(examples=["2026-03-02T09:30:00Z"], description="of the next try")
+    attempts: int = Field(examples=[1])
+    ended_at: datetime | None = Field(
+        examples=["2026-03-02T09:30:01Z"], description="when it was taken, or given up"
+    )
+    is_delivered: bool = Field(examples=[True])
+    answer: str = Field(examples=["204"], description="to the last try")
 
 
 class DeliveryList(BaseModel):

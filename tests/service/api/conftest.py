@@ -1,5 +1,6 @@
-"""The API in this process, on a real database, with stand-ins for Ray and MLflow."""
+"""In-process API on a real database, with fakes of Ray and MLflow."""
 
+import shutil
 from contextlib import AsyncExitStack
 
 import httpx
@@ -8,7 +9,7 @@ import pytest
 from service.api.app import make_app
 from service.settings import Settings
 from tests.fakes import FakeMlflow, FakeRay
-from tests.service.databases import empty
+from tests.service.databases import copy_template
 
 TOKEN = "0123456789abcdef-test"
 ON_BOTH_DATABASES = pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
@@ -26,19 +27,18 @@ def mlflow():
 
 @pytest.fixture
 async def database_url(request, tmp_path):
-    """An empty database: SQLite's, or PostgreSQL's for the files that are parametrised by ON_BOTH_DATABASES."""
+    """An empty SQLite database, or a PostgreSQL one for files parametrised by ON_BOTH_DATABASES."""
     if getattr(request, "param", "sqlite") == "sqlite":
+        shutil.copy(request.getfixturevalue("sqlite_template"), tmp_path / "test.db")
         return f"sqlite+aiosqlite:///{tmp_path}/test.db"
-    url = request.getfixturevalue("postgresql_url")
-    await empty(url)
-    return url
+    return await copy_template(request.getfixturevalue("postgresql_url"))
 
 
 @pytest.fixture
 async def app(tmp_path, ray, mlflow, database_url):
     settings = Settings(
         token=TOKEN,
-        grace_seconds=0,
+        outcome_grace_seconds=0,
         public_url="http://syncbn.example/",
         database_url=database_url,
         storage=tmp_path / "storage",
@@ -52,21 +52,21 @@ async def app(tmp_path, ray, mlflow, database_url):
 
 
 @pytest.fixture
-async def anyone(app):
-    """A caller without a token."""
+async def anonymous(app):
+    """Client without a token."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client
 
 
 @pytest.fixture
-async def client(anyone):
-    anyone.headers["Authorization"] = f"Bearer {TOKEN}"
-    return anyone
+async def client(anonymous):
+    anonymous.headers["Authorization"] = f"Bearer {TOKEN}"
+    return anonymous
 
 
 @pytest.fixture
 async def as_owner(app, client):
-    """Make a client with a token of its own."""
+    """Create clients with their own tokens."""
     async with AsyncExitStack() as stack:
 
         async def make(owner, *scopes):
@@ -84,7 +84,7 @@ async def as_owner(app, client):
 
 
 @pytest.fixture
-async def anyone_else(app):
-    """A caller without a token, beside those with one."""
+async def other_anonymous(app):
+    """A second client without a token, in addition to those with one."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
         yield client

@@ -1,4 +1,4 @@
-"""The API on a port of its own, in this process or in another one."""
+"""API on its own port, in this process or another one."""
 
 import asyncio
 import subprocess
@@ -40,7 +40,7 @@ async def serving(folder, **changes):
 
 @contextmanager
 def serving_elsewhere(folder):
-    """Run the API in another process, with stand-ins for Ray and MLflow; yield its address."""
+    """Run the API in another process with fakes of Ray and MLflow; yield its URL."""
     (port,) = choose_ports(1)
     command = [sys.executable, "-m", "tests.service.api.serving", str(folder), str(port)]
     process = subprocess.Popen(command)

@@ -5,7 +5,7 @@ import pytest
 from sqlalchemy import text
 
 from service.store.database import Database
-from service.store.webhooks import MOST_OF_AN_OWNER
+from service.store.webhooks import MAX_WEBHOOKS_PER_OWNER
 from tests.service.api.conftest import ON_BOTH_DATABASES
 
 pytestmark = ON_BOTH_DATABASES
@@ -17,14 +17,17 @@ async def count(client):
     return len((await client.get("/v1/jobs")).json()["jobs"])
 
 
-async def test_a_repeated_request_is_done_once_and_answered_alike(client):
+async def test_a_repeated_request_is_executed_once_with_the_same_response(client):
     first = await client.post("/v1/jobs", json=BODY, headers=KEY)
     again = await client.post("/v1/jobs", json=BODY, headers=KEY)
     assert first.status_code == again.status_code == 202
     assert first.content == again.content
     assert first.headers["Location"] == again.headers["Location"]
     assert first.headers["content-type"] == again.headers["content-type"]
-    assert (first.headers.get("Idempotency-Replayed"), again.headers["Idempotency-Replayed"]) == (None, "true")
+    assert (first.headers.get("Idempotency-Replayed"), again.headers["Idempotency-Replayed"]) == (
+        None,
+        "true",
+    )
     assert await count(client) == 1
     await client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": "another"})
     await client.post("/v1/jobs", json=BODY)
@@ -33,9 +36,10 @@ async def test_a_repeated_request_is_done_once_and_answered_alike(client):
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [("/v1/jobs", BODY | {"name": "other"}), ("/v1/comparisons", BODY), ("/v1/jobs?x=1", BODY)]
+    ("path", "body"),
+    [("/v1/jobs", BODY | {"name": "other"}), ("/v1/comparisons", BODY), ("/v1/jobs?x=1", BODY)],
 )
-async def test_another_request_under_the_same_key_is_refused(client, path, body):
+async def test_reusing_a_key_for_another_request_is_rejected(client, path, body):
     await client.post("/v1/jobs", json=BODY, headers=KEY)
     refused = await client.post(path, json=body, headers=KEY)
     assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
@@ -43,19 +47,19 @@ async def test_another_request_under_the_same_key_is_refused(client, path, body)
 
 
 @pytest.mark.parametrize("key", [b"", b"a b", b"x" * 256, "ü".encode(), b"\t"])
-async def test_a_key_that_is_none_is_refused(client, key):
+async def test_an_invalid_key_is_rejected(client, key):
     refused = await client.post("/v1/jobs", json=BODY, headers={"Idempotency-Key": key})
     assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "Idempotency-Key")
     assert await count(client) == 0
 
 
-async def test_a_key_is_free_again_after_an_error(client):
+async def test_a_key_can_be_reused_after_an_error(client):
     refused = await client.post("/v1/jobs", json=BODY | {"spec": {"steps": 0}}, headers=KEY)
     assert refused.status_code == 422
     assert (await client.post("/v1/jobs", json=BODY, headers=KEY)).status_code == 202
 
 
-async def test_an_error_after_something_was_stored_leaves_nothing(app, client, monkeypatch):
+async def test_an_error_rolls_back_what_the_request_stored(app, client, monkeypatch):
     monkeypatch.setattr(app.state.components.idempotency, "store", None)
     with pytest.raises(TypeError):
         await client.post("/v1/jobs", json=BODY, headers=KEY)
@@ -65,7 +69,7 @@ async def test_an_error_after_something_was_stored_leaves_nothing(app, client, m
     assert await count(client) == 1
 
 
-async def test_while_the_first_is_in_flight_others_are_told_to_wait(client):
+async def test_requests_with_a_key_in_flight_get_retry_after(client):
     answers = await asyncio.gather(*[client.post("/v1/jobs", json=BODY, headers=KEY) for _ in range(8)])
     waits = [answer for answer in answers if answer.status_code == 409]
     done = [answer for answer in answers if answer.status_code == 202]
@@ -76,7 +80,7 @@ async def test_while_the_first_is_in_flight_others_are_told_to_wait(client):
     assert await count(client) == 1
 
 
-async def test_each_owner_has_keys_of_their_own(client, as_owner):
+async def test_keys_are_per_owner(client, as_owner):
     ann, bob = await as_owner("ann"), await as_owner("bob")
     for caller in (ann, bob, client):
         answer = await caller.post("/v1/jobs", json=BODY, headers=KEY)
@@ -84,7 +88,7 @@ async def test_each_owner_has_keys_of_their_own(client, as_owner):
     assert await count(client) == 3
 
 
-async def test_a_token_of_smaller_scope_is_not_handed_the_answer(as_owner):
+async def test_a_token_of_smaller_scope_does_not_get_the_stored_response(as_owner):
     ann, reader = await as_owner("ann"), await as_owner("ann", "read")
     await ann.post("/v1/jobs", json=BODY, headers=KEY)
     assert (await reader.post("/v1/jobs", json=BODY, headers=KEY)).status_code == 422
@@ -119,11 +123,11 @@ async def test_a_repeated_cancel_is_one_event(client):
     first, again = [await client.post(f"/v1/jobs/{job['id']}:cancel", headers=KEY) for _ in range(2)]
     assert first.content == again.content
     events = (await client.get(f"/v1/jobs/{job['id']}/events")).json()["events"]
-    assert [event["reason"] for event in events].count("asked to cancel") == 1
+    assert [event["reason"] for event in events].count("cancellation requested") == 1
 
 
 @pytest.mark.parametrize("what", ["outgoing.check", "secrets.resolve"])
-async def test_what_is_asked_of_others_keeps_no_other_request_waiting(app, client, monkeypatch, what):
+async def test_slow_upstream_calls_do_not_delay_other_requests(app, client, monkeypatch, what):
     asked, answer = asyncio.Event(), asyncio.Event()
 
     async def slow(*_):
@@ -132,9 +136,13 @@ async def test_what_is_asked_of_others_keeps_no_other_request_waiting(app, clien
         return {}
 
     part, name = what.split(".")
-    first = {"outgoing": ("/v1/webhooks", {"url": "https://93.184.215.14/"}), "secrets": ("/v1/jobs", BODY)}[part]
+    first = {"outgoing": ("/v1/webhooks", {"url": "https://93.184.215.14/"}), "secrets": ("/v1/jobs", BODY)}[
+        part
+    ]
     with monkeypatch.context() as patched:
-        patched.setattr(getattr(app.state.components, part), name, slow)
+        components = app.state.components
+        target = components.checks.secrets if part == "secrets" else components.outgoing
+        patched.setattr(target, name, slow)
         waiting = asyncio.create_task(client.post(first[0], json=first[1], headers=KEY))
         await asyncio.wait_for(asked.wait(), 5)
     async with asyncio.timeout(5):
@@ -144,7 +152,9 @@ async def test_what_is_asked_of_others_keeps_no_other_request_waiting(app, clien
     assert (await waiting).status_code in (201, 202)
 
 
-async def test_a_repetition_is_answered_though_others_would_refuse_it_now(app, client, monkeypatch):
+async def test_a_repetition_gets_the_stored_response_even_if_it_would_now_be_rejected(
+    app, client, monkeypatch
+):
     body = {"url": "https://93.184.215.14/"}
     first = await client.post("/v1/webhooks", json=body, headers=KEY)
     monkeypatch.setattr(app.state.components.outgoing, "check", None)
@@ -153,7 +163,7 @@ async def test_a_repetition_is_answered_though_others_would_refuse_it_now(app, c
 
 
 def take_too_early(app, monkeypatch):
-    """Let the next request take a key before there is an answer, as on another replica just before the first's commit."""
+    """Insert a key before the next request stores its response, like another replica that commits first."""
     take, is_early = app.state.components.idempotency.take, [True]
 
     async def too_early(*arguments):
@@ -162,21 +172,31 @@ def take_too_early(app, monkeypatch):
     monkeypatch.setattr(app.state.components.idempotency, "take", too_early)
 
 
-async def test_who_comes_to_a_key_second_gets_the_firsts_answer(app, client, monkeypatch):
+async def test_the_second_request_with_a_key_gets_the_first_response(app, client, monkeypatch):
     first = await client.post("/v1/jobs", json=BODY, headers=KEY)
     take_too_early(app, monkeypatch)
     again = await client.post("/v1/jobs", json=BODY, headers=KEY)
-    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (202, first.content, "true")
+    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (
+        202,
+        first.content,
+        "true",
+    )
     assert await count(client) == 1
 
 
-async def test_who_comes_second_gets_no_error_for_what_the_first_has_done(app, client, monkeypatch):
+async def test_the_second_request_gets_no_error_caused_by_the_first(app, client, monkeypatch):
     body = {"url": "https://93.184.215.14/"}
-    for _ in range(MOST_OF_AN_OWNER - 1):
+    for _ in range(MAX_WEBHOOKS_PER_OWNER - 1):
         await client.post("/v1/webhooks", json=body)
     first = await client.post("/v1/webhooks", json=body, headers=KEY)
     assert first.status_code == 201
     take_too_early(app, monkeypatch)
     again = await client.post("/v1/webhooks", json=body, headers=KEY)
-    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (201, first.content, "true")
-    assert (await client.post("/v1/webhooks", json=body, headers={"Idempotency-Key": "another"})).status_code == 409
+    assert (again.status_code, again.content, again.headers["Idempotency-Replayed"]) == (
+        201,
+        first.content,
+        "true",
+    )
+    assert (
+        await client.post("/v1/webhooks", json=body, headers={"Idempotency-Key": "another"})
+    ).status_code == 409

@@ -1,4 +1,4 @@
-"""Requests that do not arrive whole, and addresses that proxies claim, on a real server."""
+"""Incomplete requests, and forwarded addresses, on a real server."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from tests.service.api.serving import TOKEN, serving
 
 
 async def ask(port, *parts, read=True):
-    """Send the parts of a request on one connection; return all that comes back until it is closed."""
+    """Send the parts of a request on one connection; return all that is received until it closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for part in parts:
         writer.write(part.encode())
@@ -20,10 +20,13 @@ async def ask(port, *parts, read=True):
     return answer
 
 
-HEAD = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+HEAD = (
+    f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: "
+    "application/json\r\n"
+)
 
 
-async def test_half_sent_requests_are_ended(tmp_path, monkeypatch):
+async def test_incomplete_requests_time_out(tmp_path, monkeypatch):
     monkeypatch.setattr(HeaderDeadlineProtocol, "header_seconds", 1.0)
     monkeypatch.setattr("service.api.app.BODY_SECONDS", 1.0)
     async with serving(tmp_path) as port:
@@ -33,9 +36,14 @@ async def test_half_sent_requests_are_ended(tmp_path, monkeypatch):
             [HEAD + 'Content-Length: 100\r\n\r\n{"name":'],  # no end of the body
             [HEAD + 'Idempotency-Key: k\r\nContent-Length: 100\r\n\r\n{"name":'],
             [HEAD + 'Transfer-Encoding: chunked\r\n\r\n5\r\n{"nam\r\n'],
-            ["GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", "GET /livez HT"],  # a second request on the same connection
+            [
+                "GET /livez HTTP/1.1\r\nHost: x\r\n\r\n",
+                "GET /livez HT",
+            ],  # a second request on the same connection
         ]
-        header, nothing, body, keyed, chunked, second = await asyncio.gather(*(ask(port, *half) for half in halves))
+        header, nothing, body, keyed, chunked, second = await asyncio.gather(
+            *(ask(port, *half) for half in halves)
+        )
         assert header == nothing == ""
         for answer in (body, keyed, chunked):
             assert answer.startswith("HTTP/1.1 408")
@@ -46,7 +54,7 @@ async def test_half_sent_requests_are_ended(tmp_path, monkeypatch):
         assert all(answer.startswith(("HTTP/1.1 408", "HTTP/1.1 429")) for answer in many)
 
 
-async def test_the_rest_of_a_refused_body_is_not_waited_for(tmp_path, monkeypatch):
+async def test_the_rest_of_a_rejected_body_is_not_awaited(tmp_path, monkeypatch):
     monkeypatch.setattr(HeaderDeadlineProtocol, "linger_seconds", 1.0)
     async with serving(tmp_path) as port:
         for head in (
@@ -58,7 +66,7 @@ async def test_the_rest_of_a_refused_body_is_not_waited_for(tmp_path, monkeypatc
             writer.write(head.encode())
             assert (await reader.readuntil(b"\r\n")).split()[1] in (b"401", b"404", b"413")
             async with asyncio.timeout(5):
-                for _ in range(100):  # a byte now and then keeps no connection open
+                for _ in range(100):  # single bytes now and then do not keep a connection open
                     try:
                         writer.write(b"x")
                         await writer.drain()
@@ -71,7 +79,7 @@ async def test_the_rest_of_a_refused_body_is_not_waited_for(tmp_path, monkeypatc
             writer.close()
 
 
-async def test_a_stream_that_is_read_slowly_is_not_cut(tmp_path, monkeypatch):
+async def test_a_slowly_read_stream_is_not_disconnected(tmp_path, monkeypatch):
     monkeypatch.setattr(HeaderDeadlineProtocol, "header_seconds", 0.5)
     async with serving(tmp_path) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -82,7 +90,7 @@ async def test_a_stream_that_is_read_slowly_is_not_cut(tmp_path, monkeypatch):
         writer.close()
 
 
-async def test_the_limit_of_a_large_body_is_for_each_part():
+async def test_the_time_limit_applies_to_each_chunk_of_a_body():
     async def read_all(scope, receive, send):
         while (await receive()).get("more_body"):
             pass
@@ -104,7 +112,9 @@ async def test_the_limit_of_a_large_body_is_for_each_part():
 
 
 @pytest.mark.parametrize(("trusted", "is_limited"), [(None, True), ("127.0.0.1", False), ("10.0.0.1", True)])
-async def test_an_address_that_a_header_claims_counts_only_from_a_trusted_proxy(tmp_path, caplog, trusted, is_limited):
+async def test_forwarded_addresses_are_trusted_only_from_configured_proxies(
+    tmp_path, caplog, trusted, is_limited
+):
     caplog.set_level("INFO", "uvicorn.access")
     async with serving(tmp_path, trusted_proxies=trusted) as port:
         request = "GET /v1/me HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer wrong\r\nConnection: close\r\n"

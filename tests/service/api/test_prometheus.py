@@ -1,8 +1,8 @@
-"""What Prometheus reads, parsed as it does."""
+"""Metrics in Prometheus format, parsed by its own client."""
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.service.api.test_changes import end, submit
+from tests.service.api.routes.test_validation import end, submit
 
 
 async def read(client):
@@ -12,7 +12,7 @@ async def read(client):
     return {(sample.name, *sorted(sample.labels.items())): sample.value for sample in samples}
 
 
-async def test_jobs_queue_owners_and_replicas_are_told(app, client, ray):
+async def test_jobs_queue_owners_and_replicas_are_exported(app, client, ray):
     ray.is_down = True
     before = await read(client)
     assert before["syncbn_jobs", ("state", "queued")] == before["syncbn_oldest_queued_seconds",] == 0
@@ -21,7 +21,9 @@ async def test_jobs_queue_owners_and_replicas_are_told(app, client, ray):
     await end(app, second["id"])
     third = await submit(client)
     seen = await read(client)
-    states = {state: seen["syncbn_jobs", ("state", state)] for state in ("queued", "failed", "cancelled", "running")}
+    states = {
+        state: seen["syncbn_jobs", ("state", state)] for state in ("queued", "failed", "cancelled", "running")
+    }
     assert states == {"queued": 1, "failed": 1, "cancelled": 1, "running": 0}
     assert seen["syncbn_queued_jobs", ("owner", third["owner"])] == 1
     assert 0 < seen["syncbn_oldest_queued_seconds",] < 60
@@ -30,14 +32,14 @@ async def test_jobs_queue_owners_and_replicas_are_told(app, client, ray):
     assert seen[replica] < 10
 
 
-async def test_times_of_dispatch_and_rounds_are_told(client):
+async def test_dispatch_and_tick_durations_are_exported(client):
     await submit(client)
     while not (seen := await read(client))["syncbn_dispatch_seconds_count",]:
         pass
     assert 0 < seen["syncbn_dispatch_seconds_sum",] < 60
-    assert seen["syncbn_round_seconds_count",] > 0
+    assert seen["syncbn_tick_seconds_count",] > 0
 
 
-async def test_only_an_admin_reads_them(anyone, client):
+async def test_only_an_admin_reads_them(anonymous, client):
     del client.headers["Authorization"]
-    assert (await anyone.get("/metrics")).status_code == 401
+    assert (await anonymous.get("/metrics")).status_code == 401

@@ -1,4 +1,0 @@
-"""Examples in the OpenAPI document.
-
-Tests send the requests and validate the answers against their schemas.
-"""
