@@ -3,11 +3,17 @@
 import sys
 
 OURS = {"service", "trainer", "syncbn"}
-EXTRAS = "pip install 'syncbn[client]' for the commands that call a service, 'syncbn[service,trainer]' for up, demo and serve"
+EXTRAS = (
+    "pip install 'syncbn[client]' for the commands that call a service, 'syncbn[service,trainer]' for "
+    "up, demo and serve"
+)
 
 
 def main() -> None:
-    """Run the command; where a package is not installed, name the extras that install it and exit with status 1."""
+    """Run the command.
+
+    Where a package is not installed, name the extras that install it and exit with status 1.
+    """
     try:
         from service.cli.app import main as run
 

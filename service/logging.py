@@ -8,7 +8,7 @@ from pythonjsonlogger.json import JsonFormatter
 
 LogFormat = Literal["text", "json"]
 job_in_hand: ContextVar[str | None] = ContextVar("job_in_hand", default=None)
-"""The job that the current task works on."""
+"""Id of the job that the current task works on."""
 
 
 def configure(form: LogFormat) -> None:
@@ -17,7 +17,9 @@ def configure(form: LogFormat) -> None:
     handler.addFilter(_add_job)
     if form == "json":
         names = {"asctime": "time", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter("{asctime}{levelname}{name}{message}", style="{", rename_fields=names))
+        handler.setFormatter(
+            JsonFormatter("{asctime}{levelname}{name}{message}", style="{", rename_fields=names)
+        )
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -10,6 +10,7 @@ from pydantic import AliasChoices, Field, SecretStr, field_validator, model_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.domain.access import Owner
+from service.domain.lifecycle import Limits
 from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
 from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
@@ -34,7 +35,8 @@ class Settings(BaseSettings):
     token: SecretStr | None = Field(
         None,
         min_length=16,
-        description="token with scope admin, at least 16 characters; if it is not set, the first start creates one and prints it",
+        description="token with scope admin, at least 16 characters; if it is not set, the first start "
+        "creates one and prints it",
     )
     host: str = Field("127.0.0.1", description="listen address of the API")
     port: int = Field(8000, ge=1, le=65535, description="listen port of the API")
@@ -65,11 +67,15 @@ class Settings(BaseSettings):
     )
     trusted_proxies: str | None = Field(
         None,
-        description="comma-separated addresses and networks of reverse proxies whose `X-Forwarded-For` is trusted; "
+        description="comma-separated addresses and networks of reverse proxies whose `X-Forwarded-For` is "
+        "trusted; "
         "default: none",
     )
     poll_seconds: float = Field(
-        0.5, gt=0, le=60, description="interval of the dispatcher's reconcile loop; up to one second after long ticks"
+        0.5,
+        gt=0,
+        le=60,
+        description="interval of the dispatcher's reconcile loop; up to one second after long ticks",
     )
     call_timeout_seconds: float = Field(
         10, gt=0, le=300, description="timeout of one call to Ray, MLflow or the database"
@@ -80,7 +86,8 @@ class Settings(BaseSettings):
     replica: str | None = Field(
         None,
         max_length=80,
-        description="name of this replica, unique among those that share the database and constant over restarts; "
+        description="name of this replica, unique among those that share the database and constant over "
+        "restarts; "
         "default: host name and port",
     )
     lease_seconds: float = Field(
@@ -92,14 +99,21 @@ class Settings(BaseSettings):
     backfill_seconds: float = Field(
         300,
         ge=0,
-        description="seconds for which smaller jobs may overtake the first job of the queue while it waits for resources",
+        description="seconds for which smaller jobs may overtake the first job of the queue while it waits "
+        "for resources",
     )
-    patience_seconds: float = Field(
-        21_600, ge=0, description="seconds in the queue after which a job goes first, regardless of priorities"
+    starvation_seconds: float = Field(
+        21_600,
+        ge=0,
+        description="seconds in the queue after which a job goes first, regardless of priorities",
     )
     quota_jobs: int | None = Field(None, ge=0, description="maximum number of submitted jobs per owner")
-    quota_cpus: float | None = Field(None, ge=0, description="maximum number of CPUs of an owner's submitted jobs")
-    quota_gpus: float | None = Field(None, ge=0, description="maximum number of GPUs of an owner's submitted jobs")
+    quota_cpus: float | None = Field(
+        None, ge=0, description="maximum number of CPUs of an owner's submitted jobs"
+    )
+    quota_gpus: float | None = Field(
+        None, ge=0, description="maximum number of GPUs of an owner's submitted jobs"
+    )
     quota_stored_bytes: int | None = Field(
         1_000_000_000,
         ge=0,
@@ -107,7 +121,8 @@ class Settings(BaseSettings):
     )
     owner_quotas: dict[Owner, OwnerQuota] = Field(
         {},
-        description='quotas of single owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; missing fields have no limit',
+        description='quotas of single owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; missing fields '
+        "have no limit",
     )
     rate_per_second: float = Field(50, gt=0, description="sustained requests per second and token")
     rate_burst: int = Field(200, ge=1, description="burst of requests per token")
@@ -115,7 +130,8 @@ class Settings(BaseSettings):
         15,
         ge=0,
         le=60,
-        description="seconds that a submission may wait for the check of library models, functions and datasets by a process with "
+        description="seconds that a submission may wait for the check of library models, functions and "
+        "datasets by a process with "
         "torch; 0 disables the check",
     )
     streams_per_token: int = Field(
@@ -127,7 +143,8 @@ class Settings(BaseSettings):
     max_attempt_artifact_bytes: int = Field(
         20_000_000_000,
         ge=1_000_000,
-        description="maximum size of all artifacts of an attempt, in bytes; a file counts as at least one million",
+        description="maximum size of all artifacts of an attempt in bytes; a file counts as at least "
+        "one million",
     )
     webhook_networks: str | None = Field(
         None,
@@ -136,11 +153,13 @@ class Settings(BaseSettings):
     retention_days: float | None = Field(
         None, gt=0, description="days after which ended jobs and their files are deleted; default: never"
     )
-    log_format: Literal["text", "json"] = Field("text", description="format of the service's log: `text` or `json`")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="format of the service's log: `text` or `json`"
+    )
     secrets_folder: Path | None = Field(
         None,
-        description="folder of secrets, files `<owner>/<name>` and `shared/<name>`, mounted at the same path on every node of the "
-        "cluster",
+        description="folder of secrets, files `<owner>/<name>` and `shared/<name>`, mounted at the same path "
+        "on every node of the cluster",
     )
     allowed_imports: str | None = Field(
         None,
@@ -149,19 +168,22 @@ class Settings(BaseSettings):
     )
     allowed_roots: str | None = Field(
         None,
-        description="comma-separated folders and fsspec addresses from which specs may read data and to which they may write "
-        "checkpoints",
+        description="comma-separated folders and fsspec addresses from which specs may read data and to "
+        "which they may write checkpoints",
     )
-    grace_seconds: float = Field(
+    outcome_grace_seconds: float = Field(
         5,
         ge=0,
         le=3600,
         description="seconds for a heartbeat or an outcome after Ray has reported the end of an attempt",
     )
-    silence_seconds: float = Field(
-        60, ge=5, le=3600, description="seconds without a heartbeat after which a running attempt is considered lost"
+    heartbeat_timeout_seconds: float = Field(
+        60,
+        ge=5,
+        le=3600,
+        description="seconds without a heartbeat after which a running attempt is considered lost",
     )
-    start_seconds: float = Field(
+    start_timeout_seconds: float = Field(
         900,
         ge=5,
         le=86_400,
@@ -229,13 +251,23 @@ class Settings(BaseSettings):
         """Name of this replica."""
         return self.replica or f"{socket.gethostname()[:70]}-{self.port}"
 
+    def limits(self) -> Limits:
+        """Return the time limits of attempts."""
+        return Limits(
+            outcome_grace_seconds=self.outcome_grace_seconds,
+            heartbeat_timeout_seconds=self.heartbeat_timeout_seconds,
+            start_timeout_seconds=self.start_timeout_seconds,
+        )
+
     def policy(self) -> Policy:
         """Rules of admission."""
         return Policy(
-            most_active=self.max_active_jobs,
+            max_active=self.max_active_jobs,
             backfill=timedelta(seconds=self.backfill_seconds),
-            patience=timedelta(seconds=self.patience_seconds),
-            quotas={owner: Quota(quota.jobs, quota.cpus, quota.gpus) for owner, quota in self.owner_quotas.items()},
+            starvation=timedelta(seconds=self.starvation_seconds),
+            quotas={
+                owner: Quota(quota.jobs, quota.cpus, quota.gpus) for owner, quota in self.owner_quotas.items()
+            },
             default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus),
         )
 

@@ -1,7 +1,8 @@
-"""Runs a function on several gloo ranks of this machine and hands back what each of them returns.
+"""Runner of functions on several gloo ranks of this machine.
 
-The ranks are spawned once and serve all tests. Each call gives them a new default process group, so that nothing is left
-of the call before. Ranks that do not answer are killed, and the next call spawns new ones.
+Ranks are started once and reused by all tests. Each call creates a new default process group, so that no
+state of the previous call remains. Ranks that do not answer are killed, and the next call starts new ones, as
+forks of a process that has imported torch and done nothing else.
 """
 
 import atexit
@@ -19,14 +20,15 @@ from multiprocessing import connection, get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+PRELOADED = ["trainer.worker"]
+"""Modules preloaded in the fork server, torch among them."""
 START_SECONDS = 120.0
-"""Time limit for spawning ranks, which import torch; a call's own time limit begins after it."""
+"""Time limit for starting ranks; the time limit of a call begins afterwards."""
 
 
 def run_on_ranks(
@@ -35,22 +37,23 @@ def run_on_ranks(
     """Call a function on each of `world_size` ranks and return the results in the order of the ranks.
 
     Args:
-        function: can be pickled; is called as function(*arguments) with torch.distributed initialised, one thread, warnings
-            as errors and torch's generator seeded alike on every rank. What it returns can be pickled too.
+        function: picklable function, called as function(*arguments) with torch.distributed initialised, one
+            thread, warnings as errors, and torch's generator seeded equally on every rank. Returns a
+            picklable result.
         world_size: number of ranks.
-        arguments: the same for every rank, which picks its own by torch.distributed.get_rank().
-        timeout_seconds: limit for the whole call and for each collective in it.
+        arguments: equal on every rank; torch.distributed.get_rank() distinguishes ranks.
+        timeout_seconds: time limit of the whole call, and of each collective in it.
 
     Raises:
-        The error of a rank that died, or else of the one that failed first, with that rank's traceback as a note.
-        TimeoutError: ranks did not answer in time, though none failed.
+        The error of a rank that died, or else of the rank that failed first, with its traceback as a note.
+        TimeoutError: ranks did not answer in time, although none failed.
     """
     return _POOL.run(function, world_size, arguments, timeout_seconds)
 
 
 @dataclass
 class Reply:
-    """What a rank answers: a result, or the error that it met and when."""
+    """Reply of a rank: a result, or an error and its time."""
 
     result: Any = None
     error: BaseException | None = None
@@ -59,46 +62,61 @@ class Reply:
 
 @dataclass(frozen=True)
 class Rank:
-    """A spawned process and the parent's end of the pipe to it."""
+    """Process of a rank and the parent's end of its pipe."""
 
     process: BaseProcess
     channel: connection.Connection
 
 
 class Pool:
-    """Ranks spawned as they are needed, and kept until `close`."""
+    """Ranks that are started on demand and kept until `close`."""
 
-    def __init__(self, grace_seconds: float = 5.0) -> None:
-        """`grace_seconds` is what ranks have to answer in once another has failed, or once the time limit has passed."""
-        self._grace_seconds = grace_seconds
+    def __init__(self, outcome_grace_seconds: float = 5.0, **environment: str) -> None:
+        """Create an empty pool.
+
+        `outcome_grace_seconds` limits the wait for replies after the first failure or the time limit;
+        `environment` holds additional variables of the ranks.
+        """
+        self._outcome_grace_seconds = outcome_grace_seconds
+        self._environment = ENVIRONMENT | environment
         self._ranks: list[Rank] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
 
     def run(
-        self, function: Callable[..., Any], world_size: int, arguments: tuple[Any, ...], timeout_seconds: float
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        arguments: tuple[Any, ...],
+        timeout_seconds: float,
     ) -> list[Any]:
         """See `run_on_ranks`."""
         try:
-            self._spawn(world_size)
+            self._start(world_size)
             request = pickle.dumps((function, arguments, world_size, self._new_store(), timeout_seconds))
             for rank in self._ranks[:world_size]:
                 rank.channel.send_bytes(request)
-            replies = self._collect(world_size, time.monotonic() + timeout_seconds + self._grace_seconds)
+            replies = self._collect(
+                world_size, time.monotonic() + timeout_seconds + self._outcome_grace_seconds
+            )
         except BaseException:
-            self.close()  # ranks may be in the middle of something
+            self.close()  # ranks may be in the middle of a call
             raise
         failures = [reply for reply in replies.values() if reply.error is not None]
         if failures:
-            # A rank that died did so before the others noticed, even if its death is known later than their errors.
-            raise min(failures, key=lambda reply: (not isinstance(reply.error, EOFError), reply.seconds)).error
+            # A rank died before the others noticed, even if its death is detected after their errors.
+            raise min(
+                failures, key=lambda reply: (not isinstance(reply.error, EOFError), reply.seconds)
+            ).error
         silent = [rank for rank in range(world_size) if rank not in replies]
         if silent:
-            raise TimeoutError(f"ranks {silent} of {world_size} did not answer within {timeout_seconds} seconds")
+            raise TimeoutError(
+                f"ranks {silent} of {world_size} did not answer within {timeout_seconds} seconds"
+            )
         return [replies[rank].result for rank in range(world_size)]
 
     def close(self) -> None:
-        """End all ranks: the idle ones by closing their pipe, after a moment the others by force."""
+        """Stop all ranks: close their pipes, then kill those that remain."""
         for rank in self._ranks:
             rank.channel.close()
         deadline = time.monotonic() + 1
@@ -112,20 +130,25 @@ class Pool:
             self._folder = None
 
     def _new_store(self) -> Path:
-        """Return a file through which the ranks of one call find each other."""
+        """Return a new rendezvous file for the ranks of one call."""
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="ranks-")
         self._calls += 1
         return Path(self._folder.name, f"store-{self._calls}")
 
-    def _spawn(self, world_size: int) -> None:
-        context = get_context("spawn")
+    def _start(self, world_size: int) -> None:
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         new = range(len(self._ranks), world_size)
         for number in new:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(number, there), name=f"rank {number}", daemon=True)
-            with mock.patch.dict(os.environ, ENVIRONMENT):
-                process.start()
-            there.close()  # or the end of the process would not end the pipe
+            process = context.Process(
+                target=_serve,
+                args=(number, there, self._environment),
+                name=f"rank {number}",
+                daemon=True,
+            )
+            process.start()
+            there.close()  # otherwise the pipe would survive the process
             self._ranks.append(Rank(process, here))
         for number in new:
             if not self._ranks[number].channel.poll(START_SECONDS):
@@ -133,17 +156,19 @@ class Pool:
             self._ranks[number].channel.recv_bytes()
 
     def _collect(self, world_size: int, deadline: float) -> dict[int, Reply]:
-        """Wait for replies until all are there, or until the deadline, which the first failure brings forward."""
+        """Collect replies until all have arrived or the deadline, which the first failure shortens."""
         replies: dict[int, Reply] = {}
         while len(replies) < world_size:
-            waiting = {self._ranks[number].channel: number for number in range(world_size) if number not in replies}
+            waiting = {
+                self._ranks[number].channel: number for number in range(world_size) if number not in replies
+            }
             ready = connection.wait(list(waiting), max(0, deadline - time.monotonic()))
             if not ready:
                 break
             for number in (waiting[channel] for channel in ready):
                 replies[number] = self._receive(number)
                 if replies[number].error is not None:
-                    deadline = min(deadline, replies[number].seconds + self._grace_seconds)
+                    deadline = min(deadline, replies[number].seconds + self._outcome_grace_seconds)
         if len(replies) < world_size or any(isinstance(reply.error, EOFError) for reply in replies.values()):
             self.close()
         return replies
@@ -153,11 +178,15 @@ class Pool:
             return pickle.loads(self._ranks[number].channel.recv_bytes())
         except (EOFError, ConnectionError):
             self._ranks[number].process.join()
-            return Reply(error=EOFError(f"rank {number} died, exit code {self._ranks[number].process.exitcode}"))
+            return Reply(
+                error=EOFError(f"rank {number} died, exit code {self._ranks[number].process.exitcode}")
+            )
 
 
-def _serve(number: int, channel: connection.Connection) -> None:
-    """Answer requests until the parent closes the pipe or is gone."""
+def _serve(number: int, channel: connection.Connection, environment: dict[str, str]) -> None:
+    """Serve requests until the parent closes the pipe or exits."""
+    os.environ.update(environment)
+    dist.set_debug_level_from_env()  # torch read it at import
     torch.set_num_threads(1)
     channel.send_bytes(b"ready")
     while True:
@@ -171,7 +200,7 @@ def _serve(number: int, channel: connection.Connection) -> None:
 
 
 def _answer(number: int, request: bytes) -> bytes:
-    _leave()  # only now, when all ranks are done with the group: to leave earlier could fail a slower rank
+    _leave()  # all ranks are done with the group; an earlier exit could fail a slower rank
     try:
         function, arguments, world_size, store, timeout_seconds = pickle.loads(request)
         torch.manual_seed(0)
@@ -187,7 +216,7 @@ def _answer(number: int, request: bytes) -> bytes:
             return pickle.dumps(Reply(result=function(*arguments)))
     except BaseException as error:
         failure = _failure(number, error)
-    _leave()  # at once, so that the ranks which wait for this one fail too
+    _leave()  # immediately, so that ranks which wait for this one fail too
     return failure
 
 
@@ -197,7 +226,7 @@ def _failure(number: int, error: BaseException) -> bytes:
     reply = Reply(error=error)
     try:
         pickle.loads(pickle.dumps(reply))
-    except Exception:  # of an error that does not survive pickling at least the words shall arrive
+    except Exception:  # at least the message of an error that cannot be pickled
         reply.error = RuntimeError(note)
     return pickle.dumps(reply)
 

@@ -1,4 +1,4 @@
-"""Finding processes, and waiting for their end."""
+"""Searching processes and waiting for their end."""
 
 import os
 import select
@@ -10,7 +10,7 @@ import psutil
 
 
 def still_alive(processes: Iterable[psutil.Process], limit_seconds: float) -> list[psutil.Process]:
-    """Wait for the end of all these processes and return those that outlive the limit; a zombie has ended."""
+    """Return the processes that still live after the limit; a zombie counts as ended."""
     deadline = time.monotonic() + limit_seconds
     alive = []
     for process in processes:
@@ -28,7 +28,7 @@ def still_alive(processes: Iterable[psutil.Process], limit_seconds: float) -> li
 
 
 def working_in(directory: Path) -> list[psutil.Process]:
-    """Return every process whose working folder this is, wherever in the process tree it has gone."""
+    """Return every process whose working folder this is, regardless of its parent."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -40,7 +40,7 @@ def working_in(directory: Path) -> list[psutil.Process]:
 
 
 def wait_for_file(path: Path, limit_seconds: float = 30) -> None:
-    """Wait until a process has made this file."""
+    """Wait until a process has created this file."""
     deadline = time.monotonic() + limit_seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"

@@ -1,4 +1,4 @@
-"""The import contracts, and what they cannot see."""
+"""Import contracts, mirrored tests, documented settings and text style."""
 
 import ast
 import importlib
@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 import yaml
 
@@ -18,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def modules_after(statement):
-    """The modules that a fresh process has loaded after a statement."""
+    """Return the modules that a fresh process has loaded after a statement."""
     code = f"import sys; {statement}; print(*sys.modules)"
     return set(
         subprocess.run(
@@ -37,11 +39,11 @@ def modules_after(statement):
         ("syncbn", {"ray", "mlflow", "pydantic"}),
     ],
 )
-def test_importing_a_module_does_not_load_what_it_must_not_cost(module, costs):
+def test_importing_a_module_does_not_load_heavy_packages(module, costs):
     assert not costs & modules_after(f"import {module}")
 
 
-def test_the_import_contracts_see_a_forbidden_import_in_a_new_file(tmp_path):
+def test_the_import_contracts_detect_forbidden_imports_in_new_files(tmp_path):
     for name in ("service", "trainer", "syncbn", "pyproject.toml"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
@@ -55,7 +57,9 @@ def test_the_import_contracts_see_a_forbidden_import_in_a_new_file(tmp_path):
     for file, module in planted.items():
         (tmp_path / file).write_text(f"import {module}\n")
     lint = Path(sys.executable).with_name("lint-imports")
-    ended = subprocess.run([lint, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(
+        [lint, "--no-cache"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
     assert ended.returncode == 1
     for file, module in planted.items():
         importer = file.removesuffix(".py").replace("/", ".")
@@ -63,11 +67,13 @@ def test_the_import_contracts_see_a_forbidden_import_in_a_new_file(tmp_path):
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
-def test_a_benchmark_imports_what_is_there(script):
+def test_names_imported_by_benchmarks_exist(script):
     ours = [
-        statement for statement in ast.walk(ast.parse(script.read_text()))
-        if isinstance(statement, ast.ImportFrom) and statement.module.split(".")[0] in ("service", "trainer", "syncbn")
-    ]  # fmt: skip
+        statement
+        for statement in ast.walk(ast.parse(script.read_text()))
+        if isinstance(statement, ast.ImportFrom)
+        and statement.module.split(".")[0] in ("service", "trainer", "syncbn")
+    ]
     for statement in ours:
         module = importlib.import_module(statement.module)
         for name in statement.names:
@@ -78,13 +84,15 @@ def test_all_is_the_public_namespace():
     import syncbn
 
     public = {
-        name for name, value in vars(syncbn).items() if not name.startswith("_") and not hasattr(value, "__path__")
+        name
+        for name, value in vars(syncbn).items()
+        if not name.startswith("_") and not hasattr(value, "__path__")
     }
     modules = {name for name in public if f"syncbn.{name}" in sys.modules}
     assert set(syncbn.__all__) == public - modules
 
 
-def test_the_pins_allow_what_the_project_asks_for():
+def test_the_pins_satisfy_the_requirements():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     assert (pins["torch"], pins["torchvision"]) == ("2.14.1", "0.29.1")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -99,12 +107,12 @@ def test_every_setting_is_documented():
         assert f"| `{variable}` | {default} | {field.description} |" in text
 
 
-def test_the_compose_file_has_all_services_and_closes_what_must_be_closed():
+def test_the_compose_file_publishes_only_the_api():
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert services.keys() == {"database", "mlflow", "ray-head", "ray-worker", "api"}
     assert [name for name, service in services.items() if "ports" in service] == ["api"]
     assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
-    for service in ("ray-head", "ray-worker"):  # users' code reaches neither MLflow's server nor the database
+    for service in ("ray-head", "ray-worker"):  # user code reaches neither MLflow's server nor the database
         assert services[service]["networks"] == ["cluster"]
     for service in ("mlflow", "database"):
         assert services[service]["networks"] == ["control"]
@@ -118,16 +126,16 @@ def test_the_image_is_built_once_and_never_pulled():
     assert {service["pull_policy"] for name, service in ours.items() if name != "api"} == {"never"}
 
 
-def test_the_compose_file_watches_the_service_and_takes_any_password():
+def test_the_compose_file_has_a_health_check_and_accepts_any_password():
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
     assert "/readyz" in " ".join(services["api"]["healthcheck"]["test"])
-    assert services["api"]["restart"] == "unless-stopped"  # a process that goes on no more ends by itself
+    assert services["api"]["restart"] == "unless-stopped"  # a process that failed exits by itself
     environment = services["api"]["environment"]
     assert "$" not in environment["SYNCBN_DATABASE_URL"]  # where it would have to be escaped
     assert environment["PGPASSWORD"] == "${POSTGRES_PASSWORD}"
 
 
-def test_the_recipes_are_comparisons_that_the_service_takes():
+def test_the_recipes_are_valid_comparisons():
     from service.api.schemas import SubmitComparison
     from service.domain.comparisons import choose_baseline, expand
     from service.domain.recipes import read_recipe
@@ -154,11 +162,111 @@ def test_module_docstrings_begin_with_a_short_noun_phrase():
             assert lines[1:2] in ([], [""]), path
 
 
-def test_text_avoids_words_of_an_idiom_of_its_own():
+def test_docstrings_begin_with_a_line_of_at_most_80_characters():
+    for package in ("service", "trainer", "syncbn"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                    lines = (ast.get_docstring(node) or "").splitlines()
+                    assert not lines or len(lines[0]) <= 80, f"{path}:{node.lineno}: {lines[0]}"
+                    assert lines[1:2] in ([], [""]), f"{path}:{node.lineno}: {lines[0]}"
+
+
+def test_text_avoids_private_idioms():
     banned = re.compile(r"\b(tell|tells|told|anew|wishes|how-manieth|parted by)\b", re.IGNORECASE)
-    quoted = re.compile(r"cannot tell|could not tell|\.tell\(\)")  # a verdict, and a method of files
-    folders = [ROOT / name for name in ("service", "trainer", "syncbn", "docs")]
-    for path in [ROOT / "README.md", *(path for folder in folders for path in folder.rglob("*"))]:
+    quoted = re.compile(r"[Cc]annot tell|could not tell|\.tell\(\)")  # a verdict, and a method of files
+    folders = [ROOT / name for name in ("service", "trainer", "syncbn", "docs", "benchmarks", "examples")]
+    for path in [
+        ROOT / "README.md",
+        ROOT / "ARCHITECTURE.md",
+        ROOT / "CONTRIBUTING.md",
+        *(path for folder in folders for path in folder.rglob("*")),
+    ]:
         if path.suffix in {".py", ".md", ".yaml"}:
             for number, line in enumerate(path.read_text().splitlines(), start=1):
                 assert not banned.search(quoted.sub("", line)), f"{path}:{number}: {line}"
+
+
+COVERED_ELSEWHERE = {
+    "service/api/mlflow_proxy.py": "tests/security/test_mlflow.py",
+    "service/api/openapi.py": "tests/contract/test_document.py",
+    "service/api/routes/tokens.py": "tests/service/api/test_auth.py",
+    "service/api/schemas/comparisons.py": "tests/service/api/routes/test_comparisons.py",
+    "service/api/schemas/reports.py": "tests/service/api/routes/test_comparisons.py",
+    "service/api/schemas/verdicts.py": "tests/service/api/routes/test_comparisons.py",
+    "service/api/server.py": "tests/service/engine/test_background.py",
+    "service/cli/demo.py": "tests/e2e/test_demo.py",
+    "service/store/tables.py": "tests/service/store/test_database.py",
+    "service/wiring.py": "tests/service/api/test_app.py",
+    "trainer/worker.py": "tests/trainer/scenarios/test_job_process.py",
+}
+"""Modules whose tests need a whole application, document or stack."""
+BRANCHES = (
+    ast.If,
+    ast.For,
+    ast.AsyncFor,
+    ast.While,
+    ast.Try,
+    ast.With,
+    ast.AsyncWith,
+    ast.Match,
+    ast.IfExp,
+    ast.comprehension,
+)
+MIN_BRANCHES = 3
+"""Minimum number of branches and loops in functions that makes a module need tests."""
+
+
+def test_file_of(path):
+    """Return the mirrored test file of a module."""
+    name = path.parent.name if path.stem == "__init__" else path.stem.strip("_")
+    return (ROOT / "tests" / path.relative_to(ROOT)).with_name(f"test_{name}.py")
+
+
+test_file_of.__test__ = False
+
+
+def count_branches(path):
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return sum(isinstance(node, BRANCHES) for function in functions for node in ast.walk(function))
+
+
+def test_tests_mirror_the_packages_in_both_directions():
+    """Tests of several modules are in folders named `scenarios`."""
+    mirrored = set()
+    for package in ("service", "trainer", "syncbn"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = str(path.relative_to(ROOT))
+            mirrored.add(test_file_of(path))
+            if "migrations" not in path.parts and count_branches(path) >= MIN_BRANCHES:
+                file = ROOT / COVERED_ELSEWHERE[name] if name in COVERED_ELSEWHERE else test_file_of(path)
+                assert file.exists(), f"{name} has no {file.relative_to(ROOT)}"
+        for path in (ROOT / "tests" / package).rglob("test_*.py"):
+            assert path in mirrored or "scenarios" in path.parts, path
+
+
+def test_no_modules_import_each_other_in_a_cycle():
+    """Imports inside functions and under TYPE_CHECKING count. A package stands for the imports of its
+    `__init__`.
+    """
+    graph = grimp.build_graph("service", "trainer", "syncbn", exclude_type_checking_imports=False)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    TopologicalSorter(imports).prepare()
+
+
+def test_modules_of_the_layers_tests_construct_no_layer_when_imported():
+    """Ranks that import them at different times would number their layers differently."""
+    for path in (ROOT / "tests" / "syncbn").rglob("*.py"):
+        text = path.read_text()
+        inside = {
+            line
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef)
+            for line in range(node.lineno, node.end_lineno + 1)
+        }
+        for number, line in enumerate(text.splitlines(), start=1):
+            assert number in inside or not re.search(r"(?<![\w.])SyncBatchNorm\(", line), f"{path}:{number}"

@@ -10,20 +10,22 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
-from service.cli import browser, cluster, comparisons, jobs, logs, tokens
+from service.cli import advice, browser, cluster, comparisons, jobs, logs, tokens
 from service.cli.connection import DEFAULT_DATA_DIR
-from service.cli.output import ExitCode, output, tell_error
+from service.cli.output import ExitCode, output, print_error
 from service.client.retry import ApiError
+from service.domain.mlflow_views import home_url
 from service.local.stack import Connection, LocalStack, StackError, run_until_stopped
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train with synchronised batch normalisation, and compare it with BN and no BN.",
-    epilog="Exit codes: 0 good, 1 refused or failed, 2 wrong use, 3 a job that was waited for failed or was cancelled, "
+    epilog="Exit codes: 0 good, 1 refused or failed, 2 wrong use, 3 a job that was waited for failed or "
+    "was cancelled, "
     "4 no answer from the service, 130 Ctrl-C.",
 )
-for module in (jobs, logs, comparisons, cluster, browser):
+for module in (jobs, logs, advice, comparisons, cluster, browser):
     app.add_typer(module.app)
 app.add_typer(tokens.app, name="token")
 
@@ -33,15 +35,17 @@ DataDir = Annotated[Path, typer.Option(help="folder of the stack's data", envvar
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit; an expected error is printed without a traceback."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may have an encoding without the characters of a name
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal may have an encoding without the characters of a name
             stream.reconfigure(errors="replace")
     try:
         app(args=arguments)
     except ApiError as error:
-        tell_error(str(error))
+        print_error(str(error))
         sys.exit(ExitCode.NO_ANSWER if error.is_transient else ExitCode.FAILED)
     except (StackError, OSError, ValueError) as error:
-        tell_error(str(error))
+        print_error(str(error))
         sys.exit(ExitCode.FAILED)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
@@ -56,7 +60,8 @@ def _show_version(is_wanted: bool) -> None:
 @app.callback()
 def common(
     _: Annotated[
-        bool, typer.Option("--version", help="print the version and exit", is_eager=True, callback=_show_version)
+        bool,
+        typer.Option("--version", help="print the version and exit", is_eager=True, callback=_show_version),
     ] = False,
 ) -> None:
     """Train with synchronised batch normalisation, and compare it with BN and no BN."""
@@ -65,7 +70,9 @@ def common(
 @app.command()
 def demo(
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    keep: Annotated[bool, typer.Option("--keep", help="leave the servers up afterwards, until Ctrl-C")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep/--no-keep", help="leave the servers up afterwards, until Ctrl-C")
+    ] = True,
 ) -> None:
     """Compare BN with no BN on real digits, on two workers, through the REST API."""
     from service.cli.demo import run_demo
@@ -76,14 +83,19 @@ def demo(
 @app.command()
 def up(
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="port of the API; default: a free one")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="port of the API; default: a free one")
+    ] = None,
 ) -> None:
     """Run Ray, MLflow and the API on this machine until Ctrl-C."""
     output.print(f"Starting Ray, MLflow and the API in {data_dir} …")
 
     def show(connection: Connection) -> None:
         output.print(f"API docs: {connection.url}/docs")
-        output.print(f"MLflow:   {connection.mlflow_url}/ (`syncbn open` prints a link that signs in)")
+        output.print(
+            f"MLflow:   {home_url(connection.mlflow_url)} (`syncbn open` prints a link that signs in)",
+            soft_wrap=True,
+        )
         output.print(f"Token:    in {data_dir / 'connection.json'}")
         output.print("Ctrl-C stops all of it.")
 
@@ -96,8 +108,10 @@ def up(
 @app.command()
 def serve() -> None:
     """Run only the API and the dispatcher, configured by SYNCBN_* variables."""
+    # Imported here, since the client's extra does not install them.
     from service.api.app import make_app
     from service.api.server import Server
+    from service.api.web.assets import AssetsMissingError
     from service.logging import configure
     from service.settings import Settings
 
@@ -108,7 +122,11 @@ def serve() -> None:
         problems = "; ".join(f"SYNCBN_{name.removeprefix('SYNCBN_')}: {message}" for name, message in names)
         raise typer.BadParameter(problems, param_hint="settings") from None
     configure(settings.log_format)
-    server = Server(make_app(settings, show_first_token=_show_first_token), settings)
+    try:
+        app = make_app(settings, show_first_token=_show_first_token)
+    except AssetsMissingError as error:
+        raise typer.BadParameter(str(error), param_hint="assets") from None
+    server = Server(app, settings)
     server.run()
     if server.has_failed:
         raise typer.Exit(1)

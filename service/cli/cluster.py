@@ -2,20 +2,18 @@
 
 import typer
 
-from service.cli.connection import with_client
-from service.cli.output import AsJson, output, print_json
+from service.cli.connection import ServiceCommand
+from service.cli.output import AsJson, print_result
 from service.cli.tables import cluster_view
 from service.client import Client
 
 app = typer.Typer()
 
 
-@app.command()
-@with_client
-def cluster(client: Client, as_json: AsJson = False) -> None:
+@app.command(cls=ServiceCommand)
+def cluster(context: typer.Context, as_json: AsJson = False) -> None:
     """Show total and free resources, jobs by state, and health checks."""
+    client: Client = context.obj
     found, readiness = client.cluster(), client.ready()
-    if as_json:
-        print_json(found.model_dump(mode="json") | {"readiness": readiness})
-    else:
-        output.print(cluster_view(found, readiness))
+    content = found.model_dump(mode="json") | {"readiness": readiness}
+    print_result(content, lambda: cluster_view(found, readiness), as_json=as_json)

@@ -3,23 +3,21 @@
 Sources in order: options, environment variables, config file, the stack on this machine.
 """
 
-import inspect
 import os
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Concatenate, ParamSpec
+from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel, ConfigDict, ValidationError
+from typer.core import TyperCommand
 
 from service.cli.output import errors
 from service.client import Client
 from service.local.stack import read_connection
 
-Given = ParamSpec("Given")
 DEFAULT_DATA_DIR = Path(".syncbn")
 PANEL = "Which service"
 
@@ -42,10 +40,11 @@ class ServiceTarget(BaseModel):
 def find_service(
     options: ServiceTarget, environment: Mapping[str, str], config_path: Path | None = None
 ) -> tuple[str, str]:
-    """Return address and token by options, environment, config file or stack, in this order.
+    """Return address and token of the service.
 
-    A token of an option or a variable goes to whichever service was chosen; that of the config file to its own alone, so that
-    no address that is tried out gets it. Raises BadParameter, StackError and OSError.
+    Their sources are options, environment, config file and stack, in this order. A token of an option or a
+    variable goes to the service that was chosen; that of the config file only to its own service, so that no
+    other address gets it. Raises BadParameter, StackError and OSError.
     """
     variables = {
         name: value
@@ -54,12 +53,15 @@ def find_service(
     }
     given = ServiceTarget(**variables)
     # What says less is not read where it would not count, so that a faulty config file is in nobody's way.
-    place = next((source for source in (options, given) if source.names_one), None) or _config(environment, config_path)
+    place = next((source for source in (options, given) if source.names_one), None) or _config(
+        environment, config_path
+    )
     url, own = place.url, place.token
     if url is None:
         connection = read_connection(place.data_dir or DEFAULT_DATA_DIR)
         url, own = connection.url, connection.token
-    # A stack that was asked for by an option has a token of its own, which a variable for another service does not replace.
+    # A stack that was asked for by an option has its own token, which a variable for another service
+    # does not replace.
     token = options.token or (own if place is options else None) or given.token or own
     if token is None:
         raise typer.BadParameter(f"{url} needs a token: --token, or SYNCBN_TOKEN", param_hint="--token")
@@ -85,8 +87,8 @@ def read_config(path: Path) -> ServiceTarget:
             raise refuse(f"holds no TOML: {error}") from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            field, takes = first["loc"][0], f"must be one of {', '.join(ServiceTarget.model_fields)}"
-            raise refuse(f"{field}: {takes if first['type'] == 'extra_forbidden' else first['msg']}") from None
+            field, rule = first["loc"][0], f"must be one of {', '.join(ServiceTarget.model_fields)}"
+            raise refuse(f"{field}: {rule if first['type'] == 'extra_forbidden' else first['msg']}") from None
     if place.token is not None and place.url is None:
         raise refuse("token: must be used with the url of its service")
     if place.token is not None and may_be_read_by_others:
@@ -101,48 +103,57 @@ def _config(environment: Mapping[str, str], path: Path | None) -> ServiceTarget:
     return read_config(named or default_config_path())
 
 
-OPTIONS: dict[str, Any] = {
-    "url": Annotated[
-        str | None, typer.Option(help="address of the API; or SYNCBN_URL", rich_help_panel=PANEL, show_default=False)
-    ],
-    "token": Annotated[
-        str | None, typer.Option(help="your token; or SYNCBN_TOKEN", rich_help_panel=PANEL, show_default=False)
-    ],
-    "data_dir": Annotated[
+def make_client(
+    url: Annotated[
+        str | None,
+        typer.Option(help="address of the API; or SYNCBN_URL", rich_help_panel=PANEL, show_default=False),
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="your token; or SYNCBN_TOKEN", rich_help_panel=PANEL, show_default=False),
+    ] = None,
+    data_dir: Annotated[
         Path | None,
         typer.Option(
             help="folder of a stack on this machine, by default .syncbn; or SYNCBN_DATA_DIR",
             rich_help_panel=PANEL,
             show_default=False,
         ),
-    ],
-    "config": Annotated[
+    ] = None,
+    config: Annotated[
         Path | None,
-        typer.Option(help="file with url and token; or SYNCBN_CONFIG", rich_help_panel=PANEL, show_default=False),
-    ],
-}
+        typer.Option(
+            help="file with url and token; or SYNCBN_CONFIG", rich_help_panel=PANEL, show_default=False
+        ),
+    ] = None,
+) -> Client:
+    """Return a client of the service that the options choose.
+
+    Raises BadParameter, StackError and OSError.
+    """
+    found = find_service(ServiceTarget(url=url, token=token, data_dir=data_dir), os.environ, config)
+    try:
+        return Client(
+            *found,
+            on_retry=lambda message: errors.print(message, style="dim", markup=False, soft_wrap=True),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="service") from None
 
 
-def with_client(command: Callable[Concatenate[Client, Given], None]) -> Callable[..., None]:
-    """Decorate a command: add the service options, and pass a client as first argument."""
+_service = typer.Typer(add_completion=False)
+_service.command()(make_client)
+OPTIONS = typer.main.get_command(_service).params
 
-    @wraps(command)
-    def run(*arguments: Any, **options: Any) -> None:
-        place = ServiceTarget(**{name: options.pop(name) for name in ServiceTarget.model_fields})
-        url, token = find_service(place, os.environ, options.pop("config"))
-        try:
-            client = Client(
-                url, token, on_retry=lambda message: errors.print(message, style="dim", markup=False, soft_wrap=True)
-            )
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="service") from None
-        with client:
-            command(client, *arguments, **options)
 
-    own = inspect.signature(command)
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
-        for name, kind in OPTIONS.items()
-    ]
-    run.__signature__ = own.replace(parameters=[*list(own.parameters.values())[1:], *more])  # type: ignore[attr-defined]
-    return run
+class ServiceCommand(TyperCommand):
+    """Command with the options of `make_client`; the client is its context's `obj`."""
+
+    def __init__(self, *args: Any, params: list[Any], **settings: Any) -> None:
+        super().__init__(*args, params=[*params, *OPTIONS], **settings)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command with a client that is closed afterwards."""
+        chosen = {str(option.name): ctx.params.pop(str(option.name)) for option in OPTIONS}
+        ctx.obj = ctx.with_resource(make_client(**chosen))
+        return super().invoke(ctx)

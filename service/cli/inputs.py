@@ -2,17 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from service.domain.recipes import Recipe, read_recipe
+from service.domain.recipes import RECIPES, Recipe, read_recipes
 from trainer.jobspec import parse_yaml, read_yaml
 
 DASH, STANDARD_INPUT = Path("-"), Path("/dev/stdin")
-RECIPES = Path(str(files("trainer"))) / "recipes"
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -31,7 +29,9 @@ RecipeOrFile = Annotated[
 Preset = Annotated[str, typer.Option(help="of a recipe: quick or paper")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="a field of the spec, such as optimizer.lr=0.1; may be repeated"),
+    typer.Option(
+        "--set", metavar="FIELD=VALUE", help="a field of the spec, such as optimizer.lr=0.1; may be repeated"
+    ),
 ]
 
 
@@ -56,7 +56,7 @@ def name_of(path: Path) -> str:
 
 def recipes() -> list[Recipe]:
     """Return all recipes by name."""
-    return [read_recipe(path) for path in sorted(RECIPES.glob("*.yaml"))]
+    return read_recipes()
 
 
 def find_file(name: str) -> Path:
@@ -64,21 +64,24 @@ def find_file(name: str) -> Path:
     if name == str(DASH):
         return DASH
     path, recipe = Path(name), RECIPES / f"{name}.yaml"
+    # A file takes precedence, so that a new recipe never changes what a command means.
     found = path if path.is_file() else recipe if recipe.is_file() and "/" not in name else None
     if found is None:
-        takes = f"must be a file, or a recipe that `syncbn recipes` lists (got {name})"
-        raise typer.BadParameter(takes, param_hint="file")
+        rule = f"must be a file, or a recipe that `syncbn recipes` lists (got {name})"
+        raise typer.BadParameter(rule, param_hint="file")
     return found
 
 
-def read_comparison(path: Path, preset: str) -> tuple[dict[str, Any], Recipe | None]:
-    """Return the comparison in a file, and its recipe if any. Raises BadParameter."""
+def read_comparison(path: Path, preset: str) -> dict[str, Any]:
+    """Return the request for the comparison in a file, or for a preset of a recipe.
+
+    Raises BadParameter.
+    """
     content = read_mapping(path)
     if "presets" not in content:
-        return {"name": name_of(path)} | content, None
+        return {"name": name_of(path)} | content
     try:
-        recipe = Recipe.model_validate(content)
-        return recipe.request(preset), recipe
+        return Recipe.model_validate(content).request(preset)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="file") from None
 
@@ -109,13 +112,16 @@ def override(content: dict[str, Any], overrides: Mapping[str, Any]) -> None:
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                raise typer.BadParameter(f"{path}: {parent} is {place!r}, and has no fields", param_hint="--set")
+                raise typer.BadParameter(
+                    f"{path}: {parent} is {place!r}, and has no fields", param_hint="--set"
+                )
         place[last] = value
 
 
 def _value(path: str, text: str) -> Any:
     """Parse a value as JSON, in which 1e-3 is a number, or else as YAML."""
     try:
+        # YAML 1.1 would read 1e-3 as a string.
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = _yaml(path, text)

@@ -8,7 +8,7 @@ import typer
 
 from service.api.schemas import JobView
 from service.api.schemas.names import MAX_PAGE_SIZE
-from service.cli.connection import with_client
+from service.cli.connection import ServiceCommand
 from service.cli.inputs import (
     Preset,
     RecipeOrFile,
@@ -20,8 +20,27 @@ from service.cli.inputs import (
     read_comparison,
     read_mapping,
 )
-from service.cli.options import Key, Name, Priority, QueueSeconds, Retries, RunSeconds, Secrets, Tags, make_terms
-from service.cli.output import AsJson, ExitCode, errors, output, print_json, visible
+from service.cli.options import (
+    Key,
+    MaxRunSeconds,
+    Name,
+    Priority,
+    QueueTimeoutSeconds,
+    Retries,
+    Secrets,
+    Tags,
+    make_options,
+)
+from service.cli.output import (
+    AsJson,
+    ExitCode,
+    errors,
+    output,
+    print_json,
+    print_result,
+    print_warnings,
+    visible,
+)
 from service.cli.progress import wait_for_job
 from service.cli.tables import job_view, jobs_table, needs_view
 from service.client import Client
@@ -38,59 +57,60 @@ OtherName = Annotated[str | None, typer.Option("--name", help="default: that of 
 Wait = Annotated[bool, typer.Option("--wait", help="wait for its end, with a progress bar")]
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def submit(
-    client: Client,
+    context: typer.Context,
     spec: SpecFile,
     name: Name = None,
     overrides: Set = None,
     tags: Tags = None,
     priority: Priority = None,
     retries: Retries = None,
-    queue_seconds: QueueSeconds = None,
-    run_seconds: RunSeconds = None,
+    queue_timeout_seconds: QueueTimeoutSeconds = None,
+    max_run_seconds: MaxRunSeconds = None,
     secrets: Secrets = None,
     key: Key = None,
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
     """Submit one job from a file with its spec."""
+    client: Client = context.obj
     content = read_mapping(spec)
     override(content, parse_overrides(overrides))
-    terms = make_terms(tags, priority, retries, queue_seconds, run_seconds, secrets)
-    _submitted(client, client.submit_job(name or name_of(spec), content, terms, key=key), wait=wait, as_json=as_json)
+    options = make_options(tags, priority, retries, queue_timeout_seconds, max_run_seconds, secrets)
+    _submitted(
+        client,
+        client.submit_job(name or name_of(spec), content, options, key=key),
+        wait=wait,
+        as_json=as_json,
+    )
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def validate(
-    client: Client,
+    context: typer.Context,
     file: RecipeOrFile,
     preset: Preset = "quick",
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a job or comparison without storing it, and show the resources it needs."""
+    client: Client = context.obj
     path, changes = find_file(file), parse_overrides(overrides)
     content = read_mapping(path)
     if {"spec", "presets"} & content.keys():
-        body, _ = read_comparison(path, preset)
+        body = read_comparison(path, preset)
         override(body, {f"spec.{field}": value for field, value in changes.items()})
         found = client.validate_comparison(body)
     else:
         override(content, changes)
         found = client.validate_job(name_of(path), content)
-    if as_json:
-        print_json(found)
-    else:
-        output.print(needs_view(found))
+    print_result(found, lambda: needs_view(found), as_json=as_json)
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def jobs(
-    client: Client,
+    context: typer.Context,
     state: Annotated[JobState | None, typer.Option(help="in this state")] = None,
     owner: Annotated[str | None, typer.Option(help="of this owner; admins see all owners'")] = None,
     comparison: Annotated[str | None, typer.Option(help="of this comparison")] = None,
@@ -100,8 +120,14 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs that match all filters, newest first."""
+    client: Client = context.obj
     listing = client.jobs(
-        state=state, owner=owner, comparison=comparison, norm=norm, tag=tag, page_size=min(limit, MAX_PAGE_SIZE)
+        state=state,
+        owner=owner,
+        comparison=comparison,
+        norm=norm,
+        tag=tag,
+        page_size=min(limit, MAX_PAGE_SIZE),
     )
     found = list(islice(listing, limit + 1))
     if as_json:
@@ -112,25 +138,25 @@ def jobs(
         errors.print(f"There are more than these {limit}; --limit shows them.")
 
 
-@app.command()
-@with_client
-def show(client: Client, job_id: JobId, as_json: AsJson = False) -> None:
+@app.command(cls=ServiceCommand)
+def show(context: typer.Context, job_id: JobId, as_json: AsJson = False) -> None:
     """Show a job and its timeline."""
+    client: Client = context.obj
     job, events = client.job(job_id), client.events(job_id).events
-    if as_json:
-        print_json(job.model_dump(mode="json") | {"events": events})
-    else:
-        output.print(job_view(job, events))
+    content = job.model_dump(mode="json") | {"events": events}
+    print_result(content, lambda: job_view(job, events), as_json=as_json)
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def cancel(
-    client: Client,
-    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="jobs, or comparisons with all their jobs")],
+    context: typer.Context,
+    ids: Annotated[
+        list[str], typer.Argument(metavar="ID...", help="jobs, or comparisons with all their jobs")
+    ],
     as_json: AsJson = False,
 ) -> None:
     """Cancel jobs; their checkpoints are kept."""
+    client: Client = context.obj
     asked: list[JobView] = []
     for each in ids:
         if each.startswith("comparison-"):
@@ -145,10 +171,9 @@ def cancel(
         typer.echo(f"{job.id}: {job.state}" + ("" if job.state.is_terminal else ", cancel requested"))
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def resume(
-    client: Client,
+    context: typer.Context,
     job_id: JobId,
     name: OtherName = None,
     overrides: Set = None,
@@ -157,14 +182,14 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Submit a new job that continues from the checkpoints of an ended one."""
+    client: Client = context.obj
     job = client.resume(job_id, name=name, overrides=parse_overrides(overrides), key=key)
     _submitted(client, job, wait=wait, as_json=as_json)
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def clone(
-    client: Client,
+    context: typer.Context,
     job_id: JobId,
     name: OtherName = None,
     overrides: Set = None,
@@ -173,6 +198,7 @@ def clone(
     as_json: AsJson = False,
 ) -> None:
     """Submit a new job with the spec of another one, from step 0."""
+    client: Client = context.obj
     job = client.clone(job_id, name=name, overrides=parse_overrides(overrides), key=key)
     _submitted(client, job, wait=wait, as_json=as_json)
 
@@ -180,6 +206,7 @@ def clone(
 def _submitted(client: Client, job: JobView, *, wait: bool, as_json: bool) -> None:
     if not as_json:
         typer.echo(f"{job.id}: {job.state}")
+        print_warnings(job.warnings)
     if wait:
         job = wait_for_job(client, job)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.connection import with_client
+from service.cli.connection import ServiceCommand
 from service.cli.jobs import JobId
 from service.cli.output import AsJson, errors, interruptible, print_json, visible
 from service.client import Client
@@ -19,10 +19,9 @@ CLEAR_LINE = "\r\x1b[K"
 app = typer.Typer()
 
 
-@app.command()
-@with_client
+@app.command(cls=ServiceCommand)
 def logs(
-    client: Client,
+    context: typer.Context,
     job_id: JobId,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="print lines as they are written, until the job has ended")
@@ -34,11 +33,14 @@ def logs(
     ] = None,
     raw: Annotated[
         bool,
-        typer.Option("--raw", help="print control characters, such as colours, as they are, instead of as escapes"),
+        typer.Option(
+            "--raw", help="print control characters, such as colours, as they are, instead of as escapes"
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the log of a job; lines of workers begin with their rank."""
+    client: Client = context.obj
     shown = str if raw else visible
     colour = True if raw else None  # else escape sequences are taken out where the output is no terminal
     if not follow:
@@ -50,7 +52,7 @@ def logs(
         return
     is_live = sys.stdout.isatty() and not as_json
     events = client.follow_logs(job_id, attempt=attempt, rank=rank, level=level, unfinished=is_live)
-    with interruptible(f"{job_id} goes on; `syncbn cancel {job_id}` ends it."):
+    with interruptible(f"{job_id} continues; `syncbn cancel {job_id}` ends it."):
         for event in events:
             if as_json:
                 typer.echo(json.dumps(event.model_dump(mode="json")))
@@ -60,7 +62,9 @@ def logs(
             if isinstance(event, Ended):
                 errors.print(f"{job_id}: {event.state}", markup=False)
             elif isinstance(event, UnfinishedLine):
-                width = shutil.get_terminal_size().columns - 1  # a longer one would leave its first part on the screen
+                width = (
+                    shutil.get_terminal_size().columns - 1
+                )  # a longer one would leave its first part on the screen
                 typer.echo(visible(_with_rank(event))[:width], nl=False)
             else:
                 typer.echo(shown(_with_rank(event)), color=colour)

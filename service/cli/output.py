@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Annotated, Any
@@ -17,11 +17,15 @@ from rich.segment import Segment
 from rich.text import Text
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Characters that steer a terminal, but for the line's end and the tab; also those that turn the direction of text around."""
+"""Control characters of terminals except newline and tab, and characters that change the direction of text.
+"""
 
 
 def visible(text: str) -> str:
-    """Escape control characters, so that text of jobs and users cannot control a terminal."""
+    """Escape control characters.
+
+    Text of jobs and users must not control a terminal.
+    """
     return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
@@ -40,9 +44,12 @@ class SafeConsole(Console):
 
 WIDTH_OF_FILES = 160
 # A file or another program is as wide as it needs to be.
-output = SafeConsole(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES)
+output = SafeConsole(
+    highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDTH_OF_FILES
+)
 errors = SafeConsole(stderr=True, highlight=False)
 
+Printable = BaseModel | Sequence[BaseModel] | dict[str, Any]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
 
@@ -51,24 +58,38 @@ class ExitCode(IntEnum):
 
     GOOD = 0
     FAILED = 1
-    """The service refused it, or it could not be done."""
+    """The request was refused or failed."""
     USAGE = 2
-    """An option, an argument or a file that cannot be taken; nothing was sent."""
+    """An option, argument or file is invalid; nothing was sent."""
     ENDED_BADLY = 3
-    """A job that was waited for has failed or was cancelled."""
+    """A job that the command waited for failed or was cancelled."""
     NO_ANSWER = 4
-    """The service did not answer, or was in trouble, at the last try too; the same may succeed later."""
+    """The service did not answer or reported a temporary error, also at the last retry."""
     INTERRUPTED = 130
 
 
-def print_json(content: BaseModel | Sequence[BaseModel] | dict[str, Any]) -> None:
+def print_json(content: Printable) -> None:
     """Print data as JSON."""
     typer.echo(json.dumps(_plain(content), indent=2))
 
 
-def tell_error(message: str) -> None:
+def print_result(content: Printable, view: Callable[[], RenderableType], *, as_json: bool) -> None:
+    """Print data as JSON, or as a view shows it."""
+    if as_json:
+        print_json(content)
+    else:
+        output.print(view())
+
+
+def print_error(message: str) -> None:
     """Print an error."""
     errors.print(f"[red]error:[/] {escape(message)}", soft_wrap=True)
+
+
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Print warnings about a submission."""
+    for warning in warnings:
+        errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
 
 @contextmanager

@@ -45,16 +45,22 @@ class JobBars:
         """Update the bars."""
         for job in jobs:
             if job.id not in self._tasks:
-                self._tasks[job.id] = self._progress.add_task(escape(job.name), total=job.steps, state="", speed="")
+                self._tasks[job.id] = self._progress.add_task(
+                    escape(job.name), total=job.steps, state="", speed=""
+                )
             done = job.progress.step if job.progress else 0
             running = job.progress if job.state == "running" else None
-            speed = f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left" if running else ""
+            speed = (
+                f"{running.samples_per_second:,.0f} samples/s, {running.eta_seconds:.0f} s left"
+                if running
+                else ""
+            )
             self._progress.update(self._tasks[job.id], completed=done, state=state_text(job), speed=speed)
 
 
 def wait_for_job(client: Client, job: JobView) -> JobView:
     """Wait for the end of a job and return the job."""
-    hint = f"{job.id} goes on; `syncbn logs -f {job.id}` follows it, `syncbn cancel {job.id}` ends it."
+    hint = f"{job.id} continues; `syncbn logs -f {job.id}` follows it, `syncbn cancel {job.id}` ends it."
     with interruptible(hint), JobBars() as bars:
         bars.show([job])
         for event in client.follow_events(job.id):
@@ -72,7 +78,7 @@ def wait_for_job(client: Client, job: JobView) -> JobView:
 def wait_for_comparison(client: Client, comparison: ComparisonView) -> ComparisonView:
     """Wait until all jobs of a comparison have ended and return it."""
     hint = (
-        f"{comparison.id} goes on; `syncbn report {comparison.id}` shows how far it is, "
+        f"{comparison.id} continues; `syncbn report {comparison.id}` shows how far it is, "
         f"`syncbn cancel {comparison.id}` ends it."
     )
     with interruptible(hint), JobBars() as bars:

@@ -11,12 +11,21 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from service.api.schemas import Check, EventView, JobSummaryView, JobView, Needs, Readiness, Validation
+from service.api.schemas import (
+    Check,
+    ComparisonSummaryView,
+    EventView,
+    JobSummaryView,
+    JobView,
+    Readiness,
+    Validation,
+)
 from service.api.schemas.access import AuditView, TokenView
-from service.api.schemas.cluster import ClusterView, Resources
+from service.api.schemas.cluster import ClusterView
 from service.cli.output import visible
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe
+from service.domain.scheduling import Resources
 from trainer.jobspec import JobSpec
 
 COLOURS = {
@@ -38,35 +47,57 @@ def state_text(job: JobSummaryView) -> str:
 
 def jobs_table(jobs: Sequence[JobSummaryView]) -> Table:
     """Table of jobs."""
-    table = _table("job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt"))
+    table = _table(
+        "job", "name", "owner", "state", "attempt", "step", "reason", whole=("job", "state", "attempt")
+    )
     for job in jobs:
         step = f"{job.progress.step}/{job.progress.total_steps}" if job.progress else NOTHING
-        row = (job.id, escape(job.name), job.owner, _state(job.state), str(job.attempt), step, escape(job.reason))
+        row = (
+            job.id,
+            escape(job.name),
+            job.owner,
+            _state(job.state),
+            str(job.attempt),
+            step,
+            escape(job.reason),
+        )
         table.add_row(*row)
+    return table
+
+
+def comparisons_table(comparisons: Sequence[ComparisonSummaryView]) -> Table:
+    """Table of comparisons."""
+    table = _table("comparison", "name", "owner", "jobs", "axes", "created", whole=("comparison", "created"))
+    for each in comparisons:
+        counts = ", ".join(f"{count} {state}" for state, count in each.jobs.items() if count)
+        axes = " × ".join(f"{len(values)} {path}" for path, values in each.matrix.items())
+        table.add_row(each.id, escape(each.name), each.owner, counts, escape(axes), _time(each.created_at))
     return table
 
 
 def job_view(job: JobView, events: Sequence[EventView]) -> Group:
     """Job and its timeline."""
     progress = job.progress
-    terms = {
+    options = {
         "priority": job.priority or None,
         "tags": ", ".join(job.tags),
-        "queue_seconds": job.queue_seconds,
-        "run_seconds": job.run_seconds,
+        "queue_timeout_seconds": job.queue_timeout_seconds,
+        "max_run_seconds": job.max_run_seconds,
         "secrets": ", ".join(f"{variable}={name}" for variable, name in job.secrets.items()),
     }
     facts = {
         "job": f"{job.id} {job.name!r} of {job.owner}",
         "state": Text.from_markup(_state(job.state)) + Text(visible(f": {job.reason}")),
-        "wish": "cancel requested" if job.cancel_requested and not job.state.is_terminal else None,
+        "request": "cancel" if job.cancel_requested and not job.state.is_terminal else None,
         "attempt": job.attempt,
-        "failures": ", ".join(f"{count} {blame}" for blame, count in job.failures.items()),
-        "step": progress and f"{progress.step}/{progress.total_steps}, {progress.samples_per_second:,.0f} samples/s",
+        "failure kind": job.failure_kind,
+        "failures": ", ".join(f"{count} {group}" for group, count in job.failures.items()),
+        "step": progress
+        and f"{progress.step}/{progress.total_steps}, {progress.samples_per_second:,.0f} samples/s",
         "comparison": job.comparison_id and f"{job.comparison_id}, {describe(job.variant)}",
         "resumed from": job.resumed_from,
         "cloned from": job.cloned_from,
-        **terms,
+        **options,
         "created": _time(job.created_at),
         "started": job.started_at and _time(job.started_at),
         "ended": job.ended_at and _time(job.ended_at),
@@ -83,11 +114,13 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
 def needs_view(found: Validation) -> RenderableType:
     """Resources of a checked submission."""
     fits = {True: "yes", False: "no; it would wait in the queue", None: "Ray does not answer"}[found.fits]
-    most = "" if found.most == found.least else f", {_resources(found.most)} at most"
+    most = (
+        "" if found.max_resources == found.min_resources else f", {_resources(found.max_resources)} at most"
+    )
     return _facts(
         {
             "valid": f"{found.jobs} job{'s' if found.jobs > 1 else ''}",
-            "each takes": _resources(found.least) + most,
+            "each needs": _resources(found.min_resources) + most,
             "cluster is large enough": fits,
             "warnings": "\n".join(found.warnings),
         }
@@ -96,9 +129,13 @@ def needs_view(found: Validation) -> RenderableType:
 
 def tokens_table(tokens: Sequence[TokenView]) -> Table:
     """Table of tokens without their secrets."""
-    table = _table("token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes"))
+    table = _table(
+        "token", "owner", "scopes", "name", "expires", "last used", "revoked", whole=("token", "scopes")
+    )
     for token in tokens:
-        times = [_time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)]
+        times = [
+            _time(at) if at else NOTHING for at in (token.expires_at, token.last_used_at, token.revoked_at)
+        ]
         table.add_row(token.id, token.owner, ", ".join(token.scopes), escape(token.name), *times)
     return table
 
@@ -145,6 +182,7 @@ def _facts(facts: Mapping[str, Any]) -> Table:
     table = Table.grid("", Column(overflow="fold"), padding=(0, 2))
     for name, value in facts.items():
         if value not in (None, ""):
+            # Text instead of markup: values of users may contain brackets.
             table.add_row(f"[dim]{name}[/]", value if isinstance(value, Text) else Text(visible(str(value))))
     return table
 
@@ -174,7 +212,7 @@ def _time(at: datetime) -> str:
     return f"{at.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-def _resources(amount: Needs | Resources) -> str:
+def _resources(amount: Resources) -> str:
     return f"{amount.cpus:g} CPUs" + (f" and {amount.gpus:g} GPUs" if amount.gpus else "")
 
 

@@ -30,15 +30,15 @@ class Call(Generic[A]):
 
     method: Literal["GET", "POST", "DELETE"]
     route: str
-    """As the OpenAPI document writes it."""
+    """Path template, as in the OpenAPI document."""
     read: Callable[[httpx.Response], A]
-    """Raises ValueError if the answer is none of this API."""
+    """Function that parses the response. Raises ValueError if it is not a response of this API."""
     path: Mapping[str, str] = field(default_factory=dict)
     query: Content = field(default_factory=dict)
     body: Content | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
-    takes: tuple[int, ...] = ()
-    """States of HTTP that are no error here, beside those of success."""
+    ok_statuses: tuple[int, ...] = ()
+    """HTTP status codes that are not errors for this call, in addition to 2xx."""
 
     def request(self, client: httpx.Client | httpx.AsyncClient, timeout: httpx.Timeout) -> httpx.Request:
         """Build the HTTP request."""

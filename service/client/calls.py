@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel
 
 from service.api.schemas import (
+    ComparisonList,
+    ComparisonSummaryView,
     ComparisonView,
     Curves,
     EventList,
@@ -17,10 +19,27 @@ from service.api.schemas import (
     Report,
     SubmitComparison,
     Validation,
+    VerdictView,
 )
-from service.api.schemas.access import AuditList, AuditView, CallerView, MadeToken, SignInLink, TokenList, TokenView
+from service.api.schemas.access import (
+    AuditList,
+    AuditView,
+    CallerView,
+    MadeToken,
+    SignInLink,
+    TokenList,
+    TokenView,
+)
+from service.api.schemas.advice import AdviceView
 from service.api.schemas.cluster import ClusterView
-from service.api.schemas.webhooks import DeliveryList, DeliveryView, MadeWebhook, MakeWebhook, WebhookList, WebhookView
+from service.api.schemas.webhooks import (
+    DeliveryList,
+    DeliveryView,
+    MadeWebhook,
+    MakeWebhook,
+    WebhookList,
+    WebhookView,
+)
 from service.client.call import Call, Content, Listing, get, given, post, read_text
 from service.domain.access import HOME, Scope
 from service.domain.jobs import JobState
@@ -38,15 +57,17 @@ class JobWithTag(NamedTuple):
 
 
 def submit_job(
-    name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None, *, key: str | None = None
+    name: str, spec: JobSpec | Content, options: SubmitOptions | None = None, *, key: str | None = None
 ) -> Call[JobView]:
     """Submit one job, once per `key` (default: a new key)."""
-    return post(JobView, "/v1/jobs", _submission(name, spec, terms), key=key)
+    return post(JobView, "/v1/jobs", _submission(name, spec, options), key=key)
 
 
-def validate_job(name: str, spec: JobSpec | Content, terms: SubmitOptions | None = None) -> Call[Validation]:
+def validate_job(
+    name: str, spec: JobSpec | Content, options: SubmitOptions | None = None
+) -> Call[Validation]:
     """Check a job without storing it."""
-    return post(Validation, "/v1/jobs:validate", _submission(name, spec, terms))
+    return post(Validation, "/v1/jobs:validate", _submission(name, spec, options))
 
 
 def job(job_id: str) -> Call[JobView]:
@@ -60,7 +81,9 @@ def job_with_etag(job_id: str) -> Call[JobWithTag]:
         method="GET",
         route="/v1/jobs/{job_id}",
         path={"job_id": job_id},
-        read=lambda answer: JobWithTag(JobView.model_validate_json(answer.content), answer.headers.get("ETag", "")),
+        read=lambda answer: JobWithTag(
+            JobView.model_validate_json(answer.content), answer.headers.get("ETag", "")
+        ),
     )
 
 
@@ -109,13 +132,22 @@ def events(job_id: str) -> Call[EventList]:
     return get(EventList, "/v1/jobs/{job_id}/events", job_id=job_id)
 
 
-def logs(job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None) -> Call[str]:
+def logs(
+    job_id: str, *, attempt: int | None = None, rank: int | None = None, level: Level | None = None
+) -> Call[str]:
     """Read the log of an attempt, by default the last.
 
     Filters: `rank` of a worker, and minimum `level`.
     """
     query = {"attempt": attempt, "rank": rank, "level": level}
-    return Call(method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=read_text)
+    return Call(
+        method="GET", route="/v1/jobs/{job_id}/logs", path={"job_id": job_id}, query=query, read=read_text
+    )
+
+
+def advice(job_id: str) -> Call[AdviceView]:
+    """Return whether synchronised statistics matter for a job, and their cost."""
+    return get(AdviceView, "/v1/jobs/{job_id}/advice", job_id=job_id)
 
 
 def submit_comparison(body: SubmitComparison | Content, *, key: str | None = None) -> Call[ComparisonView]:
@@ -128,6 +160,14 @@ def validate_comparison(body: SubmitComparison | Content) -> Call[Validation]:
     return post(Validation, "/v1/comparisons:validate", _content(body))
 
 
+def comparisons(
+    *, owner: str | None = None, page_size: int = 100
+) -> Listing[ComparisonList, ComparisonSummaryView]:
+    """List comparisons, newest first."""
+    query = {"owner": owner, "page_size": page_size}
+    return Listing(get(ComparisonList, "/v1/comparisons", query), lambda page: page.comparisons)
+
+
 def comparison(comparison_id: str) -> Call[ComparisonView]:
     """Show a comparison and its jobs."""
     return get(ComparisonView, "/v1/comparisons/{comparison_id}", comparison_id=comparison_id)
@@ -135,12 +175,32 @@ def comparison(comparison_id: str) -> Call[ComparisonView]:
 
 def report(comparison_id: str, *, curves: bool = False) -> Call[Report]:
     """Return the report of a comparison, optionally with the curves of its runs."""
-    return get(Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id)
+    return get(
+        Report, "/v1/comparisons/{comparison_id}/report", {"curves": curves}, comparison_id=comparison_id
+    )
+
+
+def document(comparison_id: str, format: str = "html") -> Call[str]:  # noqa: A002
+    """Return the report as a file: html, md, csv or json."""
+    return Call(
+        method="GET",
+        route="/v1/comparisons/{comparison_id}/document",
+        path={"comparison_id": comparison_id},
+        query={"format": format},
+        read=read_text,
+    )
+
+
+def verdict(comparison_id: str) -> Call[VerdictView]:
+    """Judge the claim of a comparison that was made from a recipe."""
+    return get(VerdictView, "/v1/comparisons/{comparison_id}/verdict", comparison_id=comparison_id)
 
 
 def curves(comparison_id: str, metric: str) -> Call[Curves]:
     """Return one metric of all runs of a comparison."""
-    return get(Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id)
+    return get(
+        Curves, "/v1/comparisons/{comparison_id}/curves", {"metric": metric}, comparison_id=comparison_id
+    )
 
 
 def me() -> Call[CallerView]:
@@ -197,13 +257,18 @@ def webhook(webhook_id: str) -> Call[WebhookView]:
 def delete_webhook(webhook_id: str) -> Call[None]:
     """Delete a webhook. If the answer is lost, the retry raises ApiError with 404."""
     return Call(
-        method="DELETE", route="/v1/webhooks/{webhook_id}", path={"webhook_id": webhook_id}, read=lambda _: None
+        method="DELETE",
+        route="/v1/webhooks/{webhook_id}",
+        path={"webhook_id": webhook_id},
+        read=lambda _: None,
     )
 
 
 def deliveries(webhook_id: str, *, page_size: int = 100) -> Listing[DeliveryList, DeliveryView]:
     """List the messages of a webhook and their results, newest first."""
-    first = get(DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id)
+    first = get(
+        DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id
+    )
     return Listing(first, lambda page: page.deliveries)
 
 
@@ -214,7 +279,7 @@ def cluster() -> Call[ClusterView]:
 
 def ready() -> Call[Readiness]:
     """Return the health checks, also when some of them fail."""
-    return replace(get(Readiness, "/readyz"), takes=(503,))
+    return replace(get(Readiness, "/readyz"), ok_statuses=(503,))
 
 
 def alive() -> Call[None]:
@@ -231,8 +296,8 @@ def _content(body: BaseModel | Content) -> Content:
     return body.model_dump(mode="json", exclude_unset=True) if isinstance(body, BaseModel) else body
 
 
-def _submission(name: str, spec: JobSpec | Content, terms: SubmitOptions | None) -> Content:
-    return {"name": name, "spec": _content(spec), **_content(terms or {})}
+def _submission(name: str, spec: JobSpec | Content, options: SubmitOptions | None) -> Content:
+    return {"name": name, "spec": _content(spec), **_content(options or {})}
 
 
 def _change(name: str | None, overrides: Content | None) -> Content:

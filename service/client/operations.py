@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -10,14 +10,41 @@ from service.client import calls, sse
 from service.client.call import Call, Listing, Page
 from service.client.sse import Stream
 
-if TYPE_CHECKING:  # they are made of this
-    from service.client.client import AsyncClient, Client
-
 A = TypeVar("A")
 E = TypeVar("E", bound=BaseModel)
 P = TypeVar("P", bound=Page)
 Item = TypeVar("Item")
 Given = ParamSpec("Given")
+
+
+class Sender(Protocol):
+    """Blocking client."""
+
+    is_async: Literal[False]
+
+    def send(self, call: Call[A]) -> A:
+        """Send a call and return its result."""
+
+    def paginate(self, listing: Listing[P, Item]) -> Iterator[Item]:
+        """Iterate over the items of all pages of a list."""
+
+    def follow(self, stream: Stream[E]) -> Iterator[E]:
+        """Iterate over the events of a stream."""
+
+
+class AsyncSender(Protocol):
+    """asyncio client."""
+
+    is_async: Literal[True]
+
+    def send(self, call: Call[A]) -> Coroutine[Any, Any, A]:
+        """Send a call and return its result."""
+
+    def paginate(self, listing: Listing[P, Item]) -> AsyncIterator[Item]:
+        """Iterate over the items of all pages of a list."""
+
+    def follow(self, stream: Stream[E]) -> AsyncIterator[E]:
+        """Iterate over the events of a stream."""
 
 
 class Sent(Generic[Given, A]):
@@ -27,10 +54,12 @@ class Sent(Generic[Given, A]):
         self._describe = describe
 
     @overload
-    def __get__(self, client: "Client", kind: type) -> Callable[Given, A]: ...
+    def __get__(self, client: Sender, kind: type) -> Callable[Given, A]: ...
     @overload
-    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, Coroutine[Any, Any, A]]: ...
-    def __get__(self, client: "Client | AsyncClient", kind: type) -> Callable[Given, A | Coroutine[Any, Any, A]]:
+    def __get__(self, client: AsyncSender, kind: type) -> Callable[Given, Coroutine[Any, Any, A]]: ...
+    def __get__(
+        self, client: Sender | AsyncSender, kind: type
+    ) -> Callable[Given, A | Coroutine[Any, Any, A]]:
         @wraps(self._describe)
         def method(*args: Given.args, **kwargs: Given.kwargs) -> A | Coroutine[Any, Any, A]:
             return client.send(self._describe(*args, **kwargs))
@@ -45,11 +74,11 @@ class Listed(Generic[Given, P, Item]):
         self._describe = describe
 
     @overload
-    def __get__(self, client: "Client", kind: type) -> Callable[Given, Iterator[Item]]: ...
+    def __get__(self, client: Sender, kind: type) -> Callable[Given, Iterator[Item]]: ...
     @overload
-    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, AsyncIterator[Item]]: ...
+    def __get__(self, client: AsyncSender, kind: type) -> Callable[Given, AsyncIterator[Item]]: ...
     def __get__(
-        self, client: "Client | AsyncClient", kind: type
+        self, client: Sender | AsyncSender, kind: type
     ) -> Callable[Given, Iterator[Item] | AsyncIterator[Item]]:
         @wraps(self._describe)
         def method(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[Item] | AsyncIterator[Item]:
@@ -65,10 +94,12 @@ class Followed(Generic[Given, E]):
         self._describe = describe
 
     @overload
-    def __get__(self, client: "Client", kind: type) -> Callable[Given, Iterator[E]]: ...
+    def __get__(self, client: Sender, kind: type) -> Callable[Given, Iterator[E]]: ...
     @overload
-    def __get__(self, client: "AsyncClient", kind: type) -> Callable[Given, AsyncIterator[E]]: ...
-    def __get__(self, client: "Client | AsyncClient", kind: type) -> Callable[Given, Iterator[E] | AsyncIterator[E]]:
+    def __get__(self, client: AsyncSender, kind: type) -> Callable[Given, AsyncIterator[E]]: ...
+    def __get__(
+        self, client: Sender | AsyncSender, kind: type
+    ) -> Callable[Given, Iterator[E] | AsyncIterator[E]]:
         @wraps(self._describe)
         def method(*args: Given.args, **kwargs: Given.kwargs) -> Iterator[E] | AsyncIterator[E]:
             return client.follow(self._describe(*args, **kwargs))
@@ -90,11 +121,15 @@ class Operations:
     events = Sent(calls.events)
     follow_events = Followed(sse.follow_events)
     logs = Sent(calls.logs)
+    advice = Sent(calls.advice)
     follow_logs = Followed(sse.follow_logs)
     submit_comparison = Sent(calls.submit_comparison)
     validate_comparison = Sent(calls.validate_comparison)
     comparison = Sent(calls.comparison)
+    comparisons = Listed(calls.comparisons)
     report = Sent(calls.report)
+    document = Sent(calls.document)
+    verdict = Sent(calls.verdict)
     curves = Sent(calls.curves)
     me = Sent(calls.me)
     create_sign_in_link = Sent(calls.create_sign_in_link)

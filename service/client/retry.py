@@ -1,4 +1,9 @@
-"""Errors of calls, and retries with backoff."""
+"""Errors of calls, and retries with backoff.
+
+Retries are written out because the libraries make them no shorter: a version on tenacity had as many lines,
+and reset the count of a stream by writing into the state of tenacity. stamina reports retries by global
+hooks, not by client, and waits for a `Retry-After` beyond the time limit before it gives up.
+"""
 
 import random
 import time
@@ -14,7 +19,7 @@ from pydantic import ValidationError
 from service.api.schemas import Problem
 
 TRANSIENT = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
-"""The others are mistakes, such as an address of another protocol, and come again."""
+"""Connection errors that a retry may avoid. Others, such as an unsupported protocol, are permanent."""
 
 
 class ApiError(Exception):
@@ -37,35 +42,46 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Limits on tries and total time of a request; a stream starts from zero after every event."""
+    """Limits on attempts and total time of a request.
 
-    tries: int = 8
+    A stream starts from zero after every event.
+    """
+
+    max_attempts: int = 8
     total_seconds: float = 60
-    """No try begins later than this; each may take the client's time limit."""
+    """Time after which no further attempt starts; each may take the client's timeout."""
     first_pause_seconds: float = 0.5
-    longest_pause_seconds: float = 10
+    max_pause_seconds: float = 10
 
 
-PATIENT = RetryPolicy()
+DEFAULT_RETRY_POLICY = RetryPolicy()
 
 
 class Retrier:
-    """Tries of one request, with exponential backoff, jitter and `Retry-After`."""
+    """Attempts of one request, with exponential backoff, jitter and `Retry-After`."""
 
-    def __init__(self, patience: RetryPolicy, on_retry: Callable[[str], None]) -> None:
-        self._patience, self._on_retry = patience, on_retry
+    def __init__(self, retry_policy: RetryPolicy, on_retry: Callable[[str], None]) -> None:
+        self._retry_policy, self._on_retry = retry_policy, on_retry
         self.reset()
 
     def reset(self) -> None:
-        """Reset the count of tries, as after an event of a stream."""
-        self._made, self._deadline = 0, time.monotonic() + self._patience.total_seconds
+        """Reset the count of attempts, as after an event of a stream."""
+        self._made, self._deadline = 0, time.monotonic() + self._retry_policy.total_seconds
 
     def next_delay(self, error: ApiError) -> float:
-        """Return the seconds until the next try; raise the error if there is none."""
+        """Return the seconds until the next attempt; raise the error if there is none."""
         self._made += 1
-        longest = min(self._patience.first_pause_seconds * 2 ** (self._made - 1), self._patience.longest_pause_seconds)
-        pause = max(error.retry_after_seconds, random.uniform(longest / 2, longest))  # noqa: S311 - nothing secret
-        if not error.is_transient or self._made >= self._patience.tries or time.monotonic() + pause > self._deadline:
+        longest = min(
+            self._retry_policy.first_pause_seconds * 2 ** (self._made - 1),
+            self._retry_policy.max_pause_seconds,
+        )
+        # Jitter, so that clients that failed together do not return together.
+        pause = max(error.retry_after_seconds, random.uniform(longest / 2, longest))  # noqa: S311
+        if (
+            not error.is_transient
+            or self._made >= self._retry_policy.max_attempts
+            or time.monotonic() + pause > self._deadline
+        ):
             raise error
         self._on_retry(f"{error}; trying again in {pause:.1f} s")
         return pause
@@ -78,19 +94,26 @@ def wrap_http_errors(url: str) -> Iterator[None]:
         yield
     except httpx.HTTPError as error:
         reason = str(error) or type(error).__name__
-        raise ApiError(f"{url} does not answer: {reason}", is_transient=isinstance(error, TRANSIENT)) from error
+        raise ApiError(
+            f"{url} does not answer: {reason}", is_transient=isinstance(error, TRANSIENT)
+        ) from error
     except ValidationError as error:
         raise ApiError(f"{url} did not answer as a syncbn service does: {error}") from error
 
 
-def raise_for_status(url: str, answer: httpx.Response, takes: tuple[int, ...] = ()) -> None:
-    """Raise ApiError if the status of an answer, whose body has been read, is an error."""
+def raise_for_status(url: str, answer: httpx.Response, ok_statuses: tuple[int, ...] = ()) -> None:
+    """Raise ApiError if the status of an answer is an error.
+
+    The body has been read.
+    """
     status = answer.status_code
-    if answer.is_success or status in takes:
+    if answer.is_success or status in ok_statuses:
         return
     after = answer.headers.get("Retry-After")
     # A conflict that passes, because the same request is being answered, says so; others do not.
-    is_transient = status in (429, 500, 502, 503, 504) or (status == httpx.codes.CONFLICT and after is not None)
+    is_transient = status in (429, 500, 502, 503, 504) or (
+        status == httpx.codes.CONFLICT and after is not None
+    )
     try:
         problem = Problem.model_validate_json(answer.content)
         message = problem.detail

@@ -16,17 +16,19 @@ from service.client.retry import ApiError, Retrier
 from service.domain.jobs import JobState
 from trainer.jobspec import Progress
 
-SECONDS_OF_SILENCE = 45.0
-"""After which a connection is dead: the service gives a sign of life every 15 seconds."""
+SILENCE_TIMEOUT_SECONDS = 45.0
+"""Time without data after which a connection is considered dead; the service sends a comment every 15
+seconds.
+"""
 MIN_HEALTHY_SECONDS = 15.0
-"""A connection that lived so long was a good one, though a job may have had nothing to say."""
+"""Lifetime after which a connection counts as healthy, even if it delivered no event."""
 
 
 class LogLine(BaseModel):
     """Line of a log."""
 
     rank: int | None
-    """Of the worker that printed it; None for the driver."""
+    """Rank of the worker that printed the line; None for the driver."""
     level: Level
     text: str
 
@@ -50,14 +52,14 @@ class Stream(Generic[E]):
 
     call: Call[None]
     kinds: Mapping[str, type[E]]
-    """By their names; other events are passed over."""
+    """Parsers of events by event name; other events are skipped."""
 
 
 class SseCursor(Generic[E]):
     """Position of a stream over all its connections."""
 
-    def __init__(self, stream: Stream[E], tries: Retrier) -> None:
-        self._stream, self._tries = stream, tries
+    def __init__(self, stream: Stream[E], retrier: Retrier) -> None:
+        self._stream, self._retrier = stream, retrier
         self._last_id = ""
         self._answer: httpx.Response | None = None
         self._opened_at, self._has_taken = 0.0, False
@@ -65,7 +67,9 @@ class SseCursor(Generic[E]):
 
     def call(self) -> Call[None]:
         """Return the call that resumes the stream."""
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": self._last_id} if self._last_id else {})
+        headers = {"Accept": "text/event-stream"} | (
+            {"Last-Event-ID": self._last_id} if self._last_id else {}
+        )
         self._answer, self._opened_at, self._has_taken = None, time.monotonic(), False
         return replace(self._stream.call, headers=headers)
 
@@ -82,11 +86,16 @@ class SseCursor(Generic[E]):
         return taken
 
     def next_delay(self, error: ApiError) -> float:
-        """Return the seconds until the next connection; raise the error after too many failures."""
+        """Return the seconds until the next connection.
+
+        Raise the error after too many failures.
+        """
         has_spoken = self._answer is not None and self._answer.num_bytes_downloaded > 0
+        # A job that prints nothing gets only comments. Such a connection is healthy too, but one that breaks
+        # immediately after the header must not be retried without end.
         if self._has_taken or (has_spoken and time.monotonic() - self._opened_at >= MIN_HEALTHY_SECONDS):
-            self._tries.reset()
-        return self._tries.next_delay(error)
+            self._retrier.reset()
+        return self._retrier.next_delay(error)
 
 
 def follow_logs(
@@ -97,9 +106,9 @@ def follow_logs(
     level: Level | None = None,
     unfinished: bool = False,
 ) -> Stream[LogLine | Ended]:
-    """Yield the lines of a job's log as they are written, over all attempts, and then `Ended`.
+    """Yield the lines of a job's log as they are written, and then `Ended`.
 
-    With `unfinished` also `UnfinishedLine`, once a second at most.
+    The log includes all attempts. With `unfinished`, also yields `UnfinishedLine`, at most once a second.
     """
     kinds: dict[str, type[LogLine | Ended]] = {"line": LogLine, "end": Ended}
     if unfinished:

@@ -1,7 +1,8 @@
 """Processes of the embedded stack: commands, environments, readiness probes.
 
-All of them listen on 127.0.0.1 only. The stack is closed to the settings of its surroundings: `RAY_*` and `MLFLOW_*` variables
-of the caller are dropped; `SYNCBN_*` ones that say how the service behaves are passed on.
+All of them listen on 127.0.0.1 only. The stack is closed to the settings of its surroundings: `RAY_*` and
+`MLFLOW_*` variables of the caller are dropped; `SYNCBN_*` ones that say how the service behaves are passed
+on.
 """
 
 import os
@@ -25,7 +26,7 @@ CLOSED = (
     "SYNCBN_PUBLIC_URL",
     "SYNCBN_CLUSTER_URL",
 )
-"""Variables of the caller that name another service."""
+"""Environment variables that would refer to another service."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,10 @@ class Layout:
 
 
 def ray_head(layout: Layout) -> ProcessSpec:
-    """Return the process of Ray's head node; all ports but two are chosen by the system."""
+    """Return the process of Ray's head node.
+
+    All ports but two are chosen by the system.
+    """
     options = {
         "node-ip-address": HOST,
         "port": 0,
@@ -87,7 +91,7 @@ def ray_head(layout: Layout) -> ProcessSpec:
     arguments = [f"--{name}={value}" for name, value in options.items()]
     environment = {
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # at SIGTERM it would wait 30 s for running jobs
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # how often it looks at what is in use, which the service asks for
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",  # of its view of used resources
         "AUTOSCALER_METRIC_PORT": "0",  # fixed numbers otherwise, which two stacks cannot share
         "DASHBOARD_METRIC_PORT": "0",
         "TMPDIR": str(layout.ray_dir),
@@ -97,7 +101,9 @@ def ray_head(layout: Layout) -> ProcessSpec:
         name="ray",
         command=[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *arguments],
         # Jobs inherit it, and the service's settings are none of theirs.
-        environment={name: value for name, value in base_environment(layout).items() if not name.startswith("SYNCBN_")}
+        environment={
+            name: value for name, value in base_environment(layout).items() if not name.startswith("SYNCBN_")
+        }
         | environment,
         log=str(layout.log("ray")),
         required_children=["gcs_server", "raylet"],
@@ -117,7 +123,13 @@ def mlflow_server(layout: Layout) -> ProcessSpec:
     }
     return ProcessSpec(
         name="mlflow",
-        command=[sys.executable, "-m", "mlflow", "server", *(f"--{name}={value}" for name, value in options.items())],
+        command=[
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            *(f"--{name}={value}" for name, value in options.items()),
+        ],
         environment=base_environment(layout)
         | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "SYNCBN_MLFLOW_SECRET": layout.mlflow_secret},
         log=str(layout.log("mlflow")),
@@ -157,14 +169,17 @@ def base_environment(layout: Layout) -> dict[str, str]:
         if not name.startswith(("RAY_", "MLFLOW_")) and name not in CLOSED
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    direct = ",".join([HOST, "localhost", *filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy")])])
+    direct = ",".join(
+        [HOST, "localhost", *filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy")])]
+    )
     return inherited | {
         "PATH": path,  # a job's entrypoint says `python`, and means this one
         "NO_PROXY": direct,
         "no_proxy": direct,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(layout.ray_token_path),
-        # Off, Ray stays on the loopback address instead of replacing it with the machine's own; on Linux it does nothing else.
+        # Off, Ray stays on the loopback address instead of replacing it with the machine's own; on Linux it
+        # does nothing else.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -174,10 +189,14 @@ def base_environment(layout: Layout) -> dict[str, str]:
 
 
 def probes(layout: Layout, client: httpx.Client) -> dict[str, Callable[[], bool]]:
-    """Return for each process a readiness probe, which may raise httpx.HTTPError while it is not ready."""
+    """Return a readiness probe for each process.
+
+    A probe may raise httpx.HTTPError while its process is not ready.
+    """
 
     def ray() -> bool:
-        # The dashboard answers some seconds before the node can run a job; the node's agent answers when it can.
+        # The dashboard answers some seconds before the node can run a job; the node's agent answers when it
+        # can.
         jobs = client.get(f"{layout.ray_url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
         agents = layout.ray_dir.glob("session_latest/dashboard_agent_listen_port_*")
         return jobs.is_success and any(

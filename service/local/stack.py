@@ -17,15 +17,26 @@ from typing import Self
 import httpx
 
 from service.local import processes
-from service.local.host import choose_ports, is_free, keep_secret, short_folder, tail, write_private
+from service.local.host import (
+    RAY_SUBFOLDER,
+    choose_ports,
+    is_free,
+    keep_secret,
+    short_folder,
+    tail,
+)
 from service.local.supervisor import Plan, SupervisorHandle
+from trainer.atomic import atomic_write
 from trainer.processes import STOP_SIGNALS
 
 REQUIRED_PACKAGES = ("fastapi", "mlflow", "ray", "torch", "torchvision", "uvicorn")
 START_ATTEMPTS = 3
 MIN_FREE_BYTES = 100_000_000
 POLL_SECONDS = 0.1
-PORT_TAKEN_WORDS = ("already in use", "Failed to bind to")  # uvicorn's and Ray's; Ray may go on without its dashboard
+PORT_TAKEN_WORDS = (
+    "already in use",
+    "Failed to bind to",
+)  # uvicorn's and Ray's; Ray may go on without its dashboard
 
 
 class StackError(Exception):
@@ -47,11 +58,16 @@ class Connection:
 
 
 def read_connection(data_dir: Path) -> Connection:
-    """Return the connection of the stack that runs in a data folder. Raises StackError."""
+    """Return the connection of the stack that runs in a data folder.
+
+    Raises StackError.
+    """
     try:
         return Connection(**json.loads((data_dir / "connection.json").read_text()))
     except FileNotFoundError:
-        raise StackError(f"no stack runs on {data_dir}; `syncbn up --data-dir {data_dir}` starts one") from None
+        raise StackError(
+            f"no stack runs on {data_dir}; `syncbn up --data-dir {data_dir}` starts one"
+        ) from None
 
 
 class LocalStack:
@@ -78,7 +94,7 @@ class LocalStack:
         self._start_timeout_seconds = start_timeout_seconds
         self._lock: int | None = None
         self._layout: processes.Layout | None = None
-        self._kept: SupervisorHandle | None = None
+        self._supervisor: SupervisorHandle | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -109,10 +125,13 @@ class LocalStack:
     @property
     def process_ids(self) -> dict[str, int]:
         """Process id of each part."""
-        return dict(self._kept.process_ids) if self._kept else {}
+        return dict(self._supervisor.process_ids) if self._supervisor else {}
 
     def start(self) -> None:
-        """Start all processes and return when all answer. Raises StackError, with nothing left running."""
+        """Start all processes and return when all answer.
+
+        Raises StackError, with nothing left running.
+        """
         if missing := [name for name in REQUIRED_PACKAGES if find_spec(name) is None]:
             raise StackError(f"not installed: {', '.join(missing)}; pip install 'syncbn[service,trainer]'")
         self._take_data_dir()
@@ -126,17 +145,26 @@ class LocalStack:
                     if attempt == START_ATTEMPTS:
                         raise
                     self._stop_parts()
-            write_private(self.data_dir / "connection.json", json.dumps(asdict(self.connection), indent=2) + "\n")
+            atomic_write(
+                self.data_dir / "connection.json", json.dumps(asdict(self.connection), indent=2) + "\n"
+            )
         except BaseException:
             self.stop()
             raise
 
     def wait(self, timeout_seconds: float | None = None) -> str | None:
-        """Wait for the end and return its reason; None after the timeout or a requested stop."""
-        if self._kept is None or not self._kept.ended.wait(timeout_seconds) or self._kept.reason is None:
+        """Wait for the end and return its reason.
+
+        None after the timeout or a requested stop.
+        """
+        if (
+            self._supervisor is None
+            or not self._supervisor.ended.wait(timeout_seconds)
+            or self._supervisor.reason is None
+        ):
             return None
-        log = self._running().log(self._kept.dead_part or "keeper")
-        return f"{self._kept.reason}; the end of {log}:\n{tail(log)}"
+        log = self._running().log(self._supervisor.dead_process or "supervisor")
+        return f"{self._supervisor.reason}; the end of {log}:\n{tail(log)}"
 
     def stop(self) -> None:
         """Stop all processes and return when none is left; no effect if nothing runs."""
@@ -153,10 +181,13 @@ class LocalStack:
 
     def _take_data_dir(self) -> None:
         self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.data_dir.chmod(0o700)  # also one that was made by hand, or by an earlier version: it holds tokens and logs
+        self.data_dir.chmod(
+            0o700
+        )  # also one that was made by hand, or by an earlier version: it holds tokens and logs
         if (free := shutil.disk_usage(self.data_dir).free) < MIN_FREE_BYTES:
             raise StackError(
-                f"{self.data_dir}: its disk must have {MIN_FREE_BYTES // 10**6} MB free (got {free / 10**6:.1f} MB); "
+                f"{self.data_dir}: its disk must have {MIN_FREE_BYTES // 10**6} MB free (got "
+                f"{free / 10**6:.1f} MB); "
                 "make room, or choose another folder by --data-dir"
             )
         for name in ("logs", "storage", "mlflow-artifacts"):
@@ -167,7 +198,9 @@ class LocalStack:
         except BlockingIOError:
             os.close(lock)
             where = self.data_dir / "connection.json"
-            raise StackError(f"another stack runs on {self.data_dir} (see {where}), or is still stopping") from None
+            raise StackError(
+                f"another stack runs on {self.data_dir} (see {where}), or is still stopping"
+            ) from None
         self._lock = lock
         (self.data_dir / "connection.json").unlink(missing_ok=True)
 
@@ -176,12 +209,13 @@ class LocalStack:
         free = choose_ports(4)
         if self._port is not None and not is_free(self._port):
             raise StackError(f"port {self._port} is taken; choose another, or none to get a free one")
-        ray_dir = short_folder(self.data_dir)
-        shutil.rmtree(ray_dir, ignore_errors=True)  # left by a crash of the machine
-        ray_dir.mkdir(mode=0o700)
+        temporary = short_folder(self.data_dir)
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a crash of the machine
+        temporary.mkdir(mode=0o700)
+        (temporary / RAY_SUBFOLDER).mkdir()
         self._layout = layout = processes.Layout(
             data_dir=self.data_dir,
-            ray_dir=ray_dir,
+            ray_dir=temporary / RAY_SUBFOLDER,
             ray_token_path=self.data_dir / "ray-token",
             api_token=keep_secret(self.data_dir / "token"),
             mlflow_secret=keep_secret(self.data_dir / "mlflow-secret"),
@@ -198,15 +232,16 @@ class LocalStack:
         for log in (self.data_dir / "logs").glob("*.log"):
             log.replace(log.with_suffix(".log.1"))
         plan = Plan(
-            parts=started,
+            processes=started,
             directory=str(self.data_dir),
-            remove=[str(self.data_dir / "connection.json"), str(layout.ray_dir)],
+            remove=[str(self.data_dir / "connection.json"), str(temporary)],
         )
-        # The keeper shares the lock: the data folder is free again when the last process has ended, however this one ends.
-        self._kept = SupervisorHandle(plan, log=layout.log("keeper"), pass_fds=[self._lock])
+        # The supervisor shares the lock: the data folder is free again when the last process has ended,
+        # however this one ends.
+        self._supervisor = SupervisorHandle(plan, log=layout.log("supervisor"), pass_fds=[self._lock])
 
     def _wait_until_ready(self) -> None:
-        assert self._kept is not None
+        assert self._supervisor is not None
         begin = time.monotonic()
         with httpx.Client(timeout=processes.PROBE_TIMEOUT_SECONDS, trust_env=False) as client:
             waiting = processes.probes(self._running(), client)
@@ -214,32 +249,39 @@ class LocalStack:
                 del waiting["api"]
             names = set(waiting)
             # A process can answer before its supervisor has reported its id.
-            while waiting or not names <= self._kept.process_ids.keys():
+            while waiting or not names <= self._supervisor.process_ids.keys():
                 for name, is_ready in list(waiting.items()):
                     with suppress(httpx.HTTPError):
                         if is_ready():
                             del waiting[name]
                             self.ready_seconds[name] = time.monotonic() - begin
                 reason = self.wait(POLL_SECONDS)
-                for name in self._kept.process_ids:
+                for name in self._supervisor.process_ids:
                     end = tail(self._running().log(name))
                     if any(words in end for words in PORT_TAKEN_WORDS):
-                        raise PortTakenError(f"{name} found a port taken by somebody else; the end of its log:\n{end}")
+                        raise PortTakenError(
+                            f"{name} found a port taken by somebody else; the end of its log:\n{end}"
+                        )
                 if reason is not None:
                     raise StackError(reason)
                 if time.monotonic() - begin > self._start_timeout_seconds:
-                    ends = "\n".join(f"the end of {log}:\n{tail(log)}" for log in map(self._running().log, waiting))
+                    ends = "\n".join(
+                        f"the end of {log}:\n{tail(log)}" for log in map(self._running().log, waiting)
+                    )
                     raise StackError(
                         f"not ready after {self._start_timeout_seconds:.0f} s: {', '.join(waiting)}; {ends}"
                     )
 
     def _stop_parts(self) -> None:
-        if self._kept is not None:
-            self._kept.stop()
+        if self._supervisor is not None:
+            self._supervisor.stop()
 
 
 def run_until_stopped(stack: LocalStack, on_ready: Callable[[Connection], None]) -> str | None:
-    """Run the stack until SIGINT, SIGTERM or SIGHUP (returns None) or until a part dies (returns the reason)."""
+    """Run the stack until a signal (returns None) or a failure (returns its reason).
+
+    The signals are SIGINT, SIGTERM and SIGHUP; a failure is the end of a part.
+    """
     with first_signal_interrupts():
         try:
             with stack:
@@ -253,7 +295,10 @@ def run_until_stopped(stack: LocalStack, on_ready: Callable[[Connection], None])
 
 @contextmanager
 def first_signal_interrupts() -> Iterator[None]:
-    """Make the first stop signal a KeyboardInterrupt and ignore the rest: stopping takes seconds, and must not be interrupted."""
+    """Convert the first stop signal to a KeyboardInterrupt and ignore the rest.
+
+    Stopping takes seconds and must not be interrupted.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         for number in before:
@@ -261,7 +306,11 @@ def first_signal_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
     # What the caller ignores (`nohup`) stays ignored.
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.getsignal(number)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     for number in before:
         signal.signal(number, interrupt)
     try:

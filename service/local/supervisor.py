@@ -1,14 +1,15 @@
-"""Supervisor of several programs, which all end when one of them ends.
+"""Supervisor of several processes, which all end when one of them ends.
 
 They also end when the process that started them ends.
 
-    asker --pipe--> guard --pipe--> keeper --> the parts, each in a session of its own, writing to a log of its own
+    client --pipe--> guardian --pipe--> supervisor --> the processes, each in its own session, with its own
+    log
 
-`SupervisorHandle` is the asker's end. Guard and keeper are `python -m service.local.supervisor`: the plan is one line of JSON on
-standard input, which then stays open, and whose end means stop; standard output carries events, and its end means that no process
-is left.
-Each of the two adopts what its descendants leave behind (a Linux "child subreaper"), so a daemon that left its session and
-its parent is still found, and either of them can be killed without anything surviving it.
+`SupervisorHandle` is the client's side. Guardian and supervisor run `python -m service.local.supervisor`: the
+plan is one line of JSON on standard input, which stays open until the client asks for a stop by closing it;
+standard output carries events, and its end means that no process is left. Both adopt orphaned descendants (as
+a Linux "child subreaper"), so that a daemon that left its session and its parent is still found, and either
+of them can be killed without leaving a process behind.
 """
 
 import json
@@ -28,15 +29,16 @@ import psutil
 
 from trainer.processes import GRACE_SECONDS, Descendants, describe_status
 
-VITAL_SECONDS = 1.0  # between two looks at the vital children
+VITAL_SECONDS = 1.0
+"""Interval at which required children are listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessSpec:
     """Process to run.
 
-    `stop_seconds` is what it gets between SIGTERM and SIGKILL; the end of a child that runs one of the programs `required_children`
-    counts as its own, for it may take long to notice, or never do.
+    `stop_seconds` is the time between SIGTERM and SIGKILL. The end of a child that runs one of the programs
+    `required_children` counts as the end of the process, which may notice it late or never.
     """
 
     name: str
@@ -51,7 +53,7 @@ class ProcessSpec:
 class Plan:
     """Processes in start order (stopped in reverse), and paths to remove at the end."""
 
-    parts: Sequence[ProcessSpec]
+    processes: Sequence[ProcessSpec]
     directory: str
     remove: Sequence[str] = ()
 
@@ -62,57 +64,60 @@ class VitalChild:
 
     part: str
     parent: int
-    """Process id of the part."""
+    """Process id of the parent."""
     name: str
     end: int
-    """A pidfd, readable once the child has ended."""
+    """pidfd that is readable once the child has ended."""
 
 
 class SupervisorHandle:
-    """Handle of a supervisor: `ended` is set when a process has died (`reason`) or all have stopped."""
+    """Handle of a supervisor.
+
+    `ended` is set when a process has died (`reason`) or all have stopped.
+    """
 
     def __init__(self, plan: Plan, *, log: Path, pass_fds: Sequence[int] = ()) -> None:
         self.ended = threading.Event()
         self.process_ids: dict[str, int] = {}
-        self.dead_part: str | None = None
+        self.dead_process: str | None = None
         self.reason: str | None = None
         self._stopping = False
         with log.open("wb") as errors:
-            self._guard = subprocess.Popen(
+            self._guardian = subprocess.Popen(
                 [sys.executable, "-m", "service.local.supervisor"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 pass_fds=pass_fds,
-                start_new_session=True,  # Ctrl-C in a terminal reaches its whole foreground group; the asker alone decides
+                start_new_session=True,  # else Ctrl-C in a terminal would reach it, too
             )
-        assert self._guard.stdin is not None
-        with suppress(BrokenPipeError):  # a guard that is already dead is found by the reader
-            self._guard.stdin.write(json.dumps(asdict(plan)).encode() + b"\n")
-            self._guard.stdin.flush()
-        self._reader = threading.Thread(target=self._read_events, name="keeper events", daemon=True)
+        assert self._guardian.stdin is not None
+        with suppress(BrokenPipeError):  # the reader finds a guardian that is already dead
+            self._guardian.stdin.write(json.dumps(asdict(plan)).encode() + b"\n")
+            self._guardian.stdin.flush()
+        self._reader = threading.Thread(target=self._read_events, name="supervisor events", daemon=True)
         self._reader.start()
 
     def stop(self) -> None:
         """Ask the supervisor to stop, and return when no process is left."""
         self._stopping = True
-        assert self._guard.stdin is not None
+        assert self._guardian.stdin is not None
         with suppress(BrokenPipeError):
-            self._guard.stdin.close()
+            self._guardian.stdin.close()
         self._reader.join()
-        self._guard.wait()
+        self._guardian.wait()
 
     def _read_events(self) -> None:
-        assert self._guard.stdout is not None
-        with self._guard.stdout as events:
+        assert self._guardian.stdout is not None
+        with self._guardian.stdout as events:
             for line in events:
                 event = json.loads(line)
                 self.process_ids |= event.get("started", {})
                 if "dead" in event:
-                    self.dead_part, self.reason = event["dead"], event["reason"]
+                    self.dead_process, self.reason = event["dead"], event["reason"]
                     self.ended.set()
         if not self._stopping and self.reason is None:
-            self.reason = "the keeper of the processes ended without a word"
+            self.reason = "the supervisor ended without a message"
         self.ended.set()
 
 
@@ -122,62 +127,74 @@ def main() -> None:
     if not line:
         return
     fields = json.loads(line)
-    plan = Plan(**fields | {"parts": [ProcessSpec(**part) for part in fields["parts"]]})
-    lifeline, guard_end = os.pipe()
-    keeper = os.fork()
-    if keeper == 0:
-        os.close(guard_end)
-        keep(plan, lifeline)
+    plan = Plan(**fields | {"processes": [ProcessSpec(**part) for part in fields["processes"]]})
+    lifeline, guardian_end = os.pipe()
+    supervisor = os.fork()
+    if supervisor == 0:
+        os.close(guardian_end)
+        run_supervisor(plan, lifeline)
     else:
         os.close(lifeline)
-        guard(plan, keeper, guard_end)
+        run_guardian(plan, supervisor, guardian_end)
     for path in plan.remove:
         shutil.rmtree(path, ignore_errors=True)
         with suppress(OSError):
             Path(path).unlink()
 
 
-def guard(plan: Plan, keeper: int, lifeline: int) -> None:
-    """Pass a stop request on to the supervisor, and end its descendants if it was killed."""
+def run_guardian(plan: Plan, supervisor: int, lifeline: int) -> None:
+    """Forward a stop request to the supervisor.
+
+    If the supervisor was killed, end its descendants.
+    """
     descendants = Descendants()
-    is_asked = False
-    while not is_asked and keeper not in descendants.ended:
-        is_asked = descendants.wait(lifeline=sys.stdin.fileno())
+    is_stopping = False
+    while not is_stopping and supervisor not in descendants.ended:
+        is_stopping = descendants.wait(lifeline=sys.stdin.fileno())
     os.close(lifeline)
-    if status := descendants.ended.get(keeper, 0):
-        report(dead="keeper", reason=f"the keeper of the processes {describe_status(status)}")
-    descendants.wait_for_end(keeper, sum(part.stop_seconds for part in plan.parts) + 2 * GRACE_SECONDS)
+    if status := descendants.ended.get(supervisor, 0):
+        report(dead="supervisor", reason=f"the supervisor {describe_status(status)}")
+    descendants.wait_for_end(
+        supervisor, sum(part.stop_seconds for part in plan.processes) + 2 * GRACE_SECONDS
+    )
     end_all(descendants)
 
 
-def keep(plan: Plan, lifeline: int) -> None:
-    """Start the processes, wait until one dies or the lifeline closes, then stop all in reverse order."""
+def run_supervisor(plan: Plan, lifeline: int) -> None:
+    """Start the processes, and stop all in reverse order when one ends.
+
+    Closing the lifeline stops them too.
+    """
     descendants = Descendants()
     running: list[tuple[subprocess.Popen[bytes], ProcessSpec]] = []
-    is_asked = False
-    for part in plan.parts:
+    is_stopping = False
+    for part in plan.processes:
         try:
             running.append((start(part, plan.directory), part))
         except OSError as error:
             report(dead=part.name, reason=f"{part.name} could not be started: {error}")
-            is_asked = True
+            is_stopping = True
             break
     report(started={part.name: process.pid for process, part in running})
     vital: dict[psutil.Process, VitalChild] = {}
-    while not is_asked:
+    while not is_stopping:
         ends = [child.end for child in vital.values()]
-        is_asked = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
+        is_stopping = descendants.wait(lifeline=lifeline, ends=ends, timeout_seconds=VITAL_SECONDS)
         lost = dead_child(vital)
         if lost:  # the kernel may end it with its parent, before the end of the parent can be seen
             descendants.wait_for_end(lost.parent, 0.1)
-        dead = [(part, descendants.ended[process.pid]) for process, part in running if process.pid in descendants.ended]
-        if dead and not is_asked:
+        dead = [
+            (part, descendants.ended[process.pid])
+            for process, part in running
+            if process.pid in descendants.ended
+        ]
+        if dead and not is_stopping:
             part, status = dead[0]
             report(dead=part.name, reason=f"{part.name} {describe_status(status)}")
-            is_asked = True
-        elif lost and not is_asked:
+            is_stopping = True
+        elif lost and not is_stopping:
             report(dead=lost.part, reason=f"{lost.part} lost its {lost.name}")
-            is_asked = True
+            is_stopping = True
         note_children(running, vital)
     for process, part in reversed(running):
         descendants.stop(process.pid, part.stop_seconds)
@@ -203,7 +220,10 @@ def dead_child(vital: dict[psutil.Process, VitalChild]) -> VitalChild | None:
 
 
 def start(part: ProcessSpec, directory: str) -> subprocess.Popen[bytes]:
-    """Start a process. `Descendants` collects its status, and the `Popen` must stay referenced."""
+    """Start a process.
+
+    `Descendants` collects its status, and the `Popen` must stay referenced.
+    """
     with Path(part.log).open("wb") as log:
         return subprocess.Popen(
             part.command,
@@ -213,7 +233,7 @@ def start(part: ProcessSpec, directory: str) -> subprocess.Popen[bytes]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            umask=0o077,  # databases, logs and models are for their owner alone
+            umask=0o077,  # only the owner reads databases, logs and models
         )
 
 

@@ -1,4 +1,4 @@
-"""An elastic job on a real Ray of several nodes on this machine: a node is drained, another one comes, and nothing is lost."""
+"""Elastic job on a Ray cluster of several nodes: one node is drained, another one joins."""
 
 import os
 import re
@@ -15,7 +15,15 @@ import torch
 from service.adapters.job_log import AttemptLog, LogOffset
 from service.adapters.run_storage import RunFiles
 from tests.trainer.factories import train_here
-from trainer.jobspec import JOB_VARIABLE, OUTCOME_FILE, Allowlist, AttemptContext, JobSpec, Outcome, Task
+from trainer.jobspec import (
+    JOB_VARIABLE,
+    OUTCOME_FILE,
+    Allowlist,
+    AttemptContext,
+    AttemptTask,
+    JobSpec,
+    Outcome,
+)
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
@@ -63,14 +71,14 @@ def wait_for(folder, pattern, seconds=120):
 
 
 def count_steps(folder):
-    """Steps that the run says are done."""
+    """Return the steps that the run has completed."""
     progress = folder / "attempt-1" / "progress.json"
     return int(re.findall(r'"step":(\d+)', progress.read_text())[0]) if progress.exists() else 0
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore")  # of Ray, which leaves sockets open
-def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatch):
+def test_draining_a_node_loses_no_step_and_a_new_node_is_used(tmp_path, monkeypatch):
     with cluster_of(monkeypatch) as cluster:
         cluster.add_node(num_cpus=2)
         leaving = cluster.add_node(num_cpus=2)
@@ -79,7 +87,7 @@ def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatc
         context = AttemptContext(
             job_id=tmp_path.name, attempt=1, name="elastic", folder=str(tmp_path), permissions=permissions
         )
-        task = Task(spec=JobSpec.model_validate(SPEC), context=context)
+        task = AttemptTask(spec=JobSpec.model_validate(SPEC), context=context)
         environment = os.environ | {
             JOB_VARIABLE: str(RunFiles(tmp_path.parent).write_task(task)),
             "RAY_ADDRESS": cluster.address,
@@ -98,10 +106,22 @@ def test_a_drained_node_loses_no_step_and_a_new_one_is_used(tmp_path, monkeypatc
                 "test",
             ]
             ray = Path(sys.executable).with_name("ray")
-            command = [ray, "drain-node", "--address", cluster.address, *drain, "--deadline-remaining-seconds", "60"]
+            command = [
+                ray,
+                "drain-node",
+                "--address",
+                cluster.address,
+                *drain,
+                "--deadline-remaining-seconds",
+                "60",
+            ]
             subprocess.run(command, check=True, timeout=60)
-            [saved] = wait_for(tmp_path, r"preempted: a node is about to go; saved after (\d+) steps")
-            [(resumed, workers)] = wait_for(tmp_path, r"goes on from step-0*(\d+)-\S+, saved by (\d) workers")
+            [saved] = wait_for(
+                tmp_path, r"preempted: a node is about to be preempted; saved after (\d+) steps"
+            )
+            [(resumed, workers)] = wait_for(
+                tmp_path, r"resuming from step-0*(\d+)-\S+, saved by (\d) workers"
+            )
             assert (resumed, workers) == (saved, "4")
             wait_for(tmp_path, r"worker 1 of 2 on")
             cluster.remove_node(leaving)

@@ -1,7 +1,8 @@
-"""Which changes of the API's document break a client that was made for an older one; pure but for `main`, which CI calls.
+"""Detection of API changes that break clients of an older document.
 
-A value that an older client sends must still be taken, and one that the service answers must still be what the older document
-says. Both are one question, whether all values of one schema are values of another, asked in the two directions.
+Request values of an older client must still be accepted, and response values must still match the older
+document. Both are one question, whether all values of one schema are values of another, asked in both
+directions. Everything is pure except `main`, which CI calls.
 """
 
 import json
@@ -14,20 +15,21 @@ from typing import Any
 ROOT = Path(__file__).parent.parent.parent
 DOCUMENT = "docs/openapi.json"
 ANNOTATIONS = {
-    "$defs", "contentMediaType", "default", "deprecated", "description", "discriminator", "example", "examples", "title",
+    "$defs", "contentMediaType", "default", "deprecated", "description", "discriminator", "example",
+    "examples", "title",
 }  # fmt: skip
-"""Keywords that refuse no value."""
-LEAST = {"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"}
-MOST = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"}
+"""Keywords that reject no value."""
+LOWER_BOUNDS = {"minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties"}
+UPPER_BOUNDS = {"maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties"}
 MISSING = object()
 
 Schema = dict[str, Any]
 Reason = tuple[str, str]
-"""Path into a value, and what keeps it from being one of the other schema's."""
+"""Path into a value, and the reason why the other schema rejects it."""
 
 
 def breaking_changes(old: Schema, new: Schema) -> list[str]:
-    """List what a client made for `old` can no longer do, or no longer read, with a service described by `new`."""
+    """Return incompatibilities for a client made for `old` with a service described by `new`."""
     return [
         f"{method.upper()} {path}: {change}"
         for path, methods in old["paths"].items()
@@ -87,15 +89,15 @@ def _changed_parameters(old: Schema, new: Schema, before: Schema, after: Schema)
 
 
 class Comparison:
-    """Finds values of one document's schemas that another document's do not allow."""
+    """Comparison of the schemas of two documents."""
 
     def __init__(self, ours: Schema, theirs: Schema) -> None:
         self._ours, self._theirs = ours, theirs
         self._seen: set[tuple[str, str]] = set()
-        """Pairs of named schemas that are being compared, which may lie within themselves."""
+        """Pairs of named schemas under comparison; schemas may be recursive."""
 
     def refused(self, ours: Any, theirs: Any, where: str) -> list[Reason]:
-        """List why values of schema `ours` may not be values of `theirs`; nothing if all of them are."""
+        """Return reasons why values of schema `ours` may not be values of `theirs`."""
         names = _name(ours), _name(theirs)
         if all(names):
             if names in self._seen:
@@ -113,7 +115,7 @@ class Comparison:
         return list(self._by_keywords(ours, theirs, where))
 
     def _by_no_member(self, ours: Schema, members: list[Schema], where: str) -> list[Reason]:
-        """Of the members of a union, one must take it; of the refusals, those of the nearest one tell most."""
+        """Return the rejections of the closest member of a union, or none if one member accepts."""
         refusals = []
         for member in members:
             before = set(self._seen)
@@ -131,15 +133,15 @@ class Comparison:
                 case "enum" | "const":
                     yield from _other_values("value", _values(ours), _values(theirs), where)
                 case "properties" | "required" | "additionalProperties":
-                    pass  # together, below
+                    pass  # compared as a whole below
                 case "items" | "propertyNames":
                     yield from self.refused({} if value is MISSING else value, allowed, f"{where}[]")
                 case "prefixItems":
                     for index, item in enumerate(allowed):
                         mine = value[index] if value is not MISSING and index < len(value) else {}
                         yield from self.refused(mine, item, f"{where}[{index}]")
-                case _ if key in LEAST | MOST:
-                    if value is MISSING or (value < allowed if key in LEAST else value > allowed):
+                case _ if key in LOWER_BOUNDS | UPPER_BOUNDS:
+                    if value is MISSING or (value < allowed if key in LOWER_BOUNDS else value > allowed):
                         yield where, f"{key} {'none' if value is MISSING else value} is not within {allowed}"
                 case _ if key not in ANNOTATIONS and value != allowed:
                     yield where, f"{key} {'none' if value is MISSING else value} is not {allowed}"
@@ -187,7 +189,7 @@ def _types(schema: Schema) -> set[str]:
 
 
 def _values(schema: Schema) -> set[str] | None:
-    """The values of an enumeration, as JSON; None for a schema that has none."""
+    """Return the values of an enumeration as JSON, or None for other schemas."""
     if "const" in schema:
         return {json.dumps(schema["const"])}
     return {json.dumps(value) for value in schema["enum"]} if "enum" in schema else None
@@ -203,7 +205,7 @@ def _other_values(what: str, ours: set[str] | None, theirs: set[str] | None, whe
 
 
 def main() -> None:
-    """Compare the document with that of the main line, or on the main line itself with that of the change before."""
+    """Compare the document with the merge base, or on the main line with the previous commit."""
     new = json.loads((ROOT / DOCUMENT).read_text())
     old = _before()
     if old is None:
@@ -213,12 +215,13 @@ def main() -> None:
     print(*(changes or [f"Nothing breaks clients made for the earlier {DOCUMENT}."]), sep="\n")
     if changes and old["info"]["version"] == new["info"]["version"]:
         sys.exit(
-            f"{len(changes)} changes break clients made for the earlier {DOCUMENT}; CONTRIBUTING.md says what to do."
+            f"{len(changes)} changes break clients made for the earlier {DOCUMENT}; CONTRIBUTING.md says "
+            "what to do."
         )
 
 
 def _before() -> Schema | None:
-    """Read the document where this line of changes left the main line."""
+    """Read the document at the merge base with the main line."""
     for base in ("origin/main", "main", "HEAD^"):
         commit = _git("merge-base", "HEAD", base)
         if commit and commit != _git("rev-parse", "HEAD"):

@@ -1,4 +1,4 @@
-"""The API's document, as the application makes it."""
+"""OpenAPI document of the application."""
 
 import pytest
 

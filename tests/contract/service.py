@@ -1,4 +1,4 @@
-"""The service on a port of its own, whose jobs run to their ends by themselves on stand-ins for Ray and MLflow."""
+"""Service on its own port, whose jobs complete by themselves on fakes of Ray and MLflow."""
 
 import asyncio
 import socket
@@ -15,7 +15,7 @@ from service.api.server import Server
 from service.domain.access import Caller, RateLimit, Token
 from service.domain.errors import Conflict
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Capacity
+from service.domain.scheduling import Resources
 from service.settings import Settings
 from service.store.tokens import TokenStore
 from tests.fakes import FakeMlflow, FakeRay
@@ -26,7 +26,7 @@ TOKEN = "0123456789abcdef-contract"
 
 @dataclass
 class QuickRay(FakeRay):
-    """A cluster on which there is room for every job, and which has run it by the time that it is asked a second time."""
+    """Cluster with room for every job; a job succeeds at the second status request."""
 
     async def submit(self, submission_id: str, task_file: Path) -> None:
         await super().submit(submission_id, task_file)
@@ -34,27 +34,31 @@ class QuickRay(FakeRay):
         folder = attempt_folder(Path(task.context.folder), task.context.attempt)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOG_FILE).write_text("step 1\nWARNING: the loss grows\n")
-        outcome = Outcome(state="failed" if task.spec.seed % 2 else "succeeded", reason="as the seed wants it")
+        outcome = Outcome(
+            state="failed" if task.spec.seed % 2 else "succeeded", reason="as the seed wants it"
+        )
         (folder / OUTCOME_FILE).write_text(outcome.model_dump_json())
 
     async def find(self, submission_id: str) -> Submission | None:
         found = await super().find(submission_id)
         if found is not None:
-            self.set(submission_id, RayStatus.SUCCEEDED if found.status == RayStatus.RUNNING else RayStatus.RUNNING)
+            self.set(
+                submission_id, RayStatus.SUCCEEDED if found.status == RayStatus.RUNNING else RayStatus.RUNNING
+            )
         return found
 
 
 class Tokens(TokenStore):
-    """Tokens that nobody revokes by themselves: a walk that did would learn no more than 401 from there on."""
+    """Tokens that cannot be revoked: after a revocation a walk would only see status 401."""
 
     async def revoke(self, token_id: str, actor: Caller) -> Token:
         if token_id == actor.token_id:
-            raise Conflict(f"token {token_id} is the one that the walk goes on with")
+            raise Conflict(f"token {token_id} is used by the walk")
         return await super().revoke(token_id, actor)
 
 
-class Outbox(WebhookHttp):
-    """Takes webhooks of all addresses, and sends nothing: made-up ones may be somebody's."""
+class AcceptingWebhooks(WebhookHttp):
+    """Webhook client that accepts all addresses and sends nothing, as generated addresses may be real."""
 
     async def check(self, url: str) -> None:
         pass
@@ -65,7 +69,10 @@ class Outbox(WebhookHttp):
 
 @contextmanager
 def running_service(folder: Path) -> Iterator[str]:
-    """Run the service in a thread, with limits too high to reach and the token of `schemathesis.toml`; yield its address."""
+    """Run the service in a thread without effective rate limits; yield its URL.
+
+    The token is that of `schemathesis.toml`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -76,24 +83,26 @@ def running_service(folder: Path) -> Iterator[str]:
         storage=folder / "storage",
         secrets_folder=folder / "secrets",
         poll_seconds=0.05,
-        grace_seconds=0,
+        outcome_grace_seconds=0,
         max_active_jobs=10_000,
         check_seconds=0,
         rate_per_second=1e6,
         rate_burst=1_000_000,
     )
-    app = make_app(settings, QuickRay(total=Capacity(cpus=1e9, gpus=1e9)), FakeMlflow())
+    app = make_app(settings, QuickRay(total=Resources(cpus=1e9, gpus=1e9)), FakeMlflow())
     server = Server(app, settings)
     ended = threading.Thread(target=lambda: asyncio.run(server.serve()), name="the service")
     try:
-        with patch("service.api.app.WebhookHttp", Outbox):
+        with patch("service.wiring.WebhookHttp", AcceptingWebhooks):
             ended.start()
             while not server.started and ended.is_alive():
                 ended.join(0.05)
         assert server.started
-        # Many requests show no valid token, to see that each operation asks for one.
+        # Many requests have no valid token, since each operation is checked to require one.
         parts = app.state.components
-        app.state.components = replace(parts, failures=RateLimit(1e6, 1_000_000), tokens=Tokens(parts.database))
+        app.state.components = replace(
+            parts, failures=RateLimit(1e6, 1_000_000), tokens=Tokens(parts.database)
+        )
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

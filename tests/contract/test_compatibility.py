@@ -40,10 +40,16 @@ OLD = {
             "post": {
                 "operationId": "make",
                 "security": [{"Bearer": ["submit"]}],
-                "parameters": [{"name": "limit", "in": "query", "schema": {"type": "integer", "maximum": 100}}],
-                "requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Request"}}}},
+                "parameters": [
+                    {"name": "limit", "in": "query", "schema": {"type": "integer", "maximum": 100}}
+                ],
+                "requestBody": {
+                    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Request"}}}
+                },
                 "responses": {
-                    "201": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}}},
+                    "201": {
+                        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Answer"}}}
+                    },
                     "404": {},
                 },
             }
@@ -56,10 +62,10 @@ GONE = object()
 
 
 def changed(*changes):
-    """The old document with other values, or none, at these places."""
+    """Return the old document with values at these paths replaced or removed."""
     new = copy.deepcopy(OLD)
-    for place, value in changes:
-        *parents, last = place
+    for path, value in changes:
+        *parents, last = path
         found = new
         for parent in parents:
             found = found[parent]
@@ -71,7 +77,7 @@ def changed(*changes):
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "told"),
+    ("path", "value", "message"),
     [
         (("paths", "/things"), GONE, "is gone"),
         (POST, GONE, "is gone"),
@@ -79,16 +85,28 @@ def changed(*changes):
         ((*POST, "security"), [{"Bearer": ["admin"]}], "security was"),
         ((*POST, "parameters"), [], "query limit is no longer taken"),
         ((*POST, "parameters", 0, "required"), True, "query limit is required now"),
-        ((*POST, "parameters", 0, "schema", "maximum"), 50, "no longer takes limit: maximum 100 is not within 50"),
+        (
+            (*POST, "parameters", 0, "schema", "maximum"),
+            50,
+            "no longer takes limit: maximum 100 is not within 50",
+        ),
         ((*POST, "requestBody", "required"), True, "a body is required now"),
-        ((*POST, "requestBody", "content"), {"text/plain": {}}, "a body of application/json is no longer taken"),
+        (
+            (*POST, "requestBody", "content"),
+            {"text/plain": {}},
+            "a body of application/json is no longer taken",
+        ),
         ((*POST, "responses"), {"404": {}}, "201 is no longer answered"),
         ((*POST, "responses", "201", "content"), {}, "201 is no longer answered in application/json"),
         ((*REQUEST, "required"), ["name", "size"], "no longer takes body.size: it may be missing"),
         ((*REQUEST, "properties", "size"), GONE, "no longer takes body.size: there is no such field"),
         ((*REQUEST, "properties", "size", "anyOf", 1), GONE, "body.size: type null is not within integer"),
         ((*REQUEST, "properties", "size", "anyOf", 0, "minimum"), 1, "body.size: minimum 0 is not within 1"),
-        ((*REQUEST, "properties", "size", "anyOf", 0, "maximum"), 9, "body.size: maximum none is not within 9"),
+        (
+            (*REQUEST, "properties", "size", "anyOf", 0, "maximum"),
+            9,
+            "body.size: maximum none is not within 9",
+        ),
         ((*REQUEST, "properties", "name", "maxLength"), 5, "body.name: maxLength 10 is not within 5"),
         ((*REQUEST, "properties", "name", "pattern"), "^b", "body.name: pattern ^a is not ^b"),
         ((*REQUEST, "properties", "name", "type"), "integer", "body.name: type string is not within integer"),
@@ -99,26 +117,38 @@ def changed(*changes):
             "body.parts[]: type object is not within string",
         ),
         ((*ANSWER, "required"), ["id"], "may answer another body.colour: it may be missing"),
-        ((*ANSWER, "properties", "id", "type"), ["string", "null"], "another body.id: type null is not within string"),
-        ((*ANSWER, "properties", "size"), {"type": "string"}, "another body.size: type string is not within number"),
+        (
+            (*ANSWER, "properties", "id", "type"),
+            ["string", "null"],
+            "another body.id: type null is not within string",
+        ),
+        (
+            (*ANSWER, "properties", "size"),
+            {"type": "string"},
+            "another body.size: type string is not within number",
+        ),
         (
             (*ANSWER, "properties", "labels", "additionalProperties"),
             True,
             "body.labels.*: type array is not within string",
         ),
         ((*COLOUR, "enum"), ["red"], 'no longer takes body.colour: value "green" is not within "red"'),
-        ((*COLOUR, "enum"), ["red", "green", "blue"], 'may answer another body.colour: value "blue" is not within'),
+        (
+            (*COLOUR, "enum"),
+            ["red", "green", "blue"],
+            'may answer another body.colour: value "blue" is not within',
+        ),
         (COLOUR, {"type": "string"}, "may answer another body.colour: any value is not within"),
     ],
 )
-def test_what_breaks_clients(place, value, told):
-    changes = breaking_changes(OLD, changed((place, value)))
-    assert any(told in change for change in changes), changes
+def test_incompatible_changes_are_reported(path, value, message):
+    changes = breaking_changes(OLD, changed((path, value)))
+    assert any(message in change for change in changes), changes
     assert all(change.startswith("POST /things: ") for change in changes)
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("path", "value"),
     [
         (("paths", "/others"), {"get": {"operationId": "list", "responses": {}}}),
         ((*POST, "description"), "in other words"),
@@ -139,15 +169,15 @@ def test_what_breaks_clients(place, value, told):
         ((*ANSWER, "properties", "colour"), {"const": "red", "type": "string"}),
     ],
 )
-def test_what_breaks_none(place, value):
-    assert breaking_changes(OLD, changed((place, value))) == []
+def test_compatible_changes_are_not_reported(path, value):
+    assert breaking_changes(OLD, changed((path, value))) == []
 
 
 def test_the_document_is_compatible_with_itself(document):
     assert breaking_changes(document, document) == []
 
 
-def test_a_field_of_the_real_document_is_missed(document):
+def test_removing_a_field_of_the_real_document_is_reported(document):
     new = copy.deepcopy(document)
     del new["components"]["schemas"]["JobView"]["properties"]["reason"]
     new["components"]["schemas"]["JobView"]["required"].remove("reason")
@@ -157,11 +187,13 @@ def test_a_field_of_the_real_document_is_missed(document):
     assert "POST /v1/jobs: no longer takes body.spec.steps: maximum 100000000.0 is not within 10" in changes
 
 
-def test_a_branch_is_compared_with_where_it_left_the_main_line(tmp_path, monkeypatch, capsys):
+def test_a_branch_is_compared_with_its_merge_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(compatibility, "ROOT", tmp_path)
 
     def git(*arguments):
-        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True)
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", *arguments], cwd=tmp_path, check=True
+        )
 
     def commit(document):
         (tmp_path / DOCUMENT).write_text(json.dumps(document))

@@ -1,4 +1,4 @@
-"""The OpenAPI document: complete, true to the service, and the one that is committed."""
+"""The OpenAPI document is complete, correct, and equal to the committed one."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from service.api.app import make_app
 from service.settings import Settings
-from tests.contract.service import TOKEN, Outbox, QuickRay
+from tests.contract.service import TOKEN, AcceptingWebhooks, QuickRay
 from tests.fakes import FakeMlflow
 
 COMMITTED = Path(__file__).parent.parent.parent / "docs" / "openapi.json"
@@ -26,11 +26,11 @@ async def client(tmp_path):
         database_url=f"sqlite+aiosqlite:///{tmp_path}/test.db",
         storage=tmp_path / "storage",
         poll_seconds=0.02,
-        grace_seconds=0,
+        outcome_grace_seconds=0,
     )
     app = make_app(settings, QuickRay(), FakeMlflow())
     async with AsyncExitStack() as stack:
-        with patch("service.api.app.WebhookHttp", Outbox):
+        with patch("service.wiring.WebhookHttp", AcceptingWebhooks):
             await stack.enter_async_context(app.router.lifespan_context(app))
         client = httpx.AsyncClient(
             transport=httpx.ASGITransport(app),
@@ -52,11 +52,13 @@ def success_of(operation):
     return next(answer for status, answer in operation["responses"].items() if status.startswith("2"))
 
 
-def test_it_is_the_one_that_is_committed(document):
+def test_the_committed_document_is_current(document):
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     if os.environ.get("UPDATE") == "openapi":
         COMMITTED.write_text(text)
-    assert COMMITTED.read_text() == text, "the API's document has changed: `make openapi`, and commit docs/openapi.json"
+    assert COMMITTED.read_text() == text, (
+        "the API's document has changed: `make openapi`, and commit docs/openapi.json"
+    )
 
 
 def test_every_operation_is_described(document):
@@ -69,10 +71,12 @@ def test_every_operation_is_described(document):
             for status, answer in operation["responses"].items()
             if status[0] in "45" and path != "/readyz"
         }
-        assert all(list(answer["content"]) == ["application/problem+json"] for answer in errors.values()), path
-        assert all(answer["content"]["application/problem+json"]["schema"] == PROBLEM for answer in errors.values()), (
+        assert all(list(answer["content"]) == ["application/problem+json"] for answer in errors.values()), (
             path
         )
+        assert all(
+            answer["content"]["application/problem+json"]["schema"] == PROBLEM for answer in errors.values()
+        ), path
         if path.startswith("/v1"):
             assert {"401", "403", "429", "500", "503"} <= errors.keys(), path
             assert ("404" in errors) == ("{" in path), path
@@ -80,7 +84,7 @@ def test_every_operation_is_described(document):
                 assert {"400", "413", "422"} <= errors.keys(), path
 
 
-def test_every_answers_example_is_one(document):
+def test_response_examples_are_valid(document):
     found = 0
     for _, path, operation in operations(document):
         for status, answer in operation["responses"].items():
@@ -98,7 +102,7 @@ def test_every_answers_example_is_one(document):
     assert found > 100
 
 
-async def test_every_requests_example_is_taken(document, client):
+async def test_request_examples_are_accepted(document, client):
     ended = await ended_job(client)
     sent = 0
     for method, path, operation in operations(document):
@@ -122,10 +126,15 @@ async def ended_job(client):
     return job_id
 
 
-async def test_every_link_leads_somewhere(document, client):
-    by_name = {operation["operationId"]: (method, path, operation) for method, path, operation in operations(document)}
+async def test_every_link_can_be_followed(document, client):
+    by_name = {
+        operation["operationId"]: (method, path, operation)
+        for method, path, operation in operations(document)
+    }
     ended = await ended_job(client)
-    comparison = (await client.post("/v1/comparisons", json=body_of(by_name["submit_comparison"][2]))).json()["id"]
+    comparison = (await client.post("/v1/comparisons", json=body_of(by_name["submit_comparison"][2]))).json()[
+        "id"
+    ]
     for name in ("make_token", "make_token", "make_webhook", "make_webhook"):
         await client.post(by_name[name][1], json=body_of(by_name[name][2]))
     webhook = (await client.get("/v1/webhooks")).json()["webhooks"][0]["id"]
@@ -141,13 +150,18 @@ async def test_every_link_leads_somewhere(document, client):
         assert answer.is_success, (path, answer.text)
         for link in links.values():
             target_method, target, target_operation = by_name[link["operationId"]]
-            values = {name: find(answer.json(), expression) for name, expression in link["parameters"].items()}
-            assert values.keys() <= {parameter["name"] for parameter in target_operation["parameters"]}, (path, link)
+            values = {
+                name: find(answer.json(), expression) for name, expression in link["parameters"].items()
+            }
+            assert values.keys() <= {parameter["name"] for parameter in target_operation["parameters"]}, (
+                path,
+                link,
+            )
             query = {name: value for name, value in values.items() if f"{{{name}}}" not in target}
             reached = await client.request(
                 target_method, target.format(**values), params=query, json=body_of(target_operation)
             )
-            # A job that has ended cannot be cancelled, nor one that goes on be resumed; but they are there.
+            # An ended job cannot be cancelled, and an active one not resumed; but the operations exist.
             assert reached.status_code in (200, 202, 204, 409), (path, link, reached.text)
             followed += 1
     assert followed > 30
@@ -160,7 +174,7 @@ def body_of(operation):
 
 
 def find(answer, expression):
-    """Resolve a runtime expression of a link."""
+    """Resolve the runtime expression of a link."""
     found = answer
     for part in expression.removeprefix("$response.body#/").split("/"):
         found = found[int(part) if part.isdigit() else part]

@@ -1,4 +1,4 @@
-"""`syncbn serve` in a process of its own, joined to a real Ray and a real MLflow."""
+"""`syncbn serve` in its own process, with a real Ray and MLflow."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ from service.client import Client
 
 
 class Service:
-    """The API and dispatcher, to be started, killed and started again."""
+    """API and dispatcher that can be started, killed and restarted."""
 
     def __init__(self, environment, log):
         self.environment, self.log = environment, log
@@ -32,7 +32,7 @@ class Service:
                 time.sleep(0.1)
 
     def kill(self):
-        """End it with SIGKILL: no chance to tidy up."""
+        """Kill the process with SIGKILL."""
         self.process.kill()
         self.process.wait(10)
 
@@ -47,14 +47,14 @@ class Service:
         return Client(self.url, self.environment["SYNCBN_TOKEN"])
 
     def until(self, job_id, *states, seconds=120, progress=0):
-        """Wait until a job is in one of `states` and has made at least `progress` steps."""
+        """Wait until a job is in one of `states` with at least `progress` steps."""
         deadline = time.monotonic() + seconds
         with self.client() as client:
             while True:
                 job = client.job(job_id)
                 if job.state in states and (not progress or (job.progress and job.progress.step >= progress)):
                     return job
-                told = f"{job}\n{client.logs(job_id) if job.state.is_terminal else ''}"
-                assert not job.state.is_terminal, told
-                assert time.monotonic() < deadline, told
+                details = f"{job}\n{client.logs(job_id) if job.state.is_terminal else ''}"
+                assert not job.state.is_terminal, details
+                assert time.monotonic() < deadline, details
                 time.sleep(0.2)

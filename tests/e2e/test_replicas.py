@@ -1,4 +1,4 @@
-"""Three services on one PostgreSQL, a real Ray and a real MLflow: one of them is frozen for longer than its lease, and wakes up."""
+"""Three replicas on one PostgreSQL, of which one is frozen for longer than its lease."""
 
 import asyncio
 import os
@@ -48,19 +48,21 @@ def replicas(stack, database_url, tmp_path):
 
 
 def holder_of(database_url, lease):
-    """Ask the database who holds a lease; None: nobody does, now."""
+    """Return the holder of a lease from the database, or None."""
 
     async def ask():
         connection = await asyncpg.connect(database_url.replace("+asyncpg", ""))
         try:
-            return await connection.fetchval("SELECT holder FROM leases WHERE name = $1 AND until > now()", lease)
+            return await connection.fetchval(
+                "SELECT holder FROM leases WHERE name = $1 AND until > now()", lease
+            )
         finally:
             await connection.close()
 
     return asyncio.run(ask())
 
 
-def test_who_was_frozen_past_its_lease_changes_nothing_when_it_wakes(replicas, database_url):
+def test_a_replica_frozen_past_its_lease_changes_nothing_afterwards(replicas, database_url):
     with replicas["one"].client() as client:
         job_id = client.submit_job("through a frozen replica", SPEC | {"steps": STEPS, "eval_every": 500}).id
     lease = f"shard-{shard_of(job_id)}"
@@ -75,7 +77,7 @@ def test_who_was_frozen_past_its_lease_changes_nothing_when_it_wakes(replicas, d
     ended = awake.until(job_id, "succeeded")
     os.kill(replicas[frozen].process.pid, signal.SIGCONT)
     deadline = time.monotonic() + 15
-    while holder_of(database_url, lease) != frozen:  # it takes its share again, and looks after jobs
+    while holder_of(database_url, lease) != frozen:  # it takes leases again and reconciles jobs
         assert time.monotonic() < deadline
         time.sleep(0.1)
     with replicas[frozen].client() as client:

@@ -1,4 +1,4 @@
-"""The API in this process, in front of a real MLflow, with a stand-in for Ray: jobs start and stay running."""
+"""In-process API with a real MLflow and a fake of Ray: jobs start and stay running."""
 
 import asyncio
 
@@ -45,7 +45,7 @@ async def app(settings, ray):
 
 @pytest.fixture
 def connect(app):
-    """Make clients of the API, each with a token, or without one."""
+    """Create clients of the API, with or without a token."""
 
     def make(token=None, **options):
         headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -75,7 +75,7 @@ async def reader(admin, connect):
 
 @pytest.fixture
 def start_job(admin, ray):
-    """Submit a job and wait until Ray has it; return what the trainer is told."""
+    """Submit a job, wait for its submission, and return the context of its attempt."""
 
     async def start(name="job"):
         spec = {"steps": 10, "data": {"name": "digits"}, "num_workers": 1}

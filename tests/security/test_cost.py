@@ -1,9 +1,11 @@
-"""The most expensive requests that every route accepts or refuses: meanwhile, others are answered."""
+"""Latency of other requests during the most expensive requests that each route accepts or rejects."""
 
 import json
-import threading
+import math
+import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -13,14 +15,17 @@ from service.domain.comparisons import MAX_COMPARISON_BYTES, MAX_SPEC_BYTES
 from tests.service.api.serving import TOKEN, serving_elsewhere
 from trainer.jobspec import LOG_FILE
 
+pytestmark = pytest.mark.timed
+
 MAX_SECONDS = 0.5
+ATTEMPTS = 3
 MAX_ANSWER_BYTES = 9_000_000
 AT_ONCE = 20
-"""Requests of one token at the same time."""
+"""Concurrent requests of one token."""
 MODEL = "import:models:build"
 JUNK = {"junk": ["x" * 97] * 600}
 LARGE = {"steps": 1, "model": {"name": "timm:resnet26", "arguments": JUNK}}
-"""A spec that is nearly as large as one may be."""
+"""A spec of nearly the maximum size."""
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +45,52 @@ def client(url):
         yield client
 
 
-class JobFeed:
-    """Asks /livez all the time in a thread of its own, and keeps the longest time that an answer took."""
-
-    def __init__(self, url):
-        self.longest, self._ended, self._answered = 0.0, threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(url,))
-
-    def _run(self, url):
-        with httpx.Client(timeout=60) as client:
-            while not self._ended.is_set():
+def measure_latency(url, pipe):
+    """Send the maximum latency of /livez between each pair of messages in `pipe`, until it is closed."""
+    with httpx.Client(timeout=60) as client, suppress(EOFError):
+        while pipe.recv():
+            longest = 0.0
+            client.get(f"{url}/livez")  # connects, and is not measured
+            pipe.send(None)
+            while not pipe.poll(0.01):
                 began = time.monotonic()
                 assert client.get(f"{url}/livez").is_success
-                if self._answered.is_set():  # the first connects, and is not one of those that are measured
-                    self.longest = max(self.longest, time.monotonic() - began)
-                self._answered.set()
-                self._ended.wait(0.01)
+                longest = max(longest, time.monotonic() - began)
+            pipe.recv()
+            pipe.send(longest)
 
-    def __enter__(self):
-        self._thread.start()
-        assert self._answered.wait(60)
-        return self
 
-    def __exit__(self, *_):
-        self._ended.set()
-        self._thread.join()
+@pytest.fixture(scope="module")
+def pipe(url):
+    """Pipe to `measure_latency` in another process, which does not wait for the clients of this one."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure_latency, args=(url, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    yield ours
+    ours.close()
+    process.join(60)
+
+
+@pytest.fixture
+def max_latency(pipe):
+    """Return the maximum latency of /livez during a function that sends requests.
+
+    A machine that stalls does not do so three times in a row; a server that computes does.
+    """
+
+    def measure(send):
+        measured = []
+        while len(measured) < ATTEMPTS and min(measured, default=math.inf) >= MAX_SECONDS:
+            pipe.send("begin")
+            pipe.recv()
+            send()
+            pipe.send("end")
+            measured.append(pipe.recv())
+        return min(measured)
+
+    return measure
 
 
 def comparison(**changes):
@@ -78,7 +104,10 @@ REQUESTS = {
     "a spec that is too large": (
         "POST",
         "/v1/jobs",
-        {"name": "x", "spec": LARGE | {"model": {"name": "timm:x", "arguments": {"junk": ["x" * 9] * 9_000}}}},
+        {
+            "name": "x",
+            "spec": LARGE | {"model": {"name": "timm:x", "arguments": {"junk": ["x" * 9] * 9_000}}},
+        },
         422,
     ),
     "a large comparison": ("POST", "/v1/comparisons", comparison(), 202),
@@ -101,7 +130,12 @@ REQUESTS = {
         comparison(spec={"steps": 1}, matrix={"model.hidden": [[n] * 1_000 for n in range(1, 60)]}),
         422,
     ),
-    "fields that overlap": ("POST", "/v1/comparisons", comparison(variants=OVERLAPPING, spec={"steps": 1}), 422),
+    "fields that overlap": (
+        "POST",
+        "/v1/comparisons",
+        comparison(variants=OVERLAPPING, spec={"steps": 1}),
+        422,
+    ),
     "many wrong fields": (
         "POST",
         "/v1/jobs",
@@ -115,7 +149,12 @@ REQUESTS = {
         {"name": "x", "spec": {"steps": 1, "model": {"name": MODEL, "arguments": {"a": [NESTED] * 1_300}}}},
         422,
     ),
-    "many overrides": ("POST", "/v1/jobs/{job}:clone", {"overrides": {f"optimizer.x{n}": n for n in range(64)}}, 422),
+    "many overrides": (
+        "POST",
+        "/v1/jobs/{job}:clone",
+        {"overrides": {f"optimizer.x{n}": n for n in range(64)}},
+        422,
+    ),
     "a large clone": ("POST", "/v1/jobs/{job}:clone", {"overrides": {"seed": 1}}, 202),
     "a large override": (
         "POST",
@@ -159,44 +198,56 @@ REQUESTS = {
 }
 
 
-def test_the_largest_requests_are_what_they_are_called():
+def test_expensive_requests_get_the_expected_status():
     assert 0.9 * MAX_SPEC_BYTES < len(json.dumps(LARGE)) < MAX_SPEC_BYTES
     assert 0.7 * MAX_COMPARISON_BYTES < 100 * len(json.dumps(LARGE)) < MAX_COMPARISON_BYTES
     assert all(len(json.dumps(body)) < MAX_BODY_BYTES for _, _, body, _ in REQUESTS.values() if body)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_whoever_asks_for_much_keeps_nobody_waiting(url, client, name):
+def test_expensive_requests_do_not_delay_others(max_latency, client, name):
     method, path, body, status = REQUESTS[name]
     if "{" in path:
         jobs = client.post("/v1/comparisons", json=comparison()).json()
         path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
-    content, headers = json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
-    with JobFeed(url) as watch, ThreadPoolExecutor(AT_ONCE) as threads:
-        sent = [threads.submit(client.request, method, path, content=content, headers=headers) for _ in range(AT_ONCE)]
-        answers = [answer.result() for answer in sent]
-    assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]
-    assert all(len(answer.content) < MAX_ANSWER_BYTES for answer in answers)
-    if status == 422:
-        assert all(len(answer.content) < 20_000 for answer in answers)
-    print(f"{name}: /livez answered within {watch.longest:.3f} s, {len(answers[0].content):,} bytes")
-    assert watch.longest < MAX_SECONDS
+    content = json.dumps(body).encode() if body else None
+    # Without its origin, a form would be refused before it is read.
+    headers = {"Content-Type": "application/json", "Origin": str(client.base_url).rstrip("/")}
+
+    def send():
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            sent = [
+                threads.submit(client.request, method, path, content=content, headers=headers)
+                for _ in range(AT_ONCE)
+            ]
+            answers = [answer.result() for answer in sent]
+        assert {answer.status_code for answer in answers} == {status}, answers[0].text[:1_000]
+        assert all(len(answer.content) < MAX_ANSWER_BYTES for answer in answers)
+        if status == 422:
+            assert all(len(answer.content) < 20_000 for answer in answers)
+
+    latency = max_latency(send)
+    print(f"{name}: /livez answered within {latency:.3f} s")
+    assert latency < MAX_SECONDS
 
 
 @pytest.mark.parametrize("query", ["", "?rank=0&level=error", "?follow=true"])
-def test_whoever_reads_a_large_log_keeps_nobody_waiting(url, client, folder, query):
+def test_reading_a_large_log_does_not_delay_others(max_latency, client, folder, query):
     job = client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 1}}).json()["id"]
     log = folder / "storage" / job / "attempt-1" / LOG_FILE
     log.parent.mkdir(parents=True, exist_ok=True)
     log.write_bytes((b"x" * 99 + b"\n") * 100_000 + b"\r" * 1_000_000 + b"y" * 20_000_000 + b"\n")
-    with JobFeed(url) as watch:
+
+    def send():
         size = 0
         with client.stream("GET", f"/v1/jobs/{job}/logs{query}") as answer:
             for part in answer.iter_bytes():
                 size += len(part)
                 if size > 20_000_000:
                     break
-    assert answer.status_code == 200
-    assert size > 0 or "level" in query
-    print(f"a log{query}: /livez answered within {watch.longest:.3f} s, {size:,} bytes")
-    assert watch.longest < MAX_SECONDS
+        assert answer.status_code == 200
+        assert size > 0 or "level" in query
+
+    latency = max_latency(send)
+    print(f"a log{query}: /livez answered within {latency:.3f} s")
+    assert latency < MAX_SECONDS

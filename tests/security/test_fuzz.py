@@ -1,6 +1,6 @@
-"""Arbitrary input from outside: no request gets an error of the service, and none gets past a check by its spelling.
+"""Arbitrary input: no request causes a server error or bypasses a check by its spelling.
 
-Examples are derived from the tests themselves, so that a failure is the same on every machine.
+Examples are derived from the tests themselves, so that a failure is reproducible on every machine.
 """
 
 import asyncio
@@ -27,13 +27,16 @@ from trainer.jobspec import JobSpec, read_yaml
 TOKEN = "0123456789abcdef-test"
 KEY = f"Authorization: Bearer {TOKEN}\r\n"
 fuzz = settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 
 @contextmanager
 def in_thread(server):
-    """Run a server in a thread of its own."""
+    """Run a server in a thread."""
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:
@@ -44,7 +47,7 @@ def in_thread(server):
 
 
 class Upstream:
-    """Stands in for MLflow, and keeps what arrives there."""
+    """Upstream in place of MLflow that records requests."""
 
     def __init__(self):
         self.seen = []
@@ -91,7 +94,7 @@ def client(port):
 
 
 def send(port, request):
-    """Send bytes on a connection of their own; return the status of the answer, or None where the connection is closed."""
+    """Send bytes on a new connection; return the status, or None if the connection is closed."""
     with closing(socket.create_connection(("127.0.0.1", port), timeout=15)) as connection:
         connection.sendall(request)
         connection.shutdown(socket.SHUT_WR)
@@ -103,9 +106,10 @@ def send(port, request):
 
 PIECES = st.sampled_from(
     [
-        "ajax-api", "api", "2.0", "3.0", "mlflow", "assistant", "config", "runs", "get", "search", "delete", "log-batch",
-        "experiments", "create", "static-files", "x.js", "mlflow-artifacts", "artifacts", "graphql", "get-artifact",
-        "..", ".", "", "%2e%2e", "%2E.", "%252e%252e", "%2f", "%5c", "\\", "%00", "%0a", ";", "..;", "%c0%ae", "%", "ü", " ",
+        "ajax-api", "api", "2.0", "3.0", "mlflow", "assistant", "config", "runs", "get", "search", "delete",
+        "log-batch", "experiments", "create", "static-files", "x.js", "mlflow-artifacts", "artifacts",
+        "graphql", "get-artifact", "..", ".", "", "%2e%2e", "%2E.", "%252e%252e", "%2f", "%5c", "\\", "%00",
+        "%0a", ";", "..;", "%c0%ae", "%", "ü", " ",
     ]
 )  # fmt: skip
 
@@ -119,7 +123,9 @@ PIECES = st.sampled_from(
 def test_no_spelling_of_a_path_gets_past_the_proxy(port, upstream, method, pieces, separator):
     upstream.seen.clear()
     path = "/mlflow/" + separator.join(pieces)
-    request = f"{method} {path} HTTP/1.1\r\nHost: x\r\n{KEY}Cookie: syncbn_session=1\r\nConnection: close\r\n\r\n"
+    request = (
+        f"{method} {path} HTTP/1.1\r\nHost: x\r\n{KEY}Cookie: syncbn_session=1\r\nConnection: close\r\n\r\n"
+    )
     status = send(port, request.encode(errors="ignore"))
     assert status is None or status < 500
     for seen_method, raw_path, headers in upstream.seen:
@@ -133,32 +139,44 @@ def test_no_spelling_of_a_path_gets_past_the_proxy(port, upstream, method, piece
 
 @fuzz
 @given(st.binary(max_size=60).filter(lambda value: b"\r" not in value and b"\n" not in value))
-def test_no_other_token_opens_anything(port, value):
+def test_arbitrary_tokens_are_rejected(port, value):
     for scheme in (b"Bearer ", b"bearer  ", b"Basic ", b""):
         request = (
-            b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: " + scheme + value + b"\r\n\r\n"
+            b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: "
+            + scheme
+            + value
+            + b"\r\n\r\n"
         )
         assert send(port, request) in (None, 400, 401, 429)
 
 
-HEADERS = ["Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID", "Content-Type", "Content-Length", "Host",
-           "Transfer-Encoding", "Expect", "Upgrade", "Connection", "X-Forwarded-For", "Accept", "Range", "Cookie"]  # fmt: skip
+HEADERS = [
+    "Idempotency-Key", "If-Match", "If-None-Match", "Last-Event-ID", "Content-Type", "Content-Length", "Host",
+    "Transfer-Encoding", "Expect", "Upgrade", "Connection", "X-Forwarded-For", "Accept", "Range", "Cookie",
+]  # fmt: skip
 
 
 @fuzz
 @given(
     name=st.sampled_from(HEADERS),
     value=st.one_of(
-        st.binary(max_size=300), st.sampled_from([b"0", b"-1", b"9" * 21, b"chunked", b"websocket, *", b"1:" + b"9" * 15])
+        st.binary(max_size=300),
+        st.sampled_from([b"0", b"-1", b"9" * 21, b"chunked", b"websocket, *", b"1:" + b"9" * 15]),
     ).filter(lambda value: b"\r" not in value and b"\n" not in value),
-)  # fmt: skip
-def test_no_header_is_an_error_of_the_service(port, client, name, value):
+)
+def test_arbitrary_headers_cause_no_server_error(port, client, name, value):
     jobs = client.get("/v1/jobs").json()["jobs"] or [
         client.post("/v1/jobs", json={"name": "x", "spec": {"steps": 1}}).json()
     ]
-    for method, path in (("POST", "/v1/jobs"), ("GET", f"/v1/jobs/{jobs[0]['id']}"), ("GET", f"/v1/jobs/{jobs[0]['id']}/logs"),
-                         ("GET", "/mlflow/version")):  # fmt: skip
-        request = f"{method} {path} HTTP/1.1\r\n{KEY}".encode() + name.encode() + b": " + value + b"\r\n\r\n{}"
+    for method, path in (
+        ("POST", "/v1/jobs"),
+        ("GET", f"/v1/jobs/{jobs[0]['id']}"),
+        ("GET", f"/v1/jobs/{jobs[0]['id']}/logs"),
+        ("GET", "/mlflow/version"),
+    ):
+        request = (
+            f"{method} {path} HTTP/1.1\r\n{KEY}".encode() + name.encode() + b": " + value + b"\r\n\r\n{}"
+        )
         status = send(port, request)
         assert status is None or status < 500, (method, path)
 
@@ -177,12 +195,22 @@ def encoded(content):
 @fuzz
 @given(
     path=st.sampled_from(
-        ["/v1/jobs", "/v1/jobs:validate", "/v1/comparisons", "/v1/comparisons:validate", "/v1/tokens", "/v1/webhooks",
-         "/v1/sign-in-links", "/v1/jobs/job-0:clone", "/v1/jobs/job-0:resume", "/v1/jobs/job-0:cancel"]
+        [
+            "/v1/jobs",
+            "/v1/jobs:validate",
+            "/v1/comparisons",
+            "/v1/comparisons:validate",
+            "/v1/tokens",
+            "/v1/webhooks",
+            "/v1/sign-in-links",
+            "/v1/jobs/job-0:clone",
+            "/v1/jobs/job-0:resume",
+            "/v1/jobs/job-0:cancel",
+        ]
     ),
     body=st.one_of(st.binary(max_size=200), JSON.map(encoded)),
-)  # fmt: skip
-def test_no_body_is_an_error_of_the_service(client, path, body):
+)
+def test_arbitrary_bodies_cause_no_server_error(client, path, body):
     answer = client.post(path, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (201, 202, 400, 404, 409, 422), answer.text
 
@@ -193,7 +221,7 @@ SPECS = st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4)
 
 @fuzz
 @given(SPECS, st.integers(1, 2**70))
-def test_no_spec_is_an_error_and_what_is_taken_can_be_read_again(client, spec, steps):
+def test_arbitrary_specs_cause_no_server_error_and_accepted_ones_round_trip(client, spec, steps):
     body = encoded({"name": "x", "spec": {"steps": steps} | spec})
     answer = client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (202, 400, 422), answer.text
@@ -229,7 +257,7 @@ YAML_PARTS = (
     ),
     *("2001-01-01", "0001-01-01", "-99-99", " 00:00:00", " +99:00", "9" * 5_000, ":00" * 300, "f" * 5_000),
 )
-"""What values of each kind are made of, valid ones and others."""
+"""Components of values of each kind, valid and invalid."""
 
 
 @fuzz
@@ -238,7 +266,7 @@ YAML_PARTS = (
     | st.text(alphabet="&*{}[]:,-<>!|#%@ \n\tab12'\"", max_size=200).map(str.encode)
     | st.lists(st.sampled_from(YAML_PARTS), max_size=12).map("".join).map(str.encode)
 )
-def test_any_file_is_read_or_refused_by_name(tmp_path, content):
+def test_arbitrary_files_are_read_or_rejected_by_name(tmp_path, content):
     path = tmp_path / "spec.yaml"
     path.write_bytes(content)
     try:
@@ -249,10 +277,12 @@ def test_any_file_is_read_or_refused_by_name(tmp_path, content):
 
 @fuzz
 @given(st.text(max_size=50), st.text(max_size=30))
-def test_no_address_is_an_error_of_the_service(client, path, query):
+def test_arbitrary_addresses_cause_no_server_error(client, path, query):
     for prefix in ("/v1/jobs/", "/v1/comparisons/", "/v1/tokens/", "/mlflow/", "/sign-in", "/"):
         try:
-            answer = client.get(httpx.URL("http://x", path=prefix + path, query=query.encode()).raw_path.decode())
+            answer = client.get(
+                httpx.URL("http://x", path=prefix + path, query=query.encode()).raw_path.decode()
+            )
         except (httpx.InvalidURL, ValueError):
             continue
         assert answer.status_code < 500, answer.text

@@ -23,7 +23,7 @@ def make_job(**changes: Any) -> Job:
 
 
 def summary_of(job: Job) -> JobSummary:
-    """A job as lists have it."""
+    """Return a job as in lists."""
     record = {field.name: getattr(job, field.name) for field in fields(JobRecord)}
     return JobSummary(**record, norm=job.norm, seed=job.seed, steps=job.steps)
 

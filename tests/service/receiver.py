@@ -1,4 +1,4 @@
-"""A receiver of webhooks on this machine, which answers as a test says."""
+"""Webhook receiver on this machine with configurable responses."""
 
 import threading
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Receiver:
-    """What came, and what is answered: each of `statuses` once, and then 204."""
+    """Received requests, and responses: each of `statuses` once, then 204."""
 
     port: int = 0
     statuses: list[int] = field(default_factory=list)

@@ -1,4 +1,7 @@
-"""The API on a port of this machine, in a thread, with stand-ins for Ray and MLflow; jobs go on when a test says so."""
+"""API on a port of this machine, in a thread, with fakes of Ray and, without its address, of MLflow.
+
+Jobs change state by `move`.
+"""
 
 import asyncio
 import threading
@@ -18,14 +21,15 @@ SPEC = {"model": {"name": "mlp", "hidden": [8]}, "data": {"name": "digits"}, "st
 
 
 class RunningApi:
-    def __init__(self, folder):
-        self.folder, self.ray, self.mlflow = folder, FakeRay(is_down=True), FakeMlflow()
+    def __init__(self, folder, ray=None, **settings):
+        self.folder, self.ray = folder, ray or FakeRay(is_down=True)
+        self.mlflow = None if "mlflow_url" in settings else FakeMlflow()
         self.settings = Settings(
             token=TOKEN,
             port=choose_ports(1)[0],
             database_url=f"sqlite+aiosqlite:///{folder}/test.db",
             storage=folder / "storage",
-            poll_seconds=0.02,
+            **({"poll_seconds": 0.02} | settings),
         )
         self.url = f"http://127.0.0.1:{self.settings.port}"
 
@@ -54,16 +58,36 @@ class RunningApi:
         with self.client() as client:
             return client.submit_job("mine", SPEC | changes).id
 
+    def wait_for_jobs(self, tag, count=1, limit_seconds=30):
+        """Return the jobs with this tag once there are `count` of them."""
+        deadline = time.monotonic() + limit_seconds
+        with self.client() as client:
+            while len(jobs := list(client.jobs(tag=tag))) < count:
+                assert time.monotonic() < deadline, f"{len(jobs)} of {count} jobs have the tag {tag}"
+                time.sleep(0.02)
+        return jobs
+
     def move(self, job_id, *states, reason="test"):
-        """Take a job through these states."""
+        """Move a job through these states."""
         for state in states:
             self._run(self._move(job_id, state, reason))
+
+    def set_run(self, job_id):
+        """Give a job its run in MLflow, whose curves tests set."""
+
+        async def store():
+            jobs = self.app.state.components.jobs
+            run = {"mlflow_run_id": f"run-of-{job_id}", "mlflow_experiment_id": "1"}
+            while await jobs.update_fields(await jobs.get(job_id), **run) is None:
+                pass
+
+        self._run(store())
 
     def progress(self, job_id, step):
         async def note():
             jobs = self.app.state.components.jobs
             progress = Progress(step=step, total_steps=10, samples_per_second=9, eta_seconds=1)
-            while await jobs.note(await jobs.get(job_id), progress=progress) is None:
+            while await jobs.update_fields(await jobs.get(job_id), progress=progress) is None:
                 pass
 
         self._run(note())
@@ -75,9 +99,12 @@ class RunningApi:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / name).open("a") as file:
             file.write(text)
-        end_of_lines = (folder / name).read_bytes().rfind(b"\n") + 1  # as the trainer does
+        end_of_lines = (folder / name).read_bytes().rfind(b"\n") + 1  # like the trainer
         with (folder / LOG_INDEX_FILE).open("a") as index:
             index.write(f"{name} {end_of_lines}\n")
+
+    def stored_comparison(self, comparison_id):
+        return self._run(self.app.state.components.comparisons.get(comparison_id))
 
     async def _move(self, job_id, state, reason):
         jobs = self.app.state.components.jobs

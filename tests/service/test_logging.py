@@ -15,7 +15,7 @@ def as_before():
     root.setLevel(level)
 
 
-def test_json_lines_name_the_job_in_hand(capsys):
+def test_json_lines_have_the_current_job(capsys):
     service_log.configure("json")
     logger = logging.getLogger("service.engine.dispatcher")
     service_log.job_in_hand.set("job-1")

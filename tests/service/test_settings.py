@@ -1,4 +1,4 @@
-"""Settings as environment variables give them."""
+"""Settings from environment variables."""
 
 from datetime import timedelta
 
@@ -9,7 +9,7 @@ from service.domain.scheduling import Quota
 from service.settings import Settings
 
 
-def test_some_owners_have_quotas_of_their_own(monkeypatch):
+def test_quotas_can_be_set_per_owner(monkeypatch):
     monkeypatch.setenv("SYNCBN_QUOTA_JOBS", "2")
     monkeypatch.setenv("SYNCBN_OWNER_QUOTAS", '{"ann": {"jobs": 4, "gpus": 8.0}, "bob": {}}')
     policy = Settings().policy()
@@ -29,12 +29,12 @@ def test_some_owners_have_quotas_of_their_own(monkeypatch):
         ("log_format", "xml"),
         ("allowed_imports", "torchvision"),
         ("allowed_imports", "models:build, os:"),
-        ("host", "0.0.0.0"),  # of which no browser can make an address
+        ("host", "0.0.0.0"),  # browsers cannot open this address
         ("trusted_proxies", "nowhere"),
         ("trusted_proxies", "10.0.0.0/33"),
     ],
 )
-def test_what_cannot_be_taken_is_named(monkeypatch, name, value):
+def test_invalid_values_are_named(monkeypatch, name, value):
     monkeypatch.setenv(f"SYNCBN_{name.upper()}", value)
     with pytest.raises(ValidationError, match=name):
         Settings()

@@ -1,4 +1,4 @@
-"""Which service a command calls."""
+"""Selection of the service that a command calls."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import typer
 
 from service.cli.connection import ServiceTarget, default_config_path, find_service, read_config
 from service.local.stack import StackError
+from tests.service.running_api import TOKEN
 
 OPTION = ServiceTarget(url="http://option", token="of option")
 VARIABLES = {"SYNCBN_URL": "http://variable", "SYNCBN_TOKEN": "of variable"}
@@ -15,7 +16,7 @@ VARIABLES = {"SYNCBN_URL": "http://variable", "SYNCBN_TOKEN": "of variable"}
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Write the config file where it is looked for."""
+    """Write the config file at its default location."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
     path = default_config_path()
 
@@ -30,7 +31,7 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stack(tmp_path, monkeypatch):
-    """What a stack leaves on its data folder, the default one included."""
+    """Write the files of a stack to its data folder, the default one included."""
     monkeypatch.chdir(tmp_path)
 
     def make(name):
@@ -43,7 +44,7 @@ def stack(tmp_path, monkeypatch):
     return make
 
 
-def test_options_go_before_variables_before_the_config_file_before_the_stack(config, stack):
+def test_precedence_is_options_variables_config_file_stack(config, stack):
     assert find_service(ServiceTarget(), {}) == ("http://.syncbn", "of .syncbn")
     config('url = "http://file"\ntoken = "of file"\n')
     assert find_service(ServiceTarget(), {}) == ("http://file", "of file")
@@ -51,7 +52,7 @@ def test_options_go_before_variables_before_the_config_file_before_the_stack(con
     assert find_service(OPTION, VARIABLES) == ("http://option", "of option")
 
 
-def test_a_data_folder_is_one_more_way_to_say_which(config, stack):
+def test_a_data_folder_selects_its_stack(config, stack):
     other = stack("other")
     config(f'data_dir = "{other}"\n')
     assert find_service(ServiceTarget(), {}) == ("http://other", "of other")
@@ -59,21 +60,26 @@ def test_a_data_folder_is_one_more_way_to_say_which(config, stack):
     assert find_service(ServiceTarget(data_dir=other), VARIABLES) == ("http://other", "of other")
     assert find_service(ServiceTarget(data_dir=other, token="mine"), VARIABLES) == ("http://other", "mine")
     assert find_service(ServiceTarget(), {"SYNCBN_TOKEN": "mine"}) == ("http://other", "mine")
-    with pytest.raises(StackError, match=r"no stack runs on nowhere; `syncbn up --data-dir nowhere` starts one"):
+    with pytest.raises(
+        StackError, match=r"no stack runs on nowhere; `syncbn up --data-dir nowhere` starts one"
+    ):
         find_service(ServiceTarget(data_dir="nowhere"), {})
 
 
-def test_a_token_may_come_from_elsewhere_but_not_from_a_file_of_another_service(config):
+def test_a_token_is_never_taken_from_the_file_of_another_service(config):
     config('url = "http://file"\ntoken = "of file"\n')
     assert find_service(ServiceTarget(token="other"), {}) == ("http://file", "other")
     assert find_service(ServiceTarget(), {"SYNCBN_TOKEN": " other\n"}) == ("http://file", "other")
-    assert find_service(ServiceTarget(url="http://option"), {"SYNCBN_TOKEN": "other"}) == ("http://option", "other")
+    assert find_service(ServiceTarget(url="http://option"), {"SYNCBN_TOKEN": "other"}) == (
+        "http://option",
+        "other",
+    )
     with pytest.raises(typer.BadParameter, match="http://option needs a token"):
         find_service(ServiceTarget(url="http://option"), {})
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
-def test_a_token_that_others_may_read_is_refused(config, mode):
+def test_a_token_file_that_others_can_read_is_rejected(config, mode):
     path = config('url = "http://file"\ntoken = "secret"\n', mode)
     with pytest.raises(typer.BadParameter, match="may be read by others; `chmod 600") as refused:
         find_service(ServiceTarget(), {})
@@ -81,11 +87,11 @@ def test_a_token_that_others_may_read_is_refused(config, mode):
     path.write_text('url = "http://file"\n')
     assert find_service(ServiceTarget(token="t"), {}) == ("http://file", "t")
     path.write_text("nonsense")
-    assert find_service(OPTION, {}) == ("http://option", "of option")  # it does not count, so it is not read
+    assert find_service(OPTION, {}) == ("http://option", "of option")  # an unused file is not read
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("url = ", "holds no TOML"),
         ('address = "x"', "address: must be one of url, token, data_dir"),
@@ -93,12 +99,12 @@ def test_a_token_that_others_may_read_is_refused(config, mode):
         ('token = "x"', "token: must be used with the url of its service"),
     ],
 )
-def test_what_is_no_config_file_is_refused(config, text, told):
-    with pytest.raises(typer.BadParameter, match=told):
+def test_an_invalid_config_file_is_rejected(config, text, message):
+    with pytest.raises(typer.BadParameter, match=message):
         read_config(config(text))
 
 
-def test_another_file_can_be_named(config, tmp_path):
+def test_another_config_file_can_be_chosen(config, tmp_path):
     config('url = "http://file"\ntoken = "of file"\n')
     other = tmp_path / "other.toml"
     with pytest.raises(OSError, match=r"other\.toml"):
@@ -107,3 +113,24 @@ def test_another_file_can_be_named(config, tmp_path):
     other.write_text('url = "http://other"\ntoken = "of other"\n')
     assert find_service(ServiceTarget(), {}, other) == ("http://other", "of other")
     assert find_service(ServiceTarget(), {"SYNCBN_CONFIG": str(other)}) == ("http://other", "of other")
+
+
+def test_a_missing_token_and_an_invalid_config_file_are_usage_errors(syncbn, monkeypatch, api):
+    monkeypatch.delenv("SYNCBN_TOKEN")
+    code, _, error = syncbn("jobs")
+    assert code == 2
+    assert "needs a token" in error
+    code, _, error = syncbn("jobs", "--url", "nonsense", "--token", "x")
+    assert code == 2
+    assert "must be an address" in error
+    monkeypatch.delenv("SYNCBN_URL")
+    path = default_config_path()
+    path.parent.mkdir()
+    path.write_text(f'url = "{api.url}"\ntoken = "{TOKEN}"\n')
+    path.chmod(0o644)
+    code, _, error = syncbn("jobs")
+    assert code == 2
+    assert "chmod 600" in error
+    assert TOKEN not in error
+    path.chmod(0o600)
+    assert syncbn("jobs")[0] == 0

@@ -1,4 +1,4 @@
-"""`syncbn token` against a real API in this process, through a real socket."""
+"""`syncbn token` with a real API in this process, through a real socket."""
 
 import json
 import os
@@ -15,11 +15,11 @@ from service.local.host import choose_ports
 from tests.service.running_api import TOKEN
 
 
-def test_tokens_are_made_listed_and_revoked(url, syncbn):
+def test_tokens_are_created_listed_and_revoked(url, syncbn):
     def run(*arguments):
-        code, printed, told = syncbn("token", *arguments)
-        assert code == 0, told
-        return printed
+        code, stdout, stderr = syncbn("token", *arguments)
+        assert code == 0, stderr
+        return stdout
 
     made = run("create", "ann", "--scope", "submit", "--name", "laptop", "--expires-days", "90")
     assert made.startswith("syncbn_")
@@ -40,15 +40,20 @@ def test_tokens_are_made_listed_and_revoked(url, syncbn):
         with pytest.raises(ApiError, match="valid token"):
             ann.me()
     with Client(url, TOKEN) as admin:
-        assert [record.action for record in admin.audit(page_size=2)] == ["token.revoke", *["token.create"] * 3]
+        assert [record.action for record in admin.audit(page_size=2)] == [
+            "token.revoke",
+            *["token.create"] * 3,
+        ]
     assert "token.revoke" in run("audit")
-    assert len(json.loads(run("audit", "--limit", "1000", "--json"))) == 4  # more than a page may have
-    assert [record["subject"] for record in json.loads(run("audit", "--limit", "1", "--json"))] == [me.token_id]
+    assert len(json.loads(run("audit", "--limit", "1000", "--json"))) == 4  # more than the maximum page size
+    assert [record["subject"] for record in json.loads(run("audit", "--limit", "1", "--json"))] == [
+        me.token_id
+    ]
     assert "of admin: admin" in run("me")
 
 
 def serve(tmp_path, port):
-    """Run `syncbn serve` until it answers, and return what it printed, and what it logged."""
+    """Run `syncbn serve` until it answers; return its output and its log."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SYNCBN_")} | {
         "SYNCBN_DATABASE_URL": f"sqlite+aiosqlite:///{tmp_path}/served.db",
         "SYNCBN_STORAGE": str(tmp_path),
@@ -70,10 +75,10 @@ def serve(tmp_path, port):
         return process.communicate(timeout=30)
 
 
-def test_the_first_start_shows_a_token_on_standard_output_alone(tmp_path):
+def test_the_first_start_prints_the_token_only_to_stdout(tmp_path):
     port = choose_ports(1)[0]
-    printed, logged = serve(tmp_path, port)
-    secret = printed.splitlines()[-1]
+    stdout, logged = serve(tmp_path, port)
+    secret = stdout.splitlines()[-1]
     assert secret.startswith("syncbn_")
     assert "Uvicorn running" in logged
     assert secret not in logged

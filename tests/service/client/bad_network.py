@@ -1,4 +1,4 @@
-"""A real server between client and API that misbehaves as it is told, one fault for each request, and passes the rest."""
+"""Proxy between client and API that injects one fault per request and forwards the rest."""
 
 import threading
 from collections import deque
@@ -16,16 +16,16 @@ PASSED = ("authorization", "content-type", "idempotency-key", "last-event-id", "
 
 @dataclass
 class Answer:
-    """Answer so, and pass nothing on."""
+    """Response that is sent without forwarding the request."""
 
     status: int
     headers: dict = field(default_factory=dict)
-    body: bytes = b"trouble"
+    body: bytes = b"error"
 
 
 @dataclass
 class Cut:
-    """Close the connection after so many bytes of the answer."""
+    """Close the connection after a number of bytes of the response."""
 
     size: int
 
@@ -86,7 +86,7 @@ class BadNetwork:
                     limit = fault.size if isinstance(fault, Cut) else None
                     self._answer(request, answer.status_code, passed, _up_to(limit, answer.iter_raw()))
         request.close_connection = True
-        with suppress(OSError):  # whoever called has gone already
+        with suppress(OSError):  # the client has disconnected
             request.connection.shutdown(SHUT_RDWR)
 
     @staticmethod

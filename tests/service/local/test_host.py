@@ -9,12 +9,12 @@ import pytest
 from service.local.host import (
     LOG_TAIL_LINES,
     PORTS,
+    RAY_SUBFOLDER,
     choose_ports,
     is_free,
     keep_secret,
     short_folder,
     tail,
-    write_private,
 )
 
 
@@ -47,27 +47,29 @@ def test_secret_is_made_once_and_private(tmp_path):
     assert keep_secret(tmp_path / "token") == first
 
 
-def test_private_file_replaces_whatever_was_there(tmp_path):
-    (tmp_path / "file").write_text("old, and open to all")
-    (tmp_path / "file.partial").write_text("left by a crash")
-    write_private(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
-    assert mode(tmp_path / "file") == 0o600
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_short_folder_leaves_room_for_sockets_whatever_the_temporary_folder(tmp_path, monkeypatch):
+def test_the_short_folder_leaves_room_for_socket_paths(tmp_path, monkeypatch):
     deep = tmp_path / ("d" * 100)
     monkeypatch.setattr("tempfile.tempdir", str(deep))
     folder = short_folder(deep)
-    assert len(str(folder / "session_2026-01-01_00-00-00_000000_4194304" / "sockets" / "dash_MetricsHead")) <= 107
+    assert (
+        len(
+            str(
+                folder
+                / RAY_SUBFOLDER
+                / "session_2026-01-01_00-00-00_000000_4194304"
+                / "sockets"
+                / "dash_MetricsHead"
+            )
+        )
+        <= 107
+    )
     assert short_folder(deep) == folder
     assert short_folder(tmp_path) != folder
     monkeypatch.setattr("tempfile.tempdir", "/var/tmp")
     assert short_folder(deep).parent == Path("/var/tmp")
 
 
-def test_tail_has_the_last_lines(tmp_path):
+def test_tail_returns_the_last_lines(tmp_path):
     assert tail(tmp_path / "missing.log") == "(no log)"
     (tmp_path / "log").write_text("".join(f"{number}\n" for number in range(LOG_TAIL_LINES + 5)))
     assert tail(tmp_path / "log").splitlines() == [str(number) for number in range(5, LOG_TAIL_LINES + 5)]

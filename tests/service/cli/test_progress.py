@@ -1,4 +1,4 @@
-"""Ctrl-C while a command waits: the command ends with 130 and a hint, and the job goes on."""
+"""Ctrl-C while a command waits: it exits with 130 and a hint, and the job continues."""
 
 import os
 import pty
@@ -16,7 +16,7 @@ from tests.service.running_api import SPEC, TOKEN
 
 @pytest.fixture
 def started(api, tmp_path):
-    """Start the command in a process of its own, as a terminal does."""
+    """Start the command in its own process, as a terminal does."""
     environment = os.environ | {"SYNCBN_URL": api.url, "SYNCBN_TOKEN": TOKEN, "PYTHONUNBUFFERED": "1"}
     processes = []
 
@@ -32,43 +32,43 @@ def started(api, tmp_path):
 
 
 def interrupt(process):
-    """Press Ctrl-C once the command has begun to wait."""
+    """Send SIGINT once the command waits."""
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
-    assert "Traceback" not in told
-    return process.returncode, told
+    _, stderr = process.communicate(timeout=20)
+    assert "Traceback" not in stderr
+    return process.returncode, stderr
 
 
-def test_of_following_a_log(api, started):
+def test_interrupting_a_followed_log(api, started):
     job_id = api.submit()
     api.move(job_id, "submitted")
     api.write(job_id, "one\n")
     process = started("logs", "-f", job_id)
     assert process.stdout.readline() == "one\n"
-    assert interrupt(process) == (130, f"\n{job_id} goes on; `syncbn cancel {job_id}` ends it.\n")
+    assert interrupt(process) == (130, f"\n{job_id} continues; `syncbn cancel {job_id}` ends it.\n")
     with api.client() as client:
         job = client.job(job_id)
     assert (job.state, job.cancel_requested) == ("submitted", False)
 
 
 @pytest.mark.parametrize("arguments", [("submit", "--wait"), ("compare",)])
-def test_of_waiting_for_the_end(api, started, tmp_path, arguments):
+def test_interrupting_a_wait(api, started, tmp_path, arguments):
     content = SPEC if "submit" in arguments else {"spec": SPEC, "matrix": {"norm": ["none", "sync"]}}
     file = tmp_path / "file.yaml"
     file.write_text(yaml.safe_dump(content))
     process = started(*arguments, file)
     made = process.stdout.readline().partition(":")[0]
-    code, told = interrupt(process)
+    code, stderr = interrupt(process)
     assert code == 130
-    assert f"{made} goes on;" in told
-    assert f"`syncbn cancel {made}` ends it." in told
+    assert f"{made} continues;" in stderr
+    assert f"`syncbn cancel {made}` ends it." in stderr
     with api.client() as client:
         jobs = [client.job(made)] if made.startswith("job-") else client.comparison(made).jobs
     assert {(job.state, job.cancel_requested) for job in jobs} == {("queued", False)}
 
 
-def test_a_progress_bar_is_one_line_on_a_terminal_and_its_end_elsewhere(api, started):
+def test_a_progress_bar_is_one_line_on_a_terminal_and_only_its_end_in_a_file(api, started):
     job_id = api.submit()
     api.move(job_id, "submitted")
     api.write(job_id, "start\n\r 10%|#")
@@ -82,7 +82,7 @@ def test_a_progress_bar_is_one_line_on_a_terminal_and_its_end_elsewhere(api, sta
     api.move(job_id, "failed")
     assert plain.communicate(timeout=20)[0] == "start\n100%\n"
     live.communicate(timeout=20)
-    with suppress(OSError):  # the end, on Linux
+    with suppress(OSError):  # the end of a terminal on Linux
         while part := os.read(terminal, 4096):
             seen += part
     os.close(terminal)
@@ -97,7 +97,7 @@ def read_until(terminal, text):
     return seen
 
 
-def test_a_reader_that_goes_away_ends_the_command_without_a_word(api, started):
+def test_a_closed_pipe_ends_the_command_silently(api, started):
     job_id = api.submit()
     api.move(job_id, "submitted")
     api.write(job_id, "one\n" * 50_000)
