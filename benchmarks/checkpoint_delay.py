@@ -1,6 +1,7 @@
-"""How long a step is delayed by a checkpoint, against a plain copy of its state and a blocking torch.save with fsync.
+"""Delay of a step by a checkpoint, compared with a copy of the state and a blocking torch.save with fsync.
 
-Networks whose state with momentum is about 100 and 300 MB, one process, three kinds in turn. Prints the median and range in ms.
+The states of the networks, with momentum, have about 100 and 300 MB. One process measures the three kinds
+in turn and prints median and range in ms.
 """
 
 import argparse
@@ -30,12 +31,14 @@ SHAPE, CLASSES, BATCH = (1, 28, 28), 10, 8
 
 
 def build_state(width: int) -> TrainState:
-    """Build a network and its optimiser, whose momentum is there."""
-    spec = JobSpec(steps=1, norm="none", model=MlpSpec(hidden=[width, width]), optimizer={"momentum": 0.9, "lr": 1e-3})
+    """Build a network and an optimiser with momentum buffers."""
+    spec = JobSpec(
+        steps=1, norm="none", model=MlpSpec(hidden=[width, width]), optimizer={"momentum": 0.9, "lr": 1e-3}
+    )
     worker, position = RankInfo(0, 1, torch.device("cpu")), TrainProgress(schedule_end=1)
     model = build_model(spec.model, spec.norm, SHAPE, CLASSES, 0)
     optimizer = build_optimizer(spec.optimizer, model)
-    schedule = build_schedule(spec.schedule, optimizer, position)
+    schedule = build_schedule(spec.lr_schedule, optimizer, position)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     state = TrainState(model, optimizer, schedule, scaler, Probes(spec, model, worker), position, worker)
     step(state)
@@ -52,7 +55,7 @@ def step(state: TrainState) -> None:
 
 
 def copy(state: TrainState) -> list[torch.Tensor]:
-    """Copy all parameters and momenta, and nothing else."""
+    """Copy all parameters and momentum buffers."""
     return [
         tensor.detach().clone()
         for parameter, buffers in state.optimizer.state.items()
@@ -61,14 +64,14 @@ def copy(state: TrainState) -> list[torch.Tensor]:
 
 
 def save_blocking(state: TrainState, path: Path) -> None:
-    """Write the state by torch.save, to the disk itself."""
+    """Write the state by torch.save and sync it to disk."""
     with path.open("wb") as file:
         torch.save({"model": state.model.state_dict(), "optimizer": state.optimizer.state_dict()}, file)
         to_disk(file)
 
 
 def milliseconds(function: Callable[[], object]) -> float:
-    """Time a call; what it returns is kept until it is over."""
+    """Time a call; its result is freed afterwards."""
     began = time.perf_counter()
     kept = function()
     passed = 1e3 * (time.perf_counter() - began)
@@ -77,7 +80,7 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
@@ -112,7 +115,10 @@ def measure(name: str, state: TrainState, folder: Path, rounds: int) -> None:
     base = statistics.median(times["plain copy"])
     for kind, values in times.items():
         middle = statistics.median(values)
-        print(f"  {kind:28} {middle:7.1f} ({min(values):.1f} to {max(values):.1f})   {middle / base:5.2f} of the copy")
+        print(
+            f"  {kind:28} {middle:7.1f} ({min(values):.1f} to {max(values):.1f})   {middle / base:5.2f} of "
+            "the copy"
+        )
 
 
 if __name__ == "__main__":

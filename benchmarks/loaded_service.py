@@ -1,4 +1,4 @@
-"""The service that `service_load.py` measures, and the clients' calls of it and of Ray."""
+"""Service that `service_load.py` measures, with clients of it and of Ray."""
 
 import asyncio
 import statistics
@@ -24,12 +24,12 @@ SPEC: dict[str, Any] = {
     "num_workers": 2,
 }
 OF_JOBS = ("-m trainer", "ray::", "default_worker", "time.sleep")
-"""In the command lines of what runs for jobs."""
-MOST_SECONDS = 300.0
+"""Command lines of processes of jobs."""
+TIMEOUT_SECONDS = 300.0
 
 
 class Load:
-    """One service on one database, and the clients' ways to it and to Ray."""
+    """One service on one database, with clients of it and of Ray."""
 
     def __init__(self, stack: LocalStack, database_url: str | None) -> None:
         self.environment = stack.api_environment | {
@@ -52,7 +52,7 @@ class Load:
         self.ray = psutil.Process(stack.process_ids["ray"])
 
     async def empty(self) -> None:
-        """Drop what there is in the database."""
+        """Drop the content of the database."""
         address = make_url(url := self.environment["SYNCBN_DATABASE_URL"])
         if address.get_backend_name() == "postgresql":
             await empty(url)
@@ -79,11 +79,11 @@ class Load:
                 self.process.kill()
 
     def ray_session(self) -> aiohttp.ClientSession:
-        """Open a way to Ray's jobs API."""
+        """Open a client of Ray's jobs API."""
         return session_at(self.ray_url, self.ray_headers)
 
     async def _until_ready(self, session: aiohttp.ClientSession) -> None:
-        deadline = time.monotonic() + MOST_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             with suppress(aiohttp.ClientError):
                 async with session.get("/readyz") as answer:
@@ -93,12 +93,12 @@ class Load:
         raise TimeoutError(tail(self.log))
 
     def memory(self) -> float:
-        """The service's memory, in MB."""
+        """Return the memory of the service in MB."""
         assert self.process is not None
         return float(self.process.memory_info().rss) / 1e6
 
     def head_memory(self) -> float:
-        """The memory of Ray's head: its processes but those of jobs, in MB."""
+        """Return the memory of Ray's head in MB, without the processes of jobs."""
         total = 0
         for process in [self.ray, *self.ray.children(recursive=True)]:
             with suppress(psutil.Error):
@@ -108,13 +108,13 @@ class Load:
 
 
 def session_at(url: str, headers: dict[str, str]) -> aiohttp.ClientSession:
-    """Open a client that makes as many connections as are asked for."""
-    connector, limit = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=MOST_SECONDS)
+    """Open a client with an unlimited number of connections."""
+    connector, limit = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
     return aiohttp.ClientSession(url, headers=headers, connector=connector, timeout=limit)
 
 
 async def empty(url: str) -> None:
-    """Drop what a part has made."""
+    """Drop all tables that a part has created."""
     database = Database(url, 60)
     async with database.write() as connection:
         await connection.execute(text("DROP SCHEMA public CASCADE"))
@@ -123,8 +123,8 @@ async def empty(url: str) -> None:
 
 
 async def until_ended(session: aiohttp.ClientSession, job_id: str) -> None:
-    """Wait for a job's end."""
-    deadline = time.monotonic() + MOST_SECONDS
+    """Wait for the end of a job."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
     while await state_of(session, job_id) in ("queued", "submitted", "running"):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{job_id} does not end")
@@ -132,30 +132,33 @@ async def until_ended(session: aiohttp.ClientSession, job_id: str) -> None:
 
 
 async def state_of(session: aiohttp.ClientSession, job_id: str) -> str:
-    """Ask for a job's state."""
+    """Return the state of a job."""
     async with session.get(f"/v1/jobs/{job_id}") as answer:
         return str((await answer.json())["state"])
 
 
 async def submit(session: aiohttp.ClientSession, name: str, spec: dict[str, Any] = SPEC) -> str:
-    """Submit a job, and return its id."""
+    """Submit a job and return its id."""
     async with session.post("/v1/jobs", json={"name": name, "spec": spec}) as answer:
         answer.raise_for_status()
         return str((await answer.json())["id"])
 
 
 async def submit_bare(ray: aiohttp.ClientSession, entrypoint: str) -> str:
-    """Submit a job to Ray directly, and return its id."""
+    """Submit a job to Ray directly and return its id."""
     async with ray.post("/api/jobs/", json={"entrypoint": entrypoint}) as answer:
         answer.raise_for_status()
         return str((await answer.json())["submission_id"])
 
 
-def told(seconds: Sequence[float]) -> str:
-    """Write a distribution in milliseconds."""
-    return f"median {statistics.median(seconds) * 1e3:.1f} ms, p99 {p99(seconds) * 1e3:.1f} ms, most {max(seconds) * 1e3:.1f} ms"
+def summary(seconds: Sequence[float]) -> str:
+    """Format a distribution in milliseconds."""
+    return (
+        f"median {statistics.median(seconds) * 1e3:.1f} ms, p99 {p99(seconds) * 1e3:.1f} ms, most "
+        f"{max(seconds) * 1e3:.1f} ms"
+    )
 
 
 def p99(seconds: Sequence[float]) -> float:
-    """What 99 of 100 do not exceed."""
+    """Return the 99th percentile."""
     return statistics.quantiles(seconds, n=100, method="inclusive")[98]

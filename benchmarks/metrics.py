@@ -1,7 +1,7 @@
-"""What an evaluation's metrics cost: all eight against accuracy alone, on the same logits, in turn in one run.
+"""Cost of an evaluation's metrics: all eight compared with accuracy alone, on the same logits, in turn.
 
-The model returns its input, so that nothing but metrics is measured. One process, one thread; prints milliseconds of processor time
-(median and quartiles), which other processes disturb less than the clock.
+The model returns its input, so that only metrics are measured. One process with one thread; prints median
+and quartiles in milliseconds of processor time, which other processes disturb less than wall time.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ALL = list(get_args(Metric))
 
 
 class Logits:
-    """A test part of given logits, in batches of the default size of an evaluation."""
+    """Test data of given logits, in batches of the default size of an evaluation."""
 
     def __init__(self, samples: int, classes: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -51,8 +51,11 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, torch {torch.__version__}; {vars(arguments)}; metrics {', '.join(ALL)}")
     worker, data = RankInfo(0, 1, torch.device("cpu")), Logits(arguments.samples, arguments.classes)
     evaluators = {
-        title: Evaluator(EvaluationSpec(metrics=metrics), nn.Identity(), data, worker)  # type: ignore[arg-type]
-        for title, metrics in (("accuracy alone", ["accuracy"]), ("all metrics", ALL))
+        title: Evaluator(spec, nn.Identity(), data, worker)  # type: ignore[arg-type]
+        for title, spec in (
+            ("accuracy alone", EvaluationSpec(metrics=["accuracy"])),
+            ("all metrics", EvaluationSpec(metrics=ALL)),
+        )
     }
     milliseconds: dict[str, list[float]] = {title: [] for title in evaluators}
     for turn in range(arguments.rounds + 3):

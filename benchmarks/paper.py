@@ -1,10 +1,11 @@
-"""Measures the paper's claims: trains what a recipe asks for without Ray, judges it by the recipe's rules, and prints both.
+"""Reproduction of published claims: trains recipes without Ray, judges them by their rules, and prints both.
 
     python benchmarks/paper.py                          the shortest recipe
-    python benchmarks/paper.py all --markdown FILE      all of them; twenty minutes on two cores
+    python benchmarks/paper.py all --markdown FILE      all recipes; twenty minutes on two cores
     python benchmarks/paper.py lr-sweep init-scale --seeds 0 1 2
 
-Workers are processes joined by gloo, one thread each. Teams of them train side by side, as many as there are cores for.
+Workers are processes joined by gloo, with one thread each. As many teams of them train in parallel as there
+are cores.
 """
 
 import argparse
@@ -27,10 +28,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+from service.api.schemas import VerdictView
 from service.cli.report_tables import FINDING_HEADINGS, finding_cells
 from service.domain.comparisons import Variant, expand, without_seed
 from service.domain.recipes import Recipe, read_recipe
-from service.domain.verdicts import RecipeVerdict, Run, judge
+from service.domain.verdicts import Run, judge
 from trainer.data import open_dataset
 from trainer.distributed import RankInfo
 from trainer.errors import Diverged
@@ -38,14 +40,14 @@ from trainer.jobspec import JobSpec
 from trainer.training.loop import train
 
 RECIPES = {path.stem: path for path in sorted((Path(str(files("trainer"))) / "recipes").glob("*.yaml"))}
-SHORTEST = "world-size-invariance"
+QUICKEST_RECIPE = "world-size-invariance"
 JOIN_SECONDS = 300
 
 Point = tuple[Variant, JobSpec]
 
 
 class Curves:
-    """A journal that keeps every metric by step."""
+    """Metrics logger that keeps every metric by step."""
 
     def __init__(self) -> None:
         self.by_metric: dict[str, list[tuple[int, float]]] = {}
@@ -63,7 +65,7 @@ class Curves:
 
 
 def serve(channel: Connection) -> None:
-    """Train whatever comes through `channel`, until it ends, and answer with what each run showed."""
+    """Train the runs received from `channel` until it closes, and send their results."""
     torch.set_num_threads(1)
     while True:
         try:
@@ -82,7 +84,7 @@ def serve(channel: Connection) -> None:
 
 
 def train_point(point: Point, worker: RankInfo) -> Run:
-    """Train one run by the service's own loop."""
+    """Train one run with the training loop of the service."""
     variant, spec = point
     curves, weights, diverged = Curves(), None, False
     dtype = torch.float64 if spec.precision == "fp64" else torch.float32
@@ -96,12 +98,16 @@ def train_point(point: Point, worker: RankInfo) -> Run:
     finally:
         dataset.close()
     return Run(
-        variant=without_seed(variant), seed=spec.seed, curves=curves.by_metric, diverged=diverged, weights=weights
+        variant=without_seed(variant),
+        seed=spec.seed,
+        curves=curves.by_metric,
+        diverged=diverged,
+        weights=weights,
     )
 
 
 class Teams:
-    """Processes that train together, started as they are needed."""
+    """Groups of processes that train together, started on demand."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("spawn")
@@ -120,7 +126,7 @@ class Teams:
         self._folder.cleanup()
 
     def run(self, points: Sequence[Point]) -> list[Run]:
-        """Train all points: those of as many workers each side by side."""
+        """Train all points; points with the same number of workers run in parallel."""
         runs: list[Run] = []
         for size in sorted({spec.max_workers for _, spec in points}):
             todo: SimpleQueue[Point] = SimpleQueue()
@@ -128,17 +134,21 @@ class Teams:
                 if point[1].max_workers == size:
                     todo.put(point)
             teams = self._teams(size)
-            threads = [threading.Thread(target=self._work, args=(team, todo, runs), daemon=True) for team in teams]
+            threads = [
+                threading.Thread(target=self._work, args=(team, todo, runs), daemon=True) for team in teams
+            ]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
         if len(runs) < len(points):
-            raise RuntimeError(f"{len(points) - len(runs)} of {len(points)} runs ended in an error, which is above")
+            raise RuntimeError(
+                f"{len(points) - len(runs)} of {len(points)} runs ended in an error, which is above"
+            )
         return runs
 
     def _teams(self, size: int) -> list[list[Connection]]:
-        """Make as many teams of `size` processes as there are cores for, and at least one."""
+        """Start as many teams of `size` processes as the cores allow, and at least one."""
         count = max(1, (os.cpu_count() or 1) // size)
         while len(self._members) < count * size:
             here, there = self._context.Pipe()
@@ -163,7 +173,7 @@ class Teams:
 
 
 def measure(recipe: Recipe, preset: str, seeds: Sequence[int] | None, teams: Teams) -> str:
-    """Train a recipe's preset, and return what came of it in Markdown."""
+    """Train a preset of a recipe, and return the results in Markdown."""
     began = time.monotonic()
     comparison = recipe.presets[preset]  # type: ignore[index]
     matrix = comparison.matrix | ({"seed": list(seeds)} if seeds else {})
@@ -175,13 +185,13 @@ def measure(recipe: Recipe, preset: str, seeds: Sequence[int] | None, teams: Tea
     counts = f"{len(runs)} runs, {len({run.seed for run in runs})} seeds, {steps:,} steps"
     return "\n".join(
         [
-            f"## {recipe.name}: {(verdict := judge(recipe, runs)).judgement}",
+            f"## {recipe.name}: {(verdict := VerdictView.of(recipe, judge(recipe, runs))).judgement}",
             "",
             f"**Claim.** {recipe.claim} ({recipe.source})",
             "",
-            f"**Reported there.** {recipe.paper}",
+            f"**Reported.** {recipe.paper}",
             "",
-            f"**Falsified by** {recipe.falsified_if}.",
+            f"**Falsified if** {recipe.falsified_if}.",
             "",
             *table(verdict),
             "",
@@ -192,16 +202,20 @@ def measure(recipe: Recipe, preset: str, seeds: Sequence[int] | None, teams: Tea
     )
 
 
-def table(verdict: RecipeVerdict) -> list[str]:
-    """Return a row per finding: median and range over seeds."""
+def table(verdict: VerdictView) -> list[str]:
+    """Return one row per finding: median and range over seeds."""
     rows = [FINDING_HEADINGS, ["---"] * len(FINDING_HEADINGS), *map(finding_cells, verdict.findings)]
     return [f"| {' | '.join(cells)} |" for cells in rows]
 
 
 def main() -> None:
-    """Read the command line, and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", default=[SHORTEST], metavar="RECIPE", help=f"all, {', '.join(RECIPES)}")
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "recipes", nargs="*", default=[QUICKEST_RECIPE], metavar="RECIPE", help=f"all, {', '.join(RECIPES)}"
+    )
     parser.add_argument("--preset", default="quick", choices=["quick", "paper", "demo"])
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the recipe's own")
     parser.add_argument("--markdown", type=Path, help="file that is written as well")

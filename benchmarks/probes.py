@@ -1,7 +1,8 @@
-"""What each probe costs against a training step, on two gloo workers of this machine.
+"""Cost of each probe compared with a training step, on two gloo workers of this machine.
 
-Prints milliseconds for each measurement (median over rounds, and range), how many training steps that is, and what share of the
-time it takes at the default of 100 steps between measurements; probes and steps interleaved in one run.
+Prints median over rounds and range in milliseconds for each measurement, the equivalent number of training
+steps, and the share of the run time at the default of 100 steps between measurements. Probes and steps
+alternate in one run.
 """
 
 import argparse
@@ -28,16 +29,24 @@ from trainer.probes import Probes
 from trainer.training.optim import build_optimizer
 
 WORKERS, BATCH, STEPS = 2, 60, 20
-"""Steps: timed together in each round."""
+"""Number of steps that are timed together in each round."""
 NETWORKS: dict[str, tuple[ModelSpec, tuple[int, ...]]] = {
     "3 x 100 sigmoids on 784 values": (MlpSpec(), (784,)),
     "convolutions of 16, 32 and 64 channels on 28 x 28 images": (CnnSpec(channels=[16, 32, 64]), (1, 28, 28)),
 }
-MEASUREMENTS = ("percentiles", "drift", "discrepancy", "variance_share", "gradient_norm", "landscape", "shift")
+MEASUREMENTS = (
+    "percentiles",
+    "drift",
+    "discrepancy",
+    "variance_share",
+    "gradient_norm",
+    "landscape",
+    "shift",
+)
 
 
 def work(rank: int, store: str, rounds: int) -> None:
-    """Time one worker's steps and measurements; rank 0 prints."""
+    """Time the steps and measurements of one worker; rank 0 prints."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
     worker = RankInfo(rank, WORKERS, torch.device("cpu"))
@@ -48,8 +57,10 @@ def work(rank: int, store: str, rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def measure(model_spec: ModelSpec, shape: tuple[int, ...], worker: RankInfo, rounds: int) -> dict[str, list[float]]:
-    """Return seconds of a training step, of each measurement, and of all together, by round."""
+def measure(
+    model_spec: ModelSpec, shape: tuple[int, ...], worker: RankInfo, rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds per round of a training step, of each measurement, and of all together."""
     spec = JobSpec(model=model_spec, num_workers=WORKERS, global_batch_size=BATCH, steps=1)
     model = build_model(spec.model, spec.norm, shape, 10, spec.seed)
     parallel = DistributedDataParallel(model, forward_sync_buffers=False)
@@ -76,18 +87,20 @@ def measure(model_spec: ModelSpec, shape: tuple[int, ...], worker: RankInfo, rou
             began = time.perf_counter()
             for _ in range(repeats):
                 call()
-            if number > 0:  # the first one warms up
+            if number > 0:  # the first round warms up
                 seconds[name].append((time.perf_counter() - began) / repeats)
     return seconds
 
 
 def report(title: str, seconds: dict[str, list[float]]) -> None:
-    """Print a line per measurement."""
+    """Print one line per measurement."""
     middles = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{title}, {BATCH} samples, {WORKERS} workers, norm sync; n = {len(seconds['step'])}")
     for name, values in seconds.items():
         in_steps = middles[name] / middles["step"]
-        line = f"  {name:15} {middles[name] * 1e3:7.2f} ms ({min(values) * 1e3:.2f} to {max(values) * 1e3:.2f})"
+        line = (
+            f"  {name:15} {middles[name] * 1e3:7.2f} ms ({min(values) * 1e3:.2f} to {max(values) * 1e3:.2f})"
+        )
         print(
             line
             if name == "step"

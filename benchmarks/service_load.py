@@ -1,13 +1,14 @@
-"""What the service stands: submissions in a second, pages among many jobs, streams of one log, and a queue that costs Ray nothing.
+"""Load limits of the service: submissions per second, pages among many jobs, log streams, and a long queue.
 
     python benchmarks/service_load.py                                   on SQLite; a quarter of an hour
     python benchmarks/service_load.py --database-url postgresql+asyncpg://user@host/empty
     python benchmarks/service_load.py --parts posts page
 
-All of it is real: `syncbn serve` in a process of its own on this machine, Ray, MLflow and the database beside it, and the clients,
-which take their part of the same cores. No job leaves the queue, as the owner's quota is 0, but in `head`, where they run one after
-the other. Beside each figure is its goal, and what Ray's own jobs API does where it can do the same, in numbers that a head on this
-machine bears. The database of --database-url must be empty; what is made in it is dropped again.
+All parts are real: `syncbn serve` runs in its own process on this machine, with Ray, MLflow, the database
+and the clients, which use the same cores. No job leaves the queue, since the quota of the owner is 0, except
+in `head`, where jobs run one after the other. Each figure is printed with its goal, and with the result of
+Ray's own jobs API where it has the same function, in numbers that a head on this machine can handle. The
+database of --database-url must be empty; everything created in it is dropped again.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from loaded_service import SPEC, Load, p99, state_of, submit, submit_bare, told, until_ended
+from loaded_service import SPEC, Load, p99, state_of, submit, submit_bare, summary, until_ended
 from sqlalchemy import func, select, text
 
 from service.domain.jobs import Job, JobState, new_id
@@ -38,11 +39,11 @@ MANY_JOBS, PAGE_SIZE, PAGES = 100_000, 50, 200
 STREAMS, LINES = 500, 30
 QUEUED = 1_000
 BARE_JOBS = 20
-"""That Ray is given directly: each takes its head a process."""
+"""Number of jobs submitted to Ray directly: each costs its head a process."""
 
 
 async def posts(load: Load) -> None:
-    """Submit at a steady rate in several rounds, each on an empty queue and after requests that the service does nothing for."""
+    """Submit at a steady rate in several rounds, each with an empty queue and after rejected requests."""
     rounds = []
     for number in range(POST_ROUNDS):
         await load.empty()
@@ -50,7 +51,9 @@ async def posts(load: Load) -> None:
 
             async def submit_keyed(number: int) -> None:
                 body = {"name": f"job {number}", "spec": SPEC, "tags": ["load"]}
-                async with session.post("/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}) as answer:
+                async with session.post(
+                    "/v1/jobs", json=body, headers={"Idempotency-Key": f"load-{number}"}
+                ) as answer:
                     if not answer.ok:
                         raise RuntimeError(f"{answer.status}: {await answer.text()}")
 
@@ -59,11 +62,15 @@ async def posts(load: Load) -> None:
                     answer.raise_for_status()
 
             await submit_keyed(-1)
-            nothing, submissions = await steadily(ask_for_nothing, 10), await steadily(submit_keyed, POST_SECONDS)
+            nothing, submissions = (
+                await steadily(ask_for_nothing, 10),
+                await steadily(submit_keyed, POST_SECONDS),
+            )
         rounds.append(p99(submissions))
         print(
-            f"posts: round {number + 1}, {POSTS_PER_SECOND} a second: keyed POSTs for {POST_SECONDS} s {told(submissions)}; "
-            f"GETs of /livez before {told(nothing)}"
+            f"posts: round {number + 1}, {POSTS_PER_SECOND} a second: keyed POSTs for {POST_SECONDS} s "
+            f"{summary(submissions)}; "
+            f"GETs of /livez before {summary(nothing)}"
         )
     print(
         f"posts: p99 of {POST_ROUNDS} rounds: median {statistics.median(rounds) * 1e3:.1f} ms "
@@ -75,11 +82,13 @@ async def posts(load: Load) -> None:
             began = time.perf_counter()
             await submit_bare(ray, "true")
             bare.append(time.perf_counter() - began)
-    print(f"posts: {BARE_JOBS} POSTs to Ray, one after the other: {told(bare)}")
+    print(f"posts: {BARE_JOBS} POSTs to Ray, one after the other: {summary(bare)}")
 
 
 async def steadily(call: Callable[[int], Coroutine[Any, Any, None]], seconds: float) -> list[float]:
-    """Call at a steady rate, whether answers have come or not; return the seconds that each took from when it was due."""
+    """Call at a steady rate regardless of responses; return the seconds from each due time to its
+    response.
+    """
     took = []
 
     async def timed(number: int, due: float) -> None:
@@ -96,9 +105,9 @@ async def steadily(call: Callable[[int], Coroutine[Any, Any, None]], seconds: fl
 
 
 async def page(load: Load) -> None:
-    """Read pages among many jobs: the newest, old ones, and by each filter."""
+    """Read pages among many jobs: the newest, old ones, and with each filter."""
     async with load.serving():
-        pass  # makes the tables
+        pass  # creates the tables
     database = Database(load.environment["SYNCBN_DATABASE_URL"], 60)
     await fill(database)
     await database.close()
@@ -112,17 +121,22 @@ async def page(load: Load) -> None:
     }
     async with load.serving() as session:
         for name, query in queries.items():
-            seconds, places = [], [""]
+            seconds, tokens = [], [""]
             for number in range(PAGES):
                 began = time.perf_counter()
-                place = {"page_token": places[number % len(places)]} if places[number % len(places)] else {}
-                async with session.get("/v1/jobs", params={"page_size": str(PAGE_SIZE)} | query | place) as answer:
+                position = (
+                    {"page_token": tokens[number % len(tokens)]} if tokens[number % len(tokens)] else {}
+                )
+                async with session.get(
+                    "/v1/jobs", params={"page_size": str(PAGE_SIZE)} | query | position
+                ) as answer:
                     content = await answer.json()
                 seconds.append(time.perf_counter() - began)
-                if content["next_page_token"] and len(places) < PAGES // 2:
-                    places.append(content["next_page_token"])
+                if content["next_page_token"] and len(tokens) < PAGES // 2:
+                    tokens.append(content["next_page_token"])
             print(
-                f"page: {PAGE_SIZE} of {MANY_JOBS:,} jobs, {name}, {len(places)} pages deep: {told(seconds)}; goal 50 ms"
+                f"page: {PAGE_SIZE} of {MANY_JOBS:,} jobs, {name}, {len(tokens)} pages deep: "
+                f"{summary(seconds)}; goal 50 ms"
             )
     print("page: Ray's jobs API has neither pages nor filters")
 
@@ -154,7 +168,7 @@ async def fill(database: Database) -> None:
 
 
 async def streams(load: Load) -> None:
-    """Follow one log by many streams, and time each line from when it was written."""
+    """Follow one log with many streams, and time each line from its write."""
     async with load.serving() as session:
         job_id = await submit(session, "followed")
         path = load.storage / job_id / "attempt-1" / LOG_FILE
@@ -174,7 +188,7 @@ async def streams(load: Load) -> None:
 
         async with asyncio.TaskGroup() as group:
             followers = [group.create_task(follow()) for _ in range(STREAMS)]
-            await asyncio.sleep(10)  # until all of them are there
+            await asyncio.sleep(10)  # until all of them are connected
             assert load.process is not None
             load.process.cpu_percent()
             for _ in range(LINES):
@@ -184,14 +198,15 @@ async def streams(load: Load) -> None:
             share, memory = load.process.cpu_percent(), load.memory()
         late = [second for follower in followers for second in follower.result()]
         print(
-            f"streams: {STREAMS} of one log, each got all of {LINES} lines: {told(late)} after it was written; "
+            f"streams: {STREAMS} of one log, each got all of {LINES} lines: {summary(late)} after it was "
+            "written; "
             f"the service took {share:.0f} % of a core and {memory - before:.0f} MB for them"
         )
     await bare_streams(load)
 
 
 async def bare_streams(load: Load) -> None:
-    """Follow one of Ray's own jobs the same way, by its websockets."""
+    """Follow one of Ray's own jobs in the same way, by its websockets."""
     program = f"import time\nfor _ in range({LINES + 40}): print(time.time(), flush=True); time.sleep(1)"
     async with load.ray_session() as session:
         job_id = await submit_bare(session, f'{sys.executable} -c "{program}"')
@@ -219,15 +234,19 @@ async def bare_streams(load: Load) -> None:
         late = [second for follower in followers for second in follower.result()]
         fewest = min(len(follower.result()) for follower in followers)
     print(
-        f"streams: {STREAMS} of one log from Ray, the fewest lines in a stream {fewest}: {told(late)} after it was printed"
+        f"streams: {STREAMS} of one log from Ray, the fewest lines in a stream {fewest}: {summary(late)} "
+        "after it was printed"
     )
 
 
 async def head(load: Load) -> None:
-    """Queue many jobs, of which one at a time runs, and compare the memory of Ray's head; then give it some jobs directly."""
+    """Queue many jobs, of which one at a time runs, and compare the memory of Ray's head.
+
+    Then submit some jobs to Ray directly.
+    """
     load.environment["SYNCBN_QUOTA_JOBS"] = "1"
     async with load.serving() as session:
-        for number in range(2):  # so that what Ray loads once is not counted
+        for number in range(2):  # so that modules that Ray loads once do not count
             await until_ended(session, await submit(session, f"before {number}", SHORT))
         before = load.head_memory()
         queued = [await submit(session, f"queued {number}", SHORT) for number in range(QUEUED)]
@@ -236,7 +255,8 @@ async def head(load: Load) -> None:
         after = load.head_memory()
     ran = sum(state == "succeeded" for state in states)
     print(
-        f"head: {QUEUED:,} queued jobs, {ran} of which ran in 60 s: {after - before:+.0f} MB of {before:.0f}; goal: flat"
+        f"head: {QUEUED:,} queued jobs, {ran} of which ran in 60 s: {after - before:+.0f} MB of "
+        f"{before:.0f}; goal: flat"
     )
     before = load.head_memory()
     async with load.ray_session() as ray:
@@ -245,7 +265,8 @@ async def head(load: Load) -> None:
         await asyncio.sleep(30)
         after = load.head_memory()
     print(
-        f"head: {BARE_JOBS} jobs that Ray was given directly: {after - before:+.0f} MB, and a process or two for each of them"
+        f"head: {BARE_JOBS} jobs that Ray was given directly: {after - before:+.0f} MB, and a process or "
+        "two for each of them"
     )
 
 
@@ -258,8 +279,10 @@ PARTS: dict[str, Callable[[Load], Coroutine[Any, Any, None]]] = {
 
 
 def main() -> None:
-    """Read the command line, and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--database-url", help="of an empty database; default: a new SQLite file")
     options = parser.parse_args()
@@ -278,11 +301,13 @@ def main() -> None:
 
 
 async def check_empty(url: str) -> None:
-    """Refuse a database that holds anything."""
+    """Exit if the database is not empty."""
     database = Database(url, 60)
     async with database.read() as connection:
         count = (
-            select(func.count()).select_from(text("information_schema.tables")).where(text("table_schema = 'public'"))
+            select(func.count())
+            .select_from(text("information_schema.tables"))
+            .where(text("table_schema = 'public'"))
         )
         if (await connection.execute(count)).scalar_one():
             raise SystemExit("--database-url: takes an empty database; this one has tables")

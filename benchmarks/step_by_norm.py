@@ -1,6 +1,7 @@
-"""What a training step of the paper's Figure 1 network costs under each norm, on two gloo workers of this machine.
+"""Time of a training step of the network of Figure 1 under each norm, on two gloo workers of this machine.
 
-Prints milliseconds per step (median over blocks, and range) and the ratio to no norm, norms interleaved in one run.
+Prints median over blocks and range in milliseconds per step, and the ratio to no norm. Norms alternate in
+one run.
 """
 
 import argparse
@@ -32,7 +33,9 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
     models = {
-        norm: DistributedDataParallel(build_model(MlpSpec(), norm, (784,), 10, seed=0), forward_sync_buffers=False)
+        norm: DistributedDataParallel(
+            build_model(MlpSpec(), norm, (784,), 10, seed=0), forward_sync_buffers=False
+        )
         for norm in NORMS
     }
     optimizers = {norm: build_optimizer(SgdSpec(lr=0.1), model) for norm, model in models.items()}
@@ -44,7 +47,7 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
             began = time.perf_counter()
             for _ in range(steps):
                 step(models[norm], optimizers[norm], inputs, labels)
-            if block > 0:  # the first one warms up
+            if block > 0:  # the first block warms up
                 seconds[norm].append((time.perf_counter() - began) / steps)
     if rank == 0:
         report(seconds)
@@ -52,14 +55,14 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
-    """Take one optimiser step."""
+    """Make one optimiser step."""
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
 
 
 def report(seconds: dict[Norm, list[float]]) -> None:
-    """Print a line per norm."""
+    """Print one line per norm."""
     yardstick = statistics.median(seconds[Norm.NONE])
     for norm, values in seconds.items():
         middle = statistics.median(values)

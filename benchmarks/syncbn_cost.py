@@ -1,9 +1,10 @@
-"""What synchronising ResNet-50's statistics costs on 2 to 1,024 ranks: counted where it can be, else from a stated model.
+"""Communication cost of synchronised ResNet-50 statistics on 2 to 1,024 ranks: counts, and a stated model.
 
-Counted: collectives and bytes of a training step on torch's fake process group, at each number of ranks. Computed: their
-time by an alpha-beta model (every hop costs alpha, every byte beta), with links and compute steps that are assumptions,
-printed with the table. Not in the model: ranks that wait for a slower one, contention with DDP's gradients for the link,
-and several levels of links. So the times are orders of magnitude, to tell where synchronising is cheap from where it is not.
+Counted: collectives and bytes of a training step on torch's fake process group, at each number of ranks.
+Computed: their time by an alpha-beta model (each hop costs alpha, each byte beta). Links and compute steps
+are assumptions, which are printed with the table. Not modelled: ranks that wait for a slower one,
+contention with the gradients of DDP, and links of several levels. The times are orders of magnitude that
+show where synchronisation is cheap and where it is not.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 WORLD_SIZES = [2**power for power in range(1, 11)]
 STEPS_MS = (13.0, 100.0)
-"""Assumed compute steps: 32 images of 224 x 224 at 2,500 images/s; and a detector on two large images."""
+"""Assumed compute steps: 32 images of 224 x 224 at 2,500 images/s, and a detector on two large images."""
 SHARE = 0.1
-"""Part of the compute step beyond which the table's last lines call the communication dear."""
+"""Share of the compute step above which the last lines of the table call communication expensive."""
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the ranks; all figures are assumptions."""
+    """Link between ranks; all figures are assumptions."""
 
     name: str
     call_seconds: float
@@ -43,11 +44,15 @@ class Link:
     most_ranks: int
 
     def ring_seconds(self, size: float, world_size: int) -> float:
-        """Time an all_reduce in 2(W - 1) hops of size/W bytes each."""
-        return self.call_seconds + 2 * (world_size - 1) * (self.hop_seconds + size / world_size / self.bytes_per_second)
+        """Compute the time of an all_reduce in 2(W - 1) hops of size/W bytes each."""
+        return self.call_seconds + 2 * (world_size - 1) * (
+            self.hop_seconds + size / world_size / self.bytes_per_second
+        )
 
     def tree_seconds(self, size: float, world_size: int) -> float:
-        """Time an all_reduce up a binary tree and down again, in 2·log₂W hops of the whole vector."""
+        """Compute the time of an all_reduce up and down a binary tree, in 2·log₂W hops of the whole
+        vector.
+        """
         return self.call_seconds + 2 * math.ceil(math.log2(world_size)) * (
             self.hop_seconds + size / self.bytes_per_second
         )
@@ -61,10 +66,12 @@ LINKS = [
 
 
 class AlikeRanks(Collectives):
-    """Counts collectives on the fake process group, which moves nothing, and fills in what W ranks alike would get."""
+    """Counter of collectives on the fake process group that fills in the result of W equal ranks."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run and note the operator; multiply an all_reduce's tensors by W, the sum over ranks that hold the same."""
+        """Run and record the operator; multiply the tensors of an all_reduce by W, the sum over equal
+        ranks.
+        """
         result = super().__torch_dispatch__(func, types, args, kwargs)
         if func.name() == "c10d::allreduce_":
             for tensor in args[0]:
@@ -73,7 +80,9 @@ class AlikeRanks(Collectives):
 
 
 def count(world_size: int) -> tuple[list[int], list[int]]:
-    """Return the channels of each synchronised layer and the bytes of each collective of one training step."""
+    """Return the channels of each synchronised layer and the bytes of each collective of one training
+    step.
+    """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
         torch.manual_seed(0)
@@ -91,24 +100,33 @@ def count(world_size: int) -> tuple[list[int], list[int]]:
 
 
 def gathered_bytes(channels: list[int], world_size: int) -> float:
-    """Compute what a rank receives per step in torch's own layer: float32, all_gather forward, all_reduce backward."""
+    """Compute the bytes that a rank receives per step with torch's layer.
+
+    float32, all_gather in forward, all_reduce in backward.
+    """
     forward = sum((world_size - 1) * 4 * (2 * number + 1) for number in channels)
     return forward + reduced_bytes([4 * 2 * number for number in channels], world_size)
 
 
 def reduced_bytes(sizes: list[int], world_size: int) -> float:
-    """Compute what a rank receives in all_reduces along a ring."""
+    """Compute the bytes that a rank receives in all_reduces along a ring."""
     return sum(sizes) * 2 * (world_size - 1) / world_size
 
 
 def report_counts(counts: dict[int, tuple[list[int], list[int]]]) -> None:
-    print("ResNet-50, float32, one step; received by each rank in ring all_reduces, and by torch.nn.SyncBatchNorm's")
+    print(
+        "ResNet-50, float32, one step; received by each rank in ring all_reduces, and by "
+        "torch.nn.SyncBatchNorm's"
+    )
     print("all_gather (computed from its source):\n")
     print("| ranks | collectives | bytes in them | MB received | MB received, torch's |")
     print("|---|---|---|---|---|")
     for world_size, (channels, sizes) in counts.items():
         received, gathered = reduced_bytes(sizes, world_size), gathered_bytes(channels, world_size)
-        print(f"| {world_size:,} | {len(sizes)} | {sum(sizes):,} | {received / 1e6:.2f} | {gathered / 1e6:.2f} |")
+        print(
+            f"| {world_size:,} | {len(sizes)} | {sum(sizes):,} | {received / 1e6:.2f} | "
+            f"{gathered / 1e6:.2f} |"
+        )
 
 
 def report_link(
@@ -136,7 +154,9 @@ def report_link(
 
 
 def times(link: Link, counts: dict[int, tuple[list[int], list[int]]]) -> Iterator[tuple[int, float, float]]:
-    """Yield (ranks, milliseconds by ring, milliseconds by tree) of all the layers' collectives of a step."""
+    """Yield (ranks, milliseconds by ring, milliseconds by tree) of the collectives of all layers of a
+    step.
+    """
     for world_size, (_, sizes) in counts.items():
         if world_size <= link.most_ranks:
             ring = sum(link.ring_seconds(size, world_size) for size in sizes)

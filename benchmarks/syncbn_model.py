@@ -1,10 +1,11 @@
-"""What synchronised statistics cost a whole model: a training step of ResNet-18 under DDP, two gloo workers, one thread each.
+"""Cost of synchronised statistics for a model: a training step of ResNet-18 under DDP on two gloo workers.
 
-Prints, from one run: milliseconds per step with each worker's own statistics (`batch`) and with all workers' (`sync`), in
-alternating blocks, by the clock and in processor time, which waiting and other work on the machine do not enter; the
-ratio of the blocks side by side; what the layers' collectives take alone, as bare all_reduces of the same sizes; the
-collectives and bytes of a step, counted where torch hands them to the backend; and the memory that autograd keeps for the
-backward pass and that both passes take at their peak. Each time and ratio is a median over blocks, with its range.
+Each worker has one thread. From one run it prints, as medians over blocks with ranges: milliseconds per
+step with local statistics (`batch`) and synchronised ones (`sync`) in alternating blocks, in wall time and
+in processor time, which excludes waiting and other processes; the ratio of adjacent blocks; the time of
+the layers' collectives alone, as bare all_reduces of the same sizes; collectives and bytes of a step,
+counted where torch passes them to the backend; and the memory that autograd keeps for the backward pass,
+and the peak of both passes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which notes on every start that it sees no GPU
+os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which reports at every start that it sees no GPU
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 import torch
@@ -41,7 +42,7 @@ NORMS = ("batch", "sync")
 
 @dataclass
 class Training:
-    """A model with its optimiser and one batch, which every step takes again."""
+    """Model with its optimiser and one batch, which every step uses."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -55,7 +56,7 @@ class Training:
         loss.backward()
 
     def step(self) -> None:
-        """Take one optimiser step."""
+        """Make one optimiser step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.differentiate()
         self.optimizer.step()
@@ -63,9 +64,10 @@ class Training:
 
 @dataclass
 class Collectives(TorchDispatchMode):
-    """Notes the bytes of each collective by phase, whoever issues it: Python, the compiler or DDP's reducer in C++.
+    """Recorder of the bytes of each collective by phase, issued by Python, the compiler or DDP's reducer
+    in C++.
 
-    The layers issue theirs on gloo itself, past torch's dispatcher.
+    The layers call gloo directly, without torch's dispatcher.
     """
 
     phase: str = "forward"
@@ -75,20 +77,20 @@ class Collectives(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and note it if it is one of torch.distributed's."""
+        """Run the operator, and record it if it is a collective of torch.distributed."""
         if func.namespace in ("c10d", "_c10d_functional") and "wait" not in func.name():
             tensors = args[0] if isinstance(args[0], list) else [args[0]]
             self.note(tensors)
         return func(*args, **(kwargs or {}))
 
     def note(self, tensors: list[Any]) -> None:
-        """Note what one rank sends in a collective."""
+        """Record the bytes that one rank sends in a collective."""
         self.bytes[self.phase].append(sum(tensor.nbytes for tensor in tensors))
 
 
 @dataclass
 class Costs:
-    """What a step does beside taking time."""
+    """Costs of a step other than time."""
 
     collectives: dict[str, list[int]]
     kept_bytes: int
@@ -96,7 +98,7 @@ class Costs:
 
 
 def build(norm: str, count: int, size: int) -> Training:
-    """Make the same network and the same `count` images of `size` x `size` for both norms."""
+    """Build the same network and the same `count` images of `size` x `size` for both norms."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=10)
     if norm == "sync":
@@ -125,7 +127,7 @@ def count_collectives(training: Training) -> dict[str, list[int]]:
 
 
 def kept_bytes(training: Training) -> int:
-    """Count what autograd keeps from the forward for the backward pass, each piece of memory once, parameters not."""
+    """Count the memory that autograd keeps between the passes, each storage once, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in training.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -141,9 +143,9 @@ def kept_bytes(training: Training) -> int:
 
 
 def peak_bytes(training: Training) -> int:
-    """Return the most that both passes hold at one time beside what was there before, as torch's allocator sees it.
+    """Return the peak memory of both passes beyond what was allocated before, by torch's allocator.
 
-    The parameters' gradients were there before, and are added to.
+    The gradients of parameters were allocated before, and are accumulated.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         training.differentiate()
@@ -156,7 +158,7 @@ def peak_bytes(training: Training) -> int:
 
 
 def all_reduce_each(vectors: list[Tensor]) -> None:
-    """Issue the layers' collectives alone, one after the other as the layers do."""
+    """Issue only the collectives of the layers, in the order of the layers."""
     for vector in vectors:
         dist.all_reduce(vector)
 
@@ -189,7 +191,8 @@ def work(rank: int, store: str, blocks: int, steps: int, images: int, size: int)
     if rank == 0:
         layers = [module for module in trainings["sync"].model.modules() if isinstance(module, SyncBatchNorm)]
         print(
-            f"ResNet-18, {images} images of {size} x {size} on each of {WORKERS} workers, {blocks} blocks of {steps} steps"
+            f"ResNet-18, {images} images of {size} x {size} on each of {WORKERS} workers, {blocks} blocks "
+            f"of {steps} steps"
         )
         for clock, values in seconds.items():
             report_times(clock, values)
@@ -200,16 +203,16 @@ def work(rank: int, store: str, blocks: int, steps: int, images: int, size: int)
 
 
 def layer_collectives(costs: dict[str, Costs]) -> list[int]:
-    """Return the bytes of the collectives that `sync` has and `batch` has not."""
+    """Return the bytes of the collectives that only `sync` has."""
     extra = [size for phase in ("forward", "backward") for size in costs["sync"].collectives[phase]]
     for sizes in costs["batch"].collectives.values():
         for size in sizes:
-            extra.remove(size)  # DDP's gradients, of which `sync` has the same
+            extra.remove(size)  # DDP's gradients, which `sync` has too
     return extra
 
 
 def spread(values: list[float], scale: float, digits: int) -> str:
-    """Write a median with its range."""
+    """Format a median with its range."""
     middle, low, high = (
         f"{value * scale:.{digits}f}" for value in (statistics.median(values), min(values), max(values))
     )
@@ -238,7 +241,7 @@ def report_costs(costs: dict[str, Costs], layers: list[nn.Module]) -> None:
 
 
 def report_torch() -> None:
-    """Say why torch's own synchronised layer is not in the table."""
+    """Print why torch's own synchronised layer is not in the table."""
     try:
         nn.SyncBatchNorm(3)(torch.randn(2, 3, 4, 4))
     except ValueError as error:

@@ -1,8 +1,9 @@
-"""How far the synchronised layer is from batch normalisation of all data at once, in float64 on one device.
+"""Error of the synchronised layer compared with float64 batch normalisation of all data on one device.
 
-Four ranks hold 3, 5, 0 and 9 samples of 8 channels of 64 x 64; ranks differ in mean and channels in spread. Printed are
-the largest errors of output, input gradient and variance, as fractions of the largest value expected, for each dtype and
-distance of the mean from zero, in standard deviations; and the error of E[x²] - E[x]² in float32 on the same data.
+Four ranks hold 3, 5, 0 and 9 samples of 8 channels of 64 x 64; ranks differ in mean, channels in spread.
+Prints the maximum errors of output, input gradient and variance, as fractions of the maximum expected value,
+for each dtype and distance of the mean from zero in standard deviations, and the error of E[x²] - E[x]² in
+float32 on the same data.
 
     python benchmarks/syncbn_numerics.py     # about a minute
 """
@@ -32,7 +33,7 @@ CASES = [
 
 
 def draw(dtype: torch.dtype, shift: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Return each rank's input and output gradient, the same on every rank."""
+    """Return the input and output gradient of each rank, equal on every rank."""
     generator = torch.Generator().manual_seed(0)
     spread = torch.linspace(1.0, 2.0, CHANNELS, dtype=torch.float64).view(1, -1, 1, 1)
     shapes = [(count, CHANNELS, SIDE, SIDE) for count in COUNTS]
@@ -43,14 +44,18 @@ def draw(dtype: torch.dtype, shift: float) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual.to(torch.float64) - expected).abs().max() / expected.abs().max()).item() if actual.numel() else 0.0
+    return (
+        ((actual.to(torch.float64) - expected).abs().max() / expected.abs().max()).item()
+        if actual.numel()
+        else 0.0
+    )
 
 
 def measure(dtype: torch.dtype, shift: float) -> list[float]:
-    """Return the largest errors over the ranks, on every rank."""
+    """Return the maximum errors over the ranks, on every rank."""
     shards, gradients = draw(dtype, shift)
     x = torch.cat(shards).to(torch.float64)
-    # The one device subtracts the mean first: float64 too would lose digits to a shift of 1e4.
+    # The single device subtracts the mean first: even float64 would lose digits to a shift of 1e4.
     centred = (x - x.mean((0, 2, 3), keepdim=True)).requires_grad_()
     variance = centred.detach().var((0, 2, 3), correction=0)
     y = F.batch_norm(centred, None, None, training=True)

@@ -1,11 +1,12 @@
-"""What this trainer costs over a plain training loop: samples per second of both, on the same model, data and workers, in one run.
+"""Throughput of this trainer compared with a plain training loop, on the same model, data and workers.
 
-Both run in the processes that torchrun starts. The plain loop is what people write for it: DistributedDataParallel, the same
-batches, cross-entropy, SGD, and nothing else. The trainer's workers also agree in every step on the loss and on what to do next,
-and rank 0 keeps its journal. The two take turns, step by step, so that whatever else the machine does falls on both alike; and
-they are launched several times, each of them first in every other launch, since where a launch happens to place their memory
-makes either of them several per cent faster as long as it lasts. Prints for each norm both medians, the ratio of neighbouring
-steps (goal: at least 0.98), median and range over launches, and what the parts of a step that the plain loop does not have take.
+Both run in processes started by torchrun. The plain loop is a typical one: DistributedDataParallel, the
+same batches, cross-entropy, SGD, and nothing else. The trainer's workers additionally agree in every step
+on the loss and the next action, and rank 0 logs metrics. The two alternate step by step, so that other
+load affects both equally. They are launched several times, in alternating order, since the memory
+placement of a launch makes either of them several per cent faster for as long as it runs. Prints for each
+norm both medians, the ratio of adjacent steps (goal: at least 0.98) as median and range over launches, and
+the time of the parts of a step that the plain loop does not have.
 """
 
 import argparse
@@ -48,12 +49,18 @@ from trainer.worker import identity
 WORKERS = 2
 NORMS = ("none", "sync")
 WARM_UP = 5
-"""Steps that are not counted."""
-MOST_SECONDS = 120
-"""For one turn."""
+"""Number of steps that are not counted."""
+TIMEOUT_SECONDS = 120
+"""Time limit of one turn."""
 SPEC = {
     "model": {"name": "torchvision:resnet18"},
-    "data": {"name": "synthetic", "shape": [3, 64, 64], "classes": 10, "train_samples": 512, "test_samples": 16},
+    "data": {
+        "name": "synthetic",
+        "shape": [3, 64, 64],
+        "classes": 10,
+        "train_samples": 512,
+        "test_samples": 16,
+    },
     "num_workers": WORKERS,
     "global_batch_size": 16,
     "optimizer": {"name": "sgd", "lr": 0.01, "momentum": 0.9},
@@ -62,15 +69,17 @@ SPEC = {
 
 
 class Turns:
-    """Lets two threads go on one at a time, in turn, until one of them has ended."""
+    """Turns of two threads that run alternately until one of them ends."""
 
     def __init__(self, first: int) -> None:
         self._changed, self._turn, self._alone = threading.Condition(), first, False
 
     def take(self, thread: int) -> None:
-        """Wait for this thread's turn."""
+        """Wait for the turn of this thread."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._turn == thread or self._alone, timeout=MOST_SECONDS)
+            assert self._changed.wait_for(
+                lambda: self._turn == thread or self._alone, timeout=TIMEOUT_SECONDS
+            )
 
     def pass_on(self, thread: int, *, at_end: bool = False) -> None:
         """Give the turn to the other thread."""
@@ -80,7 +89,9 @@ class Turns:
 
 
 class Timed:
-    """A dataset that times steps, each from the hand-over of its batches to the next request, and takes turns with another."""
+    """Dataset that times steps, from the delivery of its batches to the next request, and takes turns with
+    another one.
+    """
 
     def __init__(self, dataset: Dataset, turns: Turns, thread: int) -> None:
         self._dataset, self._turns, self._thread = dataset, turns, thread
@@ -95,7 +106,7 @@ class Timed:
         return self._dataset.skipped_images
 
     def train(self, first_step: int) -> Generator[list[Batch]]:
-        """Pass on batches."""
+        """Yield batches."""
         batches = self._dataset.train(first_step)
         while True:
             self._turns.pass_on(self._thread)
@@ -106,16 +117,16 @@ class Timed:
 
 
 class PreemptionNotice:
-    """The cluster's notices, asked for as often and as dearly as in Ray, which tells of none."""
+    """Preemption notices, requested as often and at the same cost as in Ray; there are none."""
 
     def is_preempted(self) -> bool:
-        """Take part in a collective, and say no."""
+        """Take part in a collective, and return False."""
         dist.all_reduce(torch.zeros(1))
         return False
 
 
 def plain(spec: JobSpec, worker: RankInfo, dataset: Timed) -> None:
-    """Train as people write it."""
+    """Train with a typical loop."""
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed)
     parallel = DistributedDataParallel(model, forward_sync_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -129,7 +140,7 @@ def plain(spec: JobSpec, worker: RankInfo, dataset: Timed) -> None:
 
 @contextmanager
 def accounts(spent: dict[str, float]) -> Iterator[None]:
-    """Add up the seconds spent in what the plain loop does not have."""
+    """Sum the seconds spent in parts that the plain loop does not have."""
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
@@ -151,25 +162,31 @@ def accounts(spent: dict[str, float]) -> Iterator[None]:
 
 
 def ours(spec: JobSpec, worker: RankInfo, dataset: Timed, folder: Path) -> None:
-    """Train by this project's loop, with all that it does beside training."""
+    """Train with this project's loop and everything that it does in addition to training."""
     outbox = Outbox(folder)
-    journal: MetricsLogger = (
+    metrics_logger: MetricsLogger = (
         RankZeroLogger(spec.steps, outbox, ProgressFile(folder, spec.steps, spec.global_batch_size))
         if worker.rank == 0
         else NullLogger()
     )
-    checkpoints = Checkpoints(str(folder / "checkpoints"), spec.checkpoint, identity(spec, dataset.digest), worker)
-    train(spec, worker, journal, dataset, checkpoints, PreemptionNotice())
+    checkpoints = Checkpoints(
+        str(folder / "checkpoints"), spec.checkpoint, identity(spec, dataset.digest), worker
+    )
+    train(spec, worker, metrics_logger, dataset, checkpoints, PreemptionNotice())
     outbox.close()
 
 
 def work(steps: int, norm: str, first: int) -> dict[str, Any]:
-    """Time both loops on one worker, the one of number `first` (0: plain, 1: the trainer's) being built and run first."""
+    """Time both loops on one worker.
+
+    Loop number `first` (0: plain, 1: the trainer's) is built and run first.
+    """
     rank, turns = dist.get_rank(), Turns(first)
     worker = RankInfo(rank, WORKERS, torch.device("cpu"))
     spec = JobSpec.model_validate(SPEC | {"steps": steps, "norm": norm})
     datasets = [
-        Timed(open_dataset(spec, rank, WORKERS, worker.device, torch.float32), turns, thread) for thread in (0, 1)
+        Timed(open_dataset(spec, rank, WORKERS, worker.device, torch.float32), turns, thread)
+        for thread in (0, 1)
     ]
     spent: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder, accounts(spent), redirect_stdout(io.StringIO()):
@@ -200,19 +217,21 @@ def work(steps: int, norm: str, first: int) -> dict[str, Any]:
 
 
 def report(norm: str, launches: list[dict[str, Any]]) -> None:
-    """Print both loops' speed and their ratio over all launches."""
+    """Print the speed of both loops and their ratio over all launches."""
     for name in ("plain", "trainer"):
         seconds = sorted(launch[name] for launch in launches)
         fastest, slowest = (SPEC["global_batch_size"] / seconds[place] for place in (0, -1))
         middle = statistics.median(seconds)
         speed = SPEC["global_batch_size"] / middle
         print(
-            f"{norm:5} {name:8} {speed:6.1f} samples/s ({slowest:.1f} to {fastest:.1f}), {middle * 1e3:.1f} ms a step"
+            f"{norm:5} {name:8} {speed:6.1f} samples/s ({slowest:.1f} to {fastest:.1f}), "
+            f"{middle * 1e3:.1f} ms a step"
         )
     for name, words in (("ratio", "neighbouring steps"), ("whole", "all steps together")):
         ratios = sorted(launch[name] for launch in launches)
         print(
-            f"{norm:5} trainer / plain, {words}: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}), goal 0.98"
+            f"{norm:5} trainer / plain, {words}: {statistics.median(ratios):.3f} ({ratios[0]:.3f} to "
+            f"{ratios[-1]:.3f}), goal 0.98"
         )
     for part in launches[0]["spent"]:
         spent = statistics.median(launch["spent"][part] for launch in launches)
@@ -220,18 +239,24 @@ def report(norm: str, launches: list[dict[str, Any]]) -> None:
 
 
 def launch(number: int, steps: int) -> dict[str, Any]:
-    """Have torchrun start the workers once; return what rank 0 found for each norm."""
+    """Start the workers with torchrun once; return the results of rank 0 for each norm."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={WORKERS}",
+        ]
         arguments = [f"--steps={steps}", f"--first={number % 2}", f"--found={path}"]
-        subprocess.run([*command, __file__, *arguments], check=True, timeout=MOST_SECONDS * 10)
+        subprocess.run([*command, __file__, *arguments], check=True, timeout=TIMEOUT_SECONDS * 10)
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
 
 def main() -> None:
-    """Launch the workers again and again, or be one of them."""
+    """Launch the workers repeatedly, or act as one of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--launches", type=int, default=6)
     parser.add_argument("--steps", type=int, default=30, help="of each loop in a launch")

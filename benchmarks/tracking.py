@@ -1,9 +1,10 @@
-"""What tracking costs a training step, and what an MLflow that does not answer costs it.
+"""Cost of tracking for a training step, with a working MLflow and with one that does not answer.
 
-Three processes take the same steps in turn, some milliseconds each, with metrics in every tenth one: without tracking, with MLflow
-up, and with one that takes connections and never answers, which is the worst way of being down. Prints for each the median step,
-the steps over 50 ms and the longest; the ratio to the one without tracking (goal: at most 1.01); and whether MLflow holds each step
-once, also after the outbox of the third has been sent to a server that answers again.
+Three processes make the same steps of some milliseconds in turn, with metrics in every tenth one: without
+tracking, with a working MLflow, and with a server that accepts connections and never answers, which is the
+worst kind of outage. Prints for each the median step, the steps over 50 ms and the maximum; the ratio to
+the process without tracking (goal: at most 1.01); and whether MLflow holds each step once, also after the
+outbox of the third process was sent to a server that answers.
 """
 
 import argparse
@@ -36,8 +37,8 @@ METRICS = {"accuracy": 0.5, "test_loss": 1.0, "train_loss": 1.0, "learning_rate"
 
 
 @contextmanager
-def deaf_server() -> Iterator[str]:
-    """A server that takes connections and never answers."""
+def silent_server() -> Iterator[str]:
+    """Run a server that accepts connections and never answers."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     taken: list[socket.socket] = []
 
@@ -56,9 +57,9 @@ def deaf_server() -> Iterator[str]:
 
 
 def serve(turns: Connection, folder: Path, url: str | None, run_id: str, steps: int) -> None:
-    """Take a block of steps whenever it is this process's turn, and answer with their seconds."""
+    """Make a block of steps in each turn of this process, and send their seconds."""
     torch.set_num_threads(1)
-    trainer.tracking.uploader.SECONDS_TO_FINISH = 10.0
+    trainer.tracking.uploader.FINISH_TIMEOUT_SECONDS = 10.0
     model = nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     inputs, labels = torch.rand(256, 784), torch.randint(10, (256,))
@@ -82,18 +83,18 @@ def serve(turns: Connection, folder: Path, url: str | None, run_id: str, steps: 
 
 
 def is_whole(client: MlflowClient, run_id: str, steps: int) -> str:
-    """Say whether a run holds each logged step once."""
+    """Return whether a run holds each logged step once."""
     held = sorted(point.step for point in client.get_metric_history(run_id, "accuracy"))
     return f"{held == list(range(0, steps, EVERY))} ({len(held)} of {len(range(0, steps, EVERY))})"
 
 
 def main(seconds: float, steps: int) -> None:
-    """Have the three take turns until the time is over."""
+    """Let the three processes take turns until the time is over."""
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory() as name,
         LocalStack(Path(name) / "stack", api=False, cpus=1) as stack,
-        deaf_server() as deaf,
+        silent_server() as deaf,
     ):
         url, os.environ["MLFLOW_TRACKING_TOKEN"] = stack.mlflow
         client = MlflowClient(url)
@@ -125,7 +126,8 @@ def main(seconds: float, steps: int) -> None:
             middle = statistics.median(values)
             late = sum(value > 0.05 for value in values)
             print(
-                f"{kind:8} {middle * 1e3:.3f} ms a step, {middle / statistics.median(spent['without']):.4f} x without;"
+                f"{kind:8} {middle * 1e3:.3f} ms a step, "
+                f"{middle / statistics.median(spent['without']):.4f} x without;"
                 f" {late} of {len(values)} steps over 50 ms, the longest {max(values) * 1e3:.0f} ms"
             )
         print(f"up: MLflow holds each logged step once: {is_whole(client, runs['up'], taken['up'])}")
@@ -134,7 +136,8 @@ def main(seconds: float, steps: int) -> None:
         with MlflowUploader(outbox.path, url, runs["down"]):
             pass
         print(
-            f"down, then up again: MLflow holds each logged step once: {is_whole(client, runs['down'], taken['down'])}"
+            "down, then up again: MLflow holds each logged step once: "
+            f"{is_whole(client, runs['down'], taken['down'])}"
         )
 
 

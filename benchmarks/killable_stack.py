@@ -1,4 +1,4 @@
-"""The service, Ray and MLflow as processes that `chaos.py` kills and starts again."""
+"""Stack of service, Ray and MLflow as processes that `chaos.py` kills and restarts."""
 
 import os
 import shutil
@@ -15,14 +15,14 @@ from service.local.host import choose_ports, keep_secret, short_folder, tail
 from service.local.supervisor import Plan, SupervisorHandle
 from trainer.jobspec import OUTCOME_FILE
 
-MOST_SECONDS = 300.0
-"""For one thing that is waited for."""
+TIMEOUT_SECONDS = 300.0
+"""Time limit of each wait."""
 OF_JOBS = ("-m trainer", "ray::", "default_worker")
-"""In the command lines of drivers, workers and supervisors."""
+"""Command lines of drivers, workers and supervisors."""
 
 
-class House:
-    """The service, Ray and MLflow, each in processes of its own that can be killed and started again."""
+class KillableStack:
+    """Service, Ray and MLflow, each in separate processes that can be killed and restarted."""
 
     def __init__(self, data_dir: Path, database_url: str | None) -> None:
         free = choose_ports(4)
@@ -57,16 +57,16 @@ class House:
         self._service: psutil.Popen | None = None
 
     def start(self) -> None:
-        """Start all of it."""
+        """Start all processes."""
         part = processes.mlflow_server(self.layout)
-        plan = Plan(parts=[part], directory=str(self.layout.data_dir))
+        plan = Plan(processes=[part], directory=str(self.layout.data_dir))
         self._mlflow = SupervisorHandle(plan, log=self.layout.log("keeper"))
         self.start_head()
         self.start_service()
         self.until_ready("mlflow", "ray", "api")
 
     def start_head(self) -> None:
-        """Start Ray's head, without waiting for it."""
+        """Start Ray's head without waiting for it."""
         self.layout.ray_dir.mkdir(mode=0o700, exist_ok=True)
         part = processes.ray_head(self.layout)
         with self.layout.log("ray").open("ab") as log:
@@ -80,7 +80,7 @@ class House:
             )
 
     def kill_head(self, *, with_jobs: bool) -> None:
-        """Kill Ray's head; and the drivers and workers on its node too, or they are left to notice it themselves."""
+        """Kill Ray's head, with the drivers and workers on its node or without them."""
         assert self._ray is not None
         processes = [self._ray, *self._ray.children(recursive=True)]
         for process in processes:
@@ -90,7 +90,7 @@ class House:
         self._ray.wait(10)
 
     def start_service(self) -> None:
-        """Start the service, without waiting for it."""
+        """Start the service without waiting for it."""
         with self.layout.log("api").open("ab") as log:
             command = [sys.executable, "-m", "service.cli.app", "serve"]
             self._service = psutil.Popen(
@@ -98,14 +98,14 @@ class House:
             )
 
     def kill_service(self) -> None:
-        """Kill the service, if it runs."""
+        """Kill the service if it runs."""
         assert self._service is not None
         with suppress(psutil.NoSuchProcess):
             self._service.kill()
         self._service.wait(10)
 
     def stop(self) -> None:
-        """End all of it, and whatever it has left."""
+        """Stop all processes, including those left behind."""
         if self._service is not None:
             self.kill_service()
         if self._ray is not None and self._ray.is_running():
@@ -120,7 +120,7 @@ class House:
 
     def until_alive(self) -> None:
         """Wait until the service answers."""
-        deadline = time.monotonic() + MOST_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             with suppress(httpx.HTTPError):
                 if self._probes.get(f"{self.url}/livez").is_success:
@@ -129,25 +129,28 @@ class House:
         raise TimeoutError(f"the service does not answer:\n{tail(self.layout.log('api'))}")
 
     def ends_in_files(self) -> set[tuple[str, int]]:
-        """Jobs and attempts whose end is in their files."""
+        """Return jobs and attempts whose files record their end."""
         found = self.storage.glob(f"*/attempt-*/{OUTCOME_FILE}")
         return {(path.parts[-3], int(path.parts[-2].removeprefix("attempt-"))) for path in found}
 
-    def told_ends(self) -> set[tuple[str, int]]:
-        """Jobs and attempts that the service tells to have ended, of those that have files; none if it does not answer."""
-        told = set()
+    def reported_ends(self) -> set[tuple[str, int]]:
+        """Return the ended attempts that the service reports, of jobs with files.
+
+        Empty if it does not answer.
+        """
+        reported = set()
         for folder in self.storage.glob("*"):
             with suppress(httpx.HTTPError):
                 answer = self._probes.get(f"{self.url}/v1/jobs/{folder.name}", headers=self.headers)
                 if answer.is_success:
                     job = answer.json()
                     last = job["attempt"] if job["ended_at"] else job["attempt"] - 1
-                    told |= {(folder.name, attempt) for attempt in range(1, last + 1)}
-        return told
+                    reported |= {(folder.name, attempt) for attempt in range(1, last + 1)}
+        return reported
 
     def until_ready(self, *names: str) -> None:
-        """Wait until these parts are ready."""
-        deadline = time.monotonic() + MOST_SECONDS
+        """Wait until these processes are ready."""
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         probes = processes.probes(self.layout, self._probes)
         waiting = list(names)
         while waiting:
