@@ -134,6 +134,12 @@ class Settings(BaseSettings):
         "datasets by a process with "
         "torch; 0 disables the check",
     )
+    checker: str | None = Field(
+        None,
+        pattern=r"^[\w.-]+:\d{1,5}$",
+        description="`host:port` of `python -m trainer.check --listen`, where this installation has no "
+        "torch; default: the service starts the process",
+    )
     streams_per_token: int = Field(
         50, ge=1, description="maximum number of open log and event streams per token and replica"
     )
@@ -250,6 +256,13 @@ class Settings(BaseSettings):
     def replica_name(self) -> str:
         """Name of this replica."""
         return self.replica or f"{socket.gethostname()[:70]}-{self.port}"
+
+    def checker_address(self) -> tuple[str, int] | None:
+        """Host and port of the process that checks specs; None if the service starts it."""
+        if self.checker is None:
+            return None
+        host, _, port = self.checker.rpartition(":")
+        return host, int(port)
 
     def limits(self) -> Limits:
         """Return the time limits of attempts."""

@@ -66,7 +66,7 @@ async def open_components(
         mlflow = mlflow or MlflowRunsOverHttp(settings.mlflow_url, seconds, secret)
         mlflow_http = MlflowHttp(settings.mlflow_url, secret, PROXY_SECONDS)
         stack.push_async_callback(mlflow_http.close)
-        checker = SpecChecker(settings.check_seconds)
+        checker = SpecChecker(settings.check_seconds, settings.checker_address())
         stack.push_async_callback(checker.close)
         permissions = settings.permissions()
         jobs = JobStore(database, settings.quota_stored_bytes)

@@ -1,14 +1,19 @@
-"""Checks of specifications that need torch: `python -m trainer.check`.
+"""Checks of specifications that need torch: `python -m trainer.check [--listen HOST:PORT]`.
 
-The service runs it. Each line of standard input is a JobSpec as JSON; the answer is one line of JSON with
-`error`, which is null or the `field`, `value` and `message` of the first problem, and `size`, which is null
-or the ModelSize of a library model, built on the meta device without memory for weights.
+The service runs it, or connects to it: then one process answers each connection. Each line of standard input
+is a JobSpec as JSON; the answer is one line of JSON with `error`, which is null or the `field`, `value` and
+`message` of the first problem, and `size`, which is null or the ModelSize of a library model, built on the
+meta device without memory for weights.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import resource
+import signal
+import socket
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +33,10 @@ from trainer.jobspec import (
 )
 
 MAX_BYTES = 6_000_000_000
+MAX_SECONDS = 120
+"""Time limit of a check, after which the process ends."""
+MAX_CONNECTIONS = 4
+"""Maximum number of processes that answer at the same time; other connections are closed."""
 DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
 """Shape and classes of data whose files would have to be read."""
 
@@ -75,7 +84,7 @@ def _check_library_model(model: LibraryModelSpec, spec: JobSpec) -> ModelSize | 
     return measure_size(built, shape, has_norms=spec.norm != Norm.NONE)
 
 
-def main() -> None:
+def answer_lines() -> None:
     """Answer until standard input ends."""
     os.nice(10)
     # Arguments may request any amount of memory; then this process fails, not another one of the machine.
@@ -86,6 +95,7 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries is not an answer
     for line in sys.stdin:
         found: dict[str, Any] = {"error": None, "size": None}
+        signal.alarm(MAX_SECONDS)
         try:
             size = check(JobSpec.model_validate_json(line))
         except ConfigurationError as error:
@@ -94,8 +104,36 @@ def main() -> None:
             print(f"warning: unchecked spec: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
         else:
             found["size"] = None if size is None else asdict(size)
-        with contextlib.suppress(BrokenPipeError):
+        signal.alarm(0)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             print(json.dumps(found, default=str), file=answers, flush=True)
+
+
+def listen(host: str, port: int) -> None:
+    """Start a process for each connection, which answers until the connection ends."""
+    processes: list[subprocess.Popen[bytes]] = []
+    with socket.create_server((host, port)) as server:
+        while True:
+            connection, _ = server.accept()
+            processes = [process for process in processes if process.poll() is None]
+            with connection:
+                if len(processes) < MAX_CONNECTIONS:
+                    command = [sys.executable, "-m", "trainer.check"]
+                    processes.append(
+                        subprocess.Popen(command, stdin=connection.fileno(), stdout=connection.fileno())
+                    )
+
+
+def main() -> None:
+    """Answer standard input, or the connections to an address."""
+    parser = argparse.ArgumentParser(prog="python -m trainer.check")
+    parser.add_argument("--listen", metavar="HOST:PORT")
+    options = parser.parse_args()
+    if options.listen is None:
+        answer_lines()
+    else:
+        host, _, port = options.listen.rpartition(":")
+        listen(host, int(port))
 
 
 if __name__ == "__main__":

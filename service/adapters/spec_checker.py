@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,6 +39,20 @@ INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "PYTHONPATH", "LD_LIBRARY_PATH", 
 
 
 @dataclass(frozen=True)
+class Connection:
+    """Connection to a process that checks specs."""
+
+    requests: asyncio.StreamWriter
+    answers: asyncio.StreamReader
+    kill: Callable[[], None]
+    """Ends the connection, and with it the process."""
+
+    def is_open(self) -> bool:
+        """Return whether the process may still answer."""
+        return not (self.requests.is_closing() or self.answers.at_eof())
+
+
+@dataclass(frozen=True)
 class Answer:
     """Result of the checks of a spec."""
 
@@ -62,15 +76,17 @@ def _key(spec: JobSpec) -> str:
 
 
 class SpecChecker:
-    """Client of `python -m trainer.check`, which it starts when needed.
+    """Client of `python -m trainer.check`, which it starts when needed, or reaches at `address`.
 
     A check takes at most `timeout_seconds`, of which the first ones take several for importing torch. What
     cannot be checked in time, or at all, is left to the workers to find out.
     """
 
-    def __init__(self, timeout_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float, address: tuple[str, int] | None = None) -> None:
         self._timeout_seconds = timeout_seconds
+        self._address = address
         self._turn = asyncio.Lock()
+        self._connection: Connection | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._end: asyncio.TimerHandle | None = None
         self._known: TTLCache[str, Answer] = TTLCache(1_000, KNOWN_SECONDS)
@@ -100,21 +116,18 @@ class SpecChecker:
         return [self._known.get(_key(spec), Answer()).size for spec in specs]
 
     async def _ask(self, spec: JobSpec) -> Answer:
-        process = await self._started()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        connection = await self._connected()
         is_answered = False
         try:
-            process.stdin.write(spec.model_dump_json().encode() + b"\n")
-            await process.stdin.drain()
-            line = await process.stdout.readline()
+            connection.requests.write(spec.model_dump_json().encode() + b"\n")
+            await connection.requests.drain()
+            line = await connection.answers.readline()
             is_answered = line.endswith(b"\n")
         finally:
             if not is_answered:  # it is busy with this spec, or has ended: the next one gets a new process
-                self._kill()
-                await process.wait()
+                await self.close()
         if not is_answered:
-            raise OSError(f"the process that checks specs ended with status {await process.wait()}")
+            raise OSError("the process that checks specs ended")
         found = json.loads(line)
         error, size = found["error"], found["size"]
         return Answer(
@@ -123,35 +136,48 @@ class SpecChecker:
             size and ModelSize(**size),
         )
 
-    async def _started(self) -> asyncio.subprocess.Process:
-        if self._process is None or self._process.returncode is not None:
-            environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "trainer.check",
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
-                env=environment,
-                limit=MAX_LINE_BYTES,
-            )
+    async def _connected(self) -> Connection:
+        if self._connection is None or not self._connection.is_open():
+            await self.close()
+            self._connection = await (self._start() if self._address is None else _connect(*self._address))
         if self._end is not None:
             self._end.cancel()
-        self._end = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._kill)
-        return self._process
+        self._end = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._connection.kill)
+        return self._connection
 
-    def _kill(self) -> None:
-        process, self._process = self._process, None
-        if self._end is not None:
-            self._end.cancel()
-        if process is not None and process.returncode is None:
+    async def _start(self) -> Connection:
+        environment = {name: os.environ[name] for name in INHERITED if name in os.environ}
+        self._process = process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "trainer.check",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=environment,
+            limit=MAX_LINE_BYTES,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def kill() -> None:
             with suppress(ProcessLookupError):
                 process.kill()
 
+        return Connection(process.stdin, process.stdout, kill)
+
     async def close(self) -> None:
-        """End the process."""
-        process = self._process
-        self._kill()
+        """End the connection and the process."""
+        if self._end is not None:
+            self._end.cancel()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.kill()
+        process, self._process = self._process, None
         if process is not None:
             await process.wait()
+
+
+async def _connect(host: str, port: int) -> Connection:
+    reader, writer = await asyncio.open_connection(host, port, limit=MAX_LINE_BYTES)
+    return Connection(writer, reader, writer.transport.abort)

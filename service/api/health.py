@@ -26,10 +26,11 @@ class Health:
         self._seen: tuple[float, Readiness] | None = None
 
     async def readiness(self) -> Readiness:
-        """Return the state of all dependencies, at most a second old."""
+        """Return the state of all dependencies, as of a check that ended at most a second ago."""
         async with self._turn:
             if self._seen is None or time.monotonic() - self._seen[0] >= CACHE_SECONDS:
-                self._seen = (time.monotonic(), await self._look())
+                readiness = await self._look()
+                self._seen = (time.monotonic(), readiness)
             return self._seen[1]
 
     def has_failed(self) -> bool:

@@ -19,6 +19,7 @@ from trainer.driver.supervisor import EXITS_VARIABLE
 from trainer.errors import ConfigurationError, DataError
 from trainer.failure_kinds import classify, message, printable
 from trainer.failures import Death, explain, find_exits, has_processes, note_process, read
+from trainer.gpu import worker_variables
 from trainer.jobspec import (
     SAVING_FILE,
     TASK_FILE,
@@ -183,7 +184,12 @@ def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:
         torch_config=TorchConfig(
             backend="nccl" if spec.use_gpu else "gloo", timeout_s=spec.collective_timeout_seconds
         ),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=spec.use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=spec.use_gpu,
+            placement_strategy=spec.placement.upper(),
+            accelerator_type=spec.accelerator_type,
+        ),
         run_config=RunConfig(
             name=f"ray-{number}",
             storage_path=str(folder),
@@ -191,7 +197,7 @@ def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:
                 "py_executable": shlex.join(
                     [sys.executable, "-m", "trainer.driver.supervisor", sys.executable]
                 ),
-                "env_vars": {EXITS_VARIABLE: str(failures_folder)},
+                "env_vars": {EXITS_VARIABLE: str(failures_folder)} | worker_variables(spec),
             },
             failure_config=FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0

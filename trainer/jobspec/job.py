@@ -65,6 +65,20 @@ class JobSpec(FrozenModel):
         description="workers that share statistics under `sync` (ghost batches); null: all",
     )
     use_gpu: bool = Field(False, description="one GPU per worker (NCCL); otherwise one CPU per worker (gloo)")
+    accelerator_type: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$",
+        description="type of GPU of all workers, as Ray names it, such as A100 or H100; null: any",
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack",
+        description="pack: workers on as few nodes as possible, which keeps their messages inside a node; "
+        "spread: on as many as possible, so that a lost node takes fewer workers. Both are preferences",
+    )
+    deterministic: bool = Field(
+        True,
+        description="with use_gpu: deterministic kernels, which exact resume requires; false: the fastest",
+    )
     data_partition: Literal["iid", "by_label"] = Field(
         "iid",
         description="by_label: each worker sees only a part of the classes, in an order that depends on the "
@@ -232,6 +246,13 @@ class JobSpec(FrozenModel):
         if workers % size:
             raise ValueError(f"must be a divisor of the {workers} workers")
         return size
+
+    @field_validator("accelerator_type")
+    @classmethod
+    def _has_gpus(cls, accelerator_type: str | None, info: ValidationInfo) -> str | None:
+        if accelerator_type is not None and info.data.get("use_gpu") is False:
+            raise ValueError(f"must be used with use_gpu: true (got {accelerator_type!r})")
+        return accelerator_type
 
     @field_validator("data_partition")
     @classmethod

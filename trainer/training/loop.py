@@ -15,6 +15,7 @@ from trainer.checkpoint.state import TrainProgress, TrainState, seed_everything
 from trainer.data import Dataset
 from trainer.distributed import RankInfo
 from trainer.errors import Diverged, Preempted
+from trainer.gpu import configure
 from trainer.jobspec import TRAIN_SECONDS, JobSpec
 from trainer.models import build_model
 from trainer.probes import Probes
@@ -71,6 +72,8 @@ def train(
     after a checkpoint, if `notices` announce the preemption of a node.
     """
     notices, position = notices or NoNotices(), position or TrainProgress()
+    if worker.device.type == "cuda":
+        configure(spec)
     seed_everything(worker, spec.seed)
     group = new_sync_groups(spec.sync_group_size) if spec.sync_group_size else None
     model = build_model(spec.model, spec.norm, dataset.shape, dataset.classes, spec.seed, group)

@@ -14,7 +14,8 @@ PREFIX = "spec."
 SECTIONS = {
     "Model and data": ("model", "data"),
     "Workers and normalisation": (
-        "norm", "num_workers", "sync_group_size", "data_partition", "use_gpu", "parallel",
+        "norm", "num_workers", "sync_group_size", "data_partition", "use_gpu", "accelerator_type",
+        "placement", "deterministic", "parallel",
     ),
     "Training": (
         "steps", "global_batch_size", "gradient_accumulation_steps", "optimizer", "lr_schedule",

@@ -1,6 +1,7 @@
 """Checks of specs in a separate process, as the service requests them."""
 
 import asyncio
+import sys
 import time
 from contextlib import suppress
 
@@ -8,6 +9,7 @@ import psutil
 import pytest
 
 from service.adapters.spec_checker import SpecChecker
+from service.local.host import choose_ports
 from trainer.jobspec import InvalidField, JobSpec, Norm
 
 
@@ -164,3 +166,47 @@ async def test_one_time_limit_holds_for_all_specs_of_a_request(tmp_path, monkeyp
     await checker.check([spec({"name": f"timm:resnet{number}"}) for number in range(8)])
     assert time.monotonic() - began < 5
     await checker.close()
+
+
+@pytest.fixture
+async def address():
+    """Address of `python -m trainer.check --listen`."""
+    [port] = choose_ports(1)
+    command = [sys.executable, "-m", "trainer.check", "--listen", f"127.0.0.1:{port}"]
+    process = await asyncio.create_subprocess_exec(*command)
+    yield "127.0.0.1", port
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    await process.wait()
+    assert psutil.wait_procs(children, timeout=10)[1] == []  # they ended with their connections
+
+
+async def test_a_process_elsewhere_checks_specs(address):
+    checker = SpecChecker(60, address)
+    async with asyncio.timeout(30):
+        while not await can_connect(address):
+            await asyncio.sleep(0.1)
+    for _ in range(2):
+        with pytest.raises(InvalidField, match="similar names: resnet26"):
+            await checker.check([spec({"name": "timm:resnet266"})])
+        [size] = await checker.check([spec({"name": "torchvision:resnet18"})])
+        assert size.parameters > 11e6
+        await checker.close()  # the next check connects again
+    assert len(checkers()) == 1  # the listening one: the client started none
+
+
+async def test_a_checker_that_cannot_be_reached_is_skipped(caplog):
+    [port] = choose_ports(1)
+    checker = SpecChecker(3, ("127.0.0.1", port))
+    assert await checker.check([spec({"name": "timm:resnet266"})]) == [None]
+    assert "a spec was not checked" in caplog.text
+    await checker.close()
+
+
+async def can_connect(address):
+    with suppress(OSError):
+        _, writer = await asyncio.open_connection(*address)
+        writer.close()
+        await writer.wait_closed()
+        return True
+    return False

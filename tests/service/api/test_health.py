@@ -81,12 +81,14 @@ async def test_hanging_storage_is_reported_in_time(app, anonymous, monkeypatch, 
     assert (answer.status_code, answer.json()["storage"]["ok"]) == (503, False)
 
 
-async def test_concurrent_readiness_requests_share_one_check(app, anonymous, monkeypatch):
+@pytest.mark.parametrize("seconds", [0, 1.5])
+async def test_concurrent_readiness_requests_share_one_check(app, anonymous, monkeypatch, seconds):
     asked = []
     cluster = app.state.components.ray.cluster
 
     async def count():
         asked.append(1)
+        await asyncio.sleep(seconds)  # a slow check is shared as well
         return await cluster()
 
     monkeypatch.setattr(app.state.components.ray, "cluster", count)

@@ -56,6 +56,9 @@ def synthetic(**changes):
     [
         ({"num_workers": [4, 2]}, "num_workers", r"must be \[min, max\]"),
         ({"num_workers": [2]}, "num_workers", "at least 2 items"),
+        ({"accelerator_type": "A100"}, "accelerator_type", "must be used with use_gpu: true .got 'A100'"),
+        ({"accelerator_type": "A 100", "use_gpu": True}, "accelerator_type", "match pattern"),
+        ({"placement": "strict"}, "placement", "'pack' or 'spread'"),
         ({"num_workers": 4, "sync_group_size": 3}, "sync_group_size", "must be a divisor of the 4 workers"),
         (
             {"num_workers": [2, 4], "sync_group_size": 2},

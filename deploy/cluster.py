@@ -1,0 +1,122 @@
+"""Start and stop `docker-compose.yml`: `make up-cluster`, `make down-cluster`.
+
+Uses `docker compose`, or `podman-compose` where there is no Docker. Secrets that are missing are created in
+`deploy/.env`, readable for its owner only. Only the standard library is imported, so that nothing needs to be
+installed first.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENV_FILE = ROOT / "deploy" / ".env"
+SECRETS = ("SYNCBN_TOKEN", "SYNCBN_MLFLOW_SECRET", "RAY_AUTH_TOKEN", "POSTGRES_PASSWORD", "MLFLOW_PASSWORD")
+READY_SECONDS = 600
+BUILD_SECONDS = 3_600
+
+
+def compose_command() -> list[str]:
+    """Return the command of the installed compose. Exits if there is none."""
+    if (
+        shutil.which("docker")
+        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
+    ):
+        return ["docker", "compose"]
+    if shutil.which("podman-compose"):
+        # Builds download packages; the network of the host is the one that is known to reach them.
+        return ["podman-compose", "--podman-build-args=--network host"]
+    sys.exit("missing: docker with its compose plugin, or podman with podman-compose")
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """Return the variables of an env file; empty if it does not exist."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def keep_secrets(path: Path) -> dict[str, str]:
+    """Return the variables of the env file, after adding the secrets that it lacks."""
+    known = read_env(path)
+    missing = {name: secrets.token_hex(32) for name in SECRETS if name not in known}
+    if missing:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.writelines(f"{name}={value}\n" for name, value in missing.items())
+    return known | missing
+
+
+def git_commit() -> str:
+    """Return the commit of the checkout, or `unknown`."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True) if shutil.which("git") else None
+    return found.stdout.strip() if found and found.returncode == 0 else "unknown"
+
+
+def failed_check(url: str) -> str:
+    """Return an empty string if the service is ready, or what is not."""
+    try:
+        urllib.request.urlopen(f"{url}/readyz", timeout=15)
+    except urllib.error.HTTPError as error:
+        with error:
+            checks = json.loads(error.read())
+        failed = (name for name, check in checks.items() if isinstance(check, dict) and not check["ok"])
+        return ", ".join(f"{name}: {checks[name]['detail']}" for name in failed)
+    except OSError as error:
+        return f"the API does not answer: {error}"
+    return ""
+
+
+def wait_until_ready(url: str, seconds: float) -> None:
+    """Wait until `/readyz` answers 200, and print what is waited for. Exits after `seconds`."""
+    deadline, last = time.monotonic() + seconds, ""
+    while reason := failed_check(url):
+        if reason != last:
+            print(f"waiting: {reason}", flush=True)
+            last = reason
+        if time.monotonic() > deadline:
+            sys.exit(f"not ready after {seconds:.0f} s: {reason}")
+        time.sleep(2)
+
+
+def main() -> None:
+    """Run the action of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=["up", "down"])
+    parser.add_argument("--workers", type=int, default=2, help="number of Ray worker containers (default: 2)")
+    parser.add_argument(
+        "--file", action="append", default=[], help="an override file, such as deploy/compose.gpu.yml"
+    )
+    parser.add_argument("--profile", action="append", default=[], choices=["monitoring", "s3"])
+    parser.add_argument("--volumes", action="store_true", help="`down` also deletes all data")
+    options = parser.parse_args()
+    variables = keep_secrets(ENV_FILE)
+    port = variables.get("SYNCBN_PUBLISHED_PORT", os.environ.get("SYNCBN_PUBLISHED_PORT", "8000"))
+    files = [argument for file in ("docker-compose.yml", *options.file) for argument in ("--file", file)]
+    profiles = [argument for profile in options.profile for argument in ("--profile", profile)]
+    command = [*compose_command(), "--env-file", str(ENV_FILE), *files, *profiles]
+    environment = os.environ | {"GIT_COMMIT": git_commit()}
+    if options.action == "down":
+        down = ["down", *(["--volumes"] if options.volumes else [])]
+        sys.exit(subprocess.run([*command, *down], cwd=ROOT, env=environment).returncode)
+    up = ["up", "--detach", "--build", "--scale", f"ray-worker={options.workers}"]
+    subprocess.run([*command, *up], cwd=ROOT, env=environment, check=True, timeout=BUILD_SECONDS)
+    url = f"http://127.0.0.1:{port}"
+    wait_until_ready(url, READY_SECONDS)
+    print(f"ready: {url}")
+    print(f"sign in with SYNCBN_TOKEN of {ENV_FILE.relative_to(ROOT)}, and for the command line:")
+    print(f"  export SYNCBN_URL={url} $(grep ^SYNCBN_TOKEN= {ENV_FILE.relative_to(ROOT)})")
+
+
+if __name__ == "__main__":
+    main()
