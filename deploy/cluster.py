@@ -93,29 +93,36 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("action", choices=["up", "down"])
-    parser.add_argument("--workers", type=int, default=2, help="number of Ray worker containers (default: 2)")
+    parser.add_argument(
+        "--workers", type=int, help="number of Ray worker containers (default: RAY_WORKERS, or 2)"
+    )
     parser.add_argument(
         "--file", action="append", default=[], help="an override file, such as deploy/compose.gpu.yml"
     )
     parser.add_argument("--profile", action="append", default=[], choices=["monitoring", "s3"])
+    parser.add_argument("--env-file", type=Path, default=ENV_FILE, help="file with the secrets")
     parser.add_argument("--volumes", action="store_true", help="`down` also deletes all data")
     options = parser.parse_args()
-    variables = keep_secrets(ENV_FILE)
+    env_file = options.env_file.absolute()
+    variables = keep_secrets(env_file)
     port = variables.get("SYNCBN_PUBLISHED_PORT", os.environ.get("SYNCBN_PUBLISHED_PORT", "8000"))
     files = [argument for file in ("docker-compose.yml", *options.file) for argument in ("--file", file)]
     profiles = [argument for profile in options.profile for argument in ("--profile", profile)]
-    command = [*compose_command(), "--env-file", str(ENV_FILE), *files, *profiles]
+    command = [*compose_command(), "--env-file", str(env_file), *files, *profiles]
     environment = os.environ | {"GIT_COMMIT": git_commit()}
+    if options.workers is not None:
+        environment["RAY_WORKERS"] = str(options.workers)
     if options.action == "down":
         down = ["down", *(["--volumes"] if options.volumes else [])]
         sys.exit(subprocess.run([*command, *down], cwd=ROOT, env=environment).returncode)
-    up = ["up", "--detach", "--build", "--scale", f"ray-worker={options.workers}"]
-    subprocess.run([*command, *up], cwd=ROOT, env=environment, check=True, timeout=BUILD_SECONDS)
+    subprocess.run(
+        [*command, "up", "--detach", "--build"], cwd=ROOT, env=environment, check=True, timeout=BUILD_SECONDS
+    )
     url = f"http://127.0.0.1:{port}"
     wait_until_ready(url, READY_SECONDS)
     print(f"ready: {url}")
-    print(f"sign in with SYNCBN_TOKEN of {ENV_FILE.relative_to(ROOT)}, and for the command line:")
-    print(f"  export SYNCBN_URL={url} $(grep ^SYNCBN_TOKEN= {ENV_FILE.relative_to(ROOT)})")
+    print(f"sign in with SYNCBN_TOKEN of {env_file}, and for the command line:")
+    print(f"  export SYNCBN_URL={url} $(grep ^SYNCBN_TOKEN= {env_file})")
 
 
 if __name__ == "__main__":
