@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         description="token with scope admin, at least 16 characters; if it is not set, the first start "
         "creates one and prints it",
     )
+    metrics_token: SecretStr | None = Field(
+        None,
+        min_length=16,
+        description="token that opens `/metrics` alone, for Prometheus, at least 16 characters",
+    )
     host: str = Field("127.0.0.1", description="listen address of the API")
     port: int = Field(8000, ge=1, le=65535, description="listen port of the API")
     database_url: str = Field(

@@ -81,7 +81,7 @@ def make_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_components(settings, ray, mlflow) as components:
             app.state.components = components
-            await _ensure_admin(components.tokens, settings, show_first_token)
+            await _ensure_tokens(components.tokens, settings, show_first_token)
             await components.replica.start()
             background = Background()  # ended in this order
             background.start("the dispatcher", components.dispatcher.run())
@@ -150,9 +150,11 @@ def make_app(
     return app
 
 
-async def _ensure_admin(tokens: TokenStore, settings: Settings, show: Callable[[str], None]) -> None:
+async def _ensure_tokens(tokens: TokenStore, settings: Settings, show: Callable[[str], None]) -> None:
     given = settings.token.get_secret_value() if settings.token else None
     await tokens.ensure_admin(given, show)
+    if settings.metrics_token is not None:
+        await tokens.ensure_metrics(settings.metrics_token.get_secret_value())
     # A configured token that was revoked stays revoked, so the operator must learn why it is rejected.
     known = await tokens.find(given) if given else None
     if known and not (known.is_valid(datetime.now(UTC)) and Scope.ADMIN in known.scopes):

@@ -121,6 +121,7 @@ async def _caller(
 
 Reader = Annotated[Caller, Security(_caller, scopes=[Scope.READ.value])]
 Submitter = Annotated[Caller, Security(_caller, scopes=[Scope.SUBMIT.value])]
+MetricsReader = Annotated[Caller, Security(_caller, scopes=[Scope.METRICS.value])]
 Admin = Annotated[Caller, Security(_caller, scopes=[Scope.ADMIN.value])]
 
 

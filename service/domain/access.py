@@ -25,14 +25,19 @@ Owner = Annotated[
 
 
 class Scope(StrEnum):
-    """Scopes of a token: read own jobs, also submit and change them, or everything."""
+    """Scopes of a token: read own jobs, also submit and change them, or everything.
 
+    `metrics` opens `/metrics` alone.
+    """
+
+    METRICS = "metrics"
     READ = "read"
     SUBMIT = "submit"
     ADMIN = "admin"
 
 
 IMPLIED: dict[Scope, frozenset[Scope]] = {
+    Scope.METRICS: frozenset({Scope.METRICS}),
     Scope.READ: frozenset({Scope.READ}),
     Scope.SUBMIT: frozenset({Scope.READ, Scope.SUBMIT}),
     Scope.ADMIN: frozenset(Scope),

@@ -138,13 +138,23 @@ class TokenStore:
         async with self._database.write() as connection:
             await advisory_lock(connection, ADMINS_LOCK)
             if given is not None:
-                known = select(tokens.c.id).where(tokens.c.hash == hash_secret(given))
-                if (await connection.execute(known)).one_or_none() is None:
-                    await _add(connection, _admin("SYNCBN_TOKEN"), given, None)
+                await _add_unknown(connection, _operators("SYNCBN_TOKEN", Scope.ADMIN), given)
             elif not (await connection.execute(select(func.count()).select_from(tokens))).scalar_one():
                 secret = new_secret()
                 show(secret)
-                await _add(connection, _admin("made at the first start"), secret, None)
+                await _add(connection, _operators("made at the first start", Scope.ADMIN), secret, None)
+
+    async def ensure_metrics(self, given: str) -> None:
+        """Ensure that a token with the given secret exists, which opens `/metrics` alone if it is new."""
+        async with self._database.write() as connection:
+            await advisory_lock(connection, ADMINS_LOCK)
+            await _add_unknown(connection, _operators("SYNCBN_METRICS_TOKEN", Scope.METRICS), given)
+
+
+async def _add_unknown(connection: AsyncConnection, token: Token, secret: str) -> None:
+    known = select(tokens.c.id).where(tokens.c.hash == hash_secret(secret))
+    if (await connection.execute(known)).one_or_none() is None:
+        await _add(connection, token, secret, None)
 
 
 async def _add(connection: AsyncConnection, token: Token, secret: str, maker: Caller | None) -> None:
@@ -159,10 +169,8 @@ async def _record(
     await record(connection, actor, action, token.id, f"of {token.owner}, with {', '.join(token.scopes)}", at)
 
 
-def _admin(name: str) -> Token:
-    return Token(
-        id=new_id("token"), owner=ADMIN, name=name, scopes=(Scope.ADMIN,), created_at=datetime.now(UTC)
-    )
+def _operators(name: str, scope: Scope) -> Token:
+    return Token(id=new_id("token"), owner=ADMIN, name=name, scopes=(scope,), created_at=datetime.now(UTC))
 
 
 def read_token(row: Any) -> Token:

@@ -98,11 +98,11 @@ def test_the_page_and_the_saved_view_open_from_outside(compose, comparison):
 
 
 def test_only_the_api_is_published_and_on_this_machine_alone(compose):
-    published = {}
+    published = []
     for name in compose.containers():
         ports = json.loads(compose.inspect(name, "{{json .NetworkSettings.Ports}}")) or {}
-        published |= {name: binding for bindings in ports.values() for binding in bindings or []}
-    [(name, binding)] = published.items()
+        published += [(name, binding) for bindings in ports.values() for binding in bindings or []]
+    [(name, binding)] = published
     assert name in compose.containers("api")
     assert (binding["HostIp"], binding["HostPort"]) == ("127.0.0.1", compose.url.rsplit(":", 1)[1])
 

@@ -6,10 +6,7 @@ at the end.
 
 import random
 import re
-import signal
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest

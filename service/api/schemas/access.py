@@ -25,7 +25,7 @@ class MakeToken(FrozenModel):
 
     owner: Owner
     # JSON has no enumerations, so words are taken for them.
-    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=3)] = Field(
+    scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=4)] = Field(
         description="read: look at the owner's own things; submit: and make and change them; admin: all "
         "things of all owners"
     )

@@ -85,6 +85,15 @@ async def test_a_configured_secret_stays_revoked(tokens):
     assert not (await tokens.find("given by the operator")).is_valid(datetime.now(UTC))
 
 
+async def test_a_configured_metrics_token_opens_metrics_alone(tokens):
+    await asyncio.gather(*[tokens.ensure_metrics("for prometheus alone") for _ in range(6)])
+    token = await tokens.find("for prometheus alone")
+    assert token.scopes == (Scope.METRICS,)
+    await tokens.revoke(token.id, ANN)  # it is not the last admin token
+    await tokens.ensure_metrics("for prometheus alone")
+    assert not (await tokens.find("for prometheus alone")).is_valid(datetime.now(UTC))
+
+
 async def test_a_secret_that_cannot_be_shown_is_not_stored(tokens):
     def broken(_):
         raise OSError("no standard output")
