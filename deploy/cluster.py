@@ -34,15 +34,16 @@ BUILD_SECONDS = 3_600
 
 def compose_command() -> list[str]:
     """Return the command of the installed compose. Exits if there is none."""
-    if (
-        shutil.which("docker")
-        and subprocess.run(["docker", "compose", "version"], capture_output=True).returncode == 0
-    ):
+    if shutil.which("docker") and _succeeds("docker", "info") and _succeeds("docker", "compose", "version"):
         return ["docker", "compose"]
     if shutil.which("podman-compose"):
         # Builds download packages; the network of the host is the one that is known to reach them.
         return ["podman-compose", "--podman-build-args=--network host"]
-    sys.exit("missing: docker with its compose plugin, or podman with podman-compose")
+    sys.exit("missing: a running Docker with its compose plugin, or podman with podman-compose")
+
+
+def _succeeds(*command: str) -> bool:
+    return subprocess.run(command, capture_output=True, timeout=60).returncode == 0
 
 
 def read_env(path: Path) -> dict[str, str]:

@@ -2,13 +2,13 @@
 
 import os
 import secrets
-import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from deploy.cluster import compose_command
 from service.client import Client
 from service.local.host import choose_ports
 
@@ -23,7 +23,7 @@ class ComposeStack:
     """The product on containers, in a project of the tests."""
 
     def __init__(self, folder, *files):
-        self.engine = "docker" if shutil.which("docker") else "podman"
+        self.engine = "docker" if compose_command()[0] == "docker" else "podman"
         [port] = choose_ports(1)
         self.url = f"http://127.0.0.1:{port}"
         self.token = secrets.token_hex(32)
