@@ -8,7 +8,7 @@ NPM_FOLDER := build/npm
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup assets demo up test test-cluster test-contract test-slow openapi docs docs-links screenshots compatibility lint bench
+.PHONY: setup assets demo up up-cluster down-cluster test test-cluster test-gpu test-contract test-slow openapi docs docs-links screenshots compatibility lint bench
 
 setup: $(VENV)/.ready assets
 
@@ -30,6 +30,16 @@ $(WEB)/static/vendor/.ready: $(VENV)/.ready $(WEB)/package.json $(WEB)/package-l
 	cd $(NPM_FOLDER) && PATH="$$PATH:$(CURDIR)/$(NPM_FOLDER)/node/bin" npm ci --ignore-scripts --no-audit --no-fund --silent
 	$(BIN)/python $(WEB)/vendor.py $(NPM_FOLDER)/node_modules
 	@touch $@
+
+# The whole product on containers: WORKERS=3, FILES=deploy/compose.gpu.yml, PROFILES="monitoring s3".
+CLUSTER = $(PYTHON) deploy/cluster.py $(1) $(FILES:%=--file=%) $(PROFILES:%=--profile=%)
+
+up-cluster:
+	$(call CLUSTER,up) $(WORKERS:%=--workers=%)
+
+# Data stays in its volumes, unless VOLUMES=1.
+down-cluster:
+	$(call CLUSTER,down) $(if $(VOLUMES),--volumes)
 
 demo: setup
 	$(BIN)/syncbn demo $(DEMO_OPTIONS)
@@ -55,6 +65,12 @@ bench: setup
 # Tests that take minutes: several Ray nodes, several replicas, jobs that lose all of them and recover.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
+
+# On a machine with one GPU or more: the layer, the trainer and exact resume, with what was measured.
+test-gpu: setup
+	@$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device: test-gpu needs one GPU or more")'
+	SYNCBN_TEST_DEVICE=cuda $(BIN)/python -m pytest -m gpu -n 0 $(TEST_OPTIONS)
+	$(BIN)/python benchmarks/syncbn_launches.py
 
 # Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs, long walks of the
 # state machine, every server of a stack killed, every converted model, the examples with other libraries.

@@ -13,6 +13,9 @@ from trainer.jobspec import TRAIN_SECONDS, DigitsSpec, JobSpec, MlpSpec, SgdSpec
 from trainer.training.loop import train
 from trainer.worker import identity
 
+DEVICE = os.environ.get("SYNCBN_TEST_DEVICE", "cpu")
+"""Device on which specs are trained; `make test-gpu` sets `cuda`."""
+
 
 class RecordingLogger:
     """Metrics logger that keeps all values; times, which no two runs share, on their own."""
@@ -75,7 +78,8 @@ def make_spec(**changes):
 def here():
     """Return the rank info of this process: one of the ranks, or the only one."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return RankInfo(rank, world_size, torch.device("cpu"))
+    index = rank % torch.cuda.device_count() if DEVICE == "cuda" else None
+    return RankInfo(rank, world_size, torch.device(DEVICE, index))
 
 
 def run_here(spec, folder=None, *, metrics_logger=None, notices=None):
