@@ -1,7 +1,7 @@
 """Scheduling: the queued jobs to submit next, and why the others wait."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from trainer.jobspec import JobSpec
@@ -30,6 +30,10 @@ class Resources:
     def at_most(self, other: "Resources") -> "Resources":
         """Return the minimum per resource."""
         return Resources(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
+
+    def at_least(self, other: "Resources") -> "Resources":
+        """Return the maximum per resource."""
+        return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
 
     def share_of(self, total: "Resources") -> float:
         """Return the dominant share of `total`.
@@ -65,6 +69,14 @@ class Cluster:
     """Memory of the largest node; None if it is not known."""
     nodes: tuple[Node, ...] = ()
     """Live nodes, by address."""
+
+    def grown_to(self, most: Resources) -> "Cluster":
+        """Return the cluster with the nodes that Ray's autoscaler would add, up to `most` in total.
+
+        Ray adds nodes for submissions that wait, so these resources must be counted before they exist.
+        """
+        total = self.total.at_least(most)
+        return replace(self, total=total, free=self.free + (total - self.total))
 
 
 @dataclass(frozen=True)
@@ -116,6 +128,8 @@ class Policy:
     """Time in the queue after which a job goes first, regardless of priorities."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     default_quota: Quota = Quota()
+    autoscaled: Resources = Resources()
+    """Resources that Ray's autoscaler may grow the cluster to."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,7 @@ def plan(
     `policy.backfill`; after that, free resources are reserved for it. So every job that fits the cluster and
     its owner's quota is admitted eventually, provided that other jobs end.
     """
+    cluster = cluster.grown_to(policy.autoscaled)
     queue = {job.id: job for job in waiting}
     running, admitted, reasons = list(active), list[SchedulableJob](), dict[str, str]()
     # These jobs cannot be admitted by this plan, whatever else is running; they do not reserve resources.

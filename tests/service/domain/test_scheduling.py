@@ -205,3 +205,16 @@ def test_an_elastic_job_starts_at_its_minimum_and_counts_at_its_maximum():
     assert admit([elastic], [], cluster(2)) == [elastic]
     assert admit([job(1)], [elastic], cluster(4)) == []
     assert len(admit([job(1)], [elastic], cluster(5))) == 1
+
+
+def test_jobs_are_admitted_into_the_nodes_that_an_autoscaler_would_add():
+    first, second, third = job(4, waited=3), job(4, waited=2), job(2, waited=1)
+    empty = cluster(0)
+    assert admit([first], [], empty) == []
+    admitted = admit([first, second, third], [], empty, autoscaled=Resources(cpus=6))
+    assert admitted == [first, third]
+    # A node with 4 CPUs is there, and holds the first job; the second still has to wait for it.
+    placed = replace(first, has_workers=True)
+    assert admit([second, third], [placed], cluster(4, free=0), autoscaled=Resources(cpus=6)) == [third]
+    # An autoscaler with a lower limit than the nodes that are there takes nothing away.
+    assert admit([first], [], cluster(4), autoscaled=Resources(cpus=2)) == [first]
