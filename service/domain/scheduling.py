@@ -207,8 +207,8 @@ def _age(job: SchedulableJob) -> tuple[datetime, str]:
 class _Order:
     """Queue in the order of admission.
 
-    An admission changes the share of one owner. So jobs are sorted once, by priority and owner, and only these
-    groups are put in order each time.
+    An admission changes the share of one owner. So jobs are sorted once, by priority and owner, and only
+    these groups are put in order each time.
     """
 
     def __init__(self, queue: Iterable[SchedulableJob], policy: Policy, now: datetime) -> None:
