@@ -72,9 +72,10 @@ class Cluster:
     """Live nodes, by address."""
 
     def grown_to(self, most: Resources) -> "Cluster":
-        """Return the cluster with the nodes that Ray's autoscaler would add, up to `most` in total.
+        """Return the cluster with the nodes that Ray's autoscaler would add.
 
-        Ray adds nodes for submissions that wait, so these resources must be counted before they exist.
+        They bring it to `most` in total. Ray adds nodes for submissions that wait, so these resources must be
+        counted before they exist.
         """
         total = self.total.at_least(most)
         return replace(self, total=total, free=self.free + (total - self.total))
@@ -200,7 +201,10 @@ def plan(
 
 
 def _age(job: SchedulableJob) -> tuple[datetime, str]:
-    """Return the sort key of a job; the id makes the order total, so that replicas agree."""
+    """Return the sort key of a job.
+
+    The id makes the order total, so that replicas agree.
+    """
     return job.queued_at, job.id
 
 
