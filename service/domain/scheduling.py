@@ -256,7 +256,7 @@ class _Usage:
             self.add(job)
 
     def add(self, job: SchedulableJob) -> None:
-        """Count a job, at its maximum, since Ray may let an elastic one grow to that at any time."""
+        """Count a job at its maximum, which an elastic one may grow to at any time."""
         self.jobs += 1
         self._held[job.owner] = self.held(job.owner) + job.max_resources
         self._counts[job.owner] = self.count(job.owner) + 1
