@@ -8,7 +8,7 @@ NPM_FOLDER := build/npm
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup assets demo up up-cluster down-cluster test test-cluster test-gpu test-contract test-slow openapi docs docs-links screenshots compatibility lint bench
+.PHONY: setup assets demo up up-cluster down-cluster test test-cluster test-gpu test-contract test-slow openapi docs docs-links screenshots compatibility lint lint-image audit sbom bench
 
 setup: $(VENV)/.ready assets
 
@@ -100,3 +100,17 @@ openapi: setup
 # Refuse changes of docs/openapi.json that break clients of the main line.
 compatibility: setup
 	$(BIN)/python -m tests.contract.compatibility
+
+# Known vulnerabilities of the pinned packages, by PyPI's database. A package that it does not know fails the run, since
+# an index without that database would otherwise look like one without findings.
+audit: setup
+	$(BIN)/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip --progress-spinner off $(AUDIT_OPTIONS)
+
+# Software bill of materials of the pinned packages (CycloneDX), into build/sbom.json.
+sbom: setup
+	@mkdir -p build
+	$(BIN)/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --output-reproducible --of JSON -o build/sbom.json
+
+# Findings of hadolint in the Dockerfile.
+lint-image: setup
+	$(BIN)/hadolint --config .hadolint.yaml deploy/Dockerfile

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.domain.access import Owner
 from service.domain.lifecycle import Limits
-from service.domain.scheduling import Policy, Quota
+from service.domain.scheduling import Policy, Quota, Resources
 from service.domain.webhooks import IPNetwork, read_networks
 from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
 
@@ -87,6 +87,16 @@ class Settings(BaseSettings):
     )
     max_active_jobs: int = Field(
         8, ge=1, description="maximum number of submitted jobs; each uses memory of Ray's head"
+    )
+    autoscaled_cpus: float = Field(
+        0,
+        ge=0,
+        description="CPUs that Ray's autoscaler may grow the cluster to; 0 without an autoscaler",
+    )
+    autoscaled_gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that Ray's autoscaler may grow the cluster to; 0 without an autoscaler",
     )
     replica: str | None = Field(
         None,
@@ -287,6 +297,7 @@ class Settings(BaseSettings):
                 owner: Quota(quota.jobs, quota.cpus, quota.gpus) for owner, quota in self.owner_quotas.items()
             },
             default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus),
+            autoscaled=Resources(self.autoscaled_cpus, self.autoscaled_gpus),
         )
 
     def ray_token(self) -> str | None:

@@ -1,7 +1,8 @@
 """Scheduling: the queued jobs to submit next, and why the others wait."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import heapq
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from trainer.jobspec import JobSpec
@@ -30,6 +31,10 @@ class Resources:
     def at_most(self, other: "Resources") -> "Resources":
         """Return the minimum per resource."""
         return Resources(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
+
+    def at_least(self, other: "Resources") -> "Resources":
+        """Return the maximum per resource."""
+        return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
 
     def share_of(self, total: "Resources") -> float:
         """Return the dominant share of `total`.
@@ -65,6 +70,15 @@ class Cluster:
     """Memory of the largest node; None if it is not known."""
     nodes: tuple[Node, ...] = ()
     """Live nodes, by address."""
+
+    def grown_to(self, most: Resources) -> "Cluster":
+        """Return the cluster with the nodes that Ray's autoscaler would add.
+
+        They bring it to `most` in total. Ray adds nodes for submissions that wait, so these resources must be
+        counted before they exist.
+        """
+        total = self.total.at_least(most)
+        return replace(self, total=total, free=self.free + (total - self.total))
 
 
 @dataclass(frozen=True)
@@ -116,6 +130,8 @@ class Policy:
     """Time in the queue after which a job goes first, regardless of priorities."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     default_quota: Quota = Quota()
+    autoscaled: Resources = Resources()
+    """Resources that Ray's autoscaler may grow the cluster to."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +177,9 @@ def plan(
     `policy.backfill`; after that, free resources are reserved for it. So every job that fits the cluster and
     its owner's quota is admitted eventually, provided that other jobs end.
     """
+    cluster = cluster.grown_to(policy.autoscaled)
     queue = {job.id: job for job in waiting}
-    running, admitted, reasons = list(active), list[SchedulableJob](), dict[str, str]()
+    admitted, reasons = list[SchedulableJob](), dict[str, str]()
     # These jobs cannot be admitted by this plan, whatever else is running; they do not reserve resources.
     for job in list(queue.values()):
         if job.not_before is not None and job.not_before > now:
@@ -174,54 +191,121 @@ def plan(
         else:
             continue
         del queue[job.id]
-    # The order is computed again after each admission, because it changes the owners' shares.
-    while queue:
-        chosen = _next(queue.values(), running, cluster, policy, now, reasons)
-        if chosen is None:
-            break
-        del queue[chosen.id]
+    usage, order = _Usage(active, cluster), _Order(queue.values(), policy, now)
+    while (chosen := _next(order.jobs(usage), usage, policy, now, reasons)) is not None:
+        order.remove(chosen)
         reasons.pop(chosen.id, None)
         admitted.append(chosen)
-        running.append(chosen)
+        usage.add(chosen)
     return Plan(admitted, reasons)
 
 
+def _age(job: SchedulableJob) -> tuple[datetime, str]:
+    """Return the sort key of a job.
+
+    The id makes the order total, so that replicas agree.
+    """
+    return job.queued_at, job.id
+
+
+class _Order:
+    """Queue in the order of admission.
+
+    An admission changes the share of one owner. So jobs are sorted once, by priority and owner, and only
+    these groups are put in order each time.
+    """
+
+    def __init__(self, queue: Iterable[SchedulableJob], policy: Policy, now: datetime) -> None:
+        self._starving: dict[str, SchedulableJob] = {}
+        self._groups: dict[int, dict[str, dict[str, SchedulableJob]]] = {}
+        """Jobs by priority, owner and id."""
+        for job in sorted(queue, key=_age):
+            if now - job.queued_at >= policy.starvation:
+                self._starving[job.id] = job
+            else:
+                owners = self._groups.setdefault(job.priority, {})
+                owners.setdefault(job.owner, {})[job.id] = job
+
+    def remove(self, job: SchedulableJob) -> None:
+        """Remove a job."""
+        if self._starving.pop(job.id, None) is None:
+            del self._groups[job.priority][job.owner][job.id]
+
+    def jobs(self, usage: "_Usage") -> Iterator[SchedulableJob]:
+        """Yield the jobs in order."""
+        # Starving jobs are ordered only by age.
+        yield from self._starving.values()
+        for priority in sorted(self._groups, reverse=True):
+            by_share: dict[float, list[Iterable[SchedulableJob]]] = {}
+            for owner, jobs in self._groups[priority].items():
+                by_share.setdefault(usage.share(owner), []).append(jobs.values())
+            for share in sorted(by_share):
+                yield from heapq.merge(*by_share[share], key=_age)
+
+
+class _Usage:
+    """Resources in use, and those that are free."""
+
+    def __init__(self, active: Iterable[SchedulableJob], cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._ours, self._not_placed = Resources(), Resources()
+        self._held: dict[str, Resources] = {}
+        self._counts: dict[str, int] = {}
+        self.jobs = 0
+        for job in active:
+            self.add(job)
+
+    def add(self, job: SchedulableJob) -> None:
+        """Count a job at its maximum, which an elastic one may grow to at any time."""
+        self.jobs += 1
+        self._held[job.owner] = self.held(job.owner) + job.max_resources
+        self._counts[job.owner] = self.count(job.owner) + 1
+        self._ours += job.max_resources
+        if not job.has_workers:
+            self._not_placed += job.max_resources
+
+    def held(self, owner: str) -> Resources:
+        """Return the resources of an owner's jobs."""
+        return self._held.get(owner, Resources())
+
+    def count(self, owner: str) -> int:
+        """Return the number of an owner's jobs."""
+        return self._counts.get(owner, 0)
+
+    def share(self, owner: str) -> float:
+        """Return the dominant share of an owner."""
+        return self.held(owner).share_of(self._cluster.total)
+
+    def free(self) -> Resources:
+        """Return the free resources.
+
+        They are the smaller of our count and Ray's, less pending submissions.
+        """
+        # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
+        return (self._cluster.total - self._ours).at_most(self._cluster.free - self._not_placed)
+
+
 def _next(
-    queue: Iterable[SchedulableJob],
-    running: Sequence[SchedulableJob],
-    cluster: Cluster,
+    order: Iterable[SchedulableJob],
+    usage: _Usage,
     policy: Policy,
     now: datetime,
     reasons: dict[str, str],
 ) -> SchedulableJob | None:
     """Return the first job that may start, and set the reasons of those before it."""
-    held: dict[str, Resources] = {}
-    # An elastic job counts at its maximum, since Ray may let it grow to that at any time.
-    counts: dict[str, int] = {}
-    for job in running:
-        held[job.owner] = held.get(job.owner, Resources()) + job.max_resources
-        counts[job.owner] = counts.get(job.owner, 0) + 1
-
-    def rank(job: SchedulableJob) -> tuple[object, ...]:
-        if now - job.queued_at >= policy.starvation:
-            # Starving jobs are ordered only by age. The id makes the order total, so that replicas agree.
-            return (0, job.queued_at, job.id)
-        share = held.get(job.owner, Resources()).share_of(cluster.total)
-        return (1, -job.priority, share, job.queued_at, job.id)
-
-    free = _free(running, cluster)
+    free = usage.free()
     kept_for: SchedulableJob | None = None
     quota_kept_for: dict[str, SchedulableJob] = {}
-    for job in sorted(queue, key=rank):
-        owners = held.get(job.owner, Resources()) + job.max_resources
+    for job in order:
+        owners = usage.held(job.owner) + job.max_resources
         first = quota_kept_for.get(job.owner)
         # Quotas come before resources: a job without quota must not reserve resources for itself.
         if first is not None and now - first.queued_at >= policy.backfill:
             reasons[job.id] = f"waits behind {first.id}, which has waited longer for the quota of {job.owner}"
-        elif not _quota(policy, job).allows(counts.get(job.owner, 0) + 1, owners):
+        elif not _quota(policy, job).allows(usage.count(job.owner) + 1, owners):
             reasons[job.id] = f"waits for the quota of {job.owner}"
             quota_kept_for.setdefault(job.owner, job)
-        elif len(running) >= policy.max_active:
+        elif usage.jobs >= policy.max_active:
             reasons[job.id] = f"waits for one of {policy.max_active} active jobs to end"
         elif kept_for is not None and now - kept_for.queued_at >= policy.backfill:
             reasons[job.id] = (
@@ -234,20 +318,6 @@ def _next(
         else:
             return job
     return None
-
-
-def _free(running: Sequence[SchedulableJob], cluster: Cluster) -> Resources:
-    """Return the free resources.
-
-    They are the smaller of our count and Ray's, less pending submissions.
-    """
-    ours, not_placed = Resources(), Resources()
-    for job in running:
-        ours += job.max_resources
-        if not job.has_workers:
-            not_placed += job.max_resources
-    # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
-    return (cluster.total - ours).at_most(cluster.free - not_placed)
 
 
 def _quota(policy: Policy, job: SchedulableJob) -> Quota:

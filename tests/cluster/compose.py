@@ -48,14 +48,21 @@ class ComposeStack:
         run = subprocess.run(
             [*command, *files, *options], env=environment, capture_output=True, text=True, timeout=seconds
         )
-        assert run.returncode == 0, (run.stdout + run.stderr)[-4_000:]
+        assert run.returncode == 0, (run.stdout + run.stderr)[-2_000:] + self.last_lines()
+
+    def last_lines(self):
+        """Return the end of each container's log."""
+        names = self.containers(stopped=True)
+        return "".join(
+            f"\n== {name}\n{self.call('logs', '--tail=8', name, check=False)[-1_500:]}" for name in names
+        )
 
     def call(self, *arguments, check=True, seconds=CALL_SECONDS):
         """Run a command of the container engine and return its output."""
         command = [self.engine, *map(str, arguments)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         assert run.returncode == 0 or not check, f"{command}: {run.stderr}"
-        return run.stdout.strip()
+        return run.stdout.strip() or ("" if check else run.stderr.strip())
 
     def client(self):
         return Client(self.url, self.token)

@@ -1,10 +1,12 @@
 import itertools
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.domain import scheduling
 from service.domain.scheduling import (
     Cluster,
     Policy,
@@ -205,3 +207,25 @@ def test_an_elastic_job_starts_at_its_minimum_and_counts_at_its_maximum():
     assert admit([elastic], [], cluster(2)) == [elastic]
     assert admit([job(1)], [elastic], cluster(4)) == []
     assert len(admit([job(1)], [elastic], cluster(5))) == 1
+
+
+def test_jobs_are_admitted_into_the_nodes_that_an_autoscaler_would_add():
+    first, second, third = job(4, waited=3), job(4, waited=2), job(2, waited=1)
+    empty = cluster(0)
+    assert admit([first], [], empty) == []
+    admitted = admit([first, second, third], [], empty, autoscaled=Resources(cpus=6))
+    assert admitted == [first, third]
+    # A node with 4 CPUs is there, and holds the first job; the second still has to wait for it.
+    placed = replace(first, has_workers=True)
+    assert admit([second, third], [placed], cluster(4, free=0), autoscaled=Resources(cpus=6)) == [third]
+    # An autoscaler with a lower limit than the nodes that are there takes nothing away.
+    assert admit([first], [], cluster(4), autoscaled=Resources(cpus=2)) == [first]
+
+
+def test_jobs_are_sorted_once_however_many_are_admitted():
+    """Sorting again after each admission took 25 s for 800 admissions from a queue of 10,000 jobs."""
+    waiting = [job(1, owner=f"owner-{number % 20}", waited=1) for number in range(400)]
+    with patch.object(scheduling, "_age", side_effect=scheduling._age) as compared:
+        assert len(admit(waiting, [], cluster(400), max_active=400)) == 400
+    # Once for each job, and for the first ones of the owners that have the same share.
+    assert compared.call_count <= 400 + 400 * 20
