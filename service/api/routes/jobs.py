@@ -188,7 +188,8 @@ async def pause_job(
 ) -> JobView:
     """Request a pause of a job, until it is resumed.
 
-    A running one saves a checkpoint, stops and frees its resources. A job that has ended, or is being cancelled, answers 409.
+    A running one saves a checkpoint, stops and frees its resources. A job that has ended, or is being
+    cancelled, answers 409.
     """
     job = await job_store.get(job_id, caller.sees_only)
     version = _version(job, if_match) if if_match else None
