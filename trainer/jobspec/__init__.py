@@ -4,7 +4,7 @@ Imports neither torch, Ray nor MLflow.
 """
 
 from trainer.jobspec.advice import BATCH_DEPENDENT_NORMS, MIN_CHANNEL_VALUES, spec_warnings
-from trainer.jobspec.base import FrozenModel
+from trainer.jobspec.base import FileModel, FrozenModel
 from trainer.jobspec.data import (
     DataSpec,
     DigitsSpec,
@@ -104,6 +104,7 @@ __all__ = [
     "EvaluationSpec",
     "ExponentialSchedule",
     "FailureKind",
+    "FileModel",
     "FrozenModel",
     "ImageFolderSpec",
     "ImageTransformSpec",

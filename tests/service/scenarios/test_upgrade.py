@@ -1,14 +1,19 @@
 """Upgrades of databases of all earlier versions, with rows of each kind."""
 
 import hashlib
+import json
+import sqlite3
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from alembic.script import ScriptDirectory
+from sqlalchemy import text
 
 from service.domain.access import CredentialKind
 from service.domain.jobs import JobState, new_id
 from service.domain.leases import SHARDS
+from service.domain.lifecycle import RayStatus
 from service.store.comparisons import ComparisonStore
 from service.store.credentials import CredentialStore
 from service.store.database import MIGRATIONS
@@ -20,10 +25,12 @@ from service.store.retention import RetentionStore
 from service.store.tokens import TokenStore
 from service.store.usage import Period
 from service.store.webhooks import WebhookStore
+from tests.service.databases import migrate, run_apart
+from tests.service.engine.replica_fixture import ReplicaFixture
 from tests.service.examples import make_job
-from tests.service.store.earlier import empty_at, insert_row
+from tests.service.store.earlier import copy_to_revision, empty_at, insert_row
 from tests.service.store.stored import to
-from trainer.jobspec import JobSpec, StepSchedule
+from trainer.jobspec import DRIVER_FILE, OUTCOME_FILE, PROGRESS_FILE, JobSpec, StepSchedule
 
 REVISIONS = sorted(each.revision for each in ScriptDirectory(str(MIGRATIONS)).walk_revisions())
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -95,9 +102,9 @@ async def test_a_database_of_an_earlier_version_is_migrated(database, revision):
     jobs = [
         make_job(
             id=new_id("job"), spec=READ_SPEC, state=state, reason=f"was {state}",
-            comparison_id="comparison-1", variant={"norm": "sync"}, tags=("a",),
-            created_at=NOW, queued_at=NOW, ran_seconds=2.0, queue_timeout_seconds=5.0, mlflow_closed=state.is_terminal, mlflow_run_id="run",
-            started_at=NOW if state == JobState.RUNNING else None,
+            comparison_id="comparison-1", variant={"norm": "sync"}, tags=("a",), ran_seconds=2.0,
+            created_at=NOW, queued_at=NOW, queue_timeout_seconds=5.0, mlflow_run_id="run",
+            mlflow_closed=state.is_terminal, started_at=NOW if state == JobState.RUNNING else None,
             ended_at=NOW if state.is_terminal else None,
         )
         for state in JobState
@@ -145,3 +152,40 @@ async def test_a_database_of_an_earlier_version_is_migrated(database, revision):
     used = (await store.usage(Period()))["admin"].cpu_seconds
     assert used > timedelta(days=1).total_seconds()  # of the attempt that has run since NOW
     await database.check()
+
+
+@pytest.mark.parametrize("revision", ["0002", REVISIONS[-2]])
+async def test_a_running_job_survives_an_upgrade(database, tmp_path, revision):
+    """Its files, heartbeat and leases are those of the previous version."""
+    job = make_job(state=JobState.RUNNING, started_at=NOW, mlflow_run_id="run")
+    async with empty_at(database, revision) as connection:
+        await insert_row(connection, "jobs", job_row(job) | {"sequence": 1})
+        held = "UPDATE leases SET holder = 'previous', token = 7, until = '2026-01-01 00:00:00'"
+        await connection.execute(text(held))
+    await database.migrate()
+    replica = ReplicaFixture(database, tmp_path / "storage")
+    replica.ray.set(job.submission_id, RayStatus.RUNNING)
+    folder = replica.files.attempt_folder(job)
+    folder.mkdir(parents=True)
+    (folder / DRIVER_FILE).write_text("boot/pid 7 1.0")
+    progress = {"step": 3, "total_steps": 9, "samples_per_second": 5.0, "eta_seconds": 1.0}
+    (folder / PROGRESS_FILE).write_text(json.dumps(progress))
+    await replica.tick()
+    assert replica.lease_holder.of_job(job.id).token == 8
+    seen = await replica.jobs.get(job.id)
+    assert (seen.state, seen.attempt, seen.progress.step) == (JobState.RUNNING, 1, 3)
+    assert not replica.ray.tasks  # nothing is submitted twice
+    (folder / OUTCOME_FILE).write_text('{"state": "succeeded", "reason": "finished 9 steps"}')
+    replica.ray.set(job.submission_id, RayStatus.SUCCEEDED)
+    await replica.tick()
+    seen = await replica.jobs.get(job.id)
+    assert (seen.state, seen.reason) == (JobState.SUCCEEDED, "finished 9 steps")
+
+
+def test_a_database_can_be_copied_to_an_earlier_version(tmp_path):
+    """As the test on a real Ray does."""
+    path = tmp_path / "test.db"
+    run_apart(migrate(f"sqlite+aiosqlite:///{path}"))
+    copy_to_revision(path, REVISIONS[0])
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (REVISIONS[0],)

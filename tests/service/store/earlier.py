@@ -1,23 +1,50 @@
 """Databases of earlier versions, and rows in their tables."""
 
-from contextlib import asynccontextmanager
+import sqlite3
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import MetaData, Table, insert, inspect, text
+from sqlalchemy import MetaData, Table, create_engine, insert, inspect, text
 
 from service.store.database import MIGRATIONS
+
+
+def go_to(connection, revision):
+    """Migrate a database to a revision."""
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    command.upgrade(config, revision)
+
+
+def copy_to_revision(path, revision):
+    """Replace a SQLite database by one of an earlier revision with the same rows, as far as it has them."""
+    earlier = path.with_name("earlier.db")
+    engine = create_engine(f"sqlite:///{earlier}")
+    with engine.begin() as connection:
+        go_to(connection, revision)
+        tables = [name for name in inspect(connection).get_table_names() if name != "alembic_version"]
+    engine.dispose()
+    with closing(sqlite3.connect(earlier)) as connection, connection:
+        connection.execute("ATTACH ? AS later", [str(path)])
+        for table in tables:
+            columns = [
+                {row[1] for row in connection.execute(f"PRAGMA {schema}.table_info({table})")}
+                for schema in ("main", "later")
+            ]
+            shared = ", ".join(sorted(columns[0] & columns[1]))
+            connection.execute(f"DELETE FROM {table}")
+            connection.execute(f"INSERT INTO {table} ({shared}) SELECT {shared} FROM later.{table}")
+    for suffix in ("-wal", "-shm"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)
+    earlier.replace(path)
 
 
 @asynccontextmanager
 async def empty_at(database, revision):
     """A transaction in an empty database of an earlier revision."""
-
-    def go_to(connection, revision):
-        config = Config(attributes={"connection": connection})
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        command.upgrade(config, revision)
 
     async with database.write() as connection:
         for table in await connection.run_sync(lambda c: inspect(c).get_table_names()):
