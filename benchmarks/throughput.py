@@ -124,6 +124,10 @@ class PreemptionNotice:
         dist.all_reduce(torch.zeros(1))
         return False
 
+    def is_stop_requested(self) -> bool:
+        """Return False."""
+        return False
+
 
 def plain(spec: JobSpec, worker: RankInfo, dataset: Timed) -> None:
     """Train with a typical loop."""

@@ -210,6 +210,12 @@ class Settings(BaseSettings):
         le=86_400,
         description="seconds that Ray may take to start a submission before it is retried",
     )
+    stop_grace_seconds: float = Field(
+        60,
+        ge=0,
+        le=3600,
+        description="seconds for a paused or preempted attempt to save a checkpoint before it is stopped",
+    )
     ray_auth_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("RAY_AUTH_TOKEN", "ray_auth_token"),
@@ -285,6 +291,7 @@ class Settings(BaseSettings):
             outcome_grace_seconds=self.outcome_grace_seconds,
             heartbeat_timeout_seconds=self.heartbeat_timeout_seconds,
             start_timeout_seconds=self.start_timeout_seconds,
+            stop_grace_seconds=self.stop_grace_seconds,
         )
 
     def policy(self) -> Policy:

@@ -8,7 +8,7 @@ RunError                       the message is the reason, for the user
 ├── StorageError               files of the run, such as checkpoints, cannot be read or written
 ├── ExportError                training is complete, but its model cannot be written
 ├── Diverged                   a loss or metric is not finite
-└── Preempted                  a node will be taken away; the run is saved
+└── Preempted                  a node will be taken away, or the job paused; the run is saved
 """
 
 from trainer.jobspec import FailureKind, InvalidField
@@ -83,13 +83,13 @@ class Diverged(RunError):  # noqa: N818
 
 
 class Preempted(RunError):  # noqa: N818
-    """Imminent preemption of a worker's node; everything up to `step` is saved."""
+    """Imminent preemption of a worker's node, or of the job; everything up to `step` is saved."""
 
     cause = "preempted"
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"a node is about to be preempted; saved after {step} steps")
-        self.step = step
+    def __init__(self, step: int, why: str = "a node is about to be preempted") -> None:
+        super().__init__(f"{why}; saved after {step} steps")
+        self.step, self.why = step, why
 
-    def __reduce__(self) -> tuple[type["Preempted"], tuple[int]]:
-        return Preempted, (self.step,)
+    def __reduce__(self) -> tuple[type["Preempted"], tuple[int, str]]:
+        return Preempted, (self.step, self.why)

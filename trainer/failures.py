@@ -17,7 +17,7 @@ from trainer.atomic import atomic_write
 from trainer.driver.supervisor import ProcessExit
 from trainer.errors import Diverged, RunError
 from trainer.failure_kinds import classify, classify_exit, message, printable
-from trainer.jobspec import FailureKind, FrozenModel, Outcome
+from trainer.jobspec import FailureKind, FileModel, Outcome
 from trainer.processes import describe_status
 
 if TYPE_CHECKING:  # the driver does not import torch
@@ -30,7 +30,7 @@ EXIT_SECONDS = 5.0
 POLL_SECONDS = 0.1
 
 
-class Failure(FrozenModel):
+class Failure(FileModel):
     """Failure record of one worker."""
 
     rank: int

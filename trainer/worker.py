@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -20,7 +20,15 @@ from trainer.driver.history import checkpoint_folder
 from trainer.errors import Diverged, ExportError, StorageError
 from trainer.export import ExportedModel, collect_models, export_model, write_weights
 from trainer.failure_kinds import message
-from trainer.jobspec import RESUME_KEY_FIELDS, SAVING_FILE, AttemptTask, JobSpec, Norm, attempt_folder
+from trainer.jobspec import (
+    RESUME_KEY_FIELDS,
+    SAVING_FILE,
+    STOP_FILE,
+    AttemptTask,
+    JobSpec,
+    Norm,
+    attempt_folder,
+)
 from trainer.secrets import hide_credentials, set_variables
 from trainer.tracking.figures import write_figures
 from trainer.tracking.logger import MetricsLogger, RankZeroLogger, open_logger
@@ -100,7 +108,7 @@ def _train(
         stack.callback(_try_to, "close the checkpoints", checkpoints.close)
         stack.enter_context(failures.recorded(failures_folder, worker.rank, position))  # before that waits
         try:
-            result = train(spec, worker, logger, dataset, checkpoints, RayNotices(), position)
+            result = train(spec, worker, logger, dataset, checkpoints, RayNotices(folder), position)
         except Diverged:  # a result, too
             _conclude(spec, worker, logger, dataset, folder)
             raise
@@ -203,13 +211,22 @@ def count_skipped(dataset: Dataset, worker: RankInfo) -> int:
 
 
 class RayNotices:
-    """Ray's notices of nodes that are drained or reclaimed."""
+    """Ray's notices of nodes that are drained or reclaimed, and the service's request to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stop_file = folder / STOP_FILE
 
     def is_preempted(self) -> bool:
         """Query Ray; a separate collective distributes rank 0's answer to all workers."""
         import ray.train
 
         return ray.train.get_preemption_info() is not None
+
+    def is_stop_requested(self) -> bool:
+        """Return whether the service has made the file that asks the attempt to stop."""
+        with suppress(OSError):  # the next poll looks again
+            return self._stop_file.exists()
+        return False
 
 
 def identity(spec: JobSpec, data_digest: str) -> dict[str, str]:

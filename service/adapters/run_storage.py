@@ -27,6 +27,7 @@ from trainer.jobspec import (
     OUTBOX_FILE,
     OUTCOME_FILE,
     PROGRESS_FILE,
+    STOP_FILE,
     TASK_FILE,
     AttemptTask,
     Outcome,
@@ -150,6 +151,10 @@ class RunFiles:
         """
         for attempt in range(1, (job.attempt if last is None else last) + 1):
             make_file(self._storage, self.attempt_folder(job, attempt) / CLOSED_FILE)
+
+    def request_stop(self, job: Job) -> None:
+        """Ask the driver of the current attempt to save a checkpoint and end."""
+        make_file(self._storage, self.attempt_folder(job) / STOP_FILE)
 
     def write_task(self, task: AttemptTask) -> Path:
         """Write the task file of an attempt and return its path.

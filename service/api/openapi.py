@@ -23,6 +23,7 @@ OF_JOBS = {
     for operation in (
         "show_job",
         "cancel_job",
+        "pause_job",
         "resume_job",
         "clone_job",
         "list_events",
@@ -43,6 +44,7 @@ LINKS: dict[str, dict[str, dict[str, str]]] = {
     "clone_job": OF_JOBS,
     "resume_job": OF_JOBS,
     "cancel_job": OF_JOBS,
+    "pause_job": OF_JOBS,
     "show_job": OF_JOBS,
     "list_jobs": {
         "list_jobs": {"page_token": "$response.body#/next_page_token"},
@@ -80,6 +82,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "clone_job": QUEUED | {"cloned_from": "job-10aa92be77c0"},
     "resume_job": QUEUED | {"resumed_from": "job-10aa92be77c0"},
     "cancel_job": {"cancel_requested": True},
+    "pause_job": {"pause_requested": True},
     "submit_comparison": {"jobs": OF_A_COMPARISON},
     "show_comparison": {"jobs": OF_A_COMPARISON},
     "validate_comparison": {"jobs": 8},

@@ -72,7 +72,7 @@ class _Snapshot:
         for resource in ("gpu", "cpu"):
             family = CounterMetricFamily(
                 f"syncbn_{resource}_seconds",
-                f"Time that ended attempts ran, times the {resource.upper()}s that they may have held, by "
+                f"Time that attempts have run, times the {resource.upper()}s that they may have held, by "
                 "owner",
                 labels=["owner"],
             )

@@ -16,6 +16,7 @@ from service.cli.inputs import recipes as all_recipes
 from service.cli.options import (
     Key,
     MaxRunSeconds,
+    Preemptible,
     Priority,
     QueueTimeoutSeconds,
     Retries,
@@ -50,6 +51,7 @@ def compare(
     preset: Preset = "quick",
     tags: Tags = None,
     priority: Priority = None,
+    preemptible: Preemptible = False,
     retries: Retries = None,
     queue_timeout_seconds: QueueTimeoutSeconds = None,
     max_run_seconds: MaxRunSeconds = None,
@@ -64,7 +66,9 @@ def compare(
     """
     client: Client = context.obj
     body = read_comparison(find_file(file), preset)
-    options = make_options(tags, priority, retries, queue_timeout_seconds, max_run_seconds, secrets)
+    options = make_options(
+        tags, priority, preemptible, retries, queue_timeout_seconds, max_run_seconds, secrets
+    )
     comparison = client.submit_comparison(body | options.model_dump(mode="json", exclude_unset=True), key=key)
     if not as_json:
         typer.echo(f"{comparison.id}: {len(comparison.jobs)} jobs")

@@ -1,4 +1,4 @@
-"""Commands for jobs: submit, validate, jobs, show, cancel, resume and clone."""
+"""Commands for jobs, from their submission to their end."""
 
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from service.cli.options import (
     Key,
     MaxRunSeconds,
     Name,
+    Preemptible,
     Priority,
     QueueTimeoutSeconds,
     Retries,
@@ -65,6 +66,7 @@ def submit(
     overrides: Set = None,
     tags: Tags = None,
     priority: Priority = None,
+    preemptible: Preemptible = False,
     retries: Retries = None,
     queue_timeout_seconds: QueueTimeoutSeconds = None,
     max_run_seconds: MaxRunSeconds = None,
@@ -77,7 +79,9 @@ def submit(
     client: Client = context.obj
     content = read_mapping(spec)
     override(content, parse_overrides(overrides))
-    options = make_options(tags, priority, retries, queue_timeout_seconds, max_run_seconds, secrets)
+    options = make_options(
+        tags, priority, preemptible, retries, queue_timeout_seconds, max_run_seconds, secrets
+    )
     _submitted(
         client,
         client.submit_job(name or name_of(spec), content, options, key=key),
@@ -172,6 +176,24 @@ def cancel(
 
 
 @app.command(cls=ServiceCommand)
+def pause(
+    context: typer.Context,
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="jobs")],
+    as_json: AsJson = False,
+) -> None:
+    """Pause jobs: running ones save a checkpoint and free their resources."""
+    client: Client = context.obj
+    asked = [client.pause(each) for each in ids]
+    if as_json:
+        print_json(asked)
+        return
+    for job in asked:
+        typer.echo(
+            f"{job.id}: " + ("paused" if job.state == JobState.QUEUED else f"{job.state}, pause requested")
+        )
+
+
+@app.command(cls=ServiceCommand)
 def resume(
     context: typer.Context,
     job_id: JobId,
@@ -181,7 +203,7 @@ def resume(
     wait: Wait = False,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a new job that continues from the checkpoints of an ended one."""
+    """Continue a paused job, or from the checkpoints of an ended one as a new job."""
     client: Client = context.obj
     job = client.resume(job_id, name=name, overrides=parse_overrides(overrides), key=key)
     _submitted(client, job, wait=wait, as_json=as_json)

@@ -17,6 +17,14 @@ Tags = Annotated[
 Priority = Annotated[
     int | None, typer.Option(help="-100 to 100; jobs of a higher one go first", rich_help_panel=PANEL)
 ]
+Preemptible = Annotated[
+    bool,
+    typer.Option(
+        "--preemptible",
+        help="let jobs of a higher priority take its resources; it continues from a checkpoint later",
+        rich_help_panel=PANEL,
+    ),
+]
 Retries = Annotated[
     list[str] | None,
     typer.Option(
@@ -56,6 +64,7 @@ Key = Annotated[
 def make_options(
     tags: list[str] | None,
     priority: int | None,
+    preemptible: bool,
     retries: list[str] | None,
     queue_timeout_seconds: float | None,
     max_run_seconds: float | None,
@@ -65,6 +74,7 @@ def make_options(
     values: dict[str, Any] = {
         "tags": tags or None,
         "priority": priority,
+        "preemptible": preemptible or None,
         "retries": {
             kind: _whole(kind, text) for kind, text in parse_pairs("--retries", retries or ()).items()
         }

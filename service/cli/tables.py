@@ -21,7 +21,7 @@ from service.api.schemas import (
     Validation,
 )
 from service.api.schemas.access import AuditView, TokenView
-from service.api.schemas.cluster import ClusterView
+from service.api.schemas.cluster import ClusterView, UsageList
 from service.cli.output import visible
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe
@@ -80,6 +80,7 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
     progress = job.progress
     options = {
         "priority": job.priority or None,
+        "preemptible": "yes" if job.preemptible else None,
         "tags": ", ".join(job.tags),
         "queue_timeout_seconds": job.queue_timeout_seconds,
         "max_run_seconds": job.max_run_seconds,
@@ -88,7 +89,7 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
     facts = {
         "job": f"{job.id} {job.name!r} of {job.owner}",
         "state": Text.from_markup(_state(job.state)) + Text(visible(f": {job.reason}")),
-        "request": "cancel" if job.cancel_requested and not job.state.is_terminal else None,
+        "request": _request(job),
         "attempt": job.attempt,
         "failure kind": job.failure_kind,
         "failures": ", ".join(f"{count} {group}" for group, count in job.failures.items()),
@@ -98,6 +99,7 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
         "resumed from": job.resumed_from,
         "cloned from": job.cloned_from,
         **options,
+        "usage": f"{job.gpu_hours:.2f} GPU-hours, {job.cpu_hours:.2f} CPU-hours",
         "created": _time(job.created_at),
         "started": job.started_at and _time(job.started_at),
         "ended": job.ended_at and _time(job.ended_at),
@@ -109,6 +111,16 @@ def job_view(job: JobView, events: Sequence[EventView]) -> Group:
         row = (str(event.attempt), _state(event.state), escape(event.actor), escape(event.reason))
         timeline.add_row(_time(event.at), *row)
     return Group(_facts(facts), timeline)
+
+
+def _request(job: JobView) -> str | None:
+    if job.state.is_terminal:
+        return None
+    if job.cancel_requested:
+        return "cancel"
+    if job.pause_requested:
+        return "pause"
+    return f"preempted by {job.preempted_by}" if job.preempted_by else None
 
 
 def needs_view(found: Validation) -> RenderableType:
@@ -145,6 +157,14 @@ def audit_table(records: Sequence[AuditView]) -> Table:
     table = _table("time", "by", "action", "token", "what", whole=("time", "action", "token"))
     for record in records:
         table.add_row(_time(record.at), record.actor, record.action, record.subject, escape(record.detail))
+    return table
+
+
+def usage_table(found: UsageList) -> Table:
+    """Table of usage."""
+    table = _table("owner", "GPU-hours", "CPU-hours", whole=("owner",))
+    for each in found.usage:
+        table.add_row(each.owner, f"{each.gpu_hours:.2f}", f"{each.cpu_hours:.2f}")
     return table
 
 

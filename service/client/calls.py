@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel
@@ -31,7 +32,7 @@ from service.api.schemas.access import (
     TokenView,
 )
 from service.api.schemas.advice import AdviceView
-from service.api.schemas.cluster import ClusterView
+from service.api.schemas.cluster import ClusterView, UsageList
 from service.api.schemas.webhooks import (
     DeliveryList,
     DeliveryView,
@@ -103,16 +104,25 @@ def jobs(
 
 def cancel(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
     """Cancel a job; with `if_match`, an `ETag`, only if it is unchanged."""
+    return _guarded("/v1/jobs/{job_id}:cancel", job_id, if_match)
+
+
+def pause(job_id: str, *, if_match: str | None = None) -> Call[JobView]:
+    """Pause a job; with `if_match`, an `ETag`, only if it is unchanged."""
+    return _guarded("/v1/jobs/{job_id}:pause", job_id, if_match)
+
+
+def _guarded(route: str, job_id: str, if_match: str | None) -> Call[JobView]:
     headers = {"If-Match": if_match} if if_match else {}
-    return post(JobView, "/v1/jobs/{job_id}:cancel", headers=headers, job_id=job_id)
+    return post(JobView, route, headers=headers, job_id=job_id)
 
 
 def resume(
     job_id: str, *, name: str | None = None, overrides: Content | None = None, key: str | None = None
 ) -> Call[JobView]:
-    """Submit a new job that continues from the checkpoints of an ended one.
+    """Continue a paused job, or an ended one as a new job.
 
-    `overrides` are paths into its spec.
+    `overrides` are paths into the spec of the new job.
     """
     return post(JobView, "/v1/jobs/{job_id}:resume", _change(name, overrides), key=key, job_id=job_id)
 
@@ -270,6 +280,11 @@ def deliveries(webhook_id: str, *, page_size: int = 100) -> Listing[DeliveryList
         DeliveryList, "/v1/webhooks/{webhook_id}/deliveries", {"page_size": page_size}, webhook_id=webhook_id
     )
     return Listing(first, lambda page: page.deliveries)
+
+
+def usage(*, since: date | None = None, until: date | None = None) -> Call[UsageList]:
+    """List the usage of the caller, or for admins of all owners, in days of UTC."""
+    return get(UsageList, "/v1/usage", {"since": since, "until": until})
 
 
 def cluster() -> Call[ClusterView]:

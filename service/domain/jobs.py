@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from service.domain.retries import Failures, JobFailureKind, Retries
-from service.domain.scheduling import SchedulableJob, max_resources, min_resources
+from service.domain.scheduling import Resources, SchedulableJob, max_resources, min_resources
 from trainer.jobspec import JobSpec, Progress, spec_warnings
 
 
@@ -52,6 +52,8 @@ class JobRecord:
     """Owner of the token that submitted the job."""
     tags: tuple[str, ...] = ()
     priority: int = 0
+    preemptible: bool = False
+    """Whether a job of a higher priority may take its resources while it runs."""
     retries: Retries = field(default_factory=Retries)
     secrets: dict[str, str] = field(default_factory=dict)
     """Names of secrets by the environment variables of the workers that hold them; never their values."""
@@ -68,6 +70,12 @@ class JobRecord:
     end.
     """
     cancel_requested: bool = False
+    pause_requested: bool = False
+    """Whether the job stays in the queue, or returns to it, until it is resumed."""
+    preempted_by: str | None = None
+    """Id of the job that preempted the newest attempt or, of a queued job, the one before."""
+    stop_requested_at: datetime | None = None
+    """Time at which the newest attempt was asked to save a checkpoint and end."""
     comparison_id: str | None = None
     variant: dict[str, Any] = field(default_factory=dict)
     """Values that the matrix of the comparison set in the spec, by path, including the seed."""
@@ -92,6 +100,11 @@ class JobRecord:
     version: int = 1
     """Number that increases with each stored change; a change computed from an older version is refused."""
 
+    def seconds_run(self, now: datetime) -> float:
+        """Return the total run time of all attempts in seconds."""
+        current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
+        return self.ran_seconds + current
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobSummary(JobRecord):
@@ -100,6 +113,7 @@ class JobSummary(JobRecord):
     norm: str
     seed: int
     steps: int
+    max_resources: Resources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,12 +143,17 @@ class Job(JobRecord):
         return self.spec.steps
 
     @property
+    def max_resources(self) -> Resources:
+        """Resources that the job may hold, of which its usage is computed."""
+        return max_resources(self.spec)
+
+    @property
     def queue_until(self) -> datetime | None:
         """End of the queue time limit; None without a limit."""
-        # Later attempts are queued by the service; the user's limit is for the first one.
+        # Later attempts are queued by the service; the user's limit is for the first one, without pauses.
         if self.queue_timeout_seconds is None or self.attempt > 1:
             return None
-        return self.created_at + timedelta(seconds=self.queue_timeout_seconds)
+        return self.queued_at + timedelta(seconds=self.queue_timeout_seconds)
 
     @property
     def submission_id(self) -> str:
@@ -143,11 +162,6 @@ class Job(JobRecord):
         It is known before Ray is called, so that crashes can be repaired.
         """
         return submission_id(self.id, self.attempt)
-
-    def seconds_run(self, now: datetime) -> float:
-        """Return the total run time of all attempts in seconds."""
-        current = (now - self.started_at).total_seconds() if self.started_at and not self.ended_at else 0.0
-        return self.ran_seconds + current
 
     def apply(self, step: "Transition", now: datetime) -> "Job":
         """Return the job after a transition, which must be legal."""
@@ -159,6 +173,8 @@ class Job(JobRecord):
             after = replace(after, failure_kind=step.failure_kind)
         if step.state == JobState.RUNNING:
             return replace(after, started_at=now)
+        if step.state == JobState.SUBMITTED:
+            return replace(after, preempted_by=None)
         if step.state == JobState.QUEUED:
             return replace(
                 after,
@@ -170,12 +186,34 @@ class Job(JobRecord):
                 started_at=None,
                 queued_at=now,
                 not_before=step.not_before,
+                stop_requested_at=None,
             )
-        return (
-            replace(after, ran_seconds=self.seconds_run(now), ended_at=now)
-            if step.state.is_terminal
-            else after
+        return replace(
+            after,
+            ran_seconds=self.seconds_run(now),
+            ended_at=now,
+            pause_requested=False,
+            preempted_by=None,
+            stop_requested_at=None,
         )
+
+    def pause(self, now: datetime, actor: str) -> "Job":
+        """Return the open job with a request to pause it."""
+        if self.state == JobState.QUEUED:
+            return replace(self, pause_requested=True, reason=f"paused by {actor}", version=self.version + 1)
+        since = self.stop_requested_at or now
+        return replace(self, pause_requested=True, stop_requested_at=since, version=self.version + 1)
+
+    def unpause(self, now: datetime, actor: str) -> "Job":
+        """Return the job without the request to pause it; an attempt that is stopping still ends."""
+        after = replace(self, pause_requested=False, version=self.version + 1)
+        if self.state != JobState.QUEUED:
+            return after
+        return replace(after, queued_at=now, reason=f"resumed by {actor}")
+
+    def preempt(self, by: str, now: datetime) -> "Job":
+        """Return the active job with a request to give its resources to another one."""
+        return replace(self, preempted_by=by, stop_requested_at=now, version=self.version + 1)
 
     def schedulable(self) -> SchedulableJob:
         """Return the job for the scheduler."""
@@ -183,10 +221,13 @@ class Job(JobRecord):
             id=self.id,
             owner=self.owner,
             priority=self.priority,
+            preemptible=self.preemptible,
+            preempted_by=self.preempted_by,
+            is_stopping=self.cancel_requested or self.stop_requested_at is not None,
             queued_at=self.queued_at,
             not_before=self.not_before,
             min_resources=min_resources(self.spec),
-            max_resources=max_resources(self.spec),
+            max_resources=self.max_resources,
             submission_id=self.submission_id,
         )
 

@@ -60,6 +60,8 @@ class Limits:
     """Time without a heartbeat after which a running attempt is lost."""
     start_timeout_seconds: float
     """Time for Ray to start a submission."""
+    stop_grace_seconds: float
+    """Time for a paused or preempted attempt to save a checkpoint and end."""
 
 
 class Command(StrEnum):
@@ -72,8 +74,10 @@ class Command(StrEnum):
     """Stop the attempt in Ray."""
     CLOSE = "close"
     """Close the attempt's folder, upon which its driver stops."""
-    CANCEL_PENDING = "cancel_pending"
-    """Cancel an attempt that Ray has not started."""
+    SAVE = "save"
+    """Ask the attempt to save a checkpoint and end."""
+    WITHDRAW = "withdraw"
+    """Withdraw an attempt that Ray has not started."""
     FINISH_RUN = "finish_run"
     """Close the MLflow run of a job that has ended."""
 
@@ -106,8 +110,8 @@ def decide(job: Job, observation: Observation | None, limits: Limits, now: datet
     assert observation is not None
     submission, outcome, age = observation.submission, observation.outcome, observation.heartbeat_age_seconds
     is_pending = submission is not None and submission.status == RayStatus.PENDING
-    if is_pending and job.cancel_requested:
-        return Command.CANCEL_PENDING
+    if is_pending and (job.cancel_requested or job.stop_requested_at is not None):
+        return Command.WITHDRAW
     if is_pending and age > limits.start_timeout_seconds:
         what = f"Ray has not started it within {limits.start_timeout_seconds:g} s"
         return Advance(after_failure(job, "not_started", what, now))
@@ -116,14 +120,13 @@ def decide(job: Job, observation: Observation | None, limits: Limits, now: datet
     has_started = outcome is not None or job.state == JobState.RUNNING
     is_lost = has_started and submission is not None and not submission.status.is_terminal and age > timeout
     transition = next_transition(job, None if is_lost else submission, outcome, now)
-    must_stop = job.cancel_requested or is_overtime(job, now)
     if transition is None:
-        return Command.SUBMIT if submission is None else Command.STOP if must_stop else Command.WAIT
+        return Command.SUBMIT if submission is None else _while_running(job, limits, now, Command.STOP)
     # An end that only Ray reports is believed after some seconds without a heartbeat: Ray can call a living
     # driver failed, files can arrive late, and a submission whose response was lost can still arrive.
     is_doubtful = outcome is None and not is_lost and not _is_certain(submission)
     if is_doubtful and age < limits.outcome_grace_seconds:
-        return Command.CLOSE if must_stop else Command.WAIT
+        return _while_running(job, limits, now, Command.CLOSE)
     return Advance(transition, stop=is_lost)
 
 
@@ -148,6 +151,9 @@ def next_transition(
         return Transition(state=JobState.CANCELLED, reason="cancelled on request")
     if is_overtime(job, now):
         return _failed(f"ran longer than its max_run_seconds, {job.max_run_seconds:g}", "time_limit")
+    # A failure with another cause is not excused by the request to stop.
+    if job.stop_requested_at is not None and (outcome is None or outcome.cause == "preempted"):
+        return after_stop(job, "saved its state" if outcome else "ended; its last checkpoint counts")
     if outcome is not None:
         kind = outcome.cause or "user_code"
         is_users = RETRY_GROUPS[kind] == RetryGroup.USER
@@ -159,6 +165,18 @@ def next_transition(
     if submission.status == RayStatus.STOPPED:
         return _failed("stopped in Ray, not through this service", "stopped")
     return after_failure(job, *explain_driver(submission), now)
+
+
+def after_stop(job: Job, end: str) -> Transition:
+    """Return the transition after an attempt that was paused or preempted, which uses no retry."""
+    what = f"attempt {job.attempt} {end}"
+    if job.preempted_by is not None:
+        what = f"preempted by {job.preempted_by}: {what}"
+    return Transition(
+        state=JobState.QUEUED,
+        reason=f"paused: {what}" if job.pause_requested else what,
+        failure_kind="preempted" if job.preempted_by is not None else None,
+    )
 
 
 def explain_driver(submission: Submission) -> tuple[JobFailureKind, str]:
@@ -206,10 +224,22 @@ def after_failure(job: Job, kind: JobFailureKind, what: str, now: datetime) -> T
 def _leave_queue(job: Job, now: datetime) -> Transition | None:
     if job.cancel_requested:
         return Transition(state=JobState.CANCELLED, reason="cancelled while queued")
+    if job.pause_requested:
+        return None
     if job.queue_until is not None and job.queue_until <= now:
         limit = f"waited longer than its queue_timeout_seconds, {job.queue_timeout_seconds:g}"
         return _failed(f"{limit}; at last: {job.reason}", "time_limit")
     return None
+
+
+def _while_running(job: Job, limits: Limits, now: datetime, stop: Command) -> Command:
+    """Return the command for an attempt that may be running; `stop` ends it at once."""
+    if job.cancel_requested or is_overtime(job, now):
+        return stop
+    if job.stop_requested_at is None:
+        return Command.WAIT
+    is_late = (now - job.stop_requested_at).total_seconds() >= limits.stop_grace_seconds
+    return stop if is_late else Command.SAVE
 
 
 def _failed(reason: str, kind: JobFailureKind) -> Transition:

@@ -1,7 +1,7 @@
 """Scheduling: the queued jobs to submit next, and why the others wait."""
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
@@ -116,6 +116,11 @@ class SchedulableJob:
     """Submission id of the current attempt."""
     has_workers: bool = False
     """Whether Ray already counts its workers as used."""
+    preemptible: bool = False
+    preempted_by: str | None = None
+    """Id of the job that it gives, or gave, its resources to."""
+    is_stopping: bool = False
+    """Whether it was asked to end, so that its resources will be free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +147,8 @@ class Plan:
     """Jobs to submit, in order."""
     reasons: dict[str, str]
     """Reasons of the other jobs for waiting, by id."""
+    preempted: dict[str, str] = field(default_factory=dict)
+    """Ids of active jobs to preempt, and of the jobs that get their resources."""
 
 
 def min_resources(spec: JobSpec) -> Resources:
@@ -170,34 +177,39 @@ def plan(
 ) -> Plan:
     """Return the plan for now.
 
-    Jobs are ordered by starvation (queued for longer than `policy.starvation`, oldest first), then priority,
-    then dominant share of the owner (smallest first), then age. A job is admitted only if its whole gang fits
-    the free resources and the quota of its owner. While the first job in this order waits for resources, or
-    the first one of an owner for the quota, later jobs that fit may pass it (backfill), but only for
-    `policy.backfill`; after that, free resources are reserved for it. So every job that fits the cluster and
-    its owner's quota is admitted eventually, provided that other jobs end.
+    Jobs are ordered by starvation (not preemptible, and queued for longer than `policy.starvation`; oldest
+    first), then priority, then dominant share of the owner (smallest first), then age. A job is admitted only
+    if its whole gang fits the free resources and the quota of its owner. While the first job in this order
+    waits for resources, or the first one of an owner for the quota, later jobs that fit may pass it
+    (backfill), but only for `policy.backfill`; after that, free resources are reserved for it. So every job
+    that fits the cluster and its owner's quota is admitted eventually, provided that other jobs end.
+
+    The first job that waits for resources may preempt active jobs that are preemptible and of a lower
+    priority: a minimal set of them, the lowest priorities and the youngest jobs first, and only if it fits
+    without them. Until it is admitted it is the first of its priority, and jobs after it may not pass it. A
+    preempted job does not preempt others while it waits.
     """
     cluster = cluster.grown_to(policy.autoscaled)
-    queue = {job.id: job for job in waiting}
-    admitted, reasons = list[SchedulableJob](), dict[str, str]()
+    queue, found = {job.id: job for job in waiting}, Plan([], {}, {})
+    preemptors = {job.preempted_by for job in (*queue.values(), *active) if job.preempted_by}
     # These jobs cannot be admitted by this plan, whatever else is running; they do not reserve resources.
     for job in list(queue.values()):
         if job.not_before is not None and job.not_before > now:
-            reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
+            found.reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
         elif not job.min_resources.fits(cluster.total):
-            reasons[job.id] = f"needs {job.min_resources}, but the whole cluster has {cluster.total}"
+            found.reasons[job.id] = f"needs {job.min_resources}, but the whole cluster has {cluster.total}"
         elif not _quota(policy, job).allows(1, job.max_resources):
-            reasons[job.id] = f"may hold {job.max_resources}, more than the quota of {job.owner}"
+            found.reasons[job.id] = f"may hold {job.max_resources}, more than the quota of {job.owner}"
         else:
             continue
         del queue[job.id]
-    usage, order = _Usage(active, cluster), _Order(queue.values(), policy, now)
-    while (chosen := _next(order.jobs(usage), usage, policy, now, reasons)) is not None:
+    usage, order = _Usage(active, cluster), _Order(queue.values(), preemptors, policy, now)
+    while (chosen := _next(order, usage, policy, found)) is not None:
         order.remove(chosen)
-        reasons.pop(chosen.id, None)
-        admitted.append(chosen)
-        usage.add(chosen)
-    return Plan(admitted, reasons)
+        found.reasons.pop(chosen.id, None)
+        found.admitted.append(chosen)
+        usage.add(replace(chosen, preemptible=False))  # not by this plan
+    return found
 
 
 def _age(job: SchedulableJob) -> tuple[datetime, str]:
@@ -215,29 +227,44 @@ class _Order:
     these groups are put in order each time.
     """
 
-    def __init__(self, queue: Iterable[SchedulableJob], policy: Policy, now: datetime) -> None:
+    def __init__(
+        self, queue: Iterable[SchedulableJob], preemptors: Set[str], policy: Policy, now: datetime
+    ) -> None:
+        self.preemptors = preemptors
+        """Ids of the jobs for which others were preempted; each is the first of its priority."""
+        self.now = now
         self._starving: dict[str, SchedulableJob] = {}
-        self._groups: dict[int, dict[str, dict[str, SchedulableJob]]] = {}
-        """Jobs by priority, owner and id."""
+        self._groups: dict[tuple[int, bool], dict[str, dict[str, SchedulableJob]]] = {}
+        """Jobs by rank, owner and id."""
         for job in sorted(queue, key=_age):
-            if now - job.queued_at >= policy.starvation:
+            # A preemptible job would lose its resources again to the first one that it overtakes.
+            if now - job.queued_at >= policy.starvation and not job.preemptible:
                 self._starving[job.id] = job
             else:
-                owners = self._groups.setdefault(job.priority, {})
+                owners = self._groups.setdefault(self._rank(job), {})
                 owners.setdefault(job.owner, {})[job.id] = job
+
+    def _rank(self, job: SchedulableJob) -> tuple[int, bool]:
+        return -job.priority, job.id not in self.preemptors
 
     def remove(self, job: SchedulableJob) -> None:
         """Remove a job."""
         if self._starving.pop(job.id, None) is None:
-            del self._groups[job.priority][job.owner][job.id]
+            del self._groups[self._rank(job)][job.owner][job.id]
+
+    def has_preemptors(self) -> bool:
+        """Return whether a job waits for which others were preempted."""
+        return not self.preemptors.isdisjoint(self._starving) or any(
+            not is_other and any(owners.values()) for (_, is_other), owners in self._groups.items()
+        )
 
     def jobs(self, usage: "_Usage") -> Iterator[SchedulableJob]:
         """Yield the jobs in order."""
         # Starving jobs are ordered only by age.
         yield from self._starving.values()
-        for priority in sorted(self._groups, reverse=True):
+        for rank in sorted(self._groups):
             by_share: dict[float, list[Iterable[SchedulableJob]]] = {}
-            for owner, jobs in self._groups[priority].items():
+            for owner, jobs in self._groups[rank].items():
                 by_share.setdefault(usage.share(owner), []).append(jobs.values())
             for share in sorted(by_share):
                 yield from heapq.merge(*by_share[share], key=_age)
@@ -247,17 +274,17 @@ class _Usage:
     """Resources in use, and those that are free."""
 
     def __init__(self, active: Iterable[SchedulableJob], cluster: Cluster) -> None:
-        self._cluster = cluster
+        self.cluster = cluster
+        self.jobs: list[SchedulableJob] = []
         self._ours, self._not_placed = Resources(), Resources()
         self._held: dict[str, Resources] = {}
         self._counts: dict[str, int] = {}
-        self.jobs = 0
         for job in active:
             self.add(job)
 
     def add(self, job: SchedulableJob) -> None:
         """Count a job at its maximum, which an elastic one may grow to at any time."""
-        self.jobs += 1
+        self.jobs.append(job)
         self._held[job.owner] = self.held(job.owner) + job.max_resources
         self._counts[job.owner] = self.count(job.owner) + 1
         self._ours += job.max_resources
@@ -274,7 +301,7 @@ class _Usage:
 
     def share(self, owner: str) -> float:
         """Return the dominant share of an owner."""
-        return self.held(owner).share_of(self._cluster.total)
+        return self.held(owner).share_of(self.cluster.total)
 
     def free(self) -> Resources:
         """Return the free resources.
@@ -282,21 +309,20 @@ class _Usage:
         They are the smaller of our count and Ray's, less pending submissions.
         """
         # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
-        return (self._cluster.total - self._ours).at_most(self._cluster.free - self._not_placed)
+        return (self.cluster.total - self._ours).at_most(self.cluster.free - self._not_placed)
 
 
-def _next(
-    order: Iterable[SchedulableJob],
-    usage: _Usage,
-    policy: Policy,
-    now: datetime,
-    reasons: dict[str, str],
-) -> SchedulableJob | None:
-    """Return the first job that may start, and set the reasons of those before it."""
-    free = usage.free()
+def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> SchedulableJob | None:
+    """Return the first job that may start, and set the reasons of those before it.
+
+    Also adds the jobs that the first one to wait for resources preempts; no job may start then.
+    """
+    reasons, free, now = found.reasons, usage.free(), order.now
+    is_full = len(usage.jobs) >= policy.max_active
     kept_for: SchedulableJob | None = None
+    is_kept = False
     quota_kept_for: dict[str, SchedulableJob] = {}
-    for job in order:
+    for job in order.jobs(usage):
         owners = usage.held(job.owner) + job.max_resources
         first = quota_kept_for.get(job.owner)
         # Quotas come before resources: a job without quota must not reserve resources for itself.
@@ -305,19 +331,60 @@ def _next(
         elif not _quota(policy, job).allows(usage.count(job.owner) + 1, owners):
             reasons[job.id] = f"waits for the quota of {job.owner}"
             quota_kept_for.setdefault(job.owner, job)
-        elif usage.jobs >= policy.max_active:
-            reasons[job.id] = f"waits for one of {policy.max_active} active jobs to end"
-        elif kept_for is not None and now - kept_for.queued_at >= policy.backfill:
-            reasons[job.id] = (
-                f"waits behind {kept_for.id}, which has waited longer for {kept_for.min_resources}"
-            )
-        elif not job.min_resources.fits(free):
-            reasons[job.id] = f"waits for {job.min_resources}"
-            # Only the first job reserves; otherwise a long queue would block all backfill.
-            kept_for = kept_for or job
+        elif kept_for is not None and is_kept and job.id not in order.preemptors:
+            what = "preempts others" if now - kept_for.queued_at < policy.backfill else "has waited longer"
+            reasons[job.id] = f"waits behind {kept_for.id}, which {what} for {kept_for.min_resources}"
+        elif is_full or not job.min_resources.fits(free):
+            what = f"one of {policy.max_active} active jobs to end" if is_full else str(job.min_resources)
+            reasons[job.id] = f"waits for {what}"
+            # Only the first job reserves and preempts; otherwise a long queue would block all backfill.
+            if kept_for is None:
+                kept_for, victims = job, _victims(job, usage, policy)
+                found.preempted.update(dict.fromkeys(victims, job.id))
+                has_waited = now - job.queued_at >= policy.backfill
+                is_kept = has_waited or bool(victims) or order.has_preemptors()
         else:
             return job
     return None
+
+
+def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
+    """Return the ids of the jobs that `job` preempts; none if it need not or cannot."""
+    if job.preempted_by is not None:
+        return []
+    running, cluster = usage.jobs, usage.cluster
+    stopping = [one.id for one in running if one.is_stopping]
+    # By our count alone: Ray reports resources of jobs that have just ended as used for some seconds.
+    held = sum((one.max_resources for one in running if not one.is_stopping), Resources())
+    has_slot = len(running) - len(stopping) < policy.max_active
+    if has_slot and job.min_resources.fits(cluster.total - held):
+        return []
+
+    def fits_without(gone: Sequence[str]) -> bool:
+        left = [one for one in running if one.id not in gone]
+        # An elastic job may hold as little as its minimum.
+        freed = sum((one.min_resources for one in running if one.id in gone and one.has_workers), Resources())
+        free = _Usage(left, replace(cluster, free=cluster.free + freed)).free()
+        return len(left) < policy.max_active and job.min_resources.fits(free)
+
+    possible = [one for one in running if _may_preempt(job, one)]
+    possible.sort(key=lambda one: (one.priority, -one.queued_at.timestamp(), one.id))
+    chosen: list[str] = []
+    for one in possible:
+        chosen.append(one.id)
+        if fits_without([*stopping, *chosen]):
+            break
+    else:
+        return []
+    for name in reversed(chosen[:-1]):
+        without = [other for other in chosen if other != name]
+        if fits_without([*stopping, *without]):
+            chosen = without
+    return chosen
+
+
+def _may_preempt(job: SchedulableJob, other: SchedulableJob) -> bool:
+    return other.preemptible and other.priority < job.priority and not other.is_stopping
 
 
 def _quota(policy: Policy, job: SchedulableJob) -> Quota:

@@ -43,6 +43,11 @@ class SubmitOptions(FrozenModel):
         le=100,
         description="jobs of a higher one go first; equal ones by their owners' shares, then by age",
     )
+    preemptible: bool = Field(
+        False,
+        description="whether a job of a higher priority may take its resources while it runs: it saves a "
+        "checkpoint, returns to the queue and continues from there",
+    )
     tags: Annotated[list[Tag], Field(max_length=20)] = Field([], description="words to find the job by")
     retries: Retries = Retries()
     secrets: Annotated[dict[Variable, SecretName], Field(max_length=20)] = Field(
@@ -89,6 +94,7 @@ class SubmitOptions(FrozenModel):
             spec=spec,
             tags=tuple(self.tags),
             priority=self.priority,
+            preemptible=self.preemptible,
             retries=self.retries,
             secrets=secrets,
             queue_timeout_seconds=self.queue_timeout_seconds,
@@ -130,7 +136,9 @@ def resume(
     between, and for another number of steps under a schedule that depends on it, without a choice.
     """
     if not job.state.is_terminal:
-        raise Conflict(f"job {job.id} is {job.state.value}; only jobs that have ended can be resumed")
+        raise Conflict(
+            f"job {job.id} is {job.state.value}; only jobs that are paused or have ended can be resumed"
+        )
     for path, value in overrides.items():
         if (
             path == "checkpoint.address"

@@ -10,7 +10,7 @@ from service.adapters.ray import RayJobs
 from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import Lease
 from service.domain.scheduling import Policy, SchedulableJob, plan
-from service.engine.submitter import Submitter
+from service.engine.submitter import ACTOR, Submitter
 from service.store.jobs import JobStore
 
 FORGET_SECONDS = 60.0
@@ -56,6 +56,8 @@ class Admission:
             plan, queue.waiting.values(), active, cluster, self._policy(), datetime.now(UTC)
         )
         await self._explain(chosen.reasons, lease)
+        for job_id, preemptor in chosen.preempted.items():
+            await self._jobs.preempt(job_id, preemptor, ACTOR, lease)
         results = await asyncio.gather(
             *[self._start(candidate.id, lease) for candidate in chosen.admitted], return_exceptions=True
         )

@@ -20,6 +20,7 @@ from service.domain.lifecycle import (
     Observation,
     RayStatus,
     Submission,
+    after_stop,
     decide,
 )
 from service.engine.metric_alerts import MetricAlerts
@@ -78,8 +79,10 @@ class Reconciler:
                 await self._ray.stop(job.submission_id)
             case Command.CLOSE:
                 await on_storage(self._files.close_attempts, job)
-            case Command.CANCEL_PENDING:
-                await self._cancel_pending(job, lease)
+            case Command.SAVE:
+                await on_storage(self._files.request_stop, job)
+            case Command.WITHDRAW:
+                await self._withdraw(job, lease)
             case Command.WAIT:
                 pass
         return False
@@ -112,8 +115,8 @@ class Reconciler:
             await on_storage(self._files.close_attempts, job)
         return True
 
-    async def _cancel_pending(self, job: Job, lease: Lease) -> None:
-        """Cancel a job that Ray has not started.
+    async def _withdraw(self, job: Job, lease: Lease) -> None:
+        """Withdraw an attempt that Ray has not started.
 
         Ray ignores a stop then, and may start it much later.
 
@@ -123,7 +126,11 @@ class Reconciler:
         await on_storage(self._files.close_attempts, job)
         submission = await self._ray.find(job.submission_id)
         if submission is not None and submission.status == RayStatus.PENDING:
-            transition = Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
+            transition = (
+                Transition(state=JobState.CANCELLED, reason="cancelled before Ray started it")
+                if job.cancel_requested
+                else after_stop(job, "was not started yet")
+            )
             await self._jobs.advance(job, transition, ACTOR, lease)
 
     def _read_files(self, job: Job) -> tuple[Outcome | None, Progress | None, float | None]:

@@ -70,7 +70,7 @@ class Submitter:
 
     async def start(self, job: Job, lease: Lease) -> None:
         """Mark a queued job as submitted, and then submit it; no effect if it has changed."""
-        if job.state != JobState.QUEUED or job.cancel_requested:
+        if job.state != JobState.QUEUED or job.cancel_requested or job.pause_requested:
             return
         try:
             started = await self._with_run(job, lease)

@@ -20,12 +20,15 @@ SUMMARY_COLUMNS = [
     jobs.c.norm,
     jobs.c.spec["seed"].as_integer().label("seed"),
     jobs.c.spec["steps"].as_integer().label("steps"),
+    jobs.c.max_cpus,
+    jobs.c.max_gpus,
 ]
 """Columns of lists, which do not read specs, as a page has up to 200 jobs."""
 CANDIDATE_COLUMNS = [
     jobs.c[name]
     for name in (
-        "id", "owner", "priority", "queued_at", "not_before", "attempt",
+        "id", "owner", "priority", "preemptible", "preempted_by", "queued_at", "not_before", "attempt",
+        "cancel_requested", "stop_requested_at",
         "min_cpus", "min_gpus", "max_cpus", "max_gpus",
     )
 ]  # fmt: skip
@@ -69,7 +72,8 @@ async def read_summaries(rows: Sequence[Any]) -> list[JobSummary]:
 
 
 def _summary(row: Any) -> JobSummary:
-    return JobSummary(**_record(row), norm=row.norm, seed=row.seed, steps=row.steps)
+    held = Resources(row.max_cpus, row.max_gpus)
+    return JobSummary(**_record(row), norm=row.norm, seed=row.seed, steps=row.steps, max_resources=held)
 
 
 def _record(row: Any) -> dict[str, Any]:
@@ -94,6 +98,9 @@ def read_candidate(row: Any) -> SchedulableJob:
         id=row.id,
         owner=row.owner,
         priority=row.priority,
+        preemptible=row.preemptible,
+        preempted_by=row.preempted_by,
+        is_stopping=row.cancel_requested or row.stop_requested_at is not None,
         queued_at=row.queued_at,
         not_before=row.not_before,
         min_resources=Resources(row.min_cpus, row.min_gpus),

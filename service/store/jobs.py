@@ -1,7 +1,7 @@
 """Jobs and their events in the database."""
 
 import asyncio
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -45,7 +45,7 @@ from service.store.job_rows import (
 )
 from service.store.leases import is_held
 from service.store.tables import events, job_tags, jobs
-from service.store.usage import Totals, add_usage, read_totals
+from service.store.usage import Period, Totals, Usage, add_usage, read_totals, read_usage
 from service.store.webhooks import announce_end
 from trainer.jobspec import JobSpec, Progress
 
@@ -53,6 +53,12 @@ UPDATABLE_FIELDS = frozenset({"progress", "mlflow_run_id", "mlflow_experiment_id
 """Fields that may change without a transition."""
 JOBS_AT_ONCE = 500
 ACTIVE = (JobState.SUBMITTED, JobState.RUNNING)
+WAITS = (
+    jobs.c.state == JobState.QUEUED,
+    jobs.c.cancel_requested.is_(False),
+    jobs.c.pause_requested.is_(False),
+)
+"""Conditions of jobs that the scheduler may start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,8 @@ class JobStore:
     async def open_jobs(self, shards: Collection[int]) -> list[Job]:
         """Return the open jobs of these shards, oldest first, except those that only wait."""
         waits = jobs.c.state == JobState.QUEUED
-        has_limit = or_(jobs.c.cancel_requested.is_(True), jobs.c.queue_until <= datetime.now(UTC))
+        is_late = and_(jobs.c.queue_until <= datetime.now(UTC), jobs.c.pause_requested.is_(False))
+        has_limit = or_(jobs.c.cancel_requested.is_(True), is_late)
         query = select(*COLUMNS).where(
             jobs.c.mlflow_closed.is_(False), jobs.c.shard.in_(shards), or_(~waits, waits & has_limit)
         )
@@ -174,7 +181,7 @@ class JobStore:
         """
         # Implied by the states, but it is the first column of the index.
         is_open = jobs.c.mlflow_closed.is_(False)
-        waits = and_(is_open, jobs.c.state == JobState.QUEUED, jobs.c.cancel_requested.is_(False))
+        waits = and_(is_open, *WAITS)
         is_active = and_(is_open, jobs.c.state.in_([state.value for state in ACTIVE]))
         key = jobs.c.id + ":" + cast(jobs.c.attempt, String)
         reasons: dict[str, str] = {}
@@ -204,11 +211,7 @@ class JobStore:
         with each admission.
         """
         starves = jobs.c.queued_at <= starving_since
-        query = select(*SUMMARY_COLUMNS).where(
-            jobs.c.mlflow_closed.is_(False),
-            jobs.c.state == JobState.QUEUED,
-            jobs.c.cancel_requested.is_(False),
-        )
+        query = select(*SUMMARY_COLUMNS).where(jobs.c.mlflow_closed.is_(False), *WAITS)
         query = query if owner is None else query.where(jobs.c.owner == owner)
         rank = (starves.desc(), case((starves, 0), else_=-jobs.c.priority), jobs.c.queued_at, jobs.c.id)
         async with self._database.read() as connection:
@@ -234,7 +237,12 @@ class JobStore:
     async def totals(self) -> Totals:
         """Return the totals of all jobs."""
         async with self._database.read() as connection:
-            return await read_totals(connection)
+            return await read_totals(connection, datetime.now(UTC))
+
+    async def usage(self, period: Period) -> dict[str, Usage]:
+        """Return the usage of each owner in a period, including deleted jobs."""
+        async with self._database.read() as connection:
+            return await read_usage(connection, datetime.now(UTC), period)
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
         """Return the events of a job after number `after`, in order."""
@@ -275,6 +283,65 @@ class JobStore:
             )
         return job
 
+    async def request_pause(self, job_id: str, actor: str, version: int | None = None) -> Job:
+        """Set the pause flag; idempotent.
+
+        Raises NotFound; Conflict if the job has ended or is being cancelled; VersionMismatch.
+        """
+
+        def pause(job: Job, now: datetime) -> Job:
+            if job.state.is_terminal or job.cancel_requested:
+                raise Conflict(f"job {job_id} {_has_ended(job)}; it can no longer be paused")
+            return job if job.pause_requested else job.pause(now, actor)
+
+        return await self._request(job_id, pause, "pause requested", actor, version)
+
+    async def request_unpause(self, job_id: str, actor: str) -> Job:
+        """Clear the pause flag. Raises NotFound; Conflict if it is not set."""
+
+        def unpause(job: Job, now: datetime) -> Job:
+            if not job.pause_requested:
+                raise Conflict(f"job {job_id} is {job.state.value}; it is not paused")
+            return job.unpause(now, actor)
+
+        return await self._request(job_id, unpause, "resumption requested", actor)
+
+    async def preempt(self, job_id: str, by: str, actor: str, lease: Lease) -> None:
+        """Ask an active job to give its resources to another one, unless it stops anyway."""
+
+        def preempt(job: Job, now: datetime) -> Job:
+            may_run = job.state in ACTIVE and not job.cancel_requested and job.stop_requested_at is None
+            return job.preempt(by, now) if may_run else job
+
+        await self._request(job_id, preempt, f"preemption by {by} requested", actor, lease=lease)
+
+    async def _request(
+        self,
+        job_id: str,
+        change: Callable[[Job, datetime], Job],
+        event: str,
+        actor: str,
+        version: int | None = None,
+        lease: Lease | None = None,
+    ) -> Job:
+        """Store a change of a job's flags with its event; no event if nothing changes."""
+        now = datetime.now(UTC)
+        async with self._database.write() as connection:
+            query = select(*COLUMNS).where(jobs.c.id == job_id).with_for_update()
+            if (row := (await connection.execute(query)).one_or_none()) is None:
+                raise NotFound(f"there is no job {job_id!r}")
+            job = read_job(row)
+            if version is not None and job.version != version:
+                raise VersionMismatch(
+                    f"job {job_id} has changed since: it is {job.state.value}, {job.reason}"
+                )
+            after = change(job, now)
+            if after is job or not await self._store(connection, job, after, lease):
+                return job
+            request = replace(after, reason=event)
+            await connection.execute(insert(events).values(**event_row(request, now, actor)))
+        return after
+
     async def advance(self, job: Job, step: Transition, actor: str, lease: Lease | None = None) -> Job | None:
         """Apply a transition with its event.
 
@@ -290,8 +357,7 @@ class JobStore:
             if after.state.is_terminal:
                 await announce_end(connection, after, now)
             if after.state == JobState.QUEUED or after.state.is_terminal:
-                ran_seconds = after.ran_seconds - job.ran_seconds
-                await add_usage(connection, job.owner, ran_seconds, job.schedulable().max_resources)
+                await add_usage(connection, job.owner, job.started_at or now, now, job.max_resources)
         return after
 
     async def update_fields(self, job: Job, lease: Lease | None = None, **changes: Any) -> Job | None:
@@ -306,9 +372,7 @@ class JobStore:
 
         No decision depends on the text, so the version does not change.
         """
-        query = update(jobs).where(
-            jobs.c.id == bindparam("job"), jobs.c.state == JobState.QUEUED, is_held(lease)
-        )
+        query = update(jobs).where(jobs.c.id == bindparam("job"), *WAITS, is_held(lease))
         rows = [{"job": job_id, "words": reason} for job_id, reason in reasons.items()]
         for first in range(0, len(rows), JOBS_AT_ONCE):  # others write in between
             async with self._database.write() as connection:
@@ -325,3 +389,7 @@ class JobStore:
     async def _read(self, query: Select[Any]) -> list[Job]:
         async with self._database.read() as connection:
             return [read_job(row) for row in (await connection.execute(query)).all()]
+
+
+def _has_ended(job: Job) -> str:
+    return f"has already {job.state.value}" if job.state.is_terminal else "is being cancelled"

@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Date,
     DateTime,
     Dialect,
     Float,
@@ -81,6 +82,7 @@ jobs = Table(
     Column("spec", JSON, nullable=False),
     Column("tags", JSON, nullable=False),
     Column("priority", Integer, nullable=False),
+    Column("preemptible", Boolean, nullable=False, server_default=false()),
     Column("retries", JSON, nullable=False),
     Column("secrets", JSON, nullable=False),
     Column("queue_timeout_seconds", Float),
@@ -93,6 +95,9 @@ jobs = Table(
     Column("failures", JSON, nullable=False),
     Column("failure_kind", String(40)),
     Column("cancel_requested", Boolean, nullable=False),
+    Column("pause_requested", Boolean, nullable=False, server_default=false()),
+    Column("preempted_by", String(40)),
+    Column("stop_requested_at", UtcDateTime),
     Column("comparison_id", ForeignKey("comparisons.id"), index=True),
     Column("variant", JSON, nullable=False),
     Column("resumed_from", String(40)),
@@ -249,6 +254,16 @@ usage = Table(
     Column("cpu_seconds", Float, nullable=False),
     # Of jobs that are stored now.
     Column("stored_bytes", BigInteger, nullable=False, server_default="0"),
+)
+
+usage_days = Table(
+    "usage_days",
+    metadata,
+    Column("owner", String(80), primary_key=True),
+    # Of UTC.
+    Column("day", Date, primary_key=True),
+    Column("gpu_seconds", Float, nullable=False),
+    Column("cpu_seconds", Float, nullable=False),
 )
 
 idempotency_keys = Table(

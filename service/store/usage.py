@@ -1,34 +1,78 @@
 """Usage of owners, which outlives their jobs, and sums over all jobs."""
 
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, Table, cast, func, null, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.jobs import JobState
 from service.domain.scheduling import Resources
 from service.store.database import upsert
-from service.store.tables import jobs, usage
+from service.store.tables import UtcDateTime, jobs, usage, usage_days
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Seconds of ended attempts times their maximum resources."""
+    """Seconds of attempts times their maximum resources."""
 
-    gpu_seconds: float
-    cpu_seconds: float
+    gpu_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def add(self, seconds: float, held: Resources) -> "Usage":
+        """Return the usage with that of another attempt."""
+        return Usage(self.gpu_seconds + seconds * held.gpus, self.cpu_seconds + seconds * held.cpus)
 
 
-async def add_usage(connection: AsyncConnection, owner: str, seconds: float, held: Resources) -> None:
+@dataclass(frozen=True)
+class Period:
+    """Days of UTC; None means no limit."""
+
+    since: date | None = None
+    until: date | None = None
+    """The first day after the period."""
+
+    @property
+    def is_unlimited(self) -> bool:
+        """Return whether it includes all days."""
+        return self.since is None and self.until is None
+
+    def includes(self, day: date) -> bool:
+        """Return whether a day is in the period."""
+        return (self.since is None or self.since <= day) and (self.until is None or day < self.until)
+
+
+def seconds_by_day(start: datetime, end: datetime) -> dict[date, float]:
+    """Divide the time between two moments by the days of UTC."""
+    found: dict[date, float] = {}
+    start = start.astimezone(UTC)
+    while start < end:
+        midnight = datetime.combine(start.date() + timedelta(days=1), time(), UTC)
+        found[start.date()] = (min(midnight, end) - start).total_seconds()
+        start = midnight
+    return found
+
+
+async def add_usage(
+    connection: AsyncConnection, owner: str, start: datetime, end: datetime, held: Resources
+) -> None:
     """Add the usage of an ended attempt in the caller's transaction.
 
-    It must be the last statement.
+    Its statements must be the last ones.
     """
-    values = {"owner": owner, "gpu_seconds": seconds * held.gpus, "cpu_seconds": seconds * held.cpus}
-    query = upsert(connection, usage).values(**values)
-    sums = {name: usage.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
-    await connection.execute(query.on_conflict_do_update(index_elements=[usage.c.owner], set_=sums))
+    await _add(connection, usage, {"owner": owner}, (end - start).total_seconds(), held)
+    for day, seconds in seconds_by_day(start, end).items():
+        await _add(connection, usage_days, {"owner": owner, "day": day}, seconds, held)
+
+
+async def _add(
+    connection: AsyncConnection, table: Table, key: dict[str, Any], seconds: float, held: Resources
+) -> None:
+    query = upsert(connection, table).values(**key, **asdict(Usage().add(seconds, held)))
+    sums = {name: table.c[name] + query.excluded[name] for name in ("gpu_seconds", "cpu_seconds")}
+    await connection.execute(query.on_conflict_do_update(index_elements=list(key), set_=sums))
 
 
 async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) -> int:
@@ -41,10 +85,34 @@ async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) 
     return int((await connection.execute(query.returning(usage.c.stored_bytes))).scalar_one())
 
 
-async def read_usage(connection: AsyncConnection) -> dict[str, Usage]:
-    """Return the usage of each owner."""
-    rows = (await connection.execute(select(usage))).all()
-    return {row.owner: Usage(row.gpu_seconds, row.cpu_seconds) for row in rows}
+async def read_usage(
+    connection: AsyncConnection, now: datetime, period: Period = Period()
+) -> dict[str, Usage]:
+    """Return the usage of each owner, with running attempts up to now."""
+    active = select(jobs.c.owner, jobs.c.max_gpus, jobs.c.max_cpus, jobs.c.started_at).where(
+        jobs.c.mlflow_closed.is_(False), jobs.c.state == JobState.RUNNING
+    )
+    # One statement sees one state: an attempt that ends meanwhile is counted once.
+    rows: Sequence[Any] = (await connection.execute(union_all(_ended(period), active))).all()
+    found: dict[str, Usage] = {}
+    for row in rows:
+        held, seconds = Resources(row.cpu_seconds, row.gpu_seconds), 1.0
+        if row.started_at is not None:
+            days = seconds_by_day(row.started_at, now)
+            seconds = sum(seconds for day, seconds in days.items() if period.includes(day))
+        found[row.owner] = found.get(row.owner, Usage()).add(seconds, held)
+    return found
+
+
+def _ended(period: Period) -> Select[Any]:
+    """Query the sums of ended attempts by owner, without a start."""
+    table = usage if period.is_unlimited else usage_days  # the first has what is older than the days
+    sums = [func.sum(table.c[name]).label(name) for name in ("gpu_seconds", "cpu_seconds")]
+    start = cast(null(), UtcDateTime).label("started_at")
+    query = select(table.c.owner, *sums, start).group_by(table.c.owner)
+    if period.since is not None:
+        query = query.where(usage_days.c.day >= period.since)
+    return query if period.until is None else query.where(usage_days.c.day < period.until)
 
 
 @dataclass(frozen=True)
@@ -59,12 +127,12 @@ class Totals:
     """Usage by owner, including deleted jobs."""
 
 
-async def read_totals(connection: AsyncConnection) -> Totals:
+async def read_totals(connection: AsyncConnection, now: datetime) -> Totals:
     """Return the totals of all jobs."""
     states = select(jobs.c.state, func.count()).group_by(jobs.c.state)
     queued = (
         select(jobs.c.owner, func.count(), func.min(jobs.c.queued_at))
-        .where(jobs.c.state == JobState.QUEUED)
+        .where(jobs.c.state == JobState.QUEUED, jobs.c.pause_requested.is_(False))
         .group_by(jobs.c.owner)
     )
     by_state, by_owner = [(await connection.execute(query)).all() for query in (states, queued)]
@@ -72,5 +140,5 @@ async def read_totals(connection: AsyncConnection) -> Totals:
         {JobState(state): count for state, count in by_state},
         {owner: count for owner, count, _ in by_owner},
         min((oldest for _, _, oldest in by_owner), default=None),
-        await read_usage(connection),
+        await read_usage(connection, now),
     )

@@ -143,7 +143,7 @@ async def test_every_link_can_be_followed(document, client):
         if not (links := success_of(operation).get("links", {})):
             continue
         fresh = (await client.post("/v1/jobs", json=body_of(by_name["submit_job"][2]))).json()["id"]
-        job_id = fresh if operation["operationId"] == "cancel_job" else ended
+        job_id = fresh if operation["operationId"] in ("cancel_job", "pause_job") else ended
         query = {"page_size": 1} if "next_page_token" in str(links) else {}
         source = path.format(job_id=job_id, comparison_id=comparison, webhook_id=webhook)
         answer = await client.request(method, source, params=query, json=body_of(operation))

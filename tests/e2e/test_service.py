@@ -3,12 +3,14 @@
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from service.client import ApiError
 from tests.e2e.service import Service
+from tests.service.store.earlier import copy_to_revision
 
 pytestmark = pytest.mark.e2e
 
@@ -112,10 +114,13 @@ def jobs(service):
     return endless, ending, waiting
 
 
-def test_a_job_that_ends_while_the_api_is_dead_is_reported_after_restart(service, jobs):
+def test_a_job_that_ends_while_the_api_is_dead_is_reported_after_an_upgrade(service, jobs):
+    """The database that the next process finds is of an earlier version."""
     _, job, waiting = jobs
     service.until(job.id, "running", progress=1)
     service.kill()
+    address = service.environment["SYNCBN_DATABASE_URL"]
+    copy_to_revision(Path(address.removeprefix("sqlite+aiosqlite:///")), "0013")
     service.start()
     ended = service.until(job.id, "succeeded")
     assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 3000 steps", 3000)

@@ -25,7 +25,9 @@ def make_job(**changes: Any) -> Job:
 def summary_of(job: Job) -> JobSummary:
     """Return a job as in lists."""
     record = {field.name: getattr(job, field.name) for field in fields(JobRecord)}
-    return JobSummary(**record, norm=job.norm, seed=job.seed, steps=job.steps)
+    return JobSummary(
+        **record, norm=job.norm, seed=job.seed, steps=job.steps, max_resources=job.max_resources
+    )
 
 
 def make_comparison(**changes: Any) -> Comparison:

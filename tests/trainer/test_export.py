@@ -128,7 +128,7 @@ def test_an_unreadable_best_checkpoint_falls_back_to_the_last(tmp_path, monkeypa
 @pytest.fixture
 def run_attempt(tmp_path, monkeypatch):
     """Run an attempt of a job in this process without Ray."""
-    monkeypatch.setattr("trainer.worker.RayNotices", NoNotices)
+    monkeypatch.setattr("trainer.worker.RayNotices", lambda _: NoNotices())
     monkeypatch.setattr(
         "trainer.worker.hide_credentials", lambda: None
     )  # of this process, which other tests need

@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 from pydantic import AliasChoices, Field, ValidationError
 
-from trainer.jobspec import AttemptTask, FrozenModel, Outcome
+from trainer.jobspec import AttemptTask, FileModel, Outcome
 
 HISTORY_FILE = "run.json"
 
@@ -27,7 +27,7 @@ def checkpoint_folder(task: AttemptTask, job_id: str | None = None) -> str:
     )
 
 
-class WorkerGroupRun(FrozenModel):
+class WorkerGroupRun(FileModel):
     """Worker group run: the first of an attempt, or a restart within it."""
 
     attempt: int
@@ -38,7 +38,7 @@ class WorkerGroupRun(FrozenModel):
     """Outcome; None while running, and if the driver was killed."""
 
 
-class RunContent(FrozenModel):
+class RunContent(FileModel):
     """Content of the history file."""
 
     job_id: str

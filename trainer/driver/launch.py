@@ -22,6 +22,7 @@ from trainer.failures import Death, explain, find_exits, has_processes, note_pro
 from trainer.gpu import worker_variables
 from trainer.jobspec import (
     SAVING_FILE,
+    STOP_FILE,
     TASK_FILE,
     AttemptTask,
     JobSpec,
@@ -134,7 +135,7 @@ def _run_with_restarts(task: AttemptTask, history: RunHistory, given: dict[str, 
             reason = f"the cluster has too few resources for {task.spec.min_workers} workers"
             return Outcome(state="failed", reason=reason, cause="worker_lost", step=max(furthest, 0))
         outcome = _fit(task, number, given)
-        if outcome.cause not in RESTARTED:
+        if outcome.cause not in RESTARTED or is_stop_requested(task):
             return outcome
         step = outcome.step or 0
         restarts = restarts + 1 if step <= furthest else 1
@@ -144,6 +145,11 @@ def _run_with_restarts(task: AttemptTask, history: RunHistory, given: dict[str, 
         history.restart(outcome)
         print(f"{outcome.cause}: {outcome.reason}; restarting from the last checkpoint", flush=True)
     return outcome
+
+
+def is_stop_requested(task: AttemptTask) -> bool:
+    """Return whether the service has asked the attempt to end."""
+    return (attempt_folder(Path(task.context.folder), task.context.attempt) / STOP_FILE).exists()
 
 
 def _has_room(spec: JobSpec) -> bool:

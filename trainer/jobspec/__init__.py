@@ -4,7 +4,7 @@ Imports neither torch, Ray nor MLflow.
 """
 
 from trainer.jobspec.advice import BATCH_DEPENDENT_NORMS, MIN_CHANNEL_VALUES, spec_warnings
-from trainer.jobspec.base import FrozenModel
+from trainer.jobspec.base import FileModel, FrozenModel
 from trainer.jobspec.data import (
     DataSpec,
     DigitsSpec,
@@ -58,6 +58,7 @@ from trainer.jobspec.run import (
     OUTCOME_FILE,
     PROGRESS_FILE,
     SAVING_FILE,
+    STOP_FILE,
     TASK_FILE,
     AttemptContext,
     AttemptTask,
@@ -85,6 +86,7 @@ __all__ = [
     "PROGRESS_FILE",
     "RESUME_KEY_FIELDS",
     "SAVING_FILE",
+    "STOP_FILE",
     "TASK_FILE",
     "TRAIN_SECONDS",
     "AdamWSpec",
@@ -102,6 +104,7 @@ __all__ = [
     "EvaluationSpec",
     "ExponentialSchedule",
     "FailureKind",
+    "FileModel",
     "FrozenModel",
     "ImageFolderSpec",
     "ImageTransformSpec",

@@ -16,6 +16,15 @@ class FrozenModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+class FileModel(FrozenModel):
+    """Content of a file that the service and the trainer of another version may have written.
+
+    Unknown fields are ignored, and a new field needs a default.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+
 def _readable_again(arguments: Any) -> Any:
     """Reject arguments that are too large or do not survive storage.
 

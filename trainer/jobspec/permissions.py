@@ -4,7 +4,7 @@ import posixpath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.jobspec.base import FrozenModel
+from trainer.jobspec.base import FileModel
 from trainer.jobspec.data import ImageFolderSpec, RayDataSpec, TorchvisionDataSpec
 from trainer.jobspec.errors import NotAllowed
 from trainer.jobspec.models import ImportedModelSpec
@@ -17,7 +17,7 @@ IMPORT_PATTERN = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:([A-Za-z_]\w*|\*)"
 """Form of an allowed import."""
 
 
-class Allowlist(FrozenModel):
+class Allowlist(FileModel):
     """Allowed model builders, and allowed roots of paths and fsspec addresses.
 
     Everything else is forbidden.

@@ -1,16 +1,16 @@
 """Context, outcome and files of an attempt."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from trainer.jobspec.base import FrozenModel
+from trainer.jobspec.base import FileModel
 from trainer.jobspec.job import JobSpec
 from trainer.jobspec.permissions import Allowlist
 
 
-class AttemptContext(FrozenModel):
+class AttemptContext(FileModel):
     """Context of one attempt, sent by the service with the specification."""
 
     job_id: str
@@ -32,7 +32,7 @@ class AttemptContext(FrozenModel):
     )
 
 
-class Progress(FrozenModel):
+class Progress(FileModel):
     """Progress of an attempt, written by rank 0 to `progress.json`."""
 
     step: int
@@ -56,7 +56,7 @@ FailureKind = Literal[
 """Cause of a failure, classified where it happened."""
 
 
-class Outcome(FrozenModel):
+class Outcome(FileModel):
     """Outcome of an attempt as the trainer saw it, written to `outcome.json`.
 
     Divergence is a result: the state of such a run is `succeeded`.
@@ -73,6 +73,12 @@ class Outcome(FrozenModel):
     """Traceback of the first failure, not of those that it caused."""
     metrics: dict[str, float] = Field({})
 
+    @field_validator("cause", mode="before")
+    @classmethod
+    def _is_known(cls, cause: object) -> object:
+        """Read a cause of a later version as unknown."""
+        return "unknown" if isinstance(cause, str) and cause not in get_args(FailureKind) else cause
+
 
 JOB_VARIABLE = "SYNCBN_JOB"
 """Environment variable with the path of the attempt's task file, for the driver."""
@@ -80,8 +86,11 @@ TASK_FILE = "task.json"
 """File with the `AttemptTask`, in the attempt's folder. An environment variable is limited to 128 KiB."""
 
 
-class AttemptTask(FrozenModel):
-    """Task of one attempt: specification and context."""
+class AttemptTask(FileModel):
+    """Task of one attempt: specification and context.
+
+    An unknown field of the specification is an error: without it, something else would be trained.
+    """
 
     spec: JobSpec
     context: AttemptContext
@@ -112,5 +121,7 @@ DRIVER_FILE = "driver"
 """Lock file of the attempt's driver; a second driver ends at once."""
 CLOSED_FILE = "closed"
 """Marker by the service that the attempt is over; no driver starts any more."""
+STOP_FILE = "stop"
+"""Marker by the service that the attempt should save a checkpoint and end."""
 SAVING_FILE = "saving"
 """Name of the checkpoint that rank 0 is writing; exists only while it is written."""

@@ -69,7 +69,7 @@ def train(
     one, and returns once the last one exists. The caller can read the progress from `position`.
 
     Raises, on every worker at the same step: Diverged if the loss of any worker is not finite; Preempted,
-    after a checkpoint, if `notices` announce the preemption of a node.
+    after a checkpoint, if `notices` announce the preemption of a node or the service asks to stop.
     """
     notices, position = notices or NoNotices(), position or TrainProgress()
     if worker.device.type == "cuda":
@@ -99,7 +99,8 @@ def train(
     began = time.monotonic() - position.seconds
     saved, saved_at, polled_at = position.step, time.monotonic(), time.monotonic()
     is_late = spec.max_train_seconds is not None and position.seconds >= spec.max_train_seconds
-    save_now = is_preempted = save_failed = False
+    save_now = save_failed = False
+    stop_reason: str | None = None
 
     while True:
         step = position.step
@@ -127,16 +128,16 @@ def train(
         is_due = (
             save_now or is_done or (spec.checkpoint.every is not None and step % spec.checkpoint.every == 0)
         )
-        if checkpoints is not None and (is_due or is_preempted) and saved < step:
+        if checkpoints is not None and (is_due or stop_reason) and saved < step:
             position.seconds = time.monotonic() - began
             checkpoints.save(state)
             saved, saved_at = step, time.monotonic()
-        if checkpoints is not None and (is_done or is_preempted or save_failed):
+        if checkpoints is not None and (is_done or stop_reason or save_failed):
             checkpoints.wait()
         if is_done:
             break
-        if is_preempted:
-            raise Preempted(step)
+        if stop_reason:
+            raise Preempted(step, stop_reason)
 
         parts = next(batches)
         optimizer.zero_grad(set_to_none=True)
@@ -152,11 +153,13 @@ def train(
                 loss_sum += loss.detach()  # float64
                 if is_last_part:
                     now = time.monotonic()
+                    is_poll = now - polled_at >= PREEMPTION_POLL_INTERVAL_SECONDS
                     requests = Requests(
                         save=spec.checkpoint.every is None and now - saved_at >= CHECKPOINT_INTERVAL_SECONDS,
                         stop=spec.max_train_seconds is not None and now - began >= spec.max_train_seconds,
-                        check_preemption=now - polled_at >= PREEMPTION_POLL_INTERVAL_SECONDS,
+                        check_preemption=is_poll,
                         raise_error=checkpoints is not None and checkpoints.has_failed,
+                        interrupt=is_poll and worker.rank == 0 and notices.is_stop_requested(),
                     )
                     step_sync.begin(loss_sum, requests if worker.rank == 0 else Requests())
                 # DDP divides by the world size W; the gradient must be that of the mean over all n samples.
@@ -183,7 +186,10 @@ def train(
             synced.requests.raise_error,
         )
         if synced.requests.check_preemption:
-            polled_at, is_preempted = time.monotonic(), notices.is_preempted()
+            polled_at = time.monotonic()
+            stop_reason = "a node is about to be preempted" if notices.is_preempted() else None
+        if synced.requests.interrupt:
+            stop_reason = "stopped on request of the service"
 
     remove_activation_checkpointing(model)
     if position.step >= spec.steps:

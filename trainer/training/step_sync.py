@@ -4,7 +4,7 @@ One collective of a few numbers is issued before the backward pass and awaited a
 the backward pass, and all workers act on the same values in the same step.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import torch
@@ -24,6 +24,8 @@ class Requests:
     """Query Ray for preemption notices: a separate collective, and slow."""
     raise_error: bool = False
     """Raise the error of a checkpoint that could not be written."""
+    interrupt: bool = False
+    """Save a checkpoint and end the attempt."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,18 @@ class StepSync:
         self._worker = worker
         is_cuda = worker.device.type == "cuda"
         self._group = worker.new_gloo_group(timeout_seconds) if is_cuda else None
-        self._vector = torch.zeros(6, dtype=torch.float64)
+        self._vector = torch.zeros(7, dtype=torch.float64)
         self._pending: dist.Work | None = None
 
     def begin(self, loss_sum: Tensor, requests: Requests) -> None:
         """Start the collective; waits until `loss_sum` is computed, not for later work."""
         loss = float(loss_sum)  # waits for the device
         finite = float("-inf") < loss < float("inf")
-        flags = (not finite, requests.save, requests.stop, requests.check_preemption, requests.raise_error)
+        flags = (not finite, *astuple(requests))
         # A loss that is not finite travels as a flag: its sum over workers could hide the others.
         self._vector = torch.tensor(
             [loss if finite else 0.0, *map(float, flags)], dtype=torch.float64
-        )  # (6,)
+        )  # (7,)
         self._pending = self._worker.start_all_reduce(self._vector, self._group)
 
     def finish(self) -> StepResult:
@@ -78,10 +80,17 @@ class PreemptionNotice(Protocol):
         All workers call it together and get the same answer.
         """
 
+    def is_stop_requested(self) -> bool:
+        """Return whether the service has asked the attempt to end; only rank 0 calls it."""
+
 
 class NoNotices:
     """Source of preemption notices that has none."""
 
     def is_preempted(self) -> bool:
+        """Return False."""
+        return False
+
+    def is_stop_requested(self) -> bool:
         """Return False."""
         return False

@@ -31,7 +31,7 @@ from service.api.routes.streams import Stream, described, follow_events, follow_
 from service.api.schemas import ChangeJob, EventList, EventView, JobList, JobSummaryView, JobView, SubmitJob
 from service.domain.access import Caller, Owner
 from service.domain.comparisons import check_size
-from service.domain.errors import VersionMismatch
+from service.domain.errors import Conflict, VersionMismatch
 from service.domain.jobs import Job, JobState
 from service.domain.submission import Tag, clone, resume
 from service.store.jobs import Filter
@@ -71,6 +71,29 @@ class _Derive:
         return replace(job, secrets=await self.checks.check(caller.owner, [job.spec], old.secrets))
 
 
+@dataclass(frozen=True)
+class _Unpause:
+    """Returns a paused job to the queue; None if it is not paused."""
+
+    job_store: Jobs
+    mlflow_url: MlflowUrl
+    wake: WakeDispatcher
+
+    async def __call__(self, job_id: str, body: ChangeJob, caller: Caller) -> JobView | None:
+        job = await self.job_store.get(job_id, caller.sees_only)
+        if not job.pause_requested:
+            return None
+        if body.name is not None or body.overrides:
+            raise Conflict(f"job {job_id} is paused and continues as it is, without overrides")
+        job = await self.job_store.request_unpause(job_id, caller.owner)
+        self.wake()
+        return JobView.of(job, self.mlflow_url)
+
+
+Unpause = Annotated[_Unpause, Depends()]
+IfMatch = Annotated[
+    str | None, Header(alias="If-Match", max_length=200, description="the `ETag` that the job must have")
+]
 Add = Annotated[_Add, Depends()]
 Derive = Annotated[_Derive, Depends()]
 
@@ -144,9 +167,7 @@ async def cancel_job(
     job_store: Jobs,
     mlflow_url: MlflowUrl,
     wake: WakeDispatcher,
-    if_match: Annotated[
-        str | None, Header(alias="If-Match", max_length=200, description="the `ETag` that the job must have")
-    ] = None,
+    if_match: IfMatch = None,
 ) -> JobView:
     """Request the cancellation of a job. A job that has ended otherwise answers 409."""
     job = await job_store.get(job_id, caller.sees_only)
@@ -156,9 +177,37 @@ async def cancel_job(
     return JobView.of(job, mlflow_url)
 
 
+@router.post("/{job_id:identifier}:pause", status_code=202)
+async def pause_job(
+    job_id: JobId,
+    caller: Submitter,
+    job_store: Jobs,
+    mlflow_url: MlflowUrl,
+    wake: WakeDispatcher,
+    if_match: IfMatch = None,
+) -> JobView:
+    """Request a pause of a job, until it is resumed.
+
+    A running one saves a checkpoint, stops and frees its resources. A job that has ended, or is being
+    cancelled, answers 409.
+    """
+    job = await job_store.get(job_id, caller.sees_only)
+    version = _version(job, if_match) if if_match else None
+    job = await job_store.request_pause(job_id, caller.owner, version)
+    wake()
+    return JobView.of(job, mlflow_url)
+
+
 @router.post("/{job_id:identifier}:resume", status_code=202)
-async def resume_job(job_id: JobId, body: ChangeJob, caller: Submitter, derive: Derive, add: Add) -> JobView:
-    """Submit a new job that continues from the checkpoints of an ended one."""
+async def resume_job(
+    job_id: JobId, body: ChangeJob, caller: Submitter, unpause: Unpause, derive: Derive, add: Add
+) -> JobView:
+    """Continue a paused job, or an ended one as a new job.
+
+    The new job has the checkpoints of the ended one. A paused job has no overrides.
+    """
+    if (job := await unpause(job_id, body, caller)) is not None:
+        return job
     return await add(await derive(resume, job_id, body, caller))
 
 

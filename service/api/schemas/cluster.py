@@ -1,4 +1,4 @@
-"""Schemas of the cluster's resources and of health checks."""
+"""Schemas of the cluster's resources, usage, and health checks."""
 
 from datetime import datetime
 
@@ -42,3 +42,17 @@ class Readiness(BaseModel):
     mlflow: Check
     storage: Check = Field(description="whether the folder that is shared with the cluster can be written to")
     dispatcher: Check = Field(description="whether this replica reconciles jobs")
+
+
+class UsageView(BaseModel):
+    """Usage of an owner."""
+
+    owner: str = Field(examples=["ann"])
+    gpu_hours: float = Field(examples=[12.5])
+    cpu_hours: float = Field(examples=[80.25])
+
+
+class UsageList(BaseModel):
+    """Usage by owner."""
+
+    usage: list[UsageView]

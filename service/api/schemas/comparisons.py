@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from service.api.schemas.jobs import SPEC, JobSummaryView
 from service.api.schemas.names import Examples, Name
 from service.domain.comparisons import Comparison, ComparisonSpec
-from service.domain.jobs import JobRecord, JobState
+from service.domain.jobs import Job, JobState, JobSummary
 from service.domain.mlflow_views import comparison_url
 from service.domain.recipes import Claim
 from service.domain.submission import SubmitOptions
@@ -78,7 +78,7 @@ class ComparisonView(ComparisonFields):
     def of(
         cls,
         comparison: Comparison,
-        jobs: Sequence[JobRecord],
+        jobs: Sequence[Job | JobSummary],
         mlflow_public_url: str,
         warnings: list[str] | None = None,
     ) -> "ComparisonView":

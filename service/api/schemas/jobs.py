@@ -1,12 +1,12 @@
 """Schemas of jobs, except the JobSpec."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from service.api.schemas.names import Examples, Name
-from service.domain.jobs import JobRecord, JobState
+from service.domain.jobs import Job, JobState, JobSummary
 from service.domain.mlflow_views import run_url
 from service.domain.retries import JobFailureKind, Retries, RetryGroup
 from service.domain.scheduling import Resources
@@ -100,6 +100,7 @@ class JobSummaryView(BaseModel):
     owner: str = Field(examples=["ann"])
     tags: list[str] = Field(examples=[[]])
     priority: int = Field(examples=[0])
+    preemptible: bool = Field(description="whether a job of a higher priority may take its resources")
     retries: Retries
     secrets: dict[str, str] = Field(
         description="environment variables of the workers, to the names of their secrets"
@@ -116,6 +117,21 @@ class JobSummaryView(BaseModel):
         description="failure kind of the newest attempt that failed; null: none did, or the job succeeded"
     )
     cancel_requested: bool
+    pause_requested: bool = Field(
+        description="a queued job is paused; a running one saves a checkpoint, stops and is then paused"
+    )
+    preempted_by: str | None = Field(
+        description="the job that took the resources of the newest attempt, or of the one before while the "
+        "job is queued"
+    )
+    gpu_hours: float = Field(
+        examples=[0.0],
+        description="time of all attempts up to now, times the GPUs that the job may hold",
+    )
+    cpu_hours: float = Field(
+        examples=[0.05],
+        description="time of all attempts up to now, times the CPUs that the job may hold",
+    )
     progress: Progress | None = Field(
         examples=[{"step": 800, "total_steps": 2000, "samples_per_second": 5200.0, "eta_seconds": 13.8}]
     )
@@ -137,17 +153,20 @@ class JobSummaryView(BaseModel):
     steps: int = Field(examples=[2000], description="of the spec")
 
     @classmethod
-    def of(cls, job: JobRecord, mlflow_public_url: str) -> Self:
+    def of(cls, job: Job | JobSummary, mlflow_public_url: str) -> Self:
         """Show a job."""
         values = {
             name: getattr(job, name)
             for name in cls.model_fields
-            if name not in ("mlflow_url", "failures", "tags")
+            if name not in ("mlflow_url", "failures", "tags", "gpu_hours", "cpu_hours")
         }
+        hours = job.seconds_run(datetime.now(UTC)) / 3600
         return cls(
             **values,
             tags=list(job.tags),
             failures=job.failures.counts,
+            gpu_hours=hours * job.max_resources.gpus,
+            cpu_hours=hours * job.max_resources.cpus,
             mlflow_url=run_url(mlflow_public_url, job),
         )
 

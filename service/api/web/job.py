@@ -1,4 +1,4 @@
-"""Page of a job, and its buttons that cancel, resume and clone."""
+"""Page of a job, and its buttons that cancel, pause, resume and clone."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from service.adapters.mlflow import MlflowRuns
 from service.adapters.mlflow_values import flatten
 from service.api.dependencies import JobId, Jobs, Mlflow, WakeDispatcher
 from service.api.json_body import in_thread
-from service.api.routes.jobs import Add, Derive
+from service.api.routes.jobs import Add, Derive, Unpause
 from service.api.schemas import ChangeJob, EventView, JobView
 from service.api.web.forms import as_yaml, read_form, read_mapping, spec_yaml, validated
 from service.api.web.jobs import MLFLOW
@@ -118,11 +118,22 @@ async def cancel_job(job_id: JobId, caller: Submitter, job_store: Jobs, wake: Wa
     return see(f"/jobs/{job.id}")
 
 
+@router.post("/{job_id:identifier}/pause")
+async def pause_job(job_id: JobId, caller: Submitter, job_store: Jobs, wake: WakeDispatcher) -> Response:
+    """Request a pause of a job."""
+    job = await job_store.get(job_id, caller.sees_only)
+    await job_store.request_pause(job.id, caller.owner)
+    wake()
+    return see(f"/jobs/{job.id}")
+
+
 @router.post("/{job_id:identifier}/resume")
 async def resume_job(
-    request: Request, job_id: JobId, caller: Submitter, derive: Derive, add: Add
+    request: Request, job_id: JobId, caller: Submitter, unpause: Unpause, derive: Derive, add: Add
 ) -> Response:
-    """Submit a job that continues from the checkpoints of an ended one."""
+    """Continue a paused job, or an ended one as a new job."""
+    if await unpause(job_id, ChangeJob(), caller) is not None:
+        return see(f"/jobs/{job_id}")
     return await _submit_from(request, resume, job_id, caller, derive, add)
 
 

@@ -1,8 +1,9 @@
+import json
 import os
 
 import pytest
 
-from service.adapters.run_storage import MAX_JSON_BYTES, MAX_READ_BYTES, MAX_REASON_CHARS
+from service.adapters.run_storage import MAX_JSON_BYTES, MAX_READ_BYTES, MAX_REASON_CHARS, Point
 from tests.service.adapters.storage import GOOD, read_log
 from trainer.jobspec import (
     LOG_INDEX_FILE,
@@ -40,3 +41,18 @@ def test_invalid_progress_is_ignored(files, job, folder, value):
     progress = f'{{"step": 1, "total_steps": 2, "samples_per_second": {value}, "eta_seconds": 1}}'
     (folder / PROGRESS_FILE).write_text(progress)
     assert files.progress(job) is None
+
+
+def test_files_of_a_later_version_are_read(files, job, folder):
+    later = {"of_a_later_version": {"x": 1}}
+    outcome = {"state": "failed", "reason": "no", "cause": "of a later version"}
+    (folder / OUTCOME_FILE).write_text(json.dumps(outcome | later))
+    assert files.outcome(job) == Outcome(state="failed", reason="no", cause="unknown")
+    progress = {"step": 1, "total_steps": 2, "samples_per_second": 3.0, "eta_seconds": 1.0}
+    (folder / PROGRESS_FILE).write_text(json.dumps(progress | later))
+    assert files.progress(job).step == 1
+    point = {"step": 1, "metrics": {"accuracy": 0.5}}
+    (folder.parent / OUTBOX_FILE).write_text(
+        json.dumps({"a kind of a later version": 1}) + "\n" + json.dumps(point | later) + "\n"
+    )
+    assert files.metrics(job, 0)[0] == [Point(1, {"accuracy": 0.5})]

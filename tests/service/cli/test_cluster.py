@@ -13,3 +13,15 @@ def test_the_cluster_is_shown_with_and_without_ray(syncbn, api):
         True,
         False,
     )
+
+
+def test_usage_is_shown(syncbn, api):
+    job_id = api.submit()
+    api.move(job_id, "submitted", "running", "failed")
+    used = read(syncbn("usage", "--json"))["usage"]
+    assert [each["owner"] for each in used] == ["admin"]
+    assert used[0]["cpu_hours"] > 0
+    code, printed, _ = syncbn("usage")
+    assert code == 0
+    assert "CPU-hours" in printed
+    assert read(syncbn("usage", "--until", "2020-01-01", "--json"))["usage"] == []

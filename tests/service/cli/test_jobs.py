@@ -118,6 +118,18 @@ def test_a_job_is_shown_with_its_timeline(syncbn, api):
     assert [event["state"] for event in shown["events"]] == ["queued", "submitted", "running", "failed"]
 
 
+def test_a_job_is_paused_and_resumed(syncbn, api):
+    job_id = api.submit()
+    assert syncbn("pause", job_id)[:2] == (0, f"{job_id}: paused\n")
+    assert "paused by admin" in syncbn("show", job_id)[1]
+    resumed = read(syncbn("resume", job_id, "--json"))
+    assert (resumed["id"], resumed["pause_requested"]) == (job_id, False)
+    read(syncbn("cancel", job_id, "--json"))
+    code, _, stderr = syncbn("pause", job_id)
+    assert code == 1
+    assert "can no longer be paused" in stderr
+
+
 def test_jobs_are_cancelled_resumed_and_cloned(syncbn, api, spec, comparison):
     ids = [api.submit(), api.submit()]
     asked = read(syncbn("cancel", *ids, "--json"))

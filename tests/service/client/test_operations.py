@@ -24,7 +24,8 @@ VALUES = ID | {
     "name": "x", "spec": {}, "body": {}, "owner": "ann", "scopes": ["read"], "metric": "accuracy",
     "next": "/mlflow/", "curves": True, "rank": 0, "level": "info", "attempt": 1, "state": "failed",
     "comparison": "comparison-1", "norm": "sync", "tag": "a", "page_size": 7, "key": "k", "if_match": '"1"',
-    "overrides": {"steps": 1}, "expires_in_seconds": 1, "options": None, "unfinished": True, "format": "csv",
+    "overrides": {"steps": 1}, "expires_in_seconds": 1, "since": "2026-03-01", "until": "2026-04-01",
+    "options": None, "unfinished": True, "format": "csv",
 }  # fmt: skip
 HANDLED_WITHIN = {"page_token", "If-None-Match", "Last-Event-ID", "follow"}
 """Paging and streams, and If-None-Match: a client caches no jobs."""

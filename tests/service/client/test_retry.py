@@ -40,7 +40,7 @@ def test_a_request_in_flight_is_retried_and_other_conflicts_are_not(api, network
     network.faults.append(Answer(409, {"Retry-After": "0"}))
     job = by.call(network.url, lambda client: client.submit_job("x", SPEC))
     assert len(network.seen) == 2
-    with pytest.raises(ApiError, match="only jobs that have ended"):
+    with pytest.raises(ApiError, match="only jobs that are paused or have ended"):
         by.call(network.url, lambda client: client.resume(job.id))
     assert len(network.seen) == 3
 

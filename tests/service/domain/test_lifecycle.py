@@ -175,7 +175,12 @@ def test_a_job_over_its_time_limit_has_failed_regardless_of_its_outcome():
     assert step(JobState.RUNNING, "STOPPED", GOOD, **late).state == JobState.SUCCEEDED
 
 
-LIMITS = Limits(outcome_grace_seconds=5, heartbeat_timeout_seconds=60, start_timeout_seconds=900)
+LIMITS = Limits(
+    outcome_grace_seconds=5,
+    heartbeat_timeout_seconds=60,
+    start_timeout_seconds=900,
+    stop_grace_seconds=30,
+)
 
 
 def decision(state, status, outcome, age, **changes):
@@ -187,6 +192,9 @@ def decision(state, status, outcome, age, **changes):
 
 
 CANCEL = {"cancel_requested": True}
+SAVED = Outcome(state="failed", reason="stopped on request; saved after 7 steps", cause="preempted")
+STOP = {"stop_requested_at": NOW - timedelta(seconds=29)}
+LATE = {"stop_requested_at": NOW - timedelta(seconds=30)}
 OVERTIME = {"max_run_seconds": 1.0, "ran_seconds": 2.0}
 
 
@@ -195,8 +203,8 @@ OVERTIME = {"max_run_seconds": 1.0, "ran_seconds": 2.0}
     [
         ("submitted", "PENDING", None, 900, {}, Command.WAIT),
         ("submitted", "PENDING", None, 901, {}, ("queued", False)),
-        ("submitted", "PENDING", None, 901, CANCEL, Command.CANCEL_PENDING),
-        ("submitted", "PENDING", None, 0, CANCEL, Command.CANCEL_PENDING),
+        ("submitted", "PENDING", None, 901, CANCEL, Command.WITHDRAW),
+        ("submitted", "PENDING", None, 0, CANCEL, Command.WITHDRAW),
         ("submitted", "RUNNING", None, 0, {}, ("running", False)),
         ("submitted", "RUNNING", None, 999, {}, ("running", False)),
         ("submitted", None, None, 999, {}, Command.SUBMIT),
@@ -217,6 +225,23 @@ OVERTIME = {"max_run_seconds": 1.0, "ran_seconds": 2.0}
         ("running", "STOPPED", None, 0, CANCEL, ("cancelled", False)),
         ("running", None, None, 4, {}, Command.WAIT),
         ("running", None, None, 5, {}, ("queued", False)),
+        ("submitted", "PENDING", None, 0, STOP, Command.WITHDRAW),
+        ("submitted", None, None, 4, STOP, Command.SAVE),
+        ("submitted", None, None, 5, STOP, ("queued", False)),
+        ("running", "RUNNING", None, 0, STOP, Command.SAVE),
+        ("running", "RUNNING", None, 0, LATE, Command.STOP),
+        ("running", "RUNNING", None, 0, STOP | CANCEL, Command.STOP),
+        ("running", "RUNNING", None, 0, STOP | OVERTIME, Command.STOP),
+        ("running", "RUNNING", None, 61, STOP, ("queued", True)),
+        ("running", "RUNNING", SAVED, 6, STOP, ("queued", True)),
+        ("running", "FAILED", SAVED, 0, STOP, ("queued", False)),
+        ("running", "FAILED", SAVED, 0, STOP | CANCEL, ("cancelled", False)),
+        ("running", "FAILED", BAD, 0, STOP, ("failed", False)),
+        ("running", "SUCCEEDED", GOOD, 0, STOP, ("succeeded", False)),
+        ("running", "STOPPED", None, 0, LATE, ("queued", False)),
+        ("running", "FAILED", None, 4, STOP, Command.SAVE),
+        ("running", "FAILED", None, 4, LATE, Command.CLOSE),
+        ("running", "FAILED", None, 5, STOP, ("queued", False)),
     ],
 )
 def test_decide_for_a_submitted_attempt(state, status, outcome, age, changes, expected):
@@ -224,11 +249,31 @@ def test_decide_for_a_submitted_attempt(state, status, outcome, age, changes, ex
 
 
 def test_a_long_grace_period_does_not_extend_a_lost_attempt():
-    limits = Limits(outcome_grace_seconds=3_600, heartbeat_timeout_seconds=60, start_timeout_seconds=900)
+    limits = replace(LIMITS, outcome_grace_seconds=3_600)
     observation = Observation(Submission(RayStatus.RUNNING, ""), None, 61)
     action = decide(make_job(state=JobState.RUNNING), observation, limits, NOW)
     assert isinstance(action, Advance)
     assert action.stop
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "reason"),
+    [
+        ({"pause_requested": True}, None, "paused: attempt 1 saved its state"),
+        ({"preempted_by": "job-2"}, "preempted", "preempted by job-2: attempt 1 saved its state"),
+        ({}, None, "attempt 1 saved its state"),
+    ],
+)
+def test_an_attempt_that_stops_on_request_uses_no_retry(changes, kind, reason):
+    job = make_job(state=JobState.RUNNING, **STOP, **changes, retries=Retries(preempted=0))
+    transition = next_transition(job, Submission(RayStatus.FAILED, ""), SAVED, NOW)
+    assert (transition.failure_kind, transition.reason) == (kind, reason)
+    after = job.apply(transition, NOW)
+    assert (after.attempt, after.failures, after.not_before) == (2, Failures(), None)
+    assert (after.stop_requested_at, after.pause_requested) == (None, job.pause_requested)
+    # Nor is a real failure excused by the request.
+    lost = next_transition(replace(job, retries=Retries(infrastructure=0)), None, LOST, NOW)
+    assert (lost.state, lost.failure_kind) == (JobState.FAILED, "worker_lost")
 
 
 def test_decide_without_an_attempt():
@@ -236,10 +281,13 @@ def test_decide_without_an_attempt():
     assert decide(make_job(state=JobState.FAILED), None, LIMITS, NOW) == Command.FINISH_RUN
     cancelled = decide(make_job(cancel_requested=True), None, LIMITS, NOW)
     assert cancelled.transition.state == JobState.CANCELLED
-    late = make_job(queue_timeout_seconds=1.0, created_at=NOW - timedelta(seconds=2))
+    late = make_job(queue_timeout_seconds=1.0, queued_at=NOW - timedelta(seconds=2))
     timed_out = decide(late, None, LIMITS, NOW)
     assert (timed_out.transition.state, timed_out.transition.failure_kind) == (JobState.FAILED, "time_limit")
     assert decide(replace(late, attempt=2), None, LIMITS, NOW) == Command.WAIT
+    assert decide(replace(late, pause_requested=True), None, LIMITS, NOW) == Command.WAIT
+    ended = decide(replace(late, pause_requested=True, cancel_requested=True), None, LIMITS, NOW)
+    assert ended.transition.state == JobState.CANCELLED
 
 
 @pytest.mark.parametrize(

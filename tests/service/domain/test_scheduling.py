@@ -229,3 +229,119 @@ def test_jobs_are_sorted_once_however_many_are_admitted():
         assert len(admit(waiting, [], cluster(400), max_active=400)) == 400
     # Once for each job, and for the first ones of the owners that have the same share.
     assert compared.call_count <= 400 + 400 * 20
+
+
+def preempt(waiting, active, has, **rules):
+    found = plan(waiting, active, has, Policy(**({"max_active": 8} | rules)), NOW)
+    return found.preempted, [one.id for one in found.admitted]
+
+
+preemptible = st.builds(
+    lambda one, may, stopping, by: replace(
+        one, preemptible=may, is_stopping=stopping, preempted_by="job-x" if by else None
+    ),
+    candidates,
+    st.booleans(),
+    st.sampled_from([False, False, False, True]),
+    st.sampled_from([False, False, True]),
+)  # fmt: skip
+
+
+@given(
+    st.lists(preemptible, max_size=6),
+    st.lists(preemptible, max_size=6),
+    st.integers(1, 32),
+    st.integers(0, 32),
+    st.integers(1, 6),
+    st.dictionaries(owners, quotas),
+)
+@settings(max_examples=1_000)
+def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, used, max_active, by_owner):
+    policy = Policy(max_active=max_active, quotas=by_owner)
+    has = cluster(cpus, max(cpus - used, 0))
+    found = plan(waiting, active, has, policy, NOW)
+    if not found.preempted:
+        return
+    (preemptor,) = [one for one in waiting if one.id in found.preempted.values()]
+    gone = [one for one in active if one.id in found.preempted]
+    assert len(gone) == len(found.preempted)
+    assert all(one.preemptible and one.priority < preemptor.priority for one in gone)
+    assert not any(one.is_stopping for one in gone)
+    assert preemptor.preempted_by is None
+    assert preemptor.id not in [one.id for one in found.admitted]
+    # What stops anyway counts as gone, here and in the plan.
+    left = [one for one in active if one not in gone and not one.is_stopping]
+
+    def fits(kept):
+        freed = sum(one.min_resources.cpus for one in active if one not in kept and one.has_workers)
+        then = cluster(cpus, has.free.cpus + freed)
+        kept = [*kept, *found.admitted]
+        return plan([preemptor], kept, then, policy, NOW).admitted == [preemptor]
+
+    assert fits(left)
+    assert not any(fits([*left, one]) for one in gone)
+
+
+def low(cpus, **changes):
+    return job(cpus, **({"has_workers": True, "preemptible": True, "priority": -1} | changes))
+
+
+def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
+    lowest, old, young = low(2, priority=-2, waited=99), low(2, waited=9), low(2, waited=1)
+    urgent = job(2)
+    full = cluster(6, 0)
+    assert preempt([urgent], [old, young, lowest], full) == ({lowest.id: urgent.id}, [])
+    assert preempt([urgent], [old, young], cluster(4, 0)) == ({young.id: urgent.id}, [])
+    large = job(4)
+    assert preempt([large], [lowest, low(4)], full)[0].keys() != {lowest.id}
+    assert preempt([job(6)], [old, young, low(2, preemptible=False)], full) == ({}, [])
+
+
+def test_a_job_is_preempted_for_a_slot():
+    victim, urgent = low(1), job(1)
+    assert preempt([urgent], [victim], cluster(9, 8), max_active=1) == ({victim.id: urgent.id}, [])
+
+
+def test_equal_priorities_and_jobs_without_quota_do_not_preempt():
+    victim = low(2)
+    assert preempt([job(2, priority=-1)], [victim], cluster(2, 0)) == ({}, [])
+    assert preempt([job(2)], [victim], cluster(2, 0), quotas={"ann": Quota(cpus=3)}) == ({}, [])
+
+
+def test_freed_resources_are_kept_for_the_job_that_preempted():
+    victim, other = low(2), job(1, waited=9, owner="bob", priority=-1)
+    # Neither is the free CPU given away on which the preemption counts, ...
+    large = job(3)
+    assert preempt([large, other], [victim], cluster(3, 1)) == ({victim.id: large.id}, [])
+    # ... nor what becomes free before the preempted job has ended, nor after it.
+    stopping = replace(victim, is_stopping=True, preempted_by=large.id)
+    assert preempt([large, other], [stopping], cluster(3, 1)) == ({}, [])
+    back = replace(victim, queued_at=NOW, preempted_by=large.id, has_workers=False)
+    assert preempt([large, other, back], [], cluster(3, 2)) == ({}, [])
+    assert preempt([large, other, back], [], cluster(3)) == ({}, [large.id])
+    # A job of the same priority comes after it, and one of a higher priority before it.
+    equal, higher = job(1, owner="bob"), job(1, priority=1)
+    assert preempt([large, equal, back], [], cluster(3)) == ({}, [large.id])
+    assert preempt([large, higher, back], [], cluster(3)) == ({}, [higher.id])
+    # What a larger job of a higher priority cannot use is given to it all the same.
+    higher = job(4, priority=1)
+    assert preempt([large, higher, back], [low(1, preemptible=False)], cluster(4, 3)) == ({}, [large.id])
+    # Without it, the others take what it left.
+    assert preempt([back, other], [], cluster(3))[1] == [other.id, back.id]
+
+
+def test_a_preemptible_job_does_not_overtake_by_starvation():
+    """It would be preempted again by the first job that it overtakes."""
+    old = low(1, has_workers=False, waited=7 * 3600)
+    urgent = job(1)
+    assert preempt([old, urgent], [], cluster(1)) == ({}, [urgent.id])
+
+
+def test_a_preempted_job_does_not_preempt_in_turn():
+    back = low(2, has_workers=False, preempted_by="job-gone")
+    assert preempt([back], [low(2, priority=-2)], cluster(2, 0)) == ({}, [])
+
+
+def test_jobs_that_have_just_ended_cause_no_preemption():
+    """Ray still reports their resources as used."""
+    assert preempt([job(2)], [low(2)], cluster(4, 0)) == ({}, [])

@@ -43,7 +43,7 @@ def resumed(job, **overrides):
 
 def test_only_ended_jobs_are_resumed_and_only_with_compatible_changes():
     job = make_job()
-    with pytest.raises(Conflict, match="only jobs that have ended"):
+    with pytest.raises(Conflict, match="only jobs that are paused or have ended"):
         resumed(job)
     failed = replace(job, state=JobState.FAILED)
     assert resumed(failed).resumed_from == job.id

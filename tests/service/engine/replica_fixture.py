@@ -29,6 +29,7 @@ class ReplicaFixture:
     """One replica; `reopen` acts like a restart of the service."""
 
     outcome_grace_seconds = 0.0
+    stop_grace_seconds = 60.0
     policy = Policy(max_active=8)
 
     def __init__(self, database, storage, *, name="one", ray=None, mlflow=None):
@@ -59,6 +60,7 @@ class ReplicaFixture:
             outcome_grace_seconds=self.outcome_grace_seconds,
             heartbeat_timeout_seconds=60,
             start_timeout_seconds=60,
+            stop_grace_seconds=self.stop_grace_seconds,
         )
         self.dispatcher = Dispatcher(
             self.lease_holder,

@@ -2,7 +2,7 @@ from service.domain.leases import SCHEDULER
 from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Resources
 from service.store.leases import LeaseStore
-from trainer.jobspec import JobSpec
+from trainer.jobspec import OUTCOME_FILE, STOP_FILE, JobSpec, Outcome
 
 
 async def test_queue_reasons_changed_by_another_replica_are_written_again(replica):
@@ -57,3 +57,44 @@ async def test_a_job_without_a_first_step_is_not_counted_twice(replica):
     await replica.tick()
     assert (await replica.jobs.get(first.id)).progress is None
     assert [await replica.state(job) for job in (first, second, third)] == ["running", "queued", "submitted"]
+
+
+async def test_a_job_of_a_higher_priority_preempts_a_running_one(replica):
+    low = await replica.add_running(spec=JobSpec(steps=1, num_workers=2), preemptible=True, priority=-1)
+    urgent = await replica.add(spec=JobSpec(steps=1, num_workers=2))
+    small = await replica.add(spec=JobSpec(steps=1, num_workers=1), priority=-1)
+    for _ in range(3):
+        await replica.tick()
+    seen = await replica.jobs.get(low.id)
+    assert (seen.state, seen.preempted_by) == ("running", urgent.id)
+    assert (replica.files.attempt_folder(low) / STOP_FILE).exists()
+    assert (await replica.jobs.get(small.id)).reason.startswith(f"waits behind {urgent.id}")
+    saved = Outcome(state="failed", reason="stopped on request; saved after 3 steps", cause="preempted")
+    replica.write(low, OUTCOME_FILE, saved)
+    replica.ray.set(low.submission_id, RayStatus.FAILED)
+    await replica.tick()
+    seen = await replica.jobs.get(low.id)
+    assert (seen.state, seen.attempt, seen.failure_kind, seen.failures.counts) == (
+        "queued",
+        2,
+        "preempted",
+        {},
+    )
+    await replica.tick()
+    assert [await replica.state(job) for job in (low, urgent, small)] == ["queued", "submitted", "queued"]
+    replica.ray.set(urgent.submission_id, RayStatus.RUNNING)
+    await replica.tick()
+    replica.write(urgent, OUTCOME_FILE, Outcome(state="succeeded", reason="done"))
+    replica.ray.set(urgent.submission_id, RayStatus.SUCCEEDED)
+    await replica.tick()
+    await replica.tick()
+    states = {job.id: await replica.state(job) for job in (low, urgent, small)}
+    # The smaller one has waited for longer since.
+    assert states == {low.id: "queued", urgent.id: "succeeded", small.id: "submitted"}
+    await replica.jobs.request_cancel(small.id, "ann")
+    for _ in range(3):
+        await replica.tick()
+    seen = await replica.jobs.get(low.id)
+    assert (seen.state, seen.attempt, seen.preempted_by) == ("submitted", 2, None)
+    events = [(event.reason, event.actor) for event in await replica.jobs.events_of(low.id)]
+    assert (f"preemption by {urgent.id} requested", "dispatcher") in events

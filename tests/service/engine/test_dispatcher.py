@@ -121,9 +121,9 @@ async def test_a_job_over_its_queue_timeout_fails(replica):
     late = await replica.add(
         spec=JobSpec(steps=1, num_workers=30),
         queue_timeout_seconds=1.0,
-        created_at=now - timedelta(seconds=2),
+        queued_at=now - timedelta(seconds=2),
     )
-    again = await replica.add(queue_timeout_seconds=1.0, created_at=now - timedelta(seconds=2), attempt=2)
+    again = await replica.add(queue_timeout_seconds=1.0, queued_at=now - timedelta(seconds=2), attempt=2)
     await replica.tick()
     seen = await replica.jobs.get(late.id)
     assert (seen.state, seen.reason.split(";")[0]) == (

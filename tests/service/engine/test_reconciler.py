@@ -9,7 +9,15 @@ import pytest
 from service.domain.jobs import JobState
 from service.domain.lifecycle import RayStatus
 from service.domain.retries import Retries, RetryGroup
-from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, PROGRESS_FILE, Outcome, Progress
+from trainer.jobspec import (
+    CLOSED_FILE,
+    DRIVER_FILE,
+    OUTCOME_FILE,
+    PROGRESS_FILE,
+    STOP_FILE,
+    Outcome,
+    Progress,
+)
 
 SUCCEEDED = Outcome(state="succeeded", reason="finished 10 steps")
 
@@ -189,3 +197,49 @@ async def test_an_outcome_overrides_a_running_status_of_ray(replica, monkeypatch
     await replica.tick()
     assert await replica.state(job) == outcome.state
     assert replica.ray.submissions[job.submission_id].status == RayStatus.STOPPED
+
+
+async def test_a_paused_attempt_that_does_not_stop_is_stopped(replica):
+    """For example one of an earlier version, which does not know the request."""
+    replica.stop_grace_seconds = 0.2
+    replica.reopen()
+    job = await replica.add_running()
+    await replica.jobs.request_pause(job.id, "ann")
+    await replica.tick()
+    assert (replica.files.attempt_folder(job) / STOP_FILE).exists()
+    assert replica.ray.submissions[job.submission_id].status == RayStatus.RUNNING
+    await asyncio.sleep(0.2)
+    await replica.tick()
+    assert replica.ray.submissions[job.submission_id].status == RayStatus.STOPPED
+    await replica.tick()
+    seen = await replica.jobs.get(job.id)
+    assert (seen.state, seen.attempt, seen.pause_requested) == (JobState.QUEUED, 2, True)
+    assert seen.reason == "paused: attempt 1 ended; its last checkpoint counts"
+    await replica.tick()
+    assert await replica.state(job) == "queued"
+
+
+async def test_a_pending_submission_is_withdrawn_when_its_job_is_paused(replica):
+    job = await replica.add()
+    await replica.tick()
+    await replica.jobs.request_pause(job.id, "ann")
+    await replica.tick()
+    seen = await replica.jobs.get(job.id)
+    assert (seen.state, seen.attempt) == (JobState.QUEUED, 2)
+    assert (replica.files.attempt_folder(job) / CLOSED_FILE).exists()
+    await replica.jobs.request_unpause(job.id, "ann")
+    await replica.tick()
+    assert await replica.state(job) == "submitted"
+
+
+async def test_a_job_that_is_resumed_while_it_stops_has_another_attempt(replica):
+    job = await replica.add_running()
+    await replica.jobs.request_pause(job.id, "ann")
+    await replica.jobs.request_unpause(job.id, "ann")
+    await replica.tick()
+    replica.write(job, OUTCOME_FILE, Outcome(state="failed", reason="saved", cause="preempted"))
+    replica.ray.set(job.submission_id, RayStatus.FAILED)
+    await replica.tick()
+    await replica.tick()
+    seen = await replica.jobs.get(job.id)
+    assert (seen.state, seen.attempt, seen.failures.counts) == (JobState.SUBMITTED, 2, {})

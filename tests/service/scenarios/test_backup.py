@@ -8,14 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import inspect, make_url, text
 
 from service.domain.errors import NotFound
 from service.domain.lifecycle import RayStatus
 from service.store.database import Database
+from service.store.job_rows import job_row
+from service.store.jobs import JobStore
 from service.store.tokens import TokenStore
 from tests.service.databases import find_programs
 from tests.service.engine.replica_fixture import ReplicaFixture
+from tests.service.examples import make_job
+from tests.service.store.earlier import empty_at, insert_row
 from trainer.jobspec import OUTCOME_FILE, Outcome
 
 DOCS = Path(__file__).parents[3] / "docs" / "operations.md"
@@ -87,3 +91,27 @@ async def test_a_restored_database_is_reconciled_with_ray_and_storage(database, 
         assert [job.state for job in (await replica.jobs.page(10, None))[0]] == ["cancelled", "succeeded"]
     finally:
         await database.close()
+
+
+async def test_a_database_is_rolled_back_and_upgraded_again(database, operator):
+    if operator.kind == "postgresql" and not shutil.which("pg_dump", path=operator.environment["PATH"]):
+        pytest.skip("pg_dump is not installed")
+    job = make_job()
+    async with empty_at(database, "0013") as connection:
+        await insert_row(connection, "jobs", job_row(job))
+    operator.run(0)
+    url = database._engine.url.render_as_string(hide_password=False)
+    for _ in range(2):
+        await database.migrate()
+        assert await JobStore(database).get(job.id) == job
+        await database.close()
+        if operator.kind == "postgresql":
+            operator.run(2)
+        operator.run(1)
+        database = Database(url, 10)
+        async with database.read() as connection:
+            tables = await connection.run_sync(lambda c: inspect(c).get_table_names())
+            version = await connection.execute(text("SELECT version_num FROM alembic_version"))
+        assert version.scalar_one() == "0013"
+        assert "usage_days" not in tables
+    await database.close()

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from service.domain.errors import UpstreamRejected, UpstreamUnavailable
+from service.domain.errors import Conflict, UpstreamRejected, UpstreamUnavailable
+from service.domain.jobs import JobState
 from service.domain.lifecycle import RayStatus
 from service.domain.retries import Retries
 from service.domain.scheduling import Cluster, Resources
@@ -38,7 +39,15 @@ from service.store.leases import LeaseStore
 from tests.fakes import FakeMlflow, FakeRay
 from tests.service.engine.replica_fixture import ReplicaFixture
 from tests.service.examples import make_job
-from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, OUTCOME_FILE, JobSpec, Outcome, attempt_folder
+from trainer.jobspec import (
+    CLOSED_FILE,
+    DRIVER_FILE,
+    OUTCOME_FILE,
+    STOP_FILE,
+    JobSpec,
+    Outcome,
+    attempt_folder,
+)
 
 CPUS = 4
 CAUSES = ("user_code", "worker_lost", "preempted", "hang")
@@ -200,12 +209,23 @@ class Machine(RuleBasedStateMachine):
 
     # Actions of users.
 
-    @rule(workers=st.integers(1, CPUS + 1), priority=st.integers(0, 1), retries=st.integers(0, 2))
-    def submit(self, workers, priority, retries):
+    @rule(
+        workers=st.integers(1, CPUS + 1),
+        priority=st.integers(0, 2),
+        preemptible=st.booleans(),
+        retries=st.integers(0, 2),
+    )
+    def submit(self, workers, priority, preemptible, retries):
         limits = Retries(infrastructure=retries, preempted=retries, hang=retries)
         spec = JobSpec(steps=1, num_workers=workers)
         # Jobs are ordered by submission, so that walks are reproducible.
-        job = make_job(id=f"job-{len(self.jobs):012}", spec=spec, priority=priority, retries=limits)
+        job = make_job(
+            id=f"job-{len(self.jobs):012}",
+            spec=spec,
+            priority=priority,
+            preemptible=preemptible,
+            retries=limits,
+        )
         self.runner.run(self.replicas[0].jobs.add(job))
         self.jobs[job.id] = job
 
@@ -215,6 +235,19 @@ class Machine(RuleBasedStateMachine):
         job_id = one_of(self.jobs, which)
         if job_id not in self.ended:
             self.runner.run(self.replicas[0].jobs.request_cancel(job_id, "ann"))
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=WHICH)
+    def pause(self, which):
+        job_id = one_of(self.jobs, which)
+        with suppress(Conflict):  # it has ended, or is being cancelled
+            self.runner.run(self.replicas[0].jobs.request_pause(job_id, "ann"))
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=WHICH)
+    def unpause(self, which):
+        with suppress(Conflict):  # it is not paused
+            self.runner.run(self.replicas[0].jobs.request_unpause(one_of(self.jobs, which), "ann"))
 
     # Actions of the service.
 
@@ -312,11 +345,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1.0, 6.0, 61.0]))
     def time_passes(self, seconds):
-        """Live drivers write heartbeats, and end after their attempt was closed."""
+        """Live drivers write heartbeats, and end after their attempt was closed or asked to stop."""
         self.clock += seconds
         for name, driver in list(self.ray.drivers.items()):
             if driver.is_alive and (driver.folder / CLOSED_FILE).exists():
                 self.ray.set(name, RayStatus.FAILED, "interrupted")
+            elif driver.is_alive and (driver.folder / STOP_FILE).exists():
+                self.end_driver(name, "preempted")
             elif driver.is_alive:
                 file = driver.folder / DRIVER_FILE
                 file.write_text("")
@@ -343,6 +378,14 @@ class Machine(RuleBasedStateMachine):
             assert sum(driver.workers for driver in self.ray.alive()) <= CPUS
 
     @invariant()
+    def only_preemptible_jobs_are_preempted(self):
+        if hasattr(self, "jobs") and self.jobs:
+            for job in self.runner.run(self.replicas[0].jobs.open_jobs(range(8))):
+                if job.preempted_by is not None:
+                    assert job.preemptible
+                    assert job.priority < self.jobs[job.preempted_by].priority
+
+    @invariant()
     def an_end_is_for_ever(self):
         if hasattr(self, "jobs") and self.jobs:
             for job_id, snapshot in self.runner.run(self.replicas[0].jobs.snapshots(list(self.jobs))).items():
@@ -357,6 +400,9 @@ class Machine(RuleBasedStateMachine):
         for replica in self.replicas * 2:
             self.runner.run(replica.lease_holder.renew())
         store = self.replicas[0].jobs
+        for job_id in self.jobs:
+            with suppress(Conflict):
+                self.runner.run(store.request_unpause(job_id, "ann"))
         for _ in range(200):
             self.time_passes(6.0)
             for name in self.pending():
@@ -375,7 +421,8 @@ class Machine(RuleBasedStateMachine):
             raise AssertionError(f"still waiting: {self._waiting(store)}")
         for job in [self.runner.run(store.get(job_id)) for job_id in self.jobs]:
             assert job.state.is_terminal or job.spec.min_workers > CPUS, job
-            assert job.attempt <= 1 + 3 * job.retries.infrastructure
+            assert sum(job.failures.counts.values()) <= 3 * job.retries.infrastructure
+            assert not job.pause_requested
 
     def _waiting(self, store):
         waiting = self.runner.run(store.queue()).waiting
@@ -411,3 +458,48 @@ def test_nothing_is_lost_and_nothing_runs_twice(template, walks, least_steps):
     )
     run_state_machine_as_test(Machine, settings=rules)
     assert Machine.steps >= least_steps
+
+
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.parametrize("request_", ["preempt", "pause", "pause and resume"])
+def test_a_kill_at_any_call_of_a_preemption_or_pause_loses_nothing(template, request_, starts):
+    """The next process continues from what is stored; recovery checks the ends of both jobs."""
+    Machine.template = template
+    for calls in range(10):
+        machine = Machine()
+        machine.open()
+        try:
+            machine.submit(workers=CPUS, priority=0, preemptible=True, retries=0)
+            machine.round(0)
+            if starts:
+                machine.a_driver_starts(0)
+                machine.round(0)
+            if request_ == "preempt":
+                machine.submit(workers=1, priority=1, preemptible=False, retries=0)
+            else:
+                machine.pause(0)
+            for _ in range(2):
+                machine.killed_in_a_round(0, calls)
+                machine.killed_in_a_round(1, calls)
+                machine.time_passes(1.0)
+                machine.only_preemptible_jobs_are_preempted()
+            for _ in range(4):  # both replicas hold leases
+                machine.round(0)
+                machine.round(1)
+                machine.time_passes(1.0)
+            store = machine.replicas[0].jobs
+            job = machine.runner.run(store.get("job-000000000000"))
+            assert (job.state, job.attempt, job.failures.counts) == (JobState.QUEUED, 2, {})
+            assert job.pause_requested == (request_ != "preempt")
+            assert job.failure_kind == ("preempted" if request_ == "preempt" else None)
+            if request_ == "preempt":
+                urgent = machine.runner.run(store.get("job-000000000001"))
+                assert urgent.state == JobState.SUBMITTED
+            elif request_ == "pause and resume":
+                machine.unpause(0)
+                machine.round(0)
+                machine.round(1)
+                resumed = machine.runner.run(store.get(job.id))
+                assert (resumed.state, resumed.attempt) == (JobState.SUBMITTED, 2)
+        finally:
+            machine.teardown()

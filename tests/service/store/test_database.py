@@ -1,24 +1,22 @@
 import asyncio
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
-from sqlalchemy import MetaData, Table, func, insert, inspect, select, text
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import StorageFull, UpstreamUnavailable
 from service.domain.scheduling import Resources
 from service.store.comparisons import ComparisonStore
-from service.store.database import MIGRATIONS, Database
+from service.store.database import Database
 from service.store.job_rows import job_row
 from service.store.jobs import JobStore
 from service.store.tables import audit, job_tags, jobs, metadata
 from service.store.usage import Usage
 from tests.service.examples import make_job
+from tests.service.store.earlier import empty_at, insert_row
 from trainer.jobspec import JobSpec, StepSchedule
 
 
@@ -118,40 +116,6 @@ async def test_an_unreachable_database_is_unavailable():
     with pytest.raises(UpstreamUnavailable, match="did not answer"):
         await database.check()
     await database.close()
-
-
-@asynccontextmanager
-async def empty_at(database, revision):
-    """A transaction in an empty database of an earlier revision."""
-
-    def go_to(connection, revision):
-        config = Config(attributes={"connection": connection})
-        config.set_main_option("script_location", str(MIGRATIONS))
-        config.set_main_option("path_separator", "os")
-        command.upgrade(config, revision)
-
-    async with database.write() as connection:
-        for table in await connection.run_sync(lambda c: inspect(c).get_table_names()):
-            await connection.execute(
-                text(f"DROP TABLE {table}" + " CASCADE" * (connection.dialect.name != "sqlite"))
-            )
-        await connection.run_sync(go_to, revision)
-        yield connection
-
-
-EARLIER = {
-    "min_cpus": "least_cpus",
-    "min_gpus": "least_gpus",
-    "max_cpus": "most_cpus",
-    "max_gpus": "most_gpus",
-}
-
-
-async def insert_row(connection, name, row):
-    """Insert a row into a table as it is in the database, under the names of its columns there."""
-    table = await connection.run_sync(lambda c: Table(name, MetaData(), autoload_with=c))
-    row = {EARLIER[c]: value for c, value in row.items() if c in EARLIER} | row
-    await connection.execute(insert(table).values({c: v for c, v in row.items() if c in table.c}))
 
 
 async def insert_event(connection, job):

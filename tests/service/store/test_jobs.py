@@ -115,9 +115,9 @@ async def test_open_jobs_include_those_not_finalized_in_mlflow(jobs):
     long_ago = datetime.now(UTC) - timedelta(seconds=4)
     waiting, limited = (
         make_job(queue_timeout_seconds=60.0),
-        make_job(queue_timeout_seconds=3.0, created_at=long_ago),
+        make_job(queue_timeout_seconds=3.0, queued_at=long_ago),
     )
-    again = make_job(queue_timeout_seconds=3.0, created_at=long_ago, attempt=2)
+    again = make_job(queue_timeout_seconds=3.0, queued_at=long_ago, attempt=2)
     running = make_job(state=JobState.RUNNING)
     for job in (done, ended, waiting, limited, again, running):
         await jobs.add(job)

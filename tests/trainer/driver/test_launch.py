@@ -9,9 +9,9 @@ import pytest
 
 from tests.trainer.factories import make_spec
 from trainer.atomic import atomic_write
-from trainer.driver.launch import _fit, wait_while_saving
+from trainer.driver.launch import _fit, _run_with_restarts, wait_while_saving
 from trainer.errors import StorageError
-from trainer.jobspec import TASK_FILE, AttemptContext, AttemptTask
+from trainer.jobspec import STOP_FILE, TASK_FILE, AttemptContext, AttemptTask, Outcome, attempt_folder
 from trainer.worker import read_task
 
 
@@ -70,3 +70,16 @@ def test_ray_train_gets_no_token(tmp_path, monkeypatch):
 def test_a_missing_task_file_is_named(tmp_path):
     with pytest.raises(StorageError, match=r"task.json cannot be read on .*: No such file"):
         read_task(tmp_path / TASK_FILE)
+
+
+def test_workers_that_stop_on_request_are_not_restarted(tmp_path, monkeypatch):
+    task, history = make_task(tmp_path), mock.Mock()
+    saved = Outcome(state="failed", reason="saved", cause="preempted", step=3)
+    done = Outcome(state="succeeded", reason="finished")
+    monkeypatch.setattr("trainer.driver.launch._has_room", lambda spec: True)
+    monkeypatch.setattr("trainer.driver.launch._fit", lambda task, number, given: [saved, done][number])
+    assert _run_with_restarts(task, history, {}) == done
+    folder = attempt_folder(tmp_path, 1)
+    folder.mkdir()
+    (folder / STOP_FILE).touch()
+    assert _run_with_restarts(task, history, {}) == saved

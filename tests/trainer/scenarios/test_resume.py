@@ -162,17 +162,36 @@ class DrainedNode:
         self.looks += 1
         return self.looks == 2
 
+    def is_stop_requested(self):
+        return False
 
-def train_until_preempted(spec, folder):
+
+class StopRequest:
+    """Request of the service to stop, seen by rank 0 from the second query on."""
+
+    def __init__(self):
+        self.looks = 0
+
+    def is_preempted(self):
+        return False
+
+    def is_stop_requested(self):
+        assert dist.get_rank() == 0
+        self.looks += 1
+        return self.looks == 2
+
+
+def train_until_preempted(spec, folder, notices):
     with pytest.raises(Preempted) as error:
-        run_here(spec, folder, notices=DrainedNode())
+        run_here(spec, folder, notices=notices)
     return error.value.step
 
 
 @pytest.mark.dist
-def test_a_drained_node_saves_and_no_step_is_lost(tmp_path, monkeypatch):
+@pytest.mark.parametrize("notices", [DrainedNode(), StopRequest()])
+def test_a_drained_node_or_stopped_attempt_saves_and_no_step_is_lost(tmp_path, notices):
     spec = make_spec(num_workers=2, steps=4_000, eval_every=4_000, precision="fp32")
-    first, second = run_on_ranks(train_until_preempted, 2, spec, tmp_path)
+    first, second = run_on_ranks(train_until_preempted, 2, spec, tmp_path, notices)
     assert first == second > 0
     assert run_on_ranks(finish, 2, spec.model_copy(update={"steps": first + 1}), tmp_path)[0][3] == first
 

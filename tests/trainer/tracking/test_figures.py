@@ -39,7 +39,7 @@ def test_the_figures_of_the_paper_are_drawn_from_run_metrics(tmp_path):
 
 
 def test_figures_of_a_diverged_run_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.worker.RayNotices", NoNotices)
+    monkeypatch.setattr("trainer.worker.RayNotices", lambda _: NoNotices())
     monkeypatch.setattr(
         "trainer.worker.hide_credentials", lambda: None
     )  # of this process, which other tests need

@@ -28,7 +28,7 @@ def new_columns() -> list[sa.Column[Any]]:
         sa.Column("failures", sa.JSON(), nullable=False, server_default="{}"),
         sa.Column("resumed_from", sa.String(40)),
         sa.Column("cloned_from", sa.String(40)),
-        sa.Column("queued_at", TIME),
+        sa.Column("queued_at", TIME, nullable=False, server_default="1970-01-01 00:00:00"),
         sa.Column("not_before", TIME),
         sa.Column("ran_seconds", sa.Float(), nullable=False, server_default="0"),
         sa.Column("norm", sa.String(20), nullable=False, server_default=""),
@@ -44,9 +44,9 @@ def upgrade() -> None:
     """Add columns, compute them for existing jobs, and create tables."""
     columns = new_columns()
     names = [column.name for column in columns]
-    with op.batch_alter_table("jobs") as batch:
-        for column in columns:
-            batch.add_column(column)
+    # Without a batch of Alembic, which makes SQLite's tables again: foreign keys to them do not allow that.
+    for column in columns:
+        op.add_column("jobs", column)
     jobs = sa.table("jobs", *(sa.column(name) for name in ("id", "sequence", "spec", "created_at", *names)))
     connection = op.get_bind()
     for row in connection.execute(
@@ -66,14 +66,10 @@ def upgrade() -> None:
             "most_gpus": most if on_gpu else 0,
         }
         connection.execute(sa.update(jobs).where(jobs.c.id == row.id).values(**values))
-    with op.batch_alter_table("jobs") as batch:
-        batch.alter_column("queued_at", existing_type=TIME, nullable=False)
-        for column in new_columns():
-            if column.server_default is not None:
-                batch.alter_column(column.name, existing_type=column.type, server_default=None)
-        batch.create_index("ix_jobs_owner_sequence", ["owner", "sequence"])
-        batch.create_index("ix_jobs_state_sequence", ["state", "sequence"])
-        batch.create_index("ix_jobs_norm_sequence", ["norm", "sequence"])
+    # The defaults stay: SQLite cannot drop them, and each new row has all values.
+    op.create_index("ix_jobs_owner_sequence", "jobs", ["owner", "sequence"])
+    op.create_index("ix_jobs_state_sequence", "jobs", ["state", "sequence"])
+    op.create_index("ix_jobs_norm_sequence", "jobs", ["norm", "sequence"])
     with op.batch_alter_table("events") as batch:
         batch.alter_column("actor", existing_type=sa.String(40), type_=sa.String(80))
     op.create_table(

@@ -2,7 +2,9 @@
 
 from datetime import datetime
 
+from service.domain.lifecycle import RayStatus
 from service.domain.scheduling import Resources
+from tests.service.api.routes.test_jobs import until
 from tests.service.api.routes.test_validation import end, submit
 
 
@@ -29,6 +31,26 @@ async def test_the_queue_is_reported_without_ray(client, ray):
     seen = (await client.get("/v1/cluster")).json()
     assert (seen["total"], seen["free"], seen["jobs"]["queued"]) == (None, None, 1)
     assert datetime.fromisoformat(seen["oldest_queued_at"]) == datetime.fromisoformat(job["created_at"])
+
+
+async def test_usage_is_shown_to_its_owner_and_to_admins(app, client, ray, as_owner):
+    ann, bob = await as_owner("ann", "submit"), await as_owner("bob", "read")
+    job = await submit(ann)
+    await until(ann, job, "submitted")
+    ray.set(f"{job['id']}-a1", RayStatus.RUNNING)
+    await until(ann, job, "running")
+    (used,) = (await ann.get("/v1/usage")).json()["usage"]
+    assert used["owner"] == "ann"
+    assert used["cpu_hours"] > 0 == used["gpu_hours"]
+    seen = (await ann.get(f"/v1/jobs/{job['id']}")).json()
+    assert 0 < seen["cpu_hours"] < 1
+    listed = (await ann.get("/v1/jobs")).json()["jobs"][0]
+    assert listed["cpu_hours"] > seen["cpu_hours"]
+    assert (await bob.get("/v1/usage")).json()["usage"] == []
+    assert [each["owner"] for each in (await client.get("/v1/usage")).json()["usage"]] == ["ann"]
+    before = await client.get("/v1/usage", params={"until": "2026-01-01"})
+    assert sum(each["cpu_hours"] for each in before.json()["usage"]) == 0
+    assert (await client.get("/v1/usage", params={"since": "yesterday"})).status_code == 422
 
 
 async def test_the_cluster_needs_a_token(other_anonymous):

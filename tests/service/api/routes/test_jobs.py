@@ -8,7 +8,7 @@ from service.domain.errors import UpstreamUnavailable
 from service.domain.lifecycle import RayStatus
 from service.domain.mlflow_views import LAYOUT
 from tests.service.api.conftest import ON_BOTH_DATABASES
-from trainer.jobspec import LOG_FILE, OUTCOME_FILE, Outcome, attempt_folder
+from trainer.jobspec import LOG_FILE, OUTCOME_FILE, STOP_FILE, Outcome, attempt_folder
 
 pytestmark = ON_BOTH_DATABASES
 SPEC = {"steps": 10, "num_workers": 2}
@@ -268,3 +268,64 @@ async def test_unknown_objects_are_not_found(client):
     ):
         answer = await client.get(path)
         assert (answer.status_code, answer.json()["title"]) == (404, "Not Found"), path
+
+
+async def test_a_running_job_is_paused_and_resumed(client, app, ray):
+    job = await submit(client, preemptible=True)
+    assert job["preemptible"]
+    address, first = f"/v1/jobs/{job['id']}", f"{job['id']}-a1"
+    await until(client, job, "submitted")
+    ray.set(first, RayStatus.RUNNING)
+    seen = await until(client, job, "running")
+    etag = (await client.get(address)).headers["ETag"]
+    asked = await client.post(f"{address}:pause", headers={"If-Match": etag})
+    assert (asked.status_code, asked.json()["pause_requested"], asked.json()["state"]) == (
+        202,
+        True,
+        "running",
+    )
+    assert (await client.post(f"{address}:pause", headers={"If-Match": etag})).status_code == 412
+    again = await client.post(f"{address}:pause")  # changes nothing
+    assert (again.status_code, again.json()["state"]) == (202, "running")
+    folder = attempt_folder(app.state.components.files._storage / job["id"], 1)
+    async with asyncio.timeout(10):
+        while not (folder / STOP_FILE).exists():
+            await asyncio.sleep(0.01)
+    saved = Outcome(state="failed", reason="stopped on request; saved after 3 steps", cause="preempted")
+    (folder / OUTCOME_FILE).write_text(saved.model_dump_json())
+    ray.set(first, RayStatus.FAILED)
+    seen = await until(client, job, "queued")
+    assert (seen["attempt"], seen["pause_requested"], seen["failures"]) == (2, True, {})
+    assert seen["reason"] == "paused: attempt 1 saved its state"
+    changed = await client.post(f"{address}:resume", json={"overrides": {"steps": 3}})
+    assert (changed.status_code, "without overrides" in changed.json()["detail"]) == (409, True)
+    key = {"Idempotency-Key": "once"}
+    for _ in range(2):
+        resumed = await client.post(f"{address}:resume", json={}, headers=key)
+        assert (resumed.status_code, resumed.json()["id"]) == (202, job["id"])
+        assert not resumed.json()["pause_requested"]
+    await until(client, job, "submitted")
+    events = (await client.get(f"{address}/events")).json()["events"]
+    assert [(event["state"], event["reason"], event["actor"]) for event in events][3:] == [
+        ("running", "pause requested", "admin"),
+        ("queued", "paused: attempt 1 saved its state", "dispatcher"),
+        ("queued", "resumption requested", "admin"),
+        ("submitted", "attempt 2 goes to Ray", "dispatcher"),
+    ]
+
+
+async def test_a_paused_job_can_be_cancelled_and_an_ended_one_not_paused(client, ray, as_owner):
+    ray.is_down = True  # it stays in the queue
+    job = await submit(client)
+    address = f"/v1/jobs/{job['id']}"
+    paused = (await client.post(f"{address}:pause")).json()
+    assert (paused["state"], paused["reason"]) == ("queued", "paused by admin")
+    other, reader = await as_owner("ann", "submit"), await as_owner("admin", "read")
+    assert (await other.post(f"{address}:pause")).status_code == 404
+    assert (await reader.post(f"{address}:pause")).status_code == 403
+    assert (await client.post(f"{address}:cancel")).status_code == 202
+    seen = await until(client, job, "cancelled")
+    assert not seen["pause_requested"]
+    answer = await client.post(f"{address}:pause")
+    assert answer.status_code == 409
+    assert answer.json()["detail"] == f"job {job['id']} has already cancelled; it can no longer be paused"

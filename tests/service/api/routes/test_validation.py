@@ -130,7 +130,7 @@ async def test_an_ended_job_can_be_resumed(app, client, busy):
     job = await submit(client)
     early = await client.post(f"/v1/jobs/{job['id']}:resume", json={})
     assert (early.status_code, early.json()["detail"]) == (
-        409, f"job {job['id']} is queued; only jobs that have ended can be resumed",
+        409, f"job {job['id']} is queued; only jobs that are paused or have ended can be resumed",
     )  # fmt: skip
     await end(app, job["id"])
     answer = await client.post(

@@ -39,7 +39,7 @@ async def test_usage_is_shown_by_owner_and_to_others_only_their_own(browser, bro
             await jobs.advance(found, Transition(state=state, reason="x"), "test")
     assert '<th scope="row">admin</th>' in (await browser.get("/cluster")).text
     bob = await browse("bob")
-    assert "No attempt has ended" in (await bob.get("/cluster")).text
+    assert "No attempt has run" in (await bob.get("/cluster")).text
 
 
 async def test_the_page_does_without_ray(browser, ray):

@@ -31,6 +31,22 @@ async def test_cancelling_by_the_button(browser, submit, client):
     assert "hx-get" not in page  # nothing changes any more
 
 
+async def test_pausing_and_resuming_by_the_buttons(browser, submit, ray):
+    ray.is_down = True  # it stays in the queue
+    job_id = await submit()
+    answer = await browser.post(f"/jobs/{job_id}/pause")
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/jobs/{job_id}")
+    page = (await browser.get(f"/jobs/{job_id}")).text
+    assert "Paused." in page
+    assert f"/jobs/{job_id}/pause" not in page
+    assert f'formaction="/jobs/{job_id}/resume"' in page
+    assert "paused" in (await browser.get("/jobs")).text
+    answer = await browser.post(f"/jobs/{job_id}/resume", data={})
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/jobs/{job_id}")
+    page = (await browser.get(f"/jobs/{job_id}")).text
+    assert f'formaction="/jobs/{job_id}/pause"' in page
+
+
 async def test_a_clone_shows_its_differences_to_its_parent(browser, submit, client):
     job_id = await submit()
     form = {"name": "faster", "overrides": "optimizer.lr: 0.5\nsteps: 20"}
@@ -72,7 +88,7 @@ async def test_a_wrong_change_is_named_and_submits_nothing(browser, submit, clie
 async def test_an_open_job_cannot_be_resumed(browser, submit):
     answer = await browser.post(f"/jobs/{await submit()}/resume", data={})
     assert answer.status_code == 409
-    assert "only jobs that have ended can be resumed" in answer.text
+    assert "only jobs that are paused or have ended can be resumed" in answer.text
 
 
 async def test_curves_come_from_mlflow_and_the_page_does_without(browser, submit, app, mlflow):
