@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grimp
 import pytest
-import yaml
 
 from service.settings import Settings
 
@@ -105,34 +104,6 @@ def test_every_setting_is_documented():
         variable = name.upper() if name.startswith("ray_auth") else f"SYNCBN_{name.upper()}"
         default = "" if field.is_required() else "–" if field.default is None else f"`{field.default}`"
         assert f"| `{variable}` | {default} | {field.description} |" in text
-
-
-def test_the_compose_file_publishes_only_the_api():
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    assert services.keys() == {"database", "mlflow", "ray-head", "ray-worker", "api"}
-    assert [name for name, service in services.items() if "ports" in service] == ["api"]
-    assert services["api"]["ports"] == ["127.0.0.1:8000:8000"]
-    for service in ("ray-head", "ray-worker"):  # user code reaches neither MLflow's server nor the database
-        assert services[service]["networks"] == ["cluster"]
-    for service in ("mlflow", "database"):
-        assert services[service]["networks"] == ["control"]
-    assert "--app-name=syncbn" in services["mlflow"]["command"]
-
-
-def test_the_image_is_built_once_and_never_pulled():
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    ours = {name: service for name, service in services.items() if service["image"] == "syncbn"}
-    assert [name for name, service in ours.items() if "build" in service] == ["api"]
-    assert {service["pull_policy"] for name, service in ours.items() if name != "api"} == {"never"}
-
-
-def test_the_compose_file_has_a_health_check_and_accepts_any_password():
-    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    assert "/readyz" in " ".join(services["api"]["healthcheck"]["test"])
-    assert services["api"]["restart"] == "unless-stopped"  # a process that failed exits by itself
-    environment = services["api"]["environment"]
-    assert "$" not in environment["SYNCBN_DATABASE_URL"]  # where it would have to be escaped
-    assert environment["PGPASSWORD"] == "${POSTGRES_PASSWORD}"
 
 
 def test_the_recipes_are_valid_comparisons():

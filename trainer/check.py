@@ -1,4 +1,4 @@
-"""Checks of specifications that need torch: `python -m trainer.check [--listen HOST:PORT]`.
+"""Checks of specifications that need torch: `python -m trainer.check`.
 
 The service runs it, or connects to it: then one process answers each connection. Each line of standard input
 is a JobSpec as JSON; the answer is one line of JSON with `error`, which is null or the `field`, `value` and

@@ -26,7 +26,7 @@ class Health:
         self._seen: tuple[float, Readiness] | None = None
 
     async def readiness(self) -> Readiness:
-        """Return the state of all dependencies, as of a check that ended at most a second ago."""
+        """Return the state of all dependencies, from a check that ended within a second."""
         async with self._turn:
             if self._seen is None or time.monotonic() - self._seen[0] >= CACHE_SECONDS:
                 readiness = await self._look()

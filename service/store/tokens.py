@@ -145,7 +145,7 @@ class TokenStore:
                 await _add(connection, _operators("made at the first start", Scope.ADMIN), secret, None)
 
     async def ensure_metrics(self, given: str) -> None:
-        """Ensure that a token with the given secret exists, which opens `/metrics` alone if it is new."""
+        """Ensure a token with the given secret; a new one opens `/metrics` alone."""
         async with self._database.write() as connection:
             await advisory_lock(connection, ADMINS_LOCK)
             await _add_unknown(connection, _operators("SYNCBN_METRICS_TOKEN", Scope.METRICS), given)

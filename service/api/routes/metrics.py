@@ -1,4 +1,4 @@
-"""Route for Prometheus metrics; requires a scope that owners do not have, since they name owners."""
+"""Route for Prometheus metrics, which name owners and need a scope of their own."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST

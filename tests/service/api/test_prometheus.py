@@ -1,8 +1,15 @@
 """Metrics in Prometheus format, parsed by its own client."""
 
+import json
+import re
+from pathlib import Path
+
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.service.api.routes.test_validation import end, submit
+
+MONITORING = Path(__file__).parents[3] / "deploy" / "monitoring"
 
 
 async def read(client):
@@ -43,3 +50,19 @@ async def test_dispatch_and_tick_durations_are_exported(client):
 async def test_only_an_admin_reads_them(anonymous, client):
     del client.headers["Authorization"]
     assert (await anonymous.get("/metrics")).status_code == 401
+
+
+def expressions():
+    """All expressions of the dashboard and of the alerts."""
+    dashboard = json.loads((MONITORING / "grafana/syncbn.json").read_text())
+    alerts = yaml.safe_load((MONITORING / "alerts.yml").read_text())
+    yield from (target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    yield from (rule["expr"] for group in alerts["groups"] for rule in group["rules"])
+
+
+async def test_dashboard_and_alerts_use_metrics_that_exist(client):
+    text = (await client.get("/metrics")).text
+    families = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    used = {name for expression in expressions() for name in re.findall(r"syncbn_\w+", expression)}
+    assert used
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} <= families
