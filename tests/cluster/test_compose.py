@@ -1,6 +1,7 @@
 """`docker-compose.yml` from outside: a comparison, isolation, restarts of every service, pages."""
 
 import json
+import re
 import shutil
 import time
 
@@ -70,11 +71,7 @@ def has_progress(client, comparison_id):
 def test_a_comparison_survives_the_restart_of_every_service(compose, comparison):
     assert [(job.state, job.reason) for job in comparison.jobs] == [("succeeded", "finished 400 steps")] * 6
     with compose.client() as client:
-        hosts = {
-            line.split(" on ")[1].split(",")[0]
-            for line in client.logs(comparison.jobs[0].id).splitlines()
-            if line.startswith("worker ") and " of 4 on " in line
-        }
+        hosts = set(re.findall(r"worker \d of 4 on ([^\s,]+)", client.logs(comparison.jobs[0].id)))
         assert len(hosts) >= 2
         report = client.report(comparison.id, curves=True)
         curves = [curve for variant in report.variants for curve in variant.curves]

@@ -8,10 +8,12 @@ import random
 import re
 import time
 from dataclasses import dataclass, field
+from typing import get_args
 
 import pytest
 
 from service.client import ApiError
+from trainer.jobspec import FailureKind
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = 1_500
@@ -35,7 +37,7 @@ state = torch.load(sys.argv[1], weights_only=True)
 content = b"".join(state[name].numpy().tobytes() for name in sorted(state))
 print(hashlib.sha256(content).hexdigest())
 """
-RESTART = r"^(\w+): .*; restarting from the last checkpoint"
+RESTART = rf"\b({'|'.join(get_args(FailureKind))}): [^\n]*; restarting from the last checkpoint"
 
 
 @dataclass
@@ -87,6 +89,8 @@ class FaultyJob:
     def __init__(self, compose, client, name, spec=SPEC):
         self.compose, self.client = compose, client
         self.id = client.submit_job(name, spec).id
+        self.seen = {}
+        """Failure kinds of attempts, by the attempt that followed."""
 
     def step(self):
         """Return the step of the newest attempt, or None."""
@@ -94,6 +98,8 @@ class FaultyJob:
             job = self.client.job(self.id)
         except ApiError:
             return None  # the API is the part that is faulty
+        if job.failure_kind is not None:
+            self.seen[job.attempt] = job.failure_kind
         return (job.attempt, job.progress.step) if job.progress else None
 
     def until(self, condition, seconds=240):
@@ -120,11 +126,8 @@ class FaultyJob:
         return job
 
     def kinds(self):
-        """Return the failure kinds of restarts inside attempts, and of attempts, in no order."""
-        restarts = re.findall(RESTART, self.client.logs(self.id), re.MULTILINE)
-        events = [event for event in self.client.events(self.id).items if event.reason]
-        ended = [match[1] for event in events if (match := re.search(r"\((\w+)\)", event.reason))]
-        return restarts + ended
+        """Return the failure kinds of restarts inside attempts, and of attempts."""
+        return [*re.findall(RESTART, self.client.logs(self.id)), *self.seen.values()]
 
     def weights(self, job):
         """Return a hash of the trained weights."""
