@@ -264,7 +264,7 @@ def fill_disk(job, chance):
             time.sleep(1)
         with pytest.raises(ApiError) as refused:
             job.client.submit_job("no room", SPEC)
-        assert refused.value.status == 507
+        assert refused.value.problem.status == 507
         time.sleep(10)
     finally:
         job.compose.call("exec", head, "rm", "/storage/filler")
