@@ -64,6 +64,8 @@ RULES = (
         ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc"),
     ),
     Rule("out_of_memory", NATIVE_ERRORS, ("cublas_status_alloc_failed", "insufficient shared memory")),
+    # A peer whose node died: its connection is reset before Ray knows that it is gone.
+    Rule("worker_lost", ("syncbn.errors.DesyncError",), CONNECTION_LOST, COMMUNICATION, is_consequence=True),
     Rule("hang", ("syncbn.errors.DesyncError",), is_consequence=True),
     Rule("unknown", ("ray.exceptions.RayTaskError",)),
     Rule("worker_lost", ("ray.",)),

@@ -102,6 +102,11 @@ def ray_error(name):
         (caused(StorageError("a checkpoint was not written"), gloo_error("closed")), "worker_lost", True),
         (caused(StorageError("a checkpoint was not written"), OSError(errno.EIO, "")), "worker_lost", False),
         (DesyncError("layer norm1 waits for ranks 1", "norm1", "forward", 3, (1,)), "hang", True),
+        (
+            DesyncError(f"broken after 0.2 s ({gloo_error('reset')})", "1", "forward", 3, ()),
+            "worker_lost",
+            True,
+        ),
     ],
 )
 def test_failure_kinds_of_errors(error, cause, is_consequence):
