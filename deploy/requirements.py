@@ -16,8 +16,8 @@ def read_requirements(project: dict, extra: str) -> set[str]:
     """Return the requirements of an extra and of the extras that it names."""
     found = set()
     for requirement in project["optional-dependencies"][extra]:
-        if own := re.fullmatch(rf"{project['name']}\[(\w+)\]", requirement):
-            found |= read_requirements(project, own[1])
+        if own := re.fullmatch(rf"{project['name']}\[([\w,]+)\]", requirement):
+            found = found.union(*(read_requirements(project, name) for name in own[1].split(",")))
         else:
             found.add(requirement)
     return found

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PROFILED = {"prometheus", "grafana", "s3"}
+PROFILED = {"prometheus", "grafana", "s3", "s3-bucket"}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def test_every_service_is_limited_restarted_and_without_privileges(services):
     for name, service in services.items():
         assert service["mem_limit"], name
         assert service["pids_limit"], name
-        assert service["restart"] == "unless-stopped", name  # a process that failed exits by itself
+        restart = "on-failure" if name == "s3-bucket" else "unless-stopped"  # failed processes exit
+        assert service["restart"] == restart, name
         assert service["cap_drop"] == ["ALL"], name
         if name != "postgres":  # its entry point leaves root by itself
             assert service["security_opt"] == ["no-new-privileges:true"], name
@@ -64,7 +65,7 @@ def test_each_image_is_built_once_and_never_pulled(services):
     built = {name: service["build"]["target"] for name, service in ours.items() if "build" in service}
     assert built == {"api": "service", "ray-head": "trainer"}
     for name, service in ours.items():
-        target = "service" if name in ("api", "mlflow") else "trainer"
+        target = "service" if name in ("api", "mlflow", "s3-bucket") else "trainer"
         assert service["image"] == f"syncbn-{target}"
         assert name in built or service["pull_policy"] == "never"
 
