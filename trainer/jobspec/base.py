@@ -22,7 +22,8 @@ class FileModel(FrozenModel):
     Unknown fields are ignored, and a new field needs a default.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    # The schema describes what this version writes.
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": False})
 
 
 def _readable_again(arguments: Any) -> Any:
