@@ -195,7 +195,7 @@ def plan(
         del queue[chosen.id]
         found.reasons.pop(chosen.id, None)
         found.admitted.append(chosen)
-        running.append(chosen)
+        running.append(replace(chosen, preemptible=False))  # not by this plan
     return found
 
 

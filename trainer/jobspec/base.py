@@ -17,7 +17,7 @@ class FrozenModel(BaseModel):
 
 
 class FileModel(FrozenModel):
-    """Content of a file that the service and the trainer of another version may have written.
+    """Content of a file that another version may have written.
 
     Unknown fields are ignored, and a new field needs a default.
     """
