@@ -83,7 +83,7 @@ class Diverged(RunError):  # noqa: N818
 
 
 class Preempted(RunError):  # noqa: N818
-    """Imminent preemption of a worker's node, or of the job; everything up to `step` is saved."""
+    """Imminent preemption of a worker's node or of the job, after a checkpoint."""
 
     cause = "preempted"
 

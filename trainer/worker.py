@@ -211,7 +211,7 @@ def count_skipped(dataset: Dataset, worker: RankInfo) -> int:
 
 
 class RayNotices:
-    """Ray's notices of nodes that are drained or reclaimed, and the service's request to stop."""
+    """Ray's notices of lost nodes, and the service's request to stop."""
 
     def __init__(self, folder: Path) -> None:
         self._stop_file = folder / STOP_FILE

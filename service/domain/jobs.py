@@ -205,7 +205,10 @@ class Job(JobRecord):
         return replace(self, pause_requested=True, stop_requested_at=since, version=self.version + 1)
 
     def unpause(self, now: datetime, actor: str) -> "Job":
-        """Return the job without the request to pause it; an attempt that is stopping still ends."""
+        """Return the job without the request to pause it.
+
+        An attempt that is stopping still ends.
+        """
         after = replace(self, pause_requested=False, version=self.version + 1)
         if self.state != JobState.QUEUED:
             return after

@@ -168,7 +168,10 @@ def next_transition(
 
 
 def after_stop(job: Job, end: str) -> Transition:
-    """Return the transition after an attempt that was paused or preempted, which uses no retry."""
+    """Return the transition after an attempt that was paused or preempted.
+
+    It uses no retry.
+    """
     what = f"attempt {job.attempt} {end}"
     if job.preempted_by is not None:
         what = f"preempted by {job.preempted_by}: {what}"

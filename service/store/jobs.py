@@ -210,7 +210,7 @@ class JobStore:
         They are ordered as in `service.domain.scheduling`, but without the shares of owners, which change
         with each admission.
         """
-        starves = jobs.c.queued_at <= starving_since
+        starves = and_(jobs.c.queued_at <= starving_since, jobs.c.preemptible.is_(False))
         query = select(*SUMMARY_COLUMNS).where(jobs.c.mlflow_closed.is_(False), *WAITS)
         query = query if owner is None else query.where(jobs.c.owner == owner)
         rank = (starves.desc(), case((starves, 0), else_=-jobs.c.priority), jobs.c.queued_at, jobs.c.id)

@@ -17,12 +17,13 @@ class FrozenModel(BaseModel):
 
 
 class FileModel(FrozenModel):
-    """Content of a file that the service and the trainer of another version may have written.
+    """Content of a file that another version may have written.
 
     Unknown fields are ignored, and a new field needs a default.
     """
 
-    model_config = ConfigDict(extra="ignore")
+    # The schema describes what this version writes.
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": False})
 
 
 def _readable_again(arguments: Any) -> Any:

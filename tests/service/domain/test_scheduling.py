@@ -292,8 +292,9 @@ def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
     full = cluster(6, 0)
     assert preempt([urgent], [old, young, lowest], full) == ({lowest.id: urgent.id}, [])
     assert preempt([urgent], [old, young], cluster(4, 0)) == ({young.id: urgent.id}, [])
-    large = job(4)
-    assert preempt([large], [lowest, low(4)], full)[0].keys() != {lowest.id}
+    # The small one of the lowest priority does not suffice, and is not needed with the other.
+    big, large = low(4), job(4)
+    assert preempt([large], [lowest, big], full) == ({big.id: large.id}, [])
     assert preempt([job(6)], [old, young, low(2, preemptible=False)], full) == ({}, [])
 
 
@@ -320,7 +321,7 @@ def test_freed_resources_are_kept_for_the_job_that_preempted():
     assert preempt([large, other, back], [], cluster(3, 2)) == ({}, [])
     assert preempt([large, other, back], [], cluster(3)) == ({}, [large.id])
     # A job of the same priority comes after it, and one of a higher priority before it.
-    equal, higher = job(1, owner="bob"), job(1, priority=1)
+    equal, higher = job(1, owner="bob", waited=9), job(1, priority=1)
     assert preempt([large, equal, back], [], cluster(3)) == ({}, [large.id])
     assert preempt([large, higher, back], [], cluster(3)) == ({}, [higher.id])
     # What a larger job of a higher priority cannot use is given to it all the same.

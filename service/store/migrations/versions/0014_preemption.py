@@ -10,7 +10,10 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the columns and the table; no earlier job is preemptible or paused, and has usage by day."""
+    """Add the columns and the table.
+
+    No earlier job is preemptible or paused, and days begin with the next attempt that ends.
+    """
     # Without a batch of Alembic, which makes SQLite's tables again: foreign keys to them do not allow that.
     for name in ("preemptible", "pause_requested"):
         op.add_column("jobs", sa.Column(name, sa.Boolean(), nullable=False, server_default=sa.false()))
