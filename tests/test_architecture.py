@@ -95,7 +95,7 @@ def test_the_pins_satisfy_the_requirements():
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
     assert (pins["torch"], pins["torchvision"]) == ("2.14.1", "0.29.1")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert extras.keys() == {"client", "trainer", "service", "onnx", "dev"}
+    assert extras.keys() == {"client", "trainer", "service", "onnx", "s3", "dev"}
 
 
 def test_every_setting_is_documented():

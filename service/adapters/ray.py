@@ -134,7 +134,7 @@ class RayJobsOverHttp:
             for node, by in total.items()
         }
         nodes = [
-            Node(addresses[node], _sum([by]), _sum([free[node]]), int(by.get("memory", 0)))
+            Node(addresses[node], _sum([by]), _sum([free[node]]), int(by.get("memory", 0)), _accelerator(by))
             for node, by in total.items()
         ]
         memory = max((node.memory_bytes for node in nodes), default=0)
@@ -185,6 +185,12 @@ class RayJobsOverHttp:
 def _sum(nodes: Iterable[Mapping[str, float]]) -> Resources:
     each = [Resources(cpus=node.get("CPU", 0), gpus=node.get("GPU", 0)) for node in nodes]
     return sum(each, start=Resources())
+
+
+def _accelerator(resources: Mapping[str, float]) -> str | None:
+    """Return the type of a node's GPUs, which Ray shows as the name of a resource."""
+    prefix = "accelerator_type:"
+    return next((name.removeprefix(prefix) for name in resources if name.startswith(prefix)), None)
 
 
 @contextmanager

@@ -76,7 +76,7 @@ def _key(spec: JobSpec) -> str:
 
 
 class SpecChecker:
-    """Client of `python -m trainer.check`, which it starts when needed, or reaches at `address`.
+    """Client of `python -m trainer.check`, started when needed or at `address`.
 
     A check takes at most `timeout_seconds`, of which the first ones take several for importing torch. What
     cannot be checked in time, or at all, is left to the workers to find out.

@@ -224,6 +224,7 @@ class Job(JobRecord):
             id=self.id,
             owner=self.owner,
             priority=self.priority,
+            accelerator_type=self.spec.accelerator_type,
             preemptible=self.preemptible,
             preempted_by=self.preempted_by,
             is_stopping=self.cancel_requested or self.stop_requested_at is not None,

@@ -1,6 +1,7 @@
 """Scheduling: the queued jobs to submit next, and why the others wait."""
 
 import heapq
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -55,6 +56,8 @@ class Node:
     free: Resources
     memory_bytes: int
     """Memory that Ray gives to its tasks; 0 if it is not known."""
+    accelerator_type: str | None = None
+    """Type of its GPUs, as Ray names it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,12 @@ class Cluster:
     """Memory of the largest node; None if it is not known."""
     nodes: tuple[Node, ...] = ()
     """Live nodes, by address."""
+
+    def of_type(self, accelerator_type: str) -> "Cluster":
+        """Return the cluster with the GPUs of one type alone."""
+        nodes = [node for node in self.nodes if node.accelerator_type == accelerator_type]
+        total, free = (sum(getattr(node, kind).gpus for node in nodes) for kind in ("total", "free"))
+        return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
 
     def grown_to(self, most: Resources) -> "Cluster":
         """Return the cluster with the nodes that Ray's autoscaler would add.
@@ -116,6 +125,8 @@ class SchedulableJob:
     """Submission id of the current attempt."""
     has_workers: bool = False
     """Whether Ray already counts its workers as used."""
+    accelerator_type: str | None = None
+    """Type of its GPUs; None for any."""
     preemptible: bool = False
     preempted_by: str | None = None
     """Id of the job that it gives, or gave, its resources to."""
@@ -196,6 +207,9 @@ def plan(
     for job in list(queue.values()):
         if job.not_before is not None and job.not_before > now:
             found.reasons[job.id] = f"tried again at {job.not_before:%H:%M:%S} UTC"
+        elif (gpus := _gpus_of_type(job, cluster, policy)) < job.min_resources.gpus:
+            needs = f"{job.min_resources.gpus:g} GPUs of type {job.accelerator_type}"
+            found.reasons[job.id] = f"needs {needs}, but the whole cluster has {gpus:g}"
         elif not job.min_resources.fits(cluster.total):
             found.reasons[job.id] = f"needs {job.min_resources}, but the whole cluster has {cluster.total}"
         elif not _quota(policy, job).allows(1, job.max_resources):
@@ -311,13 +325,30 @@ class _Usage:
         # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
         return (self.cluster.total - self._ours).at_most(self.cluster.free - self._not_placed)
 
+    def has_room(self, job: SchedulableJob, freed_gpus: float = 0) -> bool:
+        """Return whether a job fits the free resources, and the free GPUs of its type.
+
+        `freed_gpus` are GPUs of its type that become free in addition.
+        """
+        if job.accelerator_type is not None:
+            of_type = self.cluster.of_type(job.accelerator_type)
+            pending = sum(
+                one.max_resources.gpus
+                for one in self.jobs
+                if one.accelerator_type == job.accelerator_type and not one.has_workers
+            )
+            # Without a node of this type, an autoscaler adds one for the job.
+            if of_type.total.gpus and job.min_resources.gpus > of_type.free.gpus + freed_gpus - pending:
+                return False
+        return job.min_resources.fits(self.free())
+
 
 def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> SchedulableJob | None:
     """Return the first job that may start, and set the reasons of those before it.
 
     Also adds the jobs that the first one to wait for resources preempts; no job may start then.
     """
-    reasons, free, now = found.reasons, usage.free(), order.now
+    reasons, now = found.reasons, order.now
     is_full = len(usage.jobs) >= policy.max_active
     kept_for: SchedulableJob | None = None
     is_kept = False
@@ -334,7 +365,7 @@ def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> Schedula
         elif kept_for is not None and is_kept and job.id not in order.preemptors:
             what = "preempts others" if now - kept_for.queued_at < policy.backfill else "has waited longer"
             reasons[job.id] = f"waits behind {kept_for.id}, which {what} for {kept_for.min_resources}"
-        elif is_full or not job.min_resources.fits(free):
+        elif is_full or not usage.has_room(job):
             what = f"one of {policy.max_active} active jobs to end" if is_full else str(job.min_resources)
             reasons[job.id] = f"waits for {what}"
             # Only the first job reserves and preempts; otherwise a long queue would block all backfill.
@@ -355,17 +386,21 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
     running, cluster = usage.jobs, usage.cluster
     stopping = [one.id for one in running if one.is_stopping]
     # By our count alone: Ray reports resources of jobs that have just ended as used for some seconds.
-    held = sum((one.max_resources for one in running if not one.is_stopping), Resources())
+    holding = [one for one in running if not one.is_stopping and _competes(job, one)]
+    held = sum((one.max_resources for one in holding), Resources())
+    total = cluster.of_type(job.accelerator_type).total if job.accelerator_type else cluster.total
     has_slot = len(running) - len(stopping) < policy.max_active
-    if has_slot and job.min_resources.fits(cluster.total - held):
+    if has_slot and job.min_resources.fits(total - held):
         return []
 
     def fits_without(gone: Sequence[str]) -> bool:
         left = [one for one in running if one.id not in gone]
         # An elastic job may hold as little as its minimum.
-        freed = sum((one.min_resources for one in running if one.id in gone and one.has_workers), Resources())
-        free = _Usage(left, replace(cluster, free=cluster.free + freed)).free()
-        return len(left) < policy.max_active and job.min_resources.fits(free)
+        ending = [one for one in running if one.id in gone and one.has_workers]
+        freed = sum((one.min_resources for one in ending), Resources())
+        of_type = sum(one.min_resources.gpus for one in ending if _competes(job, one))
+        then = _Usage(left, replace(cluster, free=cluster.free + freed))
+        return len(left) < policy.max_active and then.has_room(job, of_type)
 
     possible = [one for one in running if _may_preempt(job, one)]
     possible.sort(key=lambda one: (one.priority, -one.queued_at.timestamp(), one.id))
@@ -384,7 +419,23 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
 
 
 def _may_preempt(job: SchedulableJob, other: SchedulableJob) -> bool:
-    return other.preemptible and other.priority < job.priority and not other.is_stopping
+    is_lower = other.preemptible and other.priority < job.priority and not other.is_stopping
+    return is_lower and _competes(job, other)
+
+
+def _competes(job: SchedulableJob, other: SchedulableJob) -> bool:
+    """Return whether another job is known to hold resources that `job` can use.
+
+    Which GPUs a job without a type holds is not known.
+    """
+    return job.accelerator_type in (None, other.accelerator_type)
+
+
+def _gpus_of_type(job: SchedulableJob, cluster: Cluster, policy: Policy) -> float:
+    """Return the number of GPUs of a job's type; infinite if more may be added."""
+    if job.accelerator_type is None or policy.autoscaled.gpus:
+        return math.inf
+    return cluster.of_type(job.accelerator_type).total.gpus
 
 
 def _quota(policy: Policy, job: SchedulableJob) -> Quota:

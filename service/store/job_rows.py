@@ -29,7 +29,7 @@ CANDIDATE_COLUMNS = [
     for name in (
         "id", "owner", "priority", "preemptible", "preempted_by", "queued_at", "not_before", "attempt",
         "cancel_requested", "stop_requested_at",
-        "min_cpus", "min_gpus", "max_cpus", "max_gpus",
+        "min_cpus", "min_gpus", "max_cpus", "max_gpus", "accelerator_type",
     )
 ]  # fmt: skip
 EVENT_COLUMNS = [events.c[field.name] for field in fields(Event)]
@@ -55,6 +55,7 @@ def job_row(job: Job) -> dict[str, Any]:
         "min_gpus": candidate.min_resources.gpus,
         "max_cpus": candidate.max_resources.cpus,
         "max_gpus": candidate.max_resources.gpus,
+        "accelerator_type": candidate.accelerator_type,
     }
 
 
@@ -98,6 +99,7 @@ def read_candidate(row: Any) -> SchedulableJob:
         id=row.id,
         owner=row.owner,
         priority=row.priority,
+        accelerator_type=row.accelerator_type,
         preemptible=row.preemptible,
         preempted_by=row.preempted_by,
         is_stopping=row.cancel_requested or row.stop_requested_at is not None,

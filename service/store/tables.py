@@ -120,6 +120,7 @@ jobs = Table(
     Column("min_cpus", Float, nullable=False),
     Column("min_gpus", Float, nullable=False),
     Column("max_cpus", Float, nullable=False),
+    Column("accelerator_type", String(64)),
     Column("max_gpus", Float, nullable=False),
     Index("ix_jobs_unsettled", "mlflow_closed", "state", "sequence"),
     Index("ix_jobs_owner_sequence", "owner", "sequence"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from service.domain import scheduling
 from service.domain.scheduling import (
     Cluster,
+    Node,
     Policy,
     Quota,
     Resources,
@@ -346,3 +347,40 @@ def test_a_preempted_job_does_not_preempt_in_turn():
 def test_jobs_that_have_just_ended_cause_no_preemption():
     """Ray still reports their resources as used."""
     assert preempt([job(2)], [low(2)], cluster(4, 0)) == ({}, [])
+
+
+def of_types(**gpus):
+    """A cluster with a node per type of GPU, all free, and many CPUs."""
+    nodes = tuple(
+        Node(name, Resources(64, count), Resources(64, count), 0, accelerator_type=name)
+        for name, count in gpus.items()
+    )
+    whole = Resources(64 * len(nodes), sum(gpus.values()))
+    return Cluster(whole, whole, nodes=nodes)
+
+
+def typed(gpus, kind, **changes):
+    needs = Resources(gpus, gpus)
+    return replace(job(gpus, **changes), accelerator_type=kind, min_resources=needs, max_resources=needs)
+
+
+def test_a_type_of_gpu_is_waited_for_while_others_are_free():
+    has = of_types(A100=2, L4=8)
+    first, second, other = typed(2, "A100", waited=3), typed(1, "A100", waited=2), typed(4, "L4", waited=1)
+    assert admit([first, second, other], [], has) == [first, other]
+    found = plan([typed(4, "A100")], [], has, Policy(max_active=8), NOW)
+    assert [*found.reasons.values()] == ["needs 4 GPUs of type A100, but the whole cluster has 2"]
+    # An autoscaler may add nodes of the type, of which none is there yet.
+    assert len(admit([typed(4, "H100")], [], has, autoscaled=Resources(cpus=400, gpus=20))) == 1
+
+
+def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
+    busy = of_types(A100=2, L4=2)
+    busy = replace(
+        busy, free=Resources(124, 0), nodes=tuple(replace(n, free=Resources(62, 0)) for n in busy.nodes)
+    )
+    victims = [
+        replace(typed(2, kind, priority=-1), preemptible=True, has_workers=True) for kind in ("L4", "A100")
+    ]
+    urgent = typed(1, "A100")
+    assert preempt([urgent], victims, busy)[0] == {victims[1].id: urgent.id}

@@ -1,4 +1,4 @@
-"""Preemptible jobs, requests to pause jobs and stop attempts, and usage by day."""
+"""Preemptible jobs, requests to pause and stop, types of GPUs, and usage by day."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -19,6 +19,7 @@ def upgrade() -> None:
         op.add_column("jobs", sa.Column(name, sa.Boolean(), nullable=False, server_default=sa.false()))
     op.add_column("jobs", sa.Column("preempted_by", sa.String(40)))
     op.add_column("jobs", sa.Column("stop_requested_at", sa.DateTime(timezone=True)))
+    op.add_column("jobs", sa.Column("accelerator_type", sa.String(64)))
     op.create_table(
         "usage_days",
         sa.Column("owner", sa.String(80), nullable=False),
