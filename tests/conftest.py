@@ -8,9 +8,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from service.local.stack import LocalStack
 from tests.mlflow_server import serving_mlflow
+
+# Time limits are those of pytest: on a busy machine an example takes any number of milliseconds.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 SHARED = ("e2e", "ray")
 """Markers of tests that run in one process: they share a stack, or start one."""

@@ -65,7 +65,7 @@ def test_pack_and_unpack_are_inverse():
 counts = st.lists(st.integers(0, 9), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(counts=counts, seed=st.integers(0, 2**32 - 1), shift=st.sampled_from([0.0, 1.0, 100.0]))
 def test_merging_parts_gives_the_moments_of_the_whole(counts, seed, shift):
     generator = torch.Generator().manual_seed(seed)

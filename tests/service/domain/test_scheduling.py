@@ -108,7 +108,7 @@ def test_an_idle_cluster_admits_a_job_that_fits(waiting, cpus):
     ),
     st.booleans(),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_large_low_priority_jobs_do_not_starve(cpus, arrivals, has_quota):
     """A large job of lowest priority starts eventually, although jobs of higher priority keep arriving and
     pass it.

@@ -100,7 +100,7 @@ def test_intervals_have_their_nominal_coverage_for_any_number_of_seeds(n):
 
 
 @given(st.lists(NUMBERS, min_size=3, max_size=20), st.randoms(use_true_random=False))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_an_interval_is_independent_of_the_order_of_seeds(numbers, random):
     low, high = ends(numbers)
     assert low <= fmean(numbers) + 1e-6
@@ -110,7 +110,7 @@ def test_an_interval_is_independent_of_the_order_of_seeds(numbers, random):
 
 
 @given(st.lists(NUMBERS, min_size=3, max_size=12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_an_interval_is_never_narrower_than_students(numbers):
     from scipy.stats import t
 
@@ -166,7 +166,7 @@ def test_negative_ratios_have_no_interval():
 
 
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_permutation_test_enumerates_all_changes_of_signs(values):
     means = [
         abs(fmean(v * s for v, s in zip(values, signs, strict=True)))
@@ -199,7 +199,7 @@ def test_more_seeds_are_proposed_until_the_effect_would_be_found():
 
 
 @given(st.lists(NUMBERS, min_size=3, max_size=10))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_proposed_seeds_are_at_least_one(numbers):
     assume(0 in mean_interval(known(numbers)))
     assert (more_seeds(numbers) or 1) >= 1

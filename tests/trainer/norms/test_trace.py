@@ -132,7 +132,7 @@ PARTS = st.lists(st.sampled_from(["conv", "norm", "relu", "dropout", "add", "kee
 
 
 @given(PARTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_dropping_biases_does_not_change_the_function_of_a_network(parts):
     kinds = {
         "conv": lambda: nn.Conv2d(4, 4, 3, padding=1),

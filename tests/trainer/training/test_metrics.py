@@ -102,7 +102,7 @@ IN_UNIT_INTERVAL = CONFIDENT | {"scale": 0.01, "shift": 0.5}
 
 
 @given(**CASES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @example(**CONFIDENT)
 @example(**IN_UNIT_INTERVAL)
 @example(**CONFIDENT | {"ties": True, "scale": 1.0})
