@@ -21,6 +21,8 @@ from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
+    STORAGE_FAILED,
+    STORAGE_FAILURE,
     TASK_FILE,
     Allowlist,
     AttemptContext,
@@ -42,7 +44,7 @@ NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
 def main() -> int:
     """Run one task and return the exit code.
 
-    0: succeeded, 1: failed, 2: invalid task, 3: not to be started, 130: interrupted.
+    0: succeeded, 1: failed, 2: invalid task, 3: not to be started, 4: the storage failed, 130: interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m trainer", description="Train one spec on a local Ray, without the service."
@@ -63,10 +65,14 @@ def main() -> int:
         if JOB_VARIABLE not in os.environ:
             parser.error(f"spec: must be a YAML file, unless the service has set {JOB_VARIABLE}")
         task = AttemptTask.model_validate_json(Path(os.environ[JOB_VARIABLE]).read_bytes())
-        return _run_supervised(task)
     except (OSError, ValueError) as error:
         print(f"python -m trainer: {arguments.spec or JOB_VARIABLE}: {error}", file=sys.stderr)
         return NOT_UNDERSTOOD
+    try:
+        return _run_supervised(task)
+    except OSError as error:  # such as a full disk, on which no outcome can be left either
+        print(f"python -m trainer: {error}", file=sys.stderr)
+        return STORAGE_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -100,6 +106,8 @@ def _outcome_of_driver(ended: ProcessExit) -> Outcome:
     at = time.strftime("%H:%M:%S", time.gmtime(ended.seconds))
     memory = ": the node was out of memory" if ended.out_of_memory else ""
     cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory)
+    if ended.status == STORAGE_FAILED:
+        return Outcome(state="failed", reason=STORAGE_FAILURE, cause="worker_lost")
     return Outcome(
         state="failed",
         reason=f"the driver {describe_status(ended.status)} at {at} UTC{memory}",

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.retries import RETRY_GROUPS, JobFailureKind, RetryGroup, pause
-from trainer.jobspec import Outcome
+from trainer.jobspec import STORAGE_FAILED, STORAGE_FAILURE, Outcome
 from trainer.processes import describe_status
 
 EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d+)")
@@ -189,6 +189,8 @@ def explain_driver(submission: Submission) -> tuple[JobFailureKind, str]:
     """
     if (found := EXIT_CODE.search(submission.message)) is not None:
         status = int(found[1])
+        if status == STORAGE_FAILED:
+            return "worker_lost", STORAGE_FAILURE
         status = 128 - status if status > 128 else status  # as a shell reports a signal
         kind: JobFailureKind = "worker_lost" if -status in OUTSIDE_SIGNALS else "unknown"
         return kind, f"the driver {describe_status(status)} and left no outcome"

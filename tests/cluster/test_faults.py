@@ -291,7 +291,7 @@ CASES = [
     Case("API killed, back after 5 s", 6, kill_api),
     Case("MLflow killed, back after 10 s", 7, kill_mlflow),
     Case("PostgreSQL killed, back after 5 s", 8, kill_postgres),
-    Case("disk full for 10 s", 9, fill_disk),
+    Case("disk full for 10 s", 9, fill_disk, attempts=2, kind="worker_lost"),
     Case("node cut off for 5 s", 10, cut_off(5)),
     Case("node cut off for 30 s", 11, cut_off(30)),
     Case("node cut off for 120 s", 12, cut_off(120), kind="worker_lost"),

@@ -14,6 +14,8 @@ from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
     OUTCOME_FILE,
+    STORAGE_FAILED,
+    STORAGE_FAILURE,
     AttemptContext,
     AttemptTask,
     JobSpec,
@@ -90,6 +92,38 @@ def test_a_stopped_driver_writes_no_outcome(tmp_path, is_asked):
         driver.terminate()
         assert parent.wait(20) == 128 + signal.SIGTERM
     assert (attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE).exists() == (not is_asked)
+
+
+FULL_DISK = """
+import errno, os, sys
+import trainer.__main__ as driver
+
+def fail(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+def run(task):
+    fail()
+
+if sys.argv.pop() == "whole run":
+    driver.atomic_write = fail
+driver._run_attempt = run
+sys.exit(driver.main())
+"""
+
+
+@pytest.mark.parametrize("full_for", ["whole run", "a moment"])
+def test_a_full_disk_is_a_failure_of_the_storage(tmp_path, full_for):
+    context = AttemptContext(job_id="job-1", attempt=1, name="test", folder=str(tmp_path / "job-1"))
+    task = RunFiles(tmp_path).write_task(
+        AttemptTask(spec=JobSpec.model_validate(yaml.safe_load(SPEC)), context=context)
+    )
+    command, environment = [sys.executable, "-c", FULL_DISK, full_for], os.environ | {JOB_VARIABLE: str(task)}
+    assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=60).returncode == STORAGE_FAILED
+    file = attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE
+    assert file.exists() == (full_for == "a moment")
+    if file.exists():
+        outcome = Outcome.model_validate_json(file.read_text())
+        assert (outcome.cause, outcome.reason) == ("worker_lost", STORAGE_FAILURE)
 
 
 def test_without_a_file_the_usage_is_printed(tmp_path):

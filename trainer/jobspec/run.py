@@ -117,6 +117,9 @@ OUTBOX_FILE = "metrics.jsonl"
 """Outbox of MLflow writes in the job's folder, one JSON object per line; those with `step` and `metrics` are
 measurements.
 """
+STORAGE_FAILED = 4
+"""Exit status of a driver that could not write to the storage, and so left no outcome."""
+STORAGE_FAILURE = "the driver could not write to the storage"
 DRIVER_FILE = "driver"
 """Lock file of the attempt's driver; a second driver ends at once."""
 CLOSED_FILE = "closed"

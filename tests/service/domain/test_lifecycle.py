@@ -144,6 +144,12 @@ TAIL = (
         ),
         (
             "FAILED",
+            "Job entrypoint command failed with exit code 4. No logs available.",
+            RetryGroup.INFRASTRUCTURE,
+            "the driver could not write to the storage",
+        ),
+        (
+            "FAILED",
             "Job supervisor actor died: its node has failed",
             RetryGroup.INFRASTRUCTURE,
             "Ray lost the driver, which left no outcome",
