@@ -114,19 +114,25 @@ def main() -> None:
     options = parser.parse_args()
     env_file = options.env_file.absolute()
     variables = keep_secrets(env_file)
-    port = variables.get("SYNCBN_PUBLISHED_PORT", os.environ.get("SYNCBN_PUBLISHED_PORT", "8000"))
+    port = (variables | os.environ).get("SYNCBN_PUBLISHED_PORT", "8000")  # as compose does
     files = [argument for file in ("docker-compose.yml", *options.file) for argument in ("--file", file)]
     profiles = [argument for profile in options.profile for argument in ("--profile", profile)]
     command = [*compose_command(), "--env-file", str(env_file), *files, *profiles]
     environment = os.environ | {"GIT_COMMIT": git_commit()}
     if options.workers is not None:
         environment["RAY_WORKERS"] = str(options.workers)
-    if options.action == "down":
-        down = ["down", *(["--volumes"] if options.volumes else [])]
-        sys.exit(subprocess.run([*command, *down], cwd=ROOT, env=environment).returncode)
-    subprocess.run(
-        [*command, "up", "--detach", "--build"], cwd=ROOT, env=environment, check=True, timeout=BUILD_SECONDS
-    )
+    actions = {
+        "up": ["up", "--detach", "--build"],
+        "down": ["down", *(["--volumes"] if options.volumes else [])],
+    }
+    try:
+        ended = subprocess.run(
+            [*command, *actions[options.action]], cwd=ROOT, env=environment, timeout=BUILD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{command[0]} did not end within {BUILD_SECONDS} s")
+    if ended.returncode != 0 or options.action == "down":
+        sys.exit(ended.returncode)
     url = f"http://127.0.0.1:{port}"
     wait_until_ready(url, READY_SECONDS)
     print(f"ready: {url}")
@@ -135,4 +141,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
