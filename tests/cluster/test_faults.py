@@ -28,7 +28,7 @@ SPEC = {
     "eval_every": 100,
     "optimizer": {"lr": 0.1, "momentum": 0.9},
     "checkpoint": {"every": 50},
-    "collective_timeout_seconds": 60,
+    "collective_timeout_seconds": 200,
     "log_model": False,
 }
 END_SECONDS = 600
