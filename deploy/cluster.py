@@ -26,8 +26,10 @@ SECRETS = (
     "RAY_AUTH_TOKEN",
     "POSTGRES_PASSWORD",
     "MLFLOW_PASSWORD",
-    "S3_SECRET_KEY",
+    "S3_ARTIFACTS_KEY",
+    "S3_CHECKPOINTS_KEY",
 )
+PROFILES = ("monitoring", "s3")
 READY_SECONDS = 600
 BUILD_SECONDS = 3_600
 
@@ -47,9 +49,10 @@ def _succeeds(*command: str) -> bool:
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """Return the variables of an env file; empty if it does not exist."""
+    """Return the variables of an env file that have values; empty if it does not exist."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    pairs = (line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    return {name.strip(): text.strip("\"' ") for name, text in pairs if text.strip("\"' ")}
 
 
 def keep_secrets(path: Path) -> dict[str, str]:
@@ -59,7 +62,8 @@ def keep_secrets(path: Path) -> dict[str, str]:
     if missing:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "w") as file:
-            file.writelines(f"{name}={value}\n" for name, value in missing.items())
+            os.fchmod(descriptor, 0o600)
+            file.writelines(f"\n{name}={value}\n" for name, value in missing.items())
     return known | missing
 
 
@@ -72,16 +76,25 @@ def git_commit() -> str:
 
 def failed_check(url: str) -> str:
     """Return an empty string if the service is ready, or what is not."""
+    # Without the proxies of the environment: the address is this machine's.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        urllib.request.urlopen(f"{url}/readyz", timeout=15)
+        opener.open(f"{url}/readyz", timeout=15).close()
     except urllib.error.HTTPError as error:
         with error:
-            checks = json.loads(error.read())
-        failed = (name for name, check in checks.items() if isinstance(check, dict) and not check["ok"])
-        return ", ".join(f"{name}: {checks[name]['detail']}" for name in failed)
+            return _failed_names(error.read()) or f"/readyz answers {error.code}"
     except OSError as error:
         return f"the API does not answer: {error}"
     return ""
+
+
+def _failed_names(answer: bytes) -> str:
+    try:
+        checks = json.loads(answer)
+        failed = [name for name, check in checks.items() if isinstance(check, dict) and not check["ok"]]
+        return ", ".join(f"{name}: {checks[name]['detail']}" for name in failed)
+    except (ValueError, KeyError, AttributeError):
+        return ""
 
 
 def wait_until_ready(url: str, seconds: float) -> None:
@@ -108,17 +121,23 @@ def main() -> None:
     parser.add_argument(
         "--file", action="append", default=[], help="an override file, such as deploy/compose.gpu.yml"
     )
-    parser.add_argument("--profile", action="append", default=[], choices=["monitoring", "s3"])
+    parser.add_argument("--profile", action="append", default=[], choices=PROFILES)
     parser.add_argument("--env-file", type=Path, default=ENV_FILE, help="file with the secrets")
     parser.add_argument("--volumes", action="store_true", help="`down` also deletes all data")
     options = parser.parse_args()
     env_file = options.env_file.absolute()
     variables = keep_secrets(env_file)
-    port = (variables | os.environ).get("SYNCBN_PUBLISHED_PORT", "8000")  # as compose does
+    # Compose prefers the variables of the shell, which may hold the token of another service.
+    environment = os.environ | {name: variables[name] for name in SECRETS} | {"GIT_COMMIT": git_commit()}
+    port = (variables | environment).get("SYNCBN_PUBLISHED_PORT", "8000")
+    environment.setdefault(
+        "SYNCBN_PUBLIC_URL", variables.get("SYNCBN_PUBLIC_URL", f"http://localhost:{port}")
+    )
     files = [argument for file in ("docker-compose.yml", *options.file) for argument in ("--file", file)]
-    profiles = [argument for profile in options.profile for argument in ("--profile", profile)]
+    # Services of profiles that are not named would stay, and keep their networks.
+    chosen = options.profile if options.action == "up" else PROFILES
+    profiles = [argument for profile in chosen for argument in ("--profile", profile)]
     command = [*compose_command(), "--env-file", str(env_file), *files, *profiles]
-    environment = os.environ | {"GIT_COMMIT": git_commit()}
     if options.workers is not None:
         environment["RAY_WORKERS"] = str(options.workers)
     actions = {

@@ -3,8 +3,7 @@
 None of them has run on a GPU yet; the reasons are from the documentation of torch and NCCL.
 """
 
-import os
-
+from trainer.driver.supervisor import DEFAULT_PREFIX
 from trainer.jobspec import JobSpec
 
 VARIABLES = {
@@ -21,10 +20,8 @@ VARIABLES = {
 
 
 def worker_variables(spec: JobSpec) -> dict[str, str]:
-    """Return the environment variables of a job's workers; none without GPUs."""
-    if not spec.use_gpu:
-        return {}
-    return {name: os.environ.get(name, value) for name, value in VARIABLES.items()}
+    """Return the variables by which each worker's node sets those that it lacks; none without GPUs."""
+    return {f"{DEFAULT_PREFIX}{name}": value for name, value in VARIABLES.items()} if spec.use_gpu else {}
 
 
 def configure(spec: JobSpec) -> None:
@@ -37,5 +34,5 @@ def configure(spec: JobSpec) -> None:
 
     torch.backends.cudnn.benchmark = not spec.deterministic
     torch.backends.cudnn.deterministic = spec.deterministic
-    # Operators without a deterministic kernel warn, and run.
+    # Operators without a deterministic kernel warn, and run; with them the bits may differ.
     torch.use_deterministic_algorithms(spec.deterministic, warn_only=True)

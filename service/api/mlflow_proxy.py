@@ -18,7 +18,7 @@ import httpx
 from cachetools import TTLCache
 from fastapi import HTTPException, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette import types
 
 from service.adapters.mlflow_http import RETURNED_HEADERS, Kind, MlflowHttp
 from service.api import problems
@@ -26,6 +26,7 @@ from service.api.auth import authenticate, bearer, caller_of_session, limit_rate
 from service.api.dependencies import components_of
 from service.api.json_body import in_thread
 from service.api.sign_in import sign_in_page
+from service.domain.access import Scope
 from service.domain.errors import NotFound, UpstreamUnavailable
 from service.domain.mlflow_access import MAX_JSON_BYTES, Grant, is_clean, is_readable, of_attempt
 from service.domain.mlflow_queries import MAX_QUERY_BYTES, bounded
@@ -97,7 +98,7 @@ class ForwardedAnswer(StreamingResponse):
         headers["X-Frame-Options"] = "SAMEORIGIN"  # MLflow's page shows some of its own in frames
         super().__init__(answer.aiter_raw(), answer.status_code, headers=headers)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         """Send the answer until its end or the end of the connection."""
         try:
             async with asyncio.timeout_at(self._deadline):
@@ -143,6 +144,8 @@ class MlflowProxy:
             raise HTTPException(
                 401, "sign in at /sign-in, or send a token", headers={"WWW-Authenticate": "Bearer"}
             )
+        if not caller.may(Scope.READ):
+            raise HTTPException(403, "MLflow needs a token with scope read")
         if not is_readable(request.method, path):
             raise HTTPException(403, f"{request.method} {path} is not forwarded to MLflow")
         body = await _read(request, MAX_QUERY_BYTES) if request.method == "POST" else None

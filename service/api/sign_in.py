@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from service.api.auth import SESSION_COOKIE, caller_of_session, check_origin, limit_failure
 from service.api.dependencies import Components, components_of
 from service.api.web.pages import PageRoute, page, see
-from service.domain.access import SESSION_LIFETIME, CredentialKind, Token, local_path
+from service.domain.access import SESSION_LIFETIME, Caller, CredentialKind, Scope, Token, local_path
 
 MAX_FORM_BYTES = 10_000
 INVITATION = "These pages are open to holders of a token."
@@ -94,6 +94,8 @@ async def _start_session(
     if not token.is_valid(datetime.now(UTC)):
         limit_failure(request)
         return sign_in_page(request, target, "This token has expired or was revoked.", status=401)
+    if not Caller(token.owner, token.scopes, token.id).may(Scope.READ):
+        return sign_in_page(request, target, "Pages need a token with scope read.", status=403)
     if earlier := request.cookies.get(SESSION_COOKIE):
         await components.credentials.delete(CredentialKind.SESSION, earlier)
     secret = await components.credentials.add_for_token(CredentialKind.SESSION, token.id, SESSION_LIFETIME)

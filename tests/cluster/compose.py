@@ -28,6 +28,7 @@ class ComposeStack:
         self.url = f"http://127.0.0.1:{port}"
         self.token = secrets.token_hex(32)
         self.env_file = folder / "env"
+        self.env_file.touch(0o600)
         self.env_file.write_text(
             f"SYNCBN_TOKEN={self.token}\nSYNCBN_PUBLISHED_PORT={port}\nSYNCBN_PUBLIC_URL={self.url}\n"
         )
@@ -53,16 +54,22 @@ class ComposeStack:
     def last_lines(self):
         """Return the end of each container's log."""
         names = self.containers(stopped=True)
-        return "".join(
-            f"\n== {name}\n{self.call('logs', '--tail=8', name, check=False)[-1_500:]}" for name in names
-        )
+        return "".join(f"\n== {name}\n{self.logs(name)[-1_500:]}" for name in names)
 
     def call(self, *arguments, check=True, seconds=CALL_SECONDS):
         """Run a command of the container engine and return its output."""
         command = [self.engine, *map(str, arguments)]
         run = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
         assert run.returncode == 0 or not check, f"{command}: {run.stderr}"
-        return run.stdout.strip() or ("" if check else run.stderr.strip())
+        return run.stdout.strip()
+
+    def logs(self, name):
+        """Return what a container has printed."""
+        command = [self.engine, "logs", name]
+        run = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=CALL_SECONDS
+        )
+        return run.stdout
 
     def client(self):
         return Client(self.url, self.token)
@@ -102,12 +109,13 @@ class ComposeStack:
         self.call("start", name)
 
     def until_ready(self, seconds=180):
-        """Wait until `/readyz` answers 200 and both workers' CPUs are there."""
-        deadline = time.monotonic() + seconds
+        """Wait until `/readyz` answers 200 and the CPUs of both nodes are there."""
+        deadline, last = time.monotonic() + seconds, None
         with self.client() as client:
             while True:
                 try:
-                    if client.cluster().total.cpus >= 4:
+                    last = client.ready()
+                    if last.ready and client.cluster().total.cpus >= 4:
                         return
                 except Exception as error:
                     last = error

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-PROFILED = {"prometheus", "grafana", "s3", "s3-bucket"}
+BUCKETS = {"s3-artifacts-bucket", "s3-checkpoints-bucket"}
+PROFILED = {"prometheus", "grafana", "s3-artifacts", "s3-checkpoints"} | BUCKETS
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,8 @@ def test_jobs_reach_neither_the_database_nor_mlflow(compose, services):
     for name in ("postgres", "mlflow"):
         assert services[name]["networks"] == ["control"]
     assert services["checker"]["networks"] == ["checks"]
+    assert services["s3-artifacts"]["networks"] == ["control"]
+    assert services["s3-checkpoints"]["networks"] == ["cluster"]
     inner = {name for name, options in compose["networks"].items() if (options or {}).get("internal")}
     assert inner == {"control", "checks", "cluster", "monitoring"}
     assert "--app-name=syncbn" in services["mlflow"]["command"]
@@ -41,7 +44,7 @@ def test_every_service_is_limited_restarted_and_without_privileges(services):
     for name, service in services.items():
         assert service["mem_limit"], name
         assert service["pids_limit"], name
-        restart = "on-failure" if name == "s3-bucket" else "unless-stopped"  # failed processes exit
+        restart = "on-failure" if name in BUCKETS else "unless-stopped"  # failed processes exit
         assert service["restart"] == restart, name
         assert service["cap_drop"] == ["ALL"], name
         if name != "postgres":  # its entry point leaves root by itself
@@ -65,7 +68,7 @@ def test_each_image_is_built_once_and_never_pulled(services):
     built = {name: service["build"]["target"] for name, service in ours.items() if "build" in service}
     assert built == {"api": "service", "ray-head": "trainer"}
     for name, service in ours.items():
-        target = "service" if name in ("api", "mlflow", "s3-bucket") else "trainer"
+        target = "service" if name in {"api", "mlflow"} | BUCKETS else "trainer"
         assert service["image"] == f"syncbn-{target}"
         assert name in built or service["pull_policy"] == "never"
 

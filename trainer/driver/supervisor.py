@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from trainer.processes import Descendants, die_with_parent
 
 EXITS_VARIABLE = "SYNCBN_EXITS"
 """Environment variable with the folder of exit records."""
+DEFAULT_PREFIX = "SYNCBN_DEFAULT_"
+"""Prefix of environment variables with the values of others, where a node has none of its own."""
 POLL_SECONDS = 1.0
 WINDOW_POLLS = 10
 """Number of polls for which an out-of-memory kill counts: a large process takes some seconds to end."""
@@ -111,13 +114,29 @@ def _oom_kills_of(text: str) -> int:
     return int(found[1]) if found else 0
 
 
+def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment with the variables that it lacks and for which it has defaults."""
+    defaults = {
+        name.removeprefix(DEFAULT_PREFIX): value
+        for name, value in environment.items()
+        if name.startswith(DEFAULT_PREFIX)
+    }
+    return defaults | dict(environment)
+
+
 def main() -> int:
     """Run a command as a child, record its exit, and exit with its status."""
     started_by = psutil.Process().parent()
     descendants = Descendants()
     # Ray kills the process group of an ended worker, so the child gets another one. Ray's descriptors are
     # passed on. `preexec_fn` is safe: there are no threads yet.
-    child = subprocess.Popen(sys.argv[1:], close_fds=False, process_group=0, preexec_fn=die_with_parent)
+    child = subprocess.Popen(
+        sys.argv[1:],
+        env=with_defaults(os.environ),
+        close_fds=False,
+        process_group=0,
+        preexec_fn=die_with_parent,
+    )
     ended = supervise(descendants, child.pid, started_by)
     with suppress(OSError, KeyError):
         record = Path(os.environ[EXITS_VARIABLE]) / f"exit-{ended.host}-{ended.pid}.json"

@@ -26,8 +26,8 @@ class MakeToken(FrozenModel):
     owner: Owner
     # JSON has no enumerations, so words are taken for them.
     scopes: Annotated[list[Annotated[Scope, Field(strict=False)]], Field(min_length=1, max_length=4)] = Field(
-        description="read: look at the owner's own things; submit: and make and change them; admin: all "
-        "things of all owners"
+        description="read: look at the owner's own things; submit: and make and change them; metrics: read "
+        "/metrics alone; admin: all things of all owners"
     )
     name: Name = Field("token", description="what it is for")
     expires_in_seconds: int | None = Field(

@@ -45,7 +45,7 @@ class Lists:
             "more_webhooks": more_webhooks
             and f"/settings?webhooks_page_token={encode_page_token(more_webhooks)}#webhooks-title",
             "is_later_page": bool(webhooks_page_token),
-            "scopes": [scope.value for scope in Scope],
+            "scopes": [scope.value for scope in (Scope.READ, Scope.SUBMIT, Scope.METRICS, Scope.ADMIN)],
             "ends": [state.value for state in ENDS],
             "is_admin": is_admin,
             "may_submit": caller.may(Scope.SUBMIT),

@@ -67,6 +67,22 @@ async def test_the_form_accepts_a_valid_token_and_rejects_a_wrong_one(client, br
     assert (await browser.get("/mlflow/")).status_code == 401
 
 
+async def test_a_metrics_token_opens_neither_pages_nor_mlflow(client, anonymous, browser):
+    made = await client.post("/v1/tokens", json={"owner": "ops", "name": "prometheus", "scopes": ["metrics"]})
+    secret = made.json()["token"]
+    answer = await browser.post("/sign-in", data={"token": secret, "next": PAGE})
+    assert (answer.status_code, is_signed_in(browser)) == (403, False)
+    bearer = {"Authorization": f"Bearer {secret}"}
+    assert (await anonymous.get("/metrics", headers=bearer)).status_code == 200
+    for path in (
+        "/mlflow/",
+        "/mlflow/ajax-api/2.0/mlflow/experiments/get?experiment_id=1",
+        "/v1/jobs",
+        "/v1/me",
+    ):
+        assert (await anonymous.get(path, headers=bearer)).status_code == 403, path
+
+
 async def test_a_session_ends_with_its_token(client, as_owner, browser):
     reader = await as_owner("ann", "read")
     link = urlsplit(await make_link(reader))
