@@ -31,10 +31,13 @@ from trainer.jobspec import (
     known_classes,
     known_shape,
 )
+from trainer.processes import die_with_parent
 
 MAX_BYTES = 6_000_000_000
 MAX_SECONDS = 120
 """Time limit of a check, after which the process ends."""
+IDLE_SECONDS = 600
+"""Time without a check after which the process ends; its client may be gone without a word."""
 MAX_CONNECTIONS = 4
 """Maximum number of processes that answer at the same time; other connections are closed."""
 DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
@@ -93,6 +96,7 @@ def answer_lines() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # output of libraries is not an answer
+    signal.alarm(IDLE_SECONDS)
     for line in sys.stdin:
         found: dict[str, Any] = {"error": None, "size": None}
         signal.alarm(MAX_SECONDS)
@@ -104,7 +108,7 @@ def answer_lines() -> None:
             print(f"warning: unchecked spec: {type(unexpected).__name__}: {unexpected}", file=sys.stderr)
         else:
             found["size"] = None if size is None else asdict(size)
-        signal.alarm(0)
+        signal.alarm(IDLE_SECONDS)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             print(json.dumps(found, default=str), file=answers, flush=True)
 
@@ -119,8 +123,14 @@ def listen(host: str, port: int) -> None:
             with connection:
                 if len(processes) < MAX_CONNECTIONS:
                     command = [sys.executable, "-m", "trainer.check"]
+                    # `preexec_fn` is safe: there are no threads.
                     processes.append(
-                        subprocess.Popen(command, stdin=connection.fileno(), stdout=connection.fileno())
+                        subprocess.Popen(
+                            command,
+                            stdin=connection.fileno(),
+                            stdout=connection.fileno(),
+                            preexec_fn=die_with_parent,
+                        )
                     )
 
 

@@ -20,7 +20,7 @@ VARIABLES = {
 
 
 def worker_variables(spec: JobSpec) -> dict[str, str]:
-    """Return the variables by which each worker's node sets those that it lacks; none without GPUs."""
+    """Return the variables for a job's workers, as defaults of their nodes."""
     return {f"{DEFAULT_PREFIX}{name}": value for name, value in VARIABLES.items()} if spec.use_gpu else {}
 
 
