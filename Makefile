@@ -62,7 +62,7 @@ lint: setup
 bench: setup
 	@for script in $(filter-out benchmarks/killable_stack.py benchmarks/loaded_service.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-# Tests that take minutes: several Ray nodes, several replicas, jobs that lose all of them and recover.
+# Tests that take minutes: several Ray nodes, several replicas, jobs that lose all of them and recover, repeated kills.
 test-cluster: setup
 	$(BIN)/python -m pytest -m cluster $(TEST_OPTIONS)
 
@@ -73,7 +73,8 @@ test-gpu: setup
 	$(BIN)/python benchmarks/syncbn_launches.py
 
 # Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs, long walks of the
-# state machine, every server of a stack killed, every converted model, the examples with other libraries.
+# state machine, every server of a stack killed, every converted model and example, every format of streamed data, a
+# user's whole story in Chromium.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(TEST_OPTIONS)
 

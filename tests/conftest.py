@@ -1,6 +1,8 @@
 """Fixtures shared by the tests of several packages."""
 
 import os
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -8,9 +10,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, settings
 
 from service.local.stack import LocalStack
+from tests.e2e.service import SPEC, Service
 from tests.mlflow_server import serving_mlflow
 
 # Time limits are those of pytest: on a busy machine an example takes any number of milliseconds.
@@ -69,6 +73,46 @@ def stack(tmp_path_factory):
     ):
         patch.setenv("MLFLOW_TRACKING_TOKEN", stack.mlflow[1])  # MLflow clients in the tests
         yield stack
+
+
+@pytest.fixture(scope="session")
+def service(stack, tmp_path_factory):
+    """The API in its own process, on the stack of the session."""
+    service = Service(stack.api_environment, tmp_path_factory.mktemp("service") / "serve.log")
+    service.start()
+    yield service
+    service.stop()
+
+
+@pytest.fixture(scope="session")
+def syncbn(service, tmp_path_factory):
+    """Run the command in its own process, in a folder that all calls share."""
+    environment = service.environment | {"SYNCBN_URL": service.url, "COLUMNS": "200"}
+    folder = tmp_path_factory.mktemp("syncbn")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "service.cli.app", *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200, check=False
+        )
+
+    run.folder = folder
+    return run
+
+
+@pytest.fixture(scope="session")
+def compared(syncbn):
+    """Output of `syncbn compare` for two jobs, one per norm, after their end."""
+    content = {
+        "name": "end to end",
+        "spec": SPEC | {"steps": 100, "eval_every": 10, "log_model": True},
+        "matrix": {"norm": ["none", "sync"]},
+        "target": 0.5,
+    }
+    (syncbn.folder / "comparison.yaml").write_text(yaml.safe_dump(content))
+    compared = syncbn("compare", "comparison.yaml")
+    assert compared.returncode == 0, compared.stderr
+    return compared.stdout
 
 
 @pytest.fixture(scope="session")

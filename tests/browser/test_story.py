@@ -5,20 +5,20 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from tests.e2e.service import Service
-
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 START_MS, TRAINING_MS = 90_000, 180_000
 
 
-@pytest.fixture(scope="module")
-def service(stack, tmp_path_factory):
-    service = Service(stack.api_environment, tmp_path_factory.mktemp("service") / "serve.log")
-    service.start()
-    yield service
-    service.stop()
+def test_a_comparison_of_real_jobs_is_read(visit, service, compared):
+    visitor = visit(service.url, signed_in=False)
+    visitor.sign_in(service.environment["SYNCBN_TOKEN"])
+    page = visitor.page
+    page.goto(f"/comparisons/{compared.split(':')[0]}")
+    expect(page.locator("h1")).to_have_text("end to end")
+    read_comparison(page, steps=100)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_submitted_watched_and_read_and_another_job_is_cancelled(visit, service):
     visitor = visit(service.url, signed_in=False)
     visitor.sign_in(service.environment["SYNCBN_TOKEN"])
@@ -33,6 +33,11 @@ def test_a_recipe_is_submitted_watched_and_read_and_another_job_is_cancelled(vis
     expect(page.locator("#check dd").first).to_have_text("2")
     page.get_by_role("button", name="Submit", exact=True).click()
     expect(page.locator("h1")).to_have_text("fig1-activations")
+    read_comparison(page, steps=200)
+    cancel_endless_job(page)
+
+
+def read_comparison(page, steps):
     for norm in ("none", "sync"):
         row = page.get_by_role("row").filter(has=page.get_by_role("link", name=f"norm={norm}"))
         expect(row.locator(".badge")).to_have_text("succeeded", timeout=TRAINING_MS)
@@ -42,8 +47,7 @@ def test_a_recipe_is_submitted_watched_and_read_and_another_job_is_cancelled(vis
     page.get_by_role("link", name="norm=sync").click()
     expect(page.locator("#curves .uplot canvas").first).to_be_visible()
     page.get_by_role("link", name="Log", exact=True).click()
-    expect(page.locator("#log")).to_contain_text("step 200/200")
-    cancel_endless_job(page)
+    expect(page.locator("#log")).to_contain_text(f"step {steps}/{steps}")
 
 
 def cancel_endless_job(page):

@@ -5,6 +5,7 @@ written.
 """
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,13 @@ import httpx
 from tests.deploy.test_helm import documents_of, find, templates_of
 
 PROGRAMS = Path(sys.executable).parent
-SECRETS = {"api-token": "a" * 20, "mlflow-secret": "m" * 20, "ray-token": "r" * 20, "password": "unused"}
+SECRETS = {
+    "api-token": "a" * 20,
+    "metrics-token": "p" * 20,
+    "mlflow-secret": "m" * 20,
+    "ray-token": "r" * 20,
+    "password": "unused",
+}
 GROUP = {"name": "cpu", "cpus": 2, "memory": "4Gi", "minReplicas": 0, "maxReplicas": 1}
 PROBE_SECONDS, JOB_SECONDS, MAX_RESTARTS = 300, 300, 2
 NODE_SECONDS = 70
@@ -57,7 +64,7 @@ class Pods:
         head ends when its own parts do not find each other in time.
         """
         container = self.container(name)
-        target = container[probe]["httpGet"]
+        (target,) = (container[probe][kind] for kind in ("httpGet", "tcpSocket") if kind in container[probe])
         (port,) = [one["containerPort"] for one in container["ports"] if one["name"] == target["port"]]
         deadline = time.monotonic() + PROBE_SECONDS
         while True:
@@ -68,9 +75,12 @@ class Pods:
                 self.restarts.append(name)
                 self.commands[name]()
             try:
-                httpx.get(f"http://127.0.0.1:{port}{target['path']}", timeout=15).raise_for_status()
+                if "path" in target:
+                    httpx.get(f"http://127.0.0.1:{port}{target['path']}", timeout=15).raise_for_status()
+                else:
+                    socket.create_connection(("127.0.0.1", port), timeout=5).close()
                 return
-            except httpx.HTTPError:
+            except (httpx.HTTPError, OSError):
                 time.sleep(0.5)
 
     def start_head(self):
@@ -98,6 +108,9 @@ class Pods:
         command = [f"{name}{sign}{changes.get(name, value)}" for name, sign, value in given]
         self.start("demo-syncbn-mlflow", command)
 
+    def start_checker(self):
+        self.start("demo-syncbn-checker", self.container("demo-syncbn-checker")["args"])
+
     def start_api(self):
         self.start(
             "demo-syncbn-api",
@@ -107,7 +120,8 @@ class Pods:
             SYNCBN_RAY_ADDRESS="http://127.0.0.1:8265",
             SYNCBN_MLFLOW_URL="http://127.0.0.1:5000",
             SYNCBN_CLUSTER_URL="http://127.0.0.1:8000",
-            SYNCBN_CHECK_SECONDS="0",
+            SYNCBN_CHECKER="127.0.0.1:7000",
+            SYNCBN_CHECK_SECONDS="60",
         )
 
     def stop(self):
@@ -118,6 +132,17 @@ class Pods:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def refuse_unknown_model():
+    """Submit a model that only the checker can know not to exist."""
+    spec = SPEC | {"model": {"name": "torchvision:resnet1"}}
+    headers = {"Authorization": f"Bearer {SECRETS['api-token']}"}
+    refused = httpx.post(
+        "http://127.0.0.1:8000/v1/jobs", json={"name": "unknown", "spec": spec}, headers=headers, timeout=90
+    )
+    assert refused.status_code == 422, refused.text
+    assert "resnet1" in refused.text
 
 
 def train(pods):
@@ -148,11 +173,14 @@ def main():
         pods.wait_for("head")
         pods.wait_for("head", "livenessProbe")
         pods.start_mlflow()
+        pods.start_checker()
         pods.wait_for("demo-syncbn-mlflow")
+        pods.wait_for("demo-syncbn-checker")
         pods.start_api()
         pods.wait_for("demo-syncbn-api", "livenessProbe")
         pods.wait_for("demo-syncbn-api")
         assert httpx.get("http://127.0.0.1:8265/api/jobs/").status_code == 401
+        refuse_unknown_model()
         job = train(pods)
         print(f"{job['state']}, attempt {job['attempt']}: {job['reason']}")
     finally:

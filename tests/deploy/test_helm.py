@@ -202,7 +202,8 @@ def test_all_pods_satisfy_the_restricted_standard(documents):
         assert {"startupProbe", "livenessProbe", "readinessProbe"} <= container.keys(), name
         ports = {port["name"] for port in container["ports"]}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            assert container[probe]["httpGet"]["port"] in ports, name
+            (kind,) = {"httpGet", "tcpSocket"} & container[probe].keys()
+            assert container[probe][kind]["port"] in ports, name
     assert is_restricted(find(documents, "RayCluster", "demo-syncbn")["spec"]["autoscalerOptions"])
 
 
@@ -293,6 +294,54 @@ def test_gpu_groups_request_gpus_where_they_are():
     assert "nvidia.com/gpu" not in cpus["containers"][0]["resources"]["limits"]
 
 
+def test_images_with_torch_run_where_it_is_needed(documents):
+    images = {
+        name.removeprefix("demo-syncbn-"): template["spec"]["containers"][0]["image"]
+        for name, template in templates_of(documents)
+    }
+    service = {name for name, image in images.items() if "/syncbn-service" in f"/{image}"}
+    assert service == {"api", "mlflow"}
+    trainer = {name for name, image in images.items() if "/syncbn-trainer" in f"/{image}"}
+    assert trainer == images.keys() - service
+
+
+def test_tag_and_digest_belong_to_one_image_each():
+    images = {template["spec"]["containers"][0]["image"] for _, template in templates_of(documents_of(FULL))}
+    digest = FULL["images"]["service"]["digest"]
+    assert images == {
+        f"registry.example.org/syncbn-service@{digest}",
+        "registry.example.org/syncbn-trainer:0.2.0-cuda",
+    }
+
+
+def test_the_api_finds_the_checker_and_gives_it_no_secret(documents):
+    host, _, port = environment_of(documents, "demo-syncbn-api")["SYNCBN_CHECKER"].partition(":")
+    service = find(documents, "Service", host)["spec"]
+    deployment = find(documents, "Deployment", "demo-syncbn-checker")["spec"]
+    (container,) = deployment["template"]["spec"]["containers"]
+    assert selects({"matchLabels": service["selector"]}, deployment["template"]["metadata"]["labels"])
+    assert service["ports"] == [{"name": "checks", "port": int(port), "targetPort": "checks"}]
+    assert container["ports"] == [{"name": "checks", "containerPort": 7000}]
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["checker"]
+    assert container["args"] == compose["command"]
+    environment = environment_of(documents, "demo-syncbn-checker")
+    assert environment == compose["environment"] | {"HOME": "/tmp"}
+    assert deployment["template"]["spec"]["volumes"] == [{"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}}]
+
+
+def test_monitoring_has_the_token_that_opens_the_metrics_alone():
+    documents = documents_of(FULL)
+    api = find(documents, "Deployment", "demo-syncbn-api")["spec"]["template"]["spec"]["containers"][0]
+    references = {
+        one["name"]: one["valueFrom"]["secretKeyRef"]
+        for one in api["env"]
+        if "secretKeyRef" in one.get("valueFrom", {})
+    }
+    (endpoint,) = find(documents, "ServiceMonitor", "demo-syncbn")["spec"]["endpoints"]
+    assert endpoint["authorization"]["credentials"] == references["SYNCBN_METRICS_TOKEN"]
+    assert references["SYNCBN_METRICS_TOKEN"] != references["SYNCBN_TOKEN"]
+
+
 def test_kueue_admits_the_cluster():
     metadata = find(documents_of(FULL), "RayCluster", "demo-syncbn")["metadata"]
     assert metadata["labels"]["kueue.x-k8s.io/queue-name"] == "training"
@@ -360,14 +409,14 @@ def can_reach(documents, source, target, port):
     return passes("egress", source, labels[target]) and passes("ingress", target, labels[source])
 
 
-PORTS = (5000, 5432, 6379, 6443, 8000, 8080, 8265, 10001, 40000, 52365)
+PORTS = (5000, 5432, 6379, 6443, 7000, 8000, 8080, 8265, 10001, 40000, 52365)
 DATABASE, KUBERNETES, OUTSIDE, METADATA = "10.1.2.3", "10.9.0.1", "1.1.1.1", "169.254.169.254"
 
 
 def test_the_network_policies_open_these_ways_and_no_other():
     documents = documents_of(FULL)
     pods = labels_of(documents)
-    assert pods.keys() == {"api", "mlflow", "head", "cpu", "other"}
+    assert pods.keys() == {"api", "checker", "mlflow", "head", "cpu", "other"}
     ways = {
         (source, target, port)
         for source in pods
@@ -378,6 +427,7 @@ def test_the_network_policies_open_these_ways_and_no_other():
     among_ray = {(one, two, port) for one in ("head", "cpu") for two in ("head", "cpu") for port in PORTS}
     assert ways - among_ray == {
         ("api", "mlflow", 5000),
+        ("api", "checker", 7000),
         ("api", "head", 8265),
         ("api", DATABASE, 5432),
         ("mlflow", DATABASE, 5432),
@@ -441,7 +491,9 @@ def with_group(**changes):
         ({"api": {"replicas": 0}}, "'/api/replicas': minimum: got 0, want 1"),
         ({"api": {"settings": {"SYNCBN_TOKEN": "x" * 20}}}, "'/api/settings/SYNCBN_TOKEN': false schema"),
         ({"user": {"id": 0}}, "'/user/id': minimum: got 0, want 1"),
-        ({"image": {"digest": "sha256:12"}}, "'/image/digest'.*does not match pattern"),
+        ({"images": {"trainer": {"digest": "sha256:12"}}}, "'/images/trainer/digest'.*match pattern"),
+        ({"image": {"tag": "1"}}, "additional properties 'image' not allowed"),
+        ({"api": {"settings": {"SYNCBN_CHECKER": "x:1"}}}, "'/api/settings/SYNCBN_CHECKER': false schema"),
         ({"database": {"host": "a@b"}}, "'/database/host'.*does not match pattern"),
         ({"database": {"sslMode": "allow"}}, "'/database/sslMode': value must be one of"),
         ({"jobSecrets": {"items": [{"key": "a", "path": "../x"}]}}, "'/jobSecrets/items/0/path'"),

@@ -8,6 +8,14 @@ import httpx
 
 from service.client import Client
 
+SPEC = {
+    "data": {"name": "digits"},
+    "model": {"name": "mlp", "hidden": [32]},
+    "optimizer": {"lr": 0.5},
+    "num_workers": 2,
+    "log_model": False,
+}
+
 
 class Service:
     """API and dispatcher that can be started, killed and restarted."""

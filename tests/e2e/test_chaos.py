@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.cluster
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 

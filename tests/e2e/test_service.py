@@ -1,7 +1,5 @@
 """Jobs and comparisons through HTTP, on a real Ray and MLflow."""
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -9,58 +7,12 @@ import pytest
 import yaml
 
 from service.client import ApiError
-from tests.e2e.service import Service
+from tests.e2e.service import SPEC
 from tests.service.store.earlier import copy_to_revision
 
 pytestmark = pytest.mark.e2e
 
-SPEC = {
-    "data": {"name": "digits"},
-    "model": {"name": "mlp", "hidden": [32]},
-    "optimizer": {"lr": 0.5},
-    "num_workers": 2,
-    "log_model": False,
-}
 ENDLESS = SPEC | {"steps": 10_000_000, "eval_every": 1000}
-
-
-@pytest.fixture(scope="module")
-def service(stack, tmp_path_factory):
-    service = Service(stack.api_environment, tmp_path_factory.mktemp("service") / "serve.log")
-    service.start()
-    yield service
-    service.stop()
-
-
-@pytest.fixture(scope="module")
-def syncbn(service, tmp_path_factory):
-    """Run the command in its own process, in a folder that all calls share."""
-    environment = service.environment | {"SYNCBN_URL": service.url, "COLUMNS": "200"}
-    folder = tmp_path_factory.mktemp("syncbn")
-
-    def run(*arguments):
-        command = [sys.executable, "-m", "service.cli.app", *arguments]
-        return subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=200, check=False
-        )
-
-    run.folder = folder
-    return run
-
-
-@pytest.fixture(scope="module")
-def compared(syncbn):
-    """Output of `syncbn compare` for two jobs, one per norm, after their end."""
-    content = {
-        "name": "end to end",
-        "spec": SPEC | {"steps": 100, "eval_every": 10, "log_model": True},
-        "matrix": {"norm": ["none", "sync"]},
-        "target": 0.5,
-    }
-    (syncbn.folder / "comparison.yaml").write_text(yaml.safe_dump(content))
-    compared = syncbn("compare", "comparison.yaml")
-    assert compared.returncode == 0, compared.stderr
-    return compared.stdout
 
 
 def test_a_comparison_runs_and_is_reported(service, compared):
@@ -109,7 +61,7 @@ def jobs(service):
     """An endless and a short job that each fill the cluster, and one that waits for both."""
     with service.client() as client:
         endless = client.submit_job("to be cancelled", ENDLESS)
-        ending = client.submit_job("through a crash", SPEC | {"steps": 3000, "eval_every": 500})
+        ending = client.submit_job("through a crash", SPEC | {"steps": 1500, "eval_every": 500})
         waiting = client.submit_job("queued behind them", SPEC | {"steps": 5, "num_workers": 4})
     return endless, ending, waiting
 
@@ -123,10 +75,10 @@ def test_a_job_that_ends_while_the_api_is_dead_is_reported_after_an_upgrade(serv
     copy_to_revision(Path(address.removeprefix("sqlite+aiosqlite:///")), "0013")
     service.start()
     ended = service.until(job.id, "succeeded")
-    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 3000 steps", 3000)
+    assert (ended.attempt, ended.reason, ended.progress.step) == (1, "finished 1500 steps", 1500)
     with service.client() as client:
         assert client.job(waiting.id).state == "queued"
-        assert client.logs(job.id).count("step 3000/3000") == 1
+        assert client.logs(job.id).count("step 1500/1500") == 1
 
 
 def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service, jobs):

@@ -200,9 +200,9 @@ def test_no_process_outlives_the_command_or_the_api(data_dir, runs, victim):
     "victim",
     [
         "raylet",
-        "mlflow",
-        # The same rules of the supervisor: a process itself, a required child, and the exit of a child
-        # counted as that of its process.
+        # The same rules of the supervisor: a process itself, as the API above, a required child, and the exit
+        # of a child counted as that of its process.
+        pytest.param("mlflow", marks=pytest.mark.slow),
         pytest.param("ray", marks=pytest.mark.slow),
         pytest.param("gcs_server", marks=pytest.mark.slow),
         pytest.param("uvicorn", marks=pytest.mark.slow),

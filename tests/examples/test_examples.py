@@ -134,6 +134,7 @@ def test_a_timm_model_and_its_average_equal_those_of_one_process(tmp_path):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_running_statistics_of_averaged_weights_are_those_of_all_ranks(tmp_path):
     expressions = ["averaged.module.state_dict()", "precise.module.state_dict()"]
     averaged, precise = equal_on_all_ranks(run("average_weights.py", tmp_path, *expressions))
@@ -160,6 +161,7 @@ def test_running_statistics_of_averaged_weights_are_those_of_all_ranks(tmp_path)
         torch.testing.assert_close(state["1.running_var"], (weights * variances).sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_teacher_has_its_own_layer_names_and_evaluates_without_a_group(tmp_path):
     expressions = [
         "names == ['1', '1, copy']",

@@ -45,6 +45,13 @@ def client(url):
         yield client
 
 
+@pytest.fixture(scope="module")
+def stored(client):
+    """Identifiers in paths: of a large comparison and of its first job."""
+    made = client.post("/v1/comparisons", json=comparison()).json()
+    return {"comparison": made["id"], "job": made["jobs"][0]["id"]}
+
+
 def measure_latency(url, pipe):
     """Send the maximum latency of /livez between each pair of messages in `pipe`, until it is closed."""
     with httpx.Client(timeout=60) as client, suppress(EOFError):
@@ -205,11 +212,9 @@ def test_expensive_requests_get_the_expected_status():
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_expensive_requests_do_not_delay_others(max_latency, client, name):
+def test_expensive_requests_do_not_delay_others(max_latency, client, stored, name):
     method, path, body, status = REQUESTS[name]
-    if "{" in path:
-        jobs = client.post("/v1/comparisons", json=comparison()).json()
-        path = path.format(job=jobs["jobs"][0]["id"], comparison=jobs["id"])
+    path = path.format_map(stored)
     content = json.dumps(body).encode() if body else None
     # Without its origin, a form would be refused before it is read.
     headers = {"Content-Type": "application/json", "Origin": str(client.base_url).rstrip("/")}

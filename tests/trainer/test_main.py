@@ -132,104 +132,96 @@ def test_without_a_file_the_usage_is_printed(tmp_path):
     assert "spec: must be a YAML file" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A folder in which a spec was trained on a private Ray."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "spec.yaml").write_text(SPEC)
-    result = run("spec.yaml", "--output", "out", cwd=folder)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (folder / "stdout").write_text(result.stdout)
-    return folder
-
-
-@pytest.mark.ray
-def test_a_spec_runs_by_hand_on_a_private_ray(trained):
-    stdout = (trained / "stdout").read_text()
-    assert "step 30/30" in stdout
-    outcome = Outcome.model_validate_json((trained / "out/attempt-1" / OUTCOME_FILE).read_text())
-    assert outcome.state == "succeeded"
-    assert 0 <= outcome.metrics["accuracy"] <= 1
-    lines = [json.loads(line) for line in (trained / "out/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 10, 20, 30]
-    assert (trained / "out/attempt-1/figures/accuracy.png").exists()
-    assert (trained / "out/attempt-1/model.pt").stat().st_size > 0
-    assert (trained / "out/attempt-1/model-last.pt").stat().st_size > 0
-    assert "model.pt: best model, step 10" in stdout
-    assert not (trained / "out/attempt-1" / LOG_FILE).exists()
-    again = run("spec.yaml", "--output", "out", cwd=trained)
-    assert again.returncode == 2
-    assert "must be an empty folder" in again.stderr
-
-
-@pytest.mark.ray
-def test_an_optimizer_without_state_is_resumed_by_hand(trained):
-    (trained / "spec.yaml").write_text(SPEC.replace("steps: 30", "steps: 40"))
-    result = run("spec.yaml", "--output", "out", "--resume", cwd=trained)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "resuming from step-000000000030" in result.stdout
-    outcome = Outcome.model_validate_json((trained / "out/attempt-2" / OUTCOME_FILE).read_text())
-    assert (outcome.state, outcome.step) == ("succeeded", 40)
-
-
 MODELS = """
+import os
 import torch
 from torch import nn
 
-class Fragile(nn.Module):
-    def __init__(self, calls):
-        super().__init__()
-        self.layer, self.calls = nn.Linear(4, 3), calls
+class Fragile(nn.Sequential):
+    calls = 0
 
     def forward(self, x):
-        self.calls -= self.training
-        if self.calls < 0 and torch.distributed.get_rank() == 1:
+        self.calls += self.training and torch.is_grad_enabled()
+        if self.calls > 7 and os.path.exists("fragile") and torch.distributed.get_rank() == 1:
             raise KeyError("weights of my own")
-        return self.layer(x)
+        return super().forward(x)
 
-def fragile(calls):
-    return Fragile(calls)
+def fragile():
+    return Fragile(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 """
 
 
-@pytest.mark.ray
-def test_a_user_model_that_fails_on_one_worker_with_streamed_data(tmp_path):
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory):
+    """Folder of a run by hand with streamed data, whose model has failed on one worker, and its output."""
     import numpy as np
     import pandas as pd
 
-    random = np.random.default_rng(0)
-    for folder, rows in (("train", 64), ("test", 16)):
-        (tmp_path / folder).mkdir()
-        inputs = list(random.normal(size=(rows, 4)).astype(np.float32))
-        pd.DataFrame({"image": inputs, "label": random.integers(0, 3, rows)}).to_parquet(
-            tmp_path / folder / "0.parquet"
-        )
-    (tmp_path / "models.py").write_text(MODELS)
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("failed")
+    for part, rows in (("train", 64), ("test", 16)):
+        (folder / part).mkdir()
+        labels = random.integers(0, 3, rows)
+        inputs = list((random.normal(size=(rows, 4)) + labels[:, None]).astype(np.float32))
+        pd.DataFrame({"image": inputs, "label": labels}).to_parquet(folder / part / "0.parquet")
     spec = {
-        "model": {"name": "import:models:fragile", "arguments": {"calls": 7}},
+        "model": {"name": "import:models:fragile"},
         "data": {
             "name": "ray",
             "format": "parquet",
-            "train": str(tmp_path / "train"),
-            "test": str(tmp_path / "test"),
+            "train": str(folder / "train"),
+            "test": str(folder / "test"),
             "classes": 3,
             "shape": [4],
         },
-        "norm": "none",
         "num_workers": 2,
         "global_batch_size": 8,
-        "steps": 30,
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "steps": 20,
         "eval_every": 5,
+        "evaluation": {"statistics": "precise"},
         "collective_timeout_seconds": 20,
-        "checkpoint": {"every": 5},
+        # The largest loss is that of the first evaluation after the start.
+        "checkpoint": {"every": 5, "keep_best": "test_loss", "best_mode": "max"},
     }
-    (tmp_path / "spec.yaml").write_text(json.dumps(spec))
-    result = run("spec.yaml", "--output", "out", cwd=tmp_path, timeout=200)
+    (folder / "models.py").write_text(MODELS)
+    (folder / "spec.yaml").write_text(yaml.safe_dump(spec))
+    (folder / "fragile").touch()
+    return folder, run("spec.yaml", "--output", "out", cwd=folder, timeout=200)
+
+
+@pytest.mark.ray
+def test_a_user_model_that_fails_on_one_worker_with_streamed_data(failed):
+    folder, result = failed
     assert result.returncode == 1, result.stdout + result.stderr
-    outcome = Outcome.model_validate_json((tmp_path / "out/attempt-1" / OUTCOME_FILE).read_text())
+    outcome = Outcome.model_validate_json((folder / "out/attempt-1" / OUTCOME_FILE).read_text())
     assert (outcome.state, outcome.cause, outcome.rank, outcome.step) == ("failed", "user_code", 1, 7)
     assert outcome.reason == "worker 1: KeyError: 'weights of my own'"
     assert "models.py" in outcome.traceback
-    runs = json.loads((tmp_path / "out/checkpoints/run.json").read_text())["worker_group_runs"]
+    runs = json.loads((folder / "out/checkpoints/run.json").read_text())["worker_group_runs"]
     assert [(run["attempt"], run["outcome"]["cause"]) for run in runs] == [(1, "user_code")]
-    assert list((tmp_path / "out/checkpoints").glob("step-000000000005-*/manifest.json"))
+    assert list((folder / "out/checkpoints").glob("step-000000000005-*/manifest.json"))
+
+
+@pytest.mark.ray
+def test_a_failed_run_is_resumed_by_hand_on_a_private_ray(failed):
+    """The optimizer has no state, as without momentum."""
+    folder, _ = failed
+    again = run("spec.yaml", "--output", "out", cwd=folder)
+    assert again.returncode == 2
+    assert "must be an empty folder" in again.stderr
+    (folder / "fragile").unlink()
+    result = run("spec.yaml", "--output", "out", "--resume", cwd=folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "resuming from step-000000000005" in result.stdout
+    assert "step 20/20" in result.stdout
+    assert "model.pt: best model, step 5" in result.stdout
+    attempt = folder / "out/attempt-2"
+    outcome = Outcome.model_validate_json((attempt / OUTCOME_FILE).read_text())
+    assert (outcome.state, outcome.step) == ("succeeded", 20)
+    assert 0 <= outcome.metrics["accuracy"] <= 1
+    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [0, 5, 10, 15, 20]
+    assert (attempt / "figures/accuracy.png").exists()
+    assert (attempt / "model.pt").stat().st_size > 0
+    assert (attempt / "model-last.pt").stat().st_size > 0
+    assert not (attempt / LOG_FILE).exists()

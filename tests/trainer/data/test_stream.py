@@ -58,7 +58,12 @@ def feeding(spec):
     stop_feeder(feeder)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "images", "webdataset"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "kind", ["parquet", pytest.param("images", marks=SLOW), pytest.param("webdataset", marks=SLOW)]
+)
 def test_samples_do_not_depend_on_workers_or_resumption(kind, tmp_path):
     """Five steps of 9 samples are more than two passes over the 21 rows."""
     spec = make_spec(make_stream(kind, tmp_path), global_batch_size=9, gradient_accumulation_steps=2)
@@ -98,13 +103,13 @@ def test_data_is_read_from_any_address(tmp_path):
             "images",
             r"train/./\d.png",
             [f"{n}.png" for n in ("a/0", "a/5", "a/6", "b/1", "c/0", "c/0", "c/6")],
-            marks=pytest.mark.slow,
+            marks=SLOW,
         ),
         pytest.param(
             "webdataset",
             r"train/\d.tar, \d{3}",
             [f"{n[0]}.tar, {n[1:]}" for n in ("0000", "0005", "0006", "1001", "1001", "1007", "2005")],
-            marks=pytest.mark.slow,
+            marks=SLOW,
         ),
     ],
 )
@@ -178,8 +183,12 @@ def cut_off(path):
     ("kind", "part", "file", "spoil", "words"),
     [
         ("parquet", "train", "1.parquet", damage_page, r"OSError: Couldn't deserialize thrift"),
-        ("parquet", "test", "0.parquet", damage_page, r"OSError: Couldn't deserialize thrift"),
-        ("webdataset", "train", "1.tar", cut_off, r"ReadError: unexpected end of data"),
+        pytest.param(
+            "parquet", "test", "0.parquet", damage_page, r"OSError: Couldn't deserialize thrift", marks=SLOW
+        ),
+        pytest.param(
+            "webdataset", "train", "1.tar", cut_off, r"ReadError: unexpected end of data", marks=SLOW
+        ),
     ],
 )
 def test_a_file_that_fails_while_it_is_read_is_named_by_its_address(kind, part, file, spoil, words, tmp_path):
@@ -249,16 +258,18 @@ def test_a_feeder_reports_errors_at_startup(tmp_path):
 def test_samples_do_not_depend_on_evaluations_or_feeder_restarts(tmp_path):
     import ray
 
-    spec = make_spec(make_stream("parquet", tmp_path))
+    from trainer.data.stream import PREFETCH
+
+    spec = make_spec(make_stream("parquet", tmp_path), global_batch_size=3)
     with feeding(spec) as feeder:
         dataset = open_dataset(spec, 0, 1, CPU, torch.float32, feeder)
         stream = dataset.train(0)
-        parts = [next(stream)[0] for _ in range(2)]
-        ahead = take([dataset], 2, 4)
+        parts = [next(stream)[0]]
+        ahead = take([dataset], 2, 3)
         take_test([dataset])
         parts += [next(stream)[0]]
         ray.kill(feeder, no_restart=False)
-        parts += [next(stream)[0] for _ in range(3)]
-        whole = take([dataset], 0, 6)
+        parts += [next(stream)[0] for _ in range(PREFETCH + 1)]
+        whole = take([dataset], 0, 5)
     assert_same(ahead, whole[2:])
     assert_same([(part.inputs, part.labels) for part in parts], whole)

@@ -93,7 +93,7 @@ def test_one_worker_resumes_with_the_bits_of_an_uninterrupted_run(tmp_path, chan
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize(
     "name", ["sync", "batch", "none, dropout", "fp32, cosine, adamw", "shuffled by label"]
 )
@@ -107,7 +107,7 @@ def test_several_workers_resume_with_the_bits_of_an_uninterrupted_run(tmp_path, 
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_killing_a_worker_changes_no_bit_of_the_result(tmp_path, rank):
     """The sums of three workers depend on the order of terms; gradients arrive in another order."""
     model = {"name": "import:tests.trainer.networks:backwards"}

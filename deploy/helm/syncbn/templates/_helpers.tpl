@@ -15,14 +15,22 @@ app.kubernetes.io/name: syncbn
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
-{{- define "syncbn.image" -}}
-{{- $image := .Values.image -}}
+{{- define "syncbn.imageOf" -}}
+{{- $image := index .Values.images .target -}}
 image: {{ $image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default .Chart.AppVersion }}{{ end }}
-imagePullPolicy: {{ $image.pullPolicy }}
+imagePullPolicy: {{ .Values.images.pullPolicy }}
+{{- end }}
+
+{{- define "syncbn.serviceImage" -}}
+{{- include "syncbn.imageOf" (dict "Values" .Values "Chart" .Chart "target" "service") -}}
+{{- end }}
+
+{{- define "syncbn.trainerImage" -}}
+{{- include "syncbn.imageOf" (dict "Values" .Values "Chart" .Chart "target" "trainer") -}}
 {{- end }}
 
 {{- define "syncbn.pod" -}}
-{{- with .Values.image.pullSecrets }}
+{{- with .Values.images.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
   - name: {{ . }}
