@@ -115,7 +115,7 @@ def _oom_kills_of(text: str) -> int:
 
 
 def with_defaults(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment with the variables that it lacks and for which it has defaults."""
+    """Return an environment, and its defaults for variables that it lacks."""
     defaults = {
         name.removeprefix(DEFAULT_PREFIX): value
         for name, value in environment.items()

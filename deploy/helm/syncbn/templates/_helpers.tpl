@@ -103,6 +103,8 @@ runtimeClassName: {{ . }}
 {{ include "syncbn.rayAuth" . }}
 - name: RAY_USAGE_STATS_ENABLED
   value: "0"
+- name: RAY_health_check_failure_threshold
+  value: "10"
 - name: RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
   value: {{ .Values.ray.workerStartTimeoutSeconds | quote }}
 - name: HOME
