@@ -395,10 +395,10 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
 
     def fits_without(gone: Sequence[str]) -> bool:
         left = [one for one in running if one.id not in gone]
-        # An elastic job may hold as little as its minimum.
+        # At their maximum, as our count has them. If an elastic job holds less, the next plan takes more.
         ending = [one for one in running if one.id in gone and one.has_workers]
-        freed = sum((one.min_resources for one in ending), Resources())
-        of_type = sum(one.min_resources.gpus for one in ending if _competes(job, one))
+        freed = sum((one.max_resources for one in ending), Resources())
+        of_type = sum(one.max_resources.gpus for one in ending if _competes(job, one))
         then = _Usage(left, replace(cluster, free=cluster.free + freed))
         return len(left) < policy.max_active and then.has_room(job, of_type)
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from unittest.mock import patch
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain import scheduling
@@ -248,6 +248,10 @@ preemptible = st.builds(
 )  # fmt: skip
 
 
+def low(cpus, most=None, **changes):
+    return job(cpus, most, **({"has_workers": True, "preemptible": True, "priority": -1} | changes))
+
+
 @given(
     st.lists(preemptible, max_size=6),
     st.lists(preemptible, max_size=6),
@@ -256,12 +260,32 @@ preemptible = st.builds(
     st.integers(1, 6),
     st.dictionaries(owners, quotas),
 )
+@example([job(4)], [low(2, 8)], 8, 8, 2, {})
 @settings(max_examples=1_000)
 def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, used, max_active, by_owner):
     policy = Policy(max_active=max_active, quotas=by_owner)
     has = cluster(cpus, max(cpus - used, 0))
     found = plan(waiting, active, has, policy, NOW)
+
+    def fits(preemptor, kept):
+        freed = sum(one.max_resources.cpus for one in active if one not in kept and one.has_workers)
+        then = cluster(cpus, has.free.cpus + freed)
+        kept = [*kept, *found.admitted]
+        return plan([preemptor], kept, then, policy, NOW).admitted == [preemptor]
+
     if not found.preempted:
+        if len(waiting) == 1 and not found.admitted and waiting[0].preempted_by is None:
+            (only,) = waiting
+            # What stops anyway, or has just ended, makes room without a preemption.
+            held = [one for one in active if not one.is_stopping]
+            needed = only.min_resources.cpus + sum(one.max_resources.cpus for one in held)
+            kept = [one for one in held if not one.preemptible or one.priority >= only.priority]
+            assert (
+                found.reasons[only.id].startswith("waits for the quota")
+                or (len(held) < max_active and needed <= cpus)
+                or len(kept) == len(held)
+                or not fits(only, kept)
+            )
         return
     (preemptor,) = [one for one in waiting if one.id in found.preempted.values()]
     gone = [one for one in active if one.id in found.preempted]
@@ -272,19 +296,8 @@ def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, 
     assert preemptor.id not in [one.id for one in found.admitted]
     # What stops anyway counts as gone, here and in the plan.
     left = [one for one in active if one not in gone and not one.is_stopping]
-
-    def fits(kept):
-        freed = sum(one.min_resources.cpus for one in active if one not in kept and one.has_workers)
-        then = cluster(cpus, has.free.cpus + freed)
-        kept = [*kept, *found.admitted]
-        return plan([preemptor], kept, then, policy, NOW).admitted == [preemptor]
-
-    assert fits(left)
-    assert not any(fits([*left, one]) for one in gone)
-
-
-def low(cpus, **changes):
-    return job(cpus, **({"has_workers": True, "preemptible": True, "priority": -1} | changes))
+    assert fits(preemptor, left)
+    assert not any(fits(preemptor, [*left, one]) for one in gone)
 
 
 def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
@@ -297,6 +310,11 @@ def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
     big, large = low(4), job(4)
     assert preempt([large], [lowest, big], full) == ({big.id: large.id}, [])
     assert preempt([job(6)], [old, young, low(2, preemptible=False)], full) == ({}, [])
+
+
+def test_an_elastic_job_is_preempted_for_what_it_may_hold_above_its_minimum():
+    victim, urgent = low(2, 8), job(4)
+    assert preempt([urgent], [victim], cluster(8, 0)) == ({victim.id: urgent.id}, [])
 
 
 def test_a_job_is_preempted_for_a_slot():
