@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -291,6 +292,9 @@ class _Usage:
         self.cluster = cluster
         self.jobs: list[SchedulableJob] = []
         self._ours, self._not_placed = Resources(), Resources()
+        self._gpus: dict[str | None, float] = defaultdict(float)
+        self._gpus_not_placed: dict[str | None, float] = defaultdict(float)
+        """GPUs by the type that their jobs ask for."""
         self._held: dict[str, Resources] = {}
         self._counts: dict[str, int] = {}
         for job in active:
@@ -302,8 +306,10 @@ class _Usage:
         self._held[job.owner] = self.held(job.owner) + job.max_resources
         self._counts[job.owner] = self.count(job.owner) + 1
         self._ours += job.max_resources
+        self._gpus[job.accelerator_type] += job.max_resources.gpus
         if not job.has_workers:
             self._not_placed += job.max_resources
+            self._gpus_not_placed[job.accelerator_type] += job.max_resources.gpus
 
     def held(self, owner: str) -> Resources:
         """Return the resources of an owner's jobs."""
@@ -330,15 +336,15 @@ class _Usage:
 
         `freed_gpus` are GPUs of its type that become free in addition.
         """
-        if job.accelerator_type is not None:
-            of_type = self.cluster.of_type(job.accelerator_type)
-            pending = sum(
-                one.max_resources.gpus
-                for one in self.jobs
-                if one.accelerator_type == job.accelerator_type and not one.has_workers
+        if (kind := job.accelerator_type) is not None:
+            of_type = self.cluster.of_type(kind)
+            # Both counts, as in `free`.
+            left = min(
+                of_type.total.gpus - self._gpus[kind],
+                of_type.free.gpus + freed_gpus - self._gpus_not_placed[kind],
             )
             # Without a node of this type, an autoscaler adds one for the job.
-            if of_type.total.gpus and job.min_resources.gpus > of_type.free.gpus + freed_gpus - pending:
+            if of_type.total.gpus and job.min_resources.gpus > left:
                 return False
         return job.min_resources.fits(self.free())
 

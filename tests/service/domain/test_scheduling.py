@@ -392,6 +392,13 @@ def test_a_type_of_gpu_is_waited_for_while_others_are_free():
     assert len(admit([typed(4, "H100")], [], has, autoscaled=Resources(cpus=400, gpus=20))) == 1
 
 
+def test_gpus_of_a_type_are_not_given_twice_while_ray_still_reports_them_as_free():
+    has = of_types(A100=4, T4=4)
+    placed = replace(typed(4, "A100"), has_workers=True)
+    assert admit([typed(4, "A100")], [placed], has) == []
+    assert len(admit([typed(4, "T4")], [placed], has)) == 1
+
+
 def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
     busy = of_types(A100=2, L4=2)
     busy = replace(
