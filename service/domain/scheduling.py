@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from trainer.jobspec import JobSpec
 
@@ -77,9 +78,17 @@ class Cluster:
 
     def of_type(self, accelerator_type: str) -> "Cluster":
         """Return the cluster with the GPUs of one type alone."""
-        nodes = [node for node in self.nodes if node.accelerator_type == accelerator_type]
-        total, free = (sum(getattr(node, kind).gpus for node in nodes) for kind in ("total", "free"))
+        total, free = self._gpus_by_type.get(accelerator_type, (0.0, 0.0))
         return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
+
+    @cached_property
+    def _gpus_by_type(self) -> Mapping[str | None, tuple[float, float]]:
+        """Total and free GPUs by type, added up once for all jobs."""
+        found: dict[str | None, tuple[float, float]] = {}
+        for node in self.nodes:
+            total, free = found.get(node.accelerator_type, (0.0, 0.0))
+            found[node.accelerator_type] = total + node.total.gpus, free + node.free.gpus
+        return found
 
     def grown_to(self, most: Resources) -> "Cluster":
         """Return the cluster with the nodes that Ray's autoscaler would add.
@@ -323,30 +332,30 @@ class _Usage:
         """Return the dominant share of an owner."""
         return self.held(owner).share_of(self.cluster.total)
 
-    def free(self) -> Resources:
-        """Return the free resources.
+    def free(self, freed: Resources = Resources()) -> Resources:
+        """Return the free resources, with those that Ray frees in addition.
 
         They are the smaller of our count and Ray's, less pending submissions.
         """
         # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
-        return (self.cluster.total - self._ours).at_most(self.cluster.free - self._not_placed)
+        return (self.cluster.total - self._ours).at_most(self.cluster.free + freed - self._not_placed)
 
-    def has_room(self, job: SchedulableJob, freed_gpus: float = 0) -> bool:
+    def has_room(self, job: SchedulableJob, freed: Resources = Resources(), freed_of_type: float = 0) -> bool:
         """Return whether a job fits the free resources, and the free GPUs of its type.
 
-        `freed_gpus` are GPUs of its type that become free in addition.
+        What Ray frees is free in addition: resources, and the GPUs of the job's type among them.
         """
         if (kind := job.accelerator_type) is not None:
             of_type = self.cluster.of_type(kind)
             # Both counts, as in `free`.
             left = min(
                 of_type.total.gpus - self._gpus[kind],
-                of_type.free.gpus + freed_gpus - self._gpus_not_placed[kind],
+                of_type.free.gpus + freed_of_type - self._gpus_not_placed[kind],
             )
             # Without a node of this type, an autoscaler adds one for the job.
             if of_type.total.gpus and job.min_resources.gpus > left:
                 return False
-        return job.min_resources.fits(self.free())
+        return job.min_resources.fits(self.free(freed))
 
 
 def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> SchedulableJob | None:
@@ -405,8 +414,7 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
         ending = [one for one in running if one.id in gone and one.has_workers]
         freed = sum((one.max_resources for one in ending), Resources())
         of_type = sum(one.max_resources.gpus for one in ending if _competes(job, one))
-        then = _Usage(left, replace(cluster, free=cluster.free + freed))
-        return len(left) < policy.max_active and then.has_room(job, of_type)
+        return len(left) < policy.max_active and _Usage(left, cluster).has_room(job, freed, of_type)
 
     possible = [one for one in running if _may_preempt(job, one)]
     possible.sort(key=lambda one: (one.priority, -one.queued_at.timestamp(), one.id))

@@ -399,6 +399,22 @@ def test_gpus_of_a_type_are_not_given_twice_while_ray_still_reports_them_as_free
     assert len(admit([typed(4, "T4")], [placed], has)) == 1
 
 
+def test_gpus_of_types_are_added_up_once_however_many_jobs_wait():
+    """Once per job took 0.34 s for 2,000 jobs and 1,000 nodes."""
+
+    class Nodes(tuple):
+        iterations = 0
+
+        def __iter__(self):
+            Nodes.iterations += 1
+            return super().__iter__()
+
+    has = of_types(A100=2)
+    waiting = [typed(2, "A100") for _ in range(50)]
+    assert len(admit(waiting, [], replace(has, nodes=Nodes(has.nodes)))) == 1
+    assert 1 <= Nodes.iterations <= 2
+
+
 def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
     busy = of_types(A100=2, L4=2)
     busy = replace(
