@@ -81,6 +81,15 @@ class Cluster:
         total, free = self._gpus_by_type.get(accelerator_type, (0.0, 0.0))
         return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
 
+    def is_of_type(self, job: "SchedulableJob", accelerator_type: str) -> bool:
+        """Return whether the GPUs of a job are known to be of a type.
+
+        A job without a type has those of the only type, if there is no other.
+        """
+        if job.accelerator_type is not None:
+            return job.accelerator_type == accelerator_type
+        return [kind for kind, (total, _) in self._gpus_by_type.items() if total] == [accelerator_type]
+
     @cached_property
     def _gpus_by_type(self) -> Mapping[str | None, tuple[float, float]]:
         """Total and free GPUs by type, added up once for all jobs."""
@@ -399,11 +408,19 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
     if job.preempted_by is not None:
         return []
     running, cluster = usage.jobs, usage.cluster
+    kind = job.accelerator_type
+
+    def gpus_of_type(jobs: Iterable[SchedulableJob]) -> float:
+        return sum(
+            one.max_resources.gpus for one in jobs if kind is not None and cluster.is_of_type(one, kind)
+        )
+
     stopping = [one.id for one in running if one.is_stopping]
     # By our count alone: Ray reports resources of jobs that have just ended as used for some seconds.
-    holding = [one for one in running if not one.is_stopping and _competes(job, one)]
-    held = sum((one.max_resources for one in holding), Resources())
-    total = cluster.of_type(job.accelerator_type).total if job.accelerator_type else cluster.total
+    holding = [one for one in running if not one.is_stopping]
+    held, total = sum((one.max_resources for one in holding), Resources()), cluster.total
+    if kind is not None:
+        total, held = cluster.of_type(kind).total, Resources(held.cpus, gpus_of_type(holding))
     has_slot = len(running) - len(stopping) < policy.max_active
     if has_slot and job.min_resources.fits(total - held):
         return []
@@ -413,8 +430,8 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
         # At their maximum, as our count has them. If an elastic job holds less, the next plan takes more.
         ending = [one for one in running if one.id in gone and one.has_workers]
         freed = sum((one.max_resources for one in ending), Resources())
-        of_type = sum(one.max_resources.gpus for one in ending if _competes(job, one))
-        return len(left) < policy.max_active and _Usage(left, cluster).has_room(job, freed, of_type)
+        has_room = _Usage(left, cluster).has_room(job, freed, gpus_of_type(ending))
+        return len(left) < policy.max_active and has_room
 
     possible = [one for one in running if _may_preempt(job, one)]
     possible.sort(key=lambda one: (one.priority, -one.queued_at.timestamp(), one.id))
@@ -433,16 +450,7 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
 
 
 def _may_preempt(job: SchedulableJob, other: SchedulableJob) -> bool:
-    is_lower = other.preemptible and other.priority < job.priority and not other.is_stopping
-    return is_lower and _competes(job, other)
-
-
-def _competes(job: SchedulableJob, other: SchedulableJob) -> bool:
-    """Return whether another job is known to hold resources that `job` can use.
-
-    Which GPUs a job without a type holds is not known.
-    """
-    return job.accelerator_type in (None, other.accelerator_type)
+    return other.preemptible and other.priority < job.priority and not other.is_stopping
 
 
 def _gpus_of_type(job: SchedulableJob, cluster: Cluster, policy: Policy) -> float:

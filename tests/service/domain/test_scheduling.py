@@ -425,3 +425,22 @@ def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
     ]
     urgent = typed(1, "A100")
     assert preempt([urgent], victims, busy)[0] == {victims[1].id: urgent.id}
+
+
+def used_up(has):
+    """The same cluster without free GPUs."""
+    nodes = tuple(replace(node, free=Resources(node.free.cpus, 0)) for node in has.nodes)
+    return replace(has, free=Resources(has.free.cpus, 0), nodes=nodes)
+
+
+def test_a_job_with_a_type_of_gpu_preempts_jobs_without_one_if_that_makes_room():
+    untyped = low(2, min_resources=Resources(2, 2), max_resources=Resources(2, 2))
+    urgent = typed(2, "A100")
+    assert preempt([urgent], [untyped], used_up(of_types(A100=2)))[0] == {untyped.id: urgent.id}
+    # Which GPUs it holds is not known here.
+    assert preempt([urgent], [untyped], used_up(of_types(A100=2, L4=2)))[0] == {}
+    # The job lacks CPUs alone.
+    on_cpus = low(63)
+    has = of_types(A100=2)
+    has = replace(has, free=Resources(1, 2))
+    assert preempt([urgent], [on_cpus], has)[0] == {on_cpus.id: urgent.id}
