@@ -285,11 +285,12 @@ class _Order:
         if self._starving.pop(job.id, None) is None:
             del self._groups[self._rank(job)][job.owner][job.id]
 
-    def has_preemptors(self) -> bool:
-        """Return whether a job waits for which others were preempted."""
-        return not self.preemptors.isdisjoint(self._starving) or any(
-            not is_other and any(owners.values()) for (_, is_other), owners in self._groups.items()
-        )
+    def waiting_preemptors(self) -> Iterator[SchedulableJob]:
+        """Yield the jobs for which others were preempted."""
+        yield from (job for job in self._starving.values() if job.id in self.preemptors)
+        for (_, is_other), owners in sorted(self._groups.items()):
+            if not is_other:
+                yield from (job for jobs in owners.values() for job in jobs.values())
 
     def jobs(self, usage: "_Usage") -> Iterator[SchedulableJob]:
         """Yield the jobs in order."""
@@ -374,30 +375,41 @@ def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> Schedula
     """
     reasons, now = found.reasons, order.now
     is_full = len(usage.jobs) >= policy.max_active
-    kept_for: SchedulableJob | None = None
-    is_kept = False
+    is_first = True
+    kept: str | None = None
     quota_kept_for: dict[str, SchedulableJob] = {}
-    for job in order.jobs(usage):
-        owners = usage.held(job.owner) + job.max_resources
+
+    def is_behind(job: SchedulableJob) -> bool:
         first = quota_kept_for.get(job.owner)
+        return first is not None and now - first.queued_at >= policy.backfill
+
+    def has_quota(job: SchedulableJob) -> bool:
+        owners = usage.held(job.owner) + job.max_resources
+        return _quota(policy, job).allows(usage.count(job.owner) + 1, owners)
+
+    for job in order.jobs(usage):
         # Quotas come before resources: a job without quota must not reserve resources for itself.
-        if first is not None and now - first.queued_at >= policy.backfill:
-            reasons[job.id] = f"waits behind {first.id}, which has waited longer for the quota of {job.owner}"
-        elif not _quota(policy, job).allows(usage.count(job.owner) + 1, owners):
+        if is_behind(job):
+            first = quota_kept_for[job.owner].id
+            reasons[job.id] = f"waits behind {first}, which has waited longer for the quota of {job.owner}"
+        elif not has_quota(job):
             reasons[job.id] = f"waits for the quota of {job.owner}"
             quota_kept_for.setdefault(job.owner, job)
-        elif kept_for is not None and is_kept and job.id not in order.preemptors:
-            what = "preempts others" if now - kept_for.queued_at < policy.backfill else "has waited longer"
-            reasons[job.id] = f"waits behind {kept_for.id}, which {what} for {kept_for.min_resources}"
+        elif kept is not None and job.id not in order.preemptors:
+            reasons[job.id] = kept
         elif is_full or not usage.has_room(job):
             what = f"one of {policy.max_active} active jobs to end" if is_full else str(job.min_resources)
             reasons[job.id] = f"waits for {what}"
             # Only the first job reserves and preempts; otherwise a long queue would block all backfill.
-            if kept_for is None:
-                kept_for, victims = job, _victims(job, usage, policy)
+            if is_first:
+                is_first, victims = False, _victims(job, usage, policy)
                 found.preempted.update(dict.fromkeys(victims, job.id))
-                has_waited = now - job.queued_at >= policy.backfill
-                is_kept = has_waited or bool(victims) or order.has_preemptors()
+                preemptors = [job] if victims else order.waiting_preemptors()
+                if now - job.queued_at >= policy.backfill:
+                    kept = f"waits behind {job.id}, which has waited longer for {job.min_resources}"
+                # One that waits for its quota cannot use what is kept for it.
+                elif one := next((one for one in preemptors if has_quota(one) and not is_behind(one)), None):
+                    kept = f"waits behind {one.id}, which preempts others for {one.min_resources}"
         else:
             return job
     return None

@@ -350,6 +350,21 @@ def test_freed_resources_are_kept_for_the_job_that_preempted():
     assert preempt([back, other], [], cluster(3))[1] == [other.id, back.id]
 
 
+def test_a_job_that_preempted_and_waits_for_its_quota_keeps_nothing():
+    large = job(2, owner="cat", priority=1)
+    preemptor, small = job(1, owner="bob"), job(1, owner="ann", priority=-1)
+    back = low(1, has_workers=False, preempted_by=preemptor.id, owner="dan", priority=-2)
+    holder = job(1, owner="bob", has_workers=True)
+    waiting, has = [large, preemptor, small, back], cluster(2, 1)
+    assert preempt(waiting, [holder], has, quotas={"bob": Quota(cpus=1)}) == ({}, [small.id])
+    # With quota, it starts; one that is too large keeps the resources, and is the job that is named.
+    assert preempt(waiting, [holder], has) == ({}, [preemptor.id])
+    wide = replace(preemptor, min_resources=Resources(2), max_resources=Resources(2))
+    found = plan([large, wide, small, back], [holder], has, Policy(max_active=8), NOW)
+    assert found.admitted == []
+    assert found.reasons[small.id] == f"waits behind {wide.id}, which preempts others for 2 CPUs"
+
+
 def test_a_preemptible_job_does_not_overtake_by_starvation():
     """It would be preempted again by the first job that it overtakes."""
     old = low(1, has_workers=False, waited=7 * 3600)
