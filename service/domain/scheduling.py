@@ -2,9 +2,11 @@
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from trainer.jobspec import JobSpec
 
@@ -76,9 +78,26 @@ class Cluster:
 
     def of_type(self, accelerator_type: str) -> "Cluster":
         """Return the cluster with the GPUs of one type alone."""
-        nodes = [node for node in self.nodes if node.accelerator_type == accelerator_type]
-        total, free = (sum(getattr(node, kind).gpus for node in nodes) for kind in ("total", "free"))
+        total, free = self._gpus_by_type.get(accelerator_type, (0.0, 0.0))
         return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
+
+    def is_of_type(self, job: "SchedulableJob", accelerator_type: str) -> bool:
+        """Return whether the GPUs of a job are known to be of a type.
+
+        A job without a type has those of the only type, if there is no other.
+        """
+        if job.accelerator_type is not None:
+            return job.accelerator_type == accelerator_type
+        return [kind for kind, (total, _) in self._gpus_by_type.items() if total] == [accelerator_type]
+
+    @cached_property
+    def _gpus_by_type(self) -> Mapping[str | None, tuple[float, float]]:
+        """Total and free GPUs by type, added up once for all jobs."""
+        found: dict[str | None, tuple[float, float]] = {}
+        for node in self.nodes:
+            total, free = found.get(node.accelerator_type, (0.0, 0.0))
+            found[node.accelerator_type] = total + node.total.gpus, free + node.free.gpus
+        return found
 
     def grown_to(self, most: Resources) -> "Cluster":
         """Return the cluster with the nodes that Ray's autoscaler would add.
@@ -266,11 +285,12 @@ class _Order:
         if self._starving.pop(job.id, None) is None:
             del self._groups[self._rank(job)][job.owner][job.id]
 
-    def has_preemptors(self) -> bool:
-        """Return whether a job waits for which others were preempted."""
-        return not self.preemptors.isdisjoint(self._starving) or any(
-            not is_other and any(owners.values()) for (_, is_other), owners in self._groups.items()
-        )
+    def waiting_preemptors(self) -> Iterator[SchedulableJob]:
+        """Yield the jobs for which others were preempted."""
+        yield from (job for job in self._starving.values() if job.id in self.preemptors)
+        for (_, is_other), owners in sorted(self._groups.items()):
+            if not is_other:
+                yield from (job for jobs in owners.values() for job in jobs.values())
 
     def jobs(self, usage: "_Usage") -> Iterator[SchedulableJob]:
         """Yield the jobs in order."""
@@ -291,6 +311,9 @@ class _Usage:
         self.cluster = cluster
         self.jobs: list[SchedulableJob] = []
         self._ours, self._not_placed = Resources(), Resources()
+        self._gpus: dict[str | None, float] = defaultdict(float)
+        self._gpus_not_placed: dict[str | None, float] = defaultdict(float)
+        """GPUs by the type that their jobs ask for."""
         self._held: dict[str, Resources] = {}
         self._counts: dict[str, int] = {}
         for job in active:
@@ -302,8 +325,10 @@ class _Usage:
         self._held[job.owner] = self.held(job.owner) + job.max_resources
         self._counts[job.owner] = self.count(job.owner) + 1
         self._ours += job.max_resources
+        self._gpus[job.accelerator_type] += job.max_resources.gpus
         if not job.has_workers:
             self._not_placed += job.max_resources
+            self._gpus_not_placed[job.accelerator_type] += job.max_resources.gpus
 
     def held(self, owner: str) -> Resources:
         """Return the resources of an owner's jobs."""
@@ -317,30 +342,30 @@ class _Usage:
         """Return the dominant share of an owner."""
         return self.held(owner).share_of(self.cluster.total)
 
-    def free(self) -> Resources:
-        """Return the free resources.
+    def free(self, freed: Resources = Resources()) -> Resources:
+        """Return the free resources, with those that Ray frees in addition.
 
         They are the smaller of our count and Ray's, less pending submissions.
         """
         # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
-        return (self.cluster.total - self._ours).at_most(self.cluster.free - self._not_placed)
+        return (self.cluster.total - self._ours).at_most(self.cluster.free + freed - self._not_placed)
 
-    def has_room(self, job: SchedulableJob, freed_gpus: float = 0) -> bool:
+    def has_room(self, job: SchedulableJob, freed: Resources = Resources(), freed_of_type: float = 0) -> bool:
         """Return whether a job fits the free resources, and the free GPUs of its type.
 
-        `freed_gpus` are GPUs of its type that become free in addition.
+        What Ray frees is free in addition: resources, and the GPUs of the job's type among them.
         """
-        if job.accelerator_type is not None:
-            of_type = self.cluster.of_type(job.accelerator_type)
-            pending = sum(
-                one.max_resources.gpus
-                for one in self.jobs
-                if one.accelerator_type == job.accelerator_type and not one.has_workers
+        if (kind := job.accelerator_type) is not None:
+            of_type = self.cluster.of_type(kind)
+            # Both counts, as in `free`.
+            left = min(
+                of_type.total.gpus - self._gpus[kind],
+                of_type.free.gpus + freed_of_type - self._gpus_not_placed[kind],
             )
             # Without a node of this type, an autoscaler adds one for the job.
-            if of_type.total.gpus and job.min_resources.gpus > of_type.free.gpus + freed_gpus - pending:
+            if of_type.total.gpus and job.min_resources.gpus > left:
                 return False
-        return job.min_resources.fits(self.free())
+        return job.min_resources.fits(self.free(freed))
 
 
 def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> SchedulableJob | None:
@@ -350,30 +375,41 @@ def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> Schedula
     """
     reasons, now = found.reasons, order.now
     is_full = len(usage.jobs) >= policy.max_active
-    kept_for: SchedulableJob | None = None
-    is_kept = False
+    is_first = True
+    kept: str | None = None
     quota_kept_for: dict[str, SchedulableJob] = {}
-    for job in order.jobs(usage):
-        owners = usage.held(job.owner) + job.max_resources
+
+    def is_behind(job: SchedulableJob) -> bool:
         first = quota_kept_for.get(job.owner)
+        return first is not None and now - first.queued_at >= policy.backfill
+
+    def has_quota(job: SchedulableJob) -> bool:
+        owners = usage.held(job.owner) + job.max_resources
+        return _quota(policy, job).allows(usage.count(job.owner) + 1, owners)
+
+    for job in order.jobs(usage):
         # Quotas come before resources: a job without quota must not reserve resources for itself.
-        if first is not None and now - first.queued_at >= policy.backfill:
-            reasons[job.id] = f"waits behind {first.id}, which has waited longer for the quota of {job.owner}"
-        elif not _quota(policy, job).allows(usage.count(job.owner) + 1, owners):
+        if is_behind(job):
+            first = quota_kept_for[job.owner].id
+            reasons[job.id] = f"waits behind {first}, which has waited longer for the quota of {job.owner}"
+        elif not has_quota(job):
             reasons[job.id] = f"waits for the quota of {job.owner}"
             quota_kept_for.setdefault(job.owner, job)
-        elif kept_for is not None and is_kept and job.id not in order.preemptors:
-            what = "preempts others" if now - kept_for.queued_at < policy.backfill else "has waited longer"
-            reasons[job.id] = f"waits behind {kept_for.id}, which {what} for {kept_for.min_resources}"
+        elif kept is not None and job.id not in order.preemptors:
+            reasons[job.id] = kept
         elif is_full or not usage.has_room(job):
             what = f"one of {policy.max_active} active jobs to end" if is_full else str(job.min_resources)
             reasons[job.id] = f"waits for {what}"
             # Only the first job reserves and preempts; otherwise a long queue would block all backfill.
-            if kept_for is None:
-                kept_for, victims = job, _victims(job, usage, policy)
+            if is_first:
+                is_first, victims = False, _victims(job, usage, policy)
                 found.preempted.update(dict.fromkeys(victims, job.id))
-                has_waited = now - job.queued_at >= policy.backfill
-                is_kept = has_waited or bool(victims) or order.has_preemptors()
+                preemptors = [job] if victims else order.waiting_preemptors()
+                if now - job.queued_at >= policy.backfill:
+                    kept = f"waits behind {job.id}, which has waited longer for {job.min_resources}"
+                # One that waits for its quota cannot use what is kept for it.
+                elif one := next((one for one in preemptors if has_quota(one) and not is_behind(one)), None):
+                    kept = f"waits behind {one.id}, which preempts others for {one.min_resources}"
         else:
             return job
     return None
@@ -384,23 +420,30 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
     if job.preempted_by is not None:
         return []
     running, cluster = usage.jobs, usage.cluster
+    kind = job.accelerator_type
+
+    def gpus_of_type(jobs: Iterable[SchedulableJob]) -> float:
+        return sum(
+            one.max_resources.gpus for one in jobs if kind is not None and cluster.is_of_type(one, kind)
+        )
+
     stopping = [one.id for one in running if one.is_stopping]
     # By our count alone: Ray reports resources of jobs that have just ended as used for some seconds.
-    holding = [one for one in running if not one.is_stopping and _competes(job, one)]
-    held = sum((one.max_resources for one in holding), Resources())
-    total = cluster.of_type(job.accelerator_type).total if job.accelerator_type else cluster.total
+    holding = [one for one in running if not one.is_stopping]
+    held, total = sum((one.max_resources for one in holding), Resources()), cluster.total
+    if kind is not None:
+        total, held = cluster.of_type(kind).total, Resources(held.cpus, gpus_of_type(holding))
     has_slot = len(running) - len(stopping) < policy.max_active
     if has_slot and job.min_resources.fits(total - held):
         return []
 
     def fits_without(gone: Sequence[str]) -> bool:
         left = [one for one in running if one.id not in gone]
-        # An elastic job may hold as little as its minimum.
+        # At their maximum, as our count has them. If an elastic job holds less, the next plan takes more.
         ending = [one for one in running if one.id in gone and one.has_workers]
-        freed = sum((one.min_resources for one in ending), Resources())
-        of_type = sum(one.min_resources.gpus for one in ending if _competes(job, one))
-        then = _Usage(left, replace(cluster, free=cluster.free + freed))
-        return len(left) < policy.max_active and then.has_room(job, of_type)
+        freed = sum((one.max_resources for one in ending), Resources())
+        has_room = _Usage(left, cluster).has_room(job, freed, gpus_of_type(ending))
+        return len(left) < policy.max_active and has_room
 
     possible = [one for one in running if _may_preempt(job, one)]
     possible.sort(key=lambda one: (one.priority, -one.queued_at.timestamp(), one.id))
@@ -419,16 +462,7 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
 
 
 def _may_preempt(job: SchedulableJob, other: SchedulableJob) -> bool:
-    is_lower = other.preemptible and other.priority < job.priority and not other.is_stopping
-    return is_lower and _competes(job, other)
-
-
-def _competes(job: SchedulableJob, other: SchedulableJob) -> bool:
-    """Return whether another job is known to hold resources that `job` can use.
-
-    Which GPUs a job without a type holds is not known.
-    """
-    return job.accelerator_type in (None, other.accelerator_type)
+    return other.preemptible and other.priority < job.priority and not other.is_stopping
 
 
 def _gpus_of_type(job: SchedulableJob, cluster: Cluster, policy: Policy) -> float:

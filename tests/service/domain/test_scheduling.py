@@ -3,7 +3,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from unittest.mock import patch
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain import scheduling
@@ -248,6 +248,10 @@ preemptible = st.builds(
 )  # fmt: skip
 
 
+def low(cpus, most=None, **changes):
+    return job(cpus, most, **({"has_workers": True, "preemptible": True, "priority": -1} | changes))
+
+
 @given(
     st.lists(preemptible, max_size=6),
     st.lists(preemptible, max_size=6),
@@ -256,12 +260,32 @@ preemptible = st.builds(
     st.integers(1, 6),
     st.dictionaries(owners, quotas),
 )
+@example([job(4)], [low(2, 8)], 8, 8, 2, {})
 @settings(max_examples=1_000)
 def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, used, max_active, by_owner):
     policy = Policy(max_active=max_active, quotas=by_owner)
     has = cluster(cpus, max(cpus - used, 0))
     found = plan(waiting, active, has, policy, NOW)
+
+    def fits(preemptor, kept):
+        freed = sum(one.max_resources.cpus for one in active if one not in kept and one.has_workers)
+        then = cluster(cpus, has.free.cpus + freed)
+        kept = [*kept, *found.admitted]
+        return plan([preemptor], kept, then, policy, NOW).admitted == [preemptor]
+
     if not found.preempted:
+        if len(waiting) == 1 and not found.admitted and waiting[0].preempted_by is None:
+            (only,) = waiting
+            # What stops anyway, or has just ended, makes room without a preemption.
+            held = [one for one in active if not one.is_stopping]
+            needed = only.min_resources.cpus + sum(one.max_resources.cpus for one in held)
+            kept = [one for one in held if not one.preemptible or one.priority >= only.priority]
+            assert (
+                found.reasons[only.id].startswith("waits for the quota")
+                or (len(held) < max_active and needed <= cpus)
+                or len(kept) == len(held)
+                or not fits(only, kept)
+            )
         return
     (preemptor,) = [one for one in waiting if one.id in found.preempted.values()]
     gone = [one for one in active if one.id in found.preempted]
@@ -272,19 +296,8 @@ def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, 
     assert preemptor.id not in [one.id for one in found.admitted]
     # What stops anyway counts as gone, here and in the plan.
     left = [one for one in active if one not in gone and not one.is_stopping]
-
-    def fits(kept):
-        freed = sum(one.min_resources.cpus for one in active if one not in kept and one.has_workers)
-        then = cluster(cpus, has.free.cpus + freed)
-        kept = [*kept, *found.admitted]
-        return plan([preemptor], kept, then, policy, NOW).admitted == [preemptor]
-
-    assert fits(left)
-    assert not any(fits([*left, one]) for one in gone)
-
-
-def low(cpus, **changes):
-    return job(cpus, **({"has_workers": True, "preemptible": True, "priority": -1} | changes))
+    assert fits(preemptor, left)
+    assert not any(fits(preemptor, [*left, one]) for one in gone)
 
 
 def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
@@ -297,6 +310,11 @@ def test_the_lowest_priority_and_then_the_youngest_job_is_preempted():
     big, large = low(4), job(4)
     assert preempt([large], [lowest, big], full) == ({big.id: large.id}, [])
     assert preempt([job(6)], [old, young, low(2, preemptible=False)], full) == ({}, [])
+
+
+def test_an_elastic_job_is_preempted_for_what_it_may_hold_above_its_minimum():
+    victim, urgent = low(2, 8), job(4)
+    assert preempt([urgent], [victim], cluster(8, 0)) == ({victim.id: urgent.id}, [])
 
 
 def test_a_job_is_preempted_for_a_slot():
@@ -330,6 +348,21 @@ def test_freed_resources_are_kept_for_the_job_that_preempted():
     assert preempt([large, higher, back], [low(1, preemptible=False)], cluster(4, 3)) == ({}, [large.id])
     # Without it, the others take what it left.
     assert preempt([back, other], [], cluster(3))[1] == [other.id, back.id]
+
+
+def test_a_job_that_preempted_and_waits_for_its_quota_keeps_nothing():
+    large = job(2, owner="cat", priority=1)
+    preemptor, small = job(1, owner="bob"), job(1, owner="ann", priority=-1)
+    back = low(1, has_workers=False, preempted_by=preemptor.id, owner="dan", priority=-2)
+    holder = job(1, owner="bob", has_workers=True)
+    waiting, has = [large, preemptor, small, back], cluster(2, 1)
+    assert preempt(waiting, [holder], has, quotas={"bob": Quota(cpus=1)}) == ({}, [small.id])
+    # With quota, it starts; one that is too large keeps the resources, and is the job that is named.
+    assert preempt(waiting, [holder], has) == ({}, [preemptor.id])
+    wide = replace(preemptor, min_resources=Resources(2), max_resources=Resources(2))
+    found = plan([large, wide, small, back], [holder], has, Policy(max_active=8), NOW)
+    assert found.admitted == []
+    assert found.reasons[small.id] == f"waits behind {wide.id}, which preempts others for 2 CPUs"
 
 
 def test_a_preemptible_job_does_not_overtake_by_starvation():
@@ -374,6 +407,29 @@ def test_a_type_of_gpu_is_waited_for_while_others_are_free():
     assert len(admit([typed(4, "H100")], [], has, autoscaled=Resources(cpus=400, gpus=20))) == 1
 
 
+def test_gpus_of_a_type_are_not_given_twice_while_ray_still_reports_them_as_free():
+    has = of_types(A100=4, T4=4)
+    placed = replace(typed(4, "A100"), has_workers=True)
+    assert admit([typed(4, "A100")], [placed], has) == []
+    assert len(admit([typed(4, "T4")], [placed], has)) == 1
+
+
+def test_gpus_of_types_are_added_up_once_however_many_jobs_wait():
+    """Once per job took 0.34 s for 2,000 jobs and 1,000 nodes."""
+
+    class Nodes(tuple):
+        iterations = 0
+
+        def __iter__(self):
+            Nodes.iterations += 1
+            return super().__iter__()
+
+    has = of_types(A100=2)
+    waiting = [typed(2, "A100") for _ in range(50)]
+    assert len(admit(waiting, [], replace(has, nodes=Nodes(has.nodes)))) == 1
+    assert 1 <= Nodes.iterations <= 2
+
+
 def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
     busy = of_types(A100=2, L4=2)
     busy = replace(
@@ -384,3 +440,22 @@ def test_a_job_preempts_jobs_of_its_own_type_of_gpu():
     ]
     urgent = typed(1, "A100")
     assert preempt([urgent], victims, busy)[0] == {victims[1].id: urgent.id}
+
+
+def used_up(has):
+    """The same cluster without free GPUs."""
+    nodes = tuple(replace(node, free=Resources(node.free.cpus, 0)) for node in has.nodes)
+    return replace(has, free=Resources(has.free.cpus, 0), nodes=nodes)
+
+
+def test_a_job_with_a_type_of_gpu_preempts_jobs_without_one_if_that_makes_room():
+    untyped = low(2, min_resources=Resources(2, 2), max_resources=Resources(2, 2))
+    urgent = typed(2, "A100")
+    assert preempt([urgent], [untyped], used_up(of_types(A100=2)))[0] == {untyped.id: urgent.id}
+    # Which GPUs it holds is not known here.
+    assert preempt([urgent], [untyped], used_up(of_types(A100=2, L4=2)))[0] == {}
+    # The job lacks CPUs alone.
+    on_cpus = low(63)
+    has = of_types(A100=2)
+    has = replace(has, free=Resources(1, 2))
+    assert preempt([urgent], [on_cpus], has)[0] == {on_cpus.id: urgent.id}
