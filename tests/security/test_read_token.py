@@ -209,6 +209,7 @@ def test_the_same_requests_are_accepted_from_their_owner(tmp_path):
             if "revoke" in path:
                 continue  # of the token that owns the rest
             answer = admin.request(method, victim.filled(path), json=bodies_of(operation)[0])
-            is_queued = (answer.status_code, path) == (409, "/v1/jobs/{job_id}:resume")
-            assert answer.status_code < 300 or is_queued, (method, path, answer.text)
+            # The job's state, which earlier requests changed, may not allow it.
+            depends = answer.status_code == 409 and path.endswith((":pause", ":resume"))
+            assert answer.status_code < 300 or depends, (method, path, answer.text)
         assert victim.stored() != before
