@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from service.domain.jobs import JobState
 from service.store.jobs import JobStore
 from service.store.leases import LeaseStore
-from service.store.usage import Totals
+from service.store.usage import Totals, Usage
 
 DURATION_BUCKETS_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 300, 1_800, 7_200, 43_200)
 
@@ -70,15 +70,20 @@ class _Snapshot:
             "syncbn_oldest_queued_seconds", "How long the first of the queue has waited", value=age
         )
         for resource in ("gpu", "cpu"):
-            family = CounterMetricFamily(
-                f"syncbn_{resource}_seconds",
-                f"Time that attempts have run, times the {resource.upper()}s that they may have held, by "
-                "owner",
-                labels=["owner"],
+            what = f"times the {resource.upper()}s that they may have held, by owner"
+            name = f"{resource}_seconds"
+            ended = CounterMetricFamily(
+                f"syncbn_{name}", f"Time that ended attempts have run, {what}", labels=["owner"]
+            )
+            running = GaugeMetricFamily(
+                f"syncbn_running_{name}", f"Time that running attempts have run, {what}", labels=["owner"]
             )
             for owner, used in self._totals.usage.items():
-                family.add_metric([owner], getattr(used, f"{resource}_seconds"))
-            yield family
+                seconds = getattr(self._totals.ended_usage.get(owner, Usage()), name)
+                ended.add_metric([owner], seconds)
+                running.add_metric([owner], max(getattr(used, name) - seconds, 0.0))
+            yield ended
+            yield running
         replicas = GaugeMetricFamily(
             "syncbn_replica_silent_seconds",
             "Seconds since the last heartbeat of a replica",

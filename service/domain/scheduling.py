@@ -75,11 +75,18 @@ class Cluster:
     """Memory of the largest node; None if it is not known."""
     nodes: tuple[Node, ...] = ()
     """Live nodes, by address."""
+    added: Resources = Resources()
+    """Resources of nodes that Ray's autoscaler would add, of any type."""
 
     def of_type(self, accelerator_type: str) -> "Cluster":
         """Return the cluster with the GPUs of one type alone."""
-        total, free = self._gpus_by_type.get(accelerator_type, (0.0, 0.0))
+        more = self.added.gpus
+        total, free = (gpus + more for gpus in self._gpus_by_type.get(accelerator_type, (0.0, 0.0)))
         return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
+
+    def has_type(self, accelerator_type: str) -> bool:
+        """Return whether a node has GPUs of a type."""
+        return self._gpus_by_type.get(accelerator_type, (0.0, 0.0))[0] > 0
 
     def is_of_type(self, job: "SchedulableJob", accelerator_type: str) -> bool:
         """Return whether the GPUs of a job are known to be of a type.
@@ -106,7 +113,8 @@ class Cluster:
         counted before they exist.
         """
         total = self.total.at_least(most)
-        return replace(self, total=total, free=self.free + (total - self.total))
+        added = total - self.total
+        return replace(self, total=total, free=self.free + added, added=added)
 
 
 @dataclass(frozen=True)
@@ -363,7 +371,7 @@ class _Usage:
                 of_type.free.gpus + freed_of_type - self._gpus_not_placed[kind],
             )
             # Without a node of this type, an autoscaler adds one for the job.
-            if of_type.total.gpus and job.min_resources.gpus > left:
+            if self.cluster.has_type(kind) and job.min_resources.gpus > left:
                 return False
         return job.min_resources.fits(self.free(freed))
 

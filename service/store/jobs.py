@@ -242,7 +242,7 @@ class JobStore:
     async def usage(self, period: Period) -> dict[str, Usage]:
         """Return the usage of each owner in a period, including deleted jobs."""
         async with self._database.read() as connection:
-            return await read_usage(connection, datetime.now(UTC), period)
+            return (await read_usage(connection, datetime.now(UTC), period))[0]
 
     async def events_of(self, job_id: str, after: int = 0) -> list[Event]:
         """Return the events of a job after number `after`, in order."""

@@ -62,7 +62,8 @@ async def add_usage(
 
     Its statements must be the last ones.
     """
-    await _add(connection, usage, {"owner": owner}, (end - start).total_seconds(), held)
+    # The clocks of two replicas may differ.
+    await _add(connection, usage, {"owner": owner}, max((end - start).total_seconds(), 0.0), held)
     for day, seconds in seconds_by_day(start, end).items():
         await _add(connection, usage_days, {"owner": owner, "day": day}, seconds, held)
 
@@ -87,21 +88,24 @@ async def add_stored_bytes(connection: AsyncConnection, owner: str, count: int) 
 
 async def read_usage(
     connection: AsyncConnection, now: datetime, period: Period = Period()
-) -> dict[str, Usage]:
-    """Return the usage of each owner, with running attempts up to now."""
+) -> tuple[dict[str, Usage], dict[str, Usage]]:
+    """Return the usage of each owner, with running attempts up to now and without."""
     active = select(jobs.c.owner, jobs.c.max_gpus, jobs.c.max_cpus, jobs.c.started_at).where(
         jobs.c.mlflow_closed.is_(False), jobs.c.state == JobState.RUNNING
     )
     # One statement sees one state: an attempt that ends meanwhile is counted once.
     rows: Sequence[Any] = (await connection.execute(union_all(_ended(period), active))).all()
+    ended: dict[str, Usage] = {}
     found: dict[str, Usage] = {}
     for row in rows:
         held, seconds = Resources(row.cpu_seconds, row.gpu_seconds), 1.0
-        if row.started_at is not None:
+        if row.started_at is None:
+            ended[row.owner] = Usage().add(seconds, held)
+        else:
             days = seconds_by_day(row.started_at, now)
             seconds = sum(seconds for day, seconds in days.items() if period.includes(day))
         found[row.owner] = found.get(row.owner, Usage()).add(seconds, held)
-    return found
+    return found, ended
 
 
 def _ended(period: Period) -> Select[Any]:
@@ -125,6 +129,8 @@ class Totals:
     oldest_queued_at: datetime | None
     usage: dict[str, Usage]
     """Usage by owner, including deleted jobs."""
+    ended_usage: dict[str, Usage]
+    """The part of ended attempts, which never decreases."""
 
 
 async def read_totals(connection: AsyncConnection, now: datetime) -> Totals:
@@ -140,5 +146,5 @@ async def read_totals(connection: AsyncConnection, now: datetime) -> Totals:
         {JobState(state): count for state, count in by_state},
         {owner: count for owner, count, _ in by_owner},
         min((oldest for _, _, oldest in by_owner), default=None),
-        await read_usage(connection, now),
+        *await read_usage(connection, now),
     )

@@ -155,17 +155,33 @@ def is_stop_requested(task: AttemptTask) -> bool:
 def _has_room(spec: JobSpec) -> bool:
     """Wait until the cluster has resources for the minimum number of workers.
 
-    Resources count whether or not they are in use.
+    Resources count whether or not they are in use. Ray's autoscaler is asked for them: it adds no nodes for
+    workers that nobody has requested yet.
     """
     import ray
+    from ray.autoscaler.sdk import request_resources
 
     resource = "GPU" if spec.use_gpu else "CPU"
+
+    def is_enough() -> bool:
+        return bool(ray.cluster_resources().get(resource, 0) >= spec.min_workers)
+
+    if is_enough():
+        return True
+    worker: dict[str, float] = {"GPU": 1, "CPU": 1} if spec.use_gpu else {"CPU": 1}
+    if spec.accelerator_type is not None:
+        worker[f"accelerator_type:{spec.accelerator_type}"] = 0.001  # as Ray Train requests it
     deadline = time.monotonic() + RESOURCE_TIMEOUT_SECONDS
-    while ray.cluster_resources().get(resource, 0) < spec.min_workers:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(1.0)
-    return True
+    try:
+        # All workers and not the missing ones alone: Ray counts the nodes that are there.
+        request_resources(bundles=[worker] * spec.min_workers)
+        while not is_enough():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1.0)
+        return True
+    finally:
+        request_resources(bundles=[])  # it would keep the nodes after the job
 
 
 def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:

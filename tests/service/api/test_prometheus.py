@@ -2,11 +2,14 @@
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from service.api.prometheus import _Snapshot
+from service.store.usage import Totals, Usage
 from tests.service.api.routes.test_validation import end, submit
 
 MONITORING = Path(__file__).parents[3] / "deploy" / "monitoring"
@@ -37,6 +40,25 @@ async def test_jobs_queue_owners_and_replicas_are_exported(app, client, ray):
     assert seen["syncbn_gpu_seconds_total", ("owner", "admin")] == 0
     (replica,) = [name for name in seen if name[0] == "syncbn_replica_silent_seconds"]
     assert seen[replica] < 10
+
+
+def test_counters_of_usage_leave_out_running_attempts():
+    used, ended = Usage(gpu_seconds=30, cpu_seconds=50), Usage(gpu_seconds=10, cpu_seconds=20)
+    totals = Totals({}, {}, None, {"ann": used, "bob": used}, {"ann": ended})
+    samples = [
+        each for family in _Snapshot(totals, {}, datetime.now(UTC)).collect() for each in family.samples
+    ]
+    found = {(each.name, each.labels["owner"]): each.value for each in samples if "owner" in each.labels}
+    assert found == {
+        ("syncbn_gpu_seconds_total", "ann"): 10,
+        ("syncbn_gpu_seconds_total", "bob"): 0,
+        ("syncbn_running_gpu_seconds", "ann"): 20,
+        ("syncbn_running_gpu_seconds", "bob"): 30,
+        ("syncbn_cpu_seconds_total", "ann"): 20,
+        ("syncbn_cpu_seconds_total", "bob"): 0,
+        ("syncbn_running_cpu_seconds", "ann"): 30,
+        ("syncbn_running_cpu_seconds", "bob"): 50,
+    }
 
 
 async def test_dispatch_and_tick_durations_are_exported(client):

@@ -407,6 +407,18 @@ def test_a_type_of_gpu_is_waited_for_while_others_are_free():
     assert len(admit([typed(4, "H100")], [], has, autoscaled=Resources(cpus=400, gpus=20))) == 1
 
 
+def test_a_type_of_gpu_is_admitted_into_the_nodes_that_an_autoscaler_would_add():
+    has, busy = used_up(of_types(A100=4)), replace(typed(4, "A100"), has_workers=True)
+    more = {"autoscaled": Resources(gpus=16)}
+    assert admit([typed(4, "A100")], [busy], has) == []
+    assert len(admit([typed(4, "A100") for _ in range(4)], [busy], has, **more)) == 3
+    assert admit([typed(13, "A100")], [busy], has, **more) == []
+    # Growth of one type is not there for another one as well.
+    both = used_up(of_types(A100=4, L4=4))
+    holding = [busy, replace(typed(4, "L4"), has_workers=True)]
+    assert len(admit([typed(8, "A100"), typed(8, "L4")], holding, both, **more)) == 1
+
+
 def test_gpus_of_a_type_are_not_given_twice_while_ray_still_reports_them_as_free():
     has = of_types(A100=4, T4=4)
     placed = replace(typed(4, "A100"), has_workers=True)

@@ -63,8 +63,21 @@ async def test_usage_counts_running_attempts_and_by_day(database, jobs, monkeypa
     assert {owner: each.cpu_seconds / 7200 for owner, each in (await jobs.totals()).usage.items()} == {
         "ann": pytest.approx(26), "bob": pytest.approx(28),
     }  # fmt: skip
+    without_running = (await jobs.totals()).ended_usage
+    assert {owner: each.cpu_seconds / 7200 for owner, each in without_running.items()} == {
+        "ann": pytest.approx(26), "bob": 0,
+    }  # fmt: skip
     stored = await jobs.get(ended.id)
     assert (stored.ran_seconds, stored.started_at) == (26 * 3600, None)
+
+
+async def test_an_attempt_that_ends_before_its_start_uses_nothing(jobs):
+    """The clock of the replica that ends it may be behind."""
+    later = datetime.now(UTC) + timedelta(minutes=5)
+    job = make_job(spec=JobSpec(steps=1, num_workers=2), state=JobState.RUNNING, started_at=later)
+    await jobs.add(job)
+    assert await jobs.advance(job, to("queued"), "dispatcher")
+    assert (await jobs.totals()).ended_usage[job.owner].cpu_seconds == 0
 
 
 def test_time_is_divided_by_days():

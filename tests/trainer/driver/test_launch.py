@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainer.factories import make_spec
 from trainer.atomic import atomic_write
-from trainer.driver.launch import _fit, _run_with_restarts, wait_while_saving
+from trainer.driver.launch import _fit, _has_room, _run_with_restarts, wait_while_saving
 from trainer.errors import StorageError
 from trainer.jobspec import STOP_FILE, TASK_FILE, AttemptContext, AttemptTask, Outcome, attempt_folder
 from trainer.worker import read_task
@@ -83,3 +83,57 @@ def test_workers_that_stop_on_request_are_not_restarted(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / STOP_FILE).touch()
     assert _run_with_restarts(task, history, {}) == saved
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray without resources, and its autoscaler."""
+    fakes = {name: mock.MagicMock() for name in ("ray", "ray.autoscaler", "ray.autoscaler.sdk")}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    fakes["ray"].cluster_resources.return_value = {}
+    fakes["ray"].request_resources = fakes["ray.autoscaler.sdk"].request_resources
+    monkeypatch.setattr("trainer.driver.launch.time.sleep", mock.Mock())
+    return fakes["ray"]
+
+
+def requests(ray):
+    return [call.kwargs["bundles"] for call in ray.request_resources.call_args_list]
+
+
+GPU, CPU = {"GPU": 1, "CPU": 1}, {"CPU": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "worker"),
+    [
+        ({}, CPU),
+        ({"use_gpu": True}, GPU),
+        ({"use_gpu": True, "accelerator_type": "A100"}, GPU | {"accelerator_type:A100": 0.001}),
+    ],
+)
+def test_the_autoscaler_is_asked_once_for_the_workers(ray, changes, worker):
+    spec = make_spec(num_workers=2, **changes)
+    few, enough = {"CPU": 1, "GPU": 1}, {"CPU": 2, "GPU": 2}
+    ray.cluster_resources.side_effect = [{}, few, few, enough]
+    assert _has_room(spec)
+    # Both, although one is there: Ray compares a request with the whole cluster.
+    assert requests(ray) == [[worker, worker], []]
+
+
+def test_the_request_to_the_autoscaler_ends_with_every_wait(ray, monkeypatch):
+    spec = make_spec(num_workers=2)
+    monkeypatch.setattr("trainer.driver.launch.RESOURCE_TIMEOUT_SECONDS", -1.0)
+    assert not _has_room(spec)
+    assert requests(ray) == [[CPU, CPU], []]
+    ray.request_resources.reset_mock()
+    ray.cluster_resources.side_effect = [{}, KeyboardInterrupt]
+    with pytest.raises(KeyboardInterrupt):
+        _has_room(spec)
+    assert requests(ray) == [[CPU, CPU], []]
+
+
+def test_the_autoscaler_is_not_asked_for_what_is_there(ray):
+    ray.cluster_resources.return_value = {"CPU": 2}
+    assert _has_room(make_spec(num_workers=2))
+    assert requests(ray) == []
