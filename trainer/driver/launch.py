@@ -305,6 +305,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
 def _explain(error: Any, failures_folder: Path, task: AttemptTask) -> Outcome:
     from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train import ControllerError, PreemptionError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
     step = read_step(attempt_folder(Path(task.context.folder), task.context.attempt))
     if isinstance(error, PreemptionError):
@@ -317,9 +318,9 @@ def _explain(error: Any, failures_folder: Path, task: AttemptTask) -> Outcome:
         rank: getattr(failure, "health_check_failure", None) or failure
         for rank, failure in getattr(error, "worker_failures", {}).items()
     }
-    dead = {
-        rank: cause for rank, cause in causes.items() if isinstance(cause, (RayActorError, OutOfMemoryError))
-    }
+    # A worker that does not answer is on a node that is cut off, before Ray declares the node dead.
+    ends = (RayActorError, OutOfMemoryError, WorkerHealthCheckTimeoutError)
+    dead = {rank: cause for rank, cause in causes.items() if isinstance(cause, ends)}
     exits = find_exits(failures_folder, list(dead))
     deaths = {
         rank: Death(

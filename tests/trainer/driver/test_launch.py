@@ -3,13 +3,14 @@
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
 from tests.trainer.factories import make_spec
 from trainer.atomic import atomic_write
-from trainer.driver.launch import _fit, _has_room, _run_with_restarts, wait_while_saving
+from trainer.driver.launch import _explain, _fit, _has_room, _run_with_restarts, wait_while_saving
 from trainer.errors import StorageError
 from trainer.jobspec import STOP_FILE, TASK_FILE, AttemptContext, AttemptTask, Outcome, attempt_folder
 from trainer.worker import read_task
@@ -137,3 +138,15 @@ def test_the_autoscaler_is_not_asked_for_what_is_there(ray):
     ray.cluster_resources.return_value = {"CPU": 2}
     assert _has_room(make_spec(num_workers=2))
     assert requests(ray) == []
+
+
+def test_a_worker_that_does_not_answer_is_lost(tmp_path):
+    """As on a node that is cut off, which Ray declares dead later."""
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
+
+    failed = SimpleNamespace(
+        worker_failures={1: WorkerHealthCheckTimeoutError("A worker has hung for 60 s.")}
+    )
+    outcome = _explain(failed, tmp_path, make_task(tmp_path))
+    assert (outcome.state, outcome.cause, outcome.rank) == ("failed", "worker_lost", 1)
+    assert "A worker has hung for 60 s." in outcome.reason
