@@ -8,7 +8,6 @@ import random
 import re
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -323,38 +322,6 @@ def test_a_job_ends_as_without_the_fault(compose, client, reference, table, case
 
 def no_driver_is_left(compose):
     return compose.python(compose.container("ray-head"), COUNT_DRIVERS) == "0"
-
-
-@pytest.fixture
-def skewed(compose, monkeypatch):
-    """Ray's nodes with wrong clocks."""
-    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
-    assert libraries, "needs libfaketime (Debian: apt-get install libfaketime)"
-    monkeypatch.setenv("FAKETIME_FOLDER", str(libraries[0].parent))
-    compose.up("--file=tests/cluster/skew.yml")
-    compose.until_ready()
-    yield
-    compose.up()
-    compose.until_ready()
-
-
-def test_a_job_trains_under_wrong_clocks(compose, reference, table, skewed):
-    clock = "import time; print(time.time())"
-    times = [
-        float(compose.python(compose.container(name), clock)) for name in ("ray-worker", "ray-head", "api")
-    ]
-    assert times[0] - times[2] > 500
-    assert times[1] - times[2] < -200
-    with compose.client() as client:
-        job = FaultyJob(compose, client, "wrong clocks")
-        ended = job.ended()
-        exact = job.weights(ended) == reference
-        row = Row(
-            "clocks 10 min ahead, head 5 min behind", 0, ended.state, ended.attempt, job.kinds(), None, exact
-        )
-        table.rows.append(row)
-        assert (ended.state, ended.attempt, job.kinds()) == ("succeeded", 1, []), client.logs(job.id)
-        assert exact
 
 
 USER_FAULTS = [

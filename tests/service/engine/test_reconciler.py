@@ -94,12 +94,13 @@ def show_life(replica, job, time):
     os.utime(file, (time, time))
 
 
-async def test_a_run_reported_as_running_is_lost_without_heartbeats(replica, monkeypatch):
+@pytest.mark.parametrize("clock", [0, 4_000_000_000])  # of the node: decades behind, and ahead
+async def test_a_run_reported_as_running_is_lost_without_heartbeats(replica, monkeypatch, clock):
     now = 0.0
     monkeypatch.setattr("service.engine.reconciler.time.monotonic", lambda: now)
     job = await replica.add_running()
     for second in range(3):
-        show_life(replica, job, second)
+        show_life(replica, job, clock + second)
         await replica.tick()
         now += 50
     assert await replica.state(job) == "running"
