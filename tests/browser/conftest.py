@@ -119,6 +119,7 @@ def visit(chromium, request):
         return visitors[-1]
 
     yield make
+    problems = [problem for visitor in visitors for problem in visitor.problems]
     for visitor in visitors:
-        visitor.context.close()
-    assert [problem for visitor in visitors for problem in visitor.problems] == []
+        visitor.context.close()  # which ends requests of the page, as htmx reports on its console
+    assert problems == []

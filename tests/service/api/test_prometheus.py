@@ -1,5 +1,6 @@
 """Metrics in Prometheus format, parsed by its own client."""
 
+import asyncio
 import json
 import re
 from datetime import UTC, datetime
@@ -63,8 +64,9 @@ def test_counters_of_usage_leave_out_running_attempts():
 
 async def test_dispatch_and_tick_durations_are_exported(client):
     await submit(client)
-    while not (seen := await read(client))["syncbn_dispatch_seconds_count",]:
-        pass
+    async with asyncio.timeout(60):
+        while not (seen := await read(client))["syncbn_dispatch_seconds_count",]:
+            await asyncio.sleep(0.1)
     assert 0 < seen["syncbn_dispatch_seconds_sum",] < 60
     assert seen["syncbn_tick_seconds_count",] > 0
 

@@ -10,9 +10,10 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 @pytest.mark.parametrize(
     ("held", "implied"),
     [
+        (["metrics"], {"metrics"}),
         (["read"], {"read"}),
         (["submit"], {"read", "submit"}),
-        (["admin"], {"read", "submit", "admin"}),
+        (["admin"], {"metrics", "read", "submit", "admin"}),
         (["read", "submit"], {"read", "submit"}),
     ],
 )
