@@ -14,6 +14,8 @@ from tests.browser.populated import PopulatedApi
 from tests.service.running_api import TOKEN
 
 SECONDS = 30
+ABORTED = ("htmx:afterRequest", "htmx:sendAbort")
+"""Messages of htmx about a request that a newer one replaced; of a request that failed it reports `sendError`."""
 expect.set_options(timeout=SECONDS * 1000)
 REPORT_VIOLATIONS = """document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`content policy: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`));"""
@@ -53,6 +55,8 @@ class Visitor:
             route.abort()
 
     def _on_console(self, message):
+        if message.text.startswith(ABORTED):
+            return
         if message.type in ("error", "warning") and not self.may_fail:
             self.problems.append(f"console: {message.text}")
 
