@@ -15,7 +15,7 @@ from tests.service.running_api import TOKEN
 
 SECONDS = 30
 ABORTED = ("htmx:afterRequest", "htmx:sendAbort")
-"""Messages of htmx about a request that a newer one replaced; of a request that failed it reports `sendError`."""
+"""Messages of htmx about a request that a newer one replaced; a failed one has `sendError` as well."""
 expect.set_options(timeout=SECONDS * 1000)
 REPORT_VIOLATIONS = """document.addEventListener("securitypolicyviolation", (event) =>
   console.error(`content policy: ${event.violatedDirective} ${event.blockedURI} ${event.sample}`));"""
