@@ -34,9 +34,9 @@ class ComposeStack:
         )
         self.files = files
 
-    def up(self, *files):
-        """Bring everything up, with further override files, and wait until it is ready."""
-        self._cluster("up", UP_SECONDS, *files)
+    def up(self):
+        """Bring everything up, and wait until it is ready."""
+        self._cluster("up", UP_SECONDS)
 
     def down(self):
         """Take everything down, with its volumes."""
