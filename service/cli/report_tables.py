@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import mean
 
 from rich.console import Group
 from rich.markup import escape
@@ -37,19 +37,21 @@ def watched(report: Report) -> Group:
     for label, runs in curves.items():
         means = [_mean_at(runs, last * place // (SPARK_WIDTH - 1)) for place in range(SPARK_WIDTH)]
         bars = sparkline(means, min(values, default=0), max(values, default=1))
-        lines.add_row(escape(label), bars, f"{fmean(points[-1][1] for points in runs):.3f}" if runs else "–")
+        lines.add_row(escape(label), bars, f"{mean(points[-1][1] for points in runs):.3f}" if runs else "–")
     return Group(report_lines(report), "", lines)
 
 
 def _mean_at(runs: Sequence[Curve], step: int) -> float | None:
     found = [value for points in runs if (value := value_at(points, step)) is not None]
-    return fmean(found) if found else None
+    return mean(found) if found else None
 
 
 def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
     """Return a line of bars from `low` to `high`; a space where there is no value."""
-    width = (high - low) or 1.0
-    places = (None if value is None else round((value - low) / width * (len(BARS) - 1)) for value in values)
+    width = (high / 2 - low / 2) or 1.0  # halves, whose difference is finite
+    places = (
+        None if value is None else round((value / 2 - low / 2) / width * (len(BARS) - 1)) for value in values
+    )
     return "".join(" " if place is None else BARS[place] for place in places)
 
 

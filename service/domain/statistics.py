@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist, fmean, median, stdev
+from statistics import NormalDist, mean, median, stdev
 from typing import Any, Literal
 
 from trainer.jobspec import Direction, best_value, is_reached
@@ -97,7 +97,7 @@ def value_at(curve: Curve, step: int) -> float | None:
     if before[0] == after[0]:
         return before[1]
     share = (step - before[0]) / (after[0] - before[0])
-    return before[1] + share * (after[1] - before[1])
+    return before[1] * (1 - share) + after[1] * share
 
 
 def area(curve: Curve, last_step: int) -> float | None:
@@ -113,7 +113,8 @@ def area(curve: Curve, last_step: int) -> float | None:
     width = last_step - points[0][0]
     if width == 0:
         return None
-    return math.fsum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points)) / width
+    # Divided first, so that a mean of large finite values is finite.
+    return math.fsum((b[0] - a[0]) / width * (a[1] / 2 + b[1] / 2) for a, b in pairwise(points))
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
@@ -167,8 +168,8 @@ def _end_of_interval(values: Sequence[float], sign: Literal[-1, 1], *, is_ratio:
         end = sign * math.inf
     else:
         n = len(values)
-        end = fmean(values) + sign * _student_t(n) * stdev(values) / math.sqrt(n)
-        if n > MAX_SEEDS_WITHIN_T:
+        end = mean(values) + sign * _student_t(n) * stdev(values) / math.sqrt(n)
+        if n > MAX_SEEDS_WITHIN_T and not _differ_by_rounding(values):
             end = sign * max(sign * end, sign * _bootstrap_interval(values)[0 if sign < 0 else 1])
     return _exp(end) if is_ratio else end
 
@@ -179,23 +180,38 @@ def _student_t(n: int, probability: float = (1 + CONFIDENCE) / 2) -> float:
     return float(stdtrit(n - 1, probability))
 
 
+def _differ_by_rounding(values: Sequence[float]) -> bool:
+    # Then the means of resamples differ by rounding only, and their distribution is not that of the values.
+    return max(values) - min(values) <= 1e-14 * max(map(abs, values))
+
+
+def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
+    """Return `values` divided by a power of two, with magnitudes of at most 1, and its exponent.
+
+    SciPy computes squares and cubes of the values, which would overflow, or become 0.
+    """
+    exponent = math.frexp(max(map(abs, values)))[1]
+    return [math.ldexp(value, -exponent) for value in values], exponent
+
+
 def _bootstrap_interval(values: Sequence[float]) -> Bounds:
     from scipy.stats import bootstrap
 
-    if fmean(values) < 0:  # so that a ratio and its inverse are resampled alike
+    if mean(values) < 0:  # so that a ratio and its inverse are resampled alike
         low, high = _bootstrap_interval([-value for value in values])
         return -high, -low
     n = len(values)
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n))
+    scaled, exponent = _scaled(sorted(values))
     low, high = bootstrap(
-        (sorted(values),),
+        (scaled,),
         _mean,
         confidence_level=1 - 2 * tail,
         n_resamples=RESAMPLES,
         method="BCa",
         rng=BOOTSTRAP_SEED,
     ).confidence_interval
-    return float(low), float(high)
+    return math.ldexp(low, exponent), math.ldexp(high, exponent)  # both are within the range of the values
 
 
 def _mean(values: Any, axis: int) -> Any:
@@ -216,9 +232,10 @@ def permutation_p_value(values: Sequence[float]) -> float | None:
         return 1.0
     from scipy.stats import permutation_test
 
+    scaled, _ = _scaled(sorted(values))
     return float(
         permutation_test(
-            (sorted(values),),
+            (scaled,),
             _mean,
             permutation_type="samples",
             n_resamples=2**MAX_EXACT_SEEDS,
@@ -238,10 +255,10 @@ def more_seeds(values: Sequence[float]) -> int | None:
     n = len(values)
     if n < 2 or not all(map(math.isfinite, values)):
         return max(MIN_SEEDS - n, 0) or None
-    mean, deviation = abs(fmean(values)), stdev(values)
+    effect, deviation = abs(mean(values)), stdev(values)
     for needed in range(max(n + 1, MIN_SEEDS), MAX_SEEDS + 1):
         t = _student_t(needed) + _student_t(needed, POWER)
-        if mean > 0 and mean >= t * deviation / math.sqrt(needed):
+        if effect > 0 and effect >= t * deviation / math.sqrt(needed):
             return needed - n
     return None
 

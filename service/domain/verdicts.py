@@ -9,6 +9,7 @@ It holds if the whole interval satisfies the bound, fails if no part of it does,
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any, Literal
 
 from service.domain.comparisons import Variant, without_seed
@@ -245,7 +246,7 @@ def _of_run(measure: Measure, run: Run, runs: Sequence[Run]) -> Interval | None:
         "final": values[-1],
         "max": max(values),
         "min": min(values),
-        "mean": math.fsum(values) / len(values),
+        "mean": mean(values),
         "range": max(values) - min(values),
     }
     return Interval(results[measure.take], results[measure.take])

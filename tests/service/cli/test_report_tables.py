@@ -142,6 +142,7 @@ def test_a_verdict_is_a_row_per_rule():
 def test_sparklines_span_the_range_and_leave_gaps():
     assert sparkline([0.0, None, 0.5, 1.0], 0, 1) == "▁ ▅█"
     assert sparkline([2.0], 2, 2) == "▁"
+    assert sparkline([-1.7e308, 0.0, 1.7e308], -1.7e308, 1.7e308) == "▁▅█"
 
 
 def test_a_watched_comparison_without_data():

@@ -109,6 +109,39 @@ def test_an_interval_is_independent_of_the_order_of_seeds(numbers, random):
     assert ends(shuffled) == pytest.approx((low, high), abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0.0, 0.0, 0.0, 0.0, 1.1e-169],
+        [0.0, 0.0, 0.0, 0.0, 5e-324],
+        [1.0, 1.0, 1.0, 1.0, 1 + 2**-52],
+        [1e16, 1e16, 1e16, 1e16, 1e16 + 2],
+        [0.0, 1e-5, 0.0, 1e-5, 1e200],
+        [1.1e308, 1.2e308, 1.3e308, 1.4e308, 1.7e308],
+    ],
+)
+def test_numbers_near_the_limits_of_floats_have_finite_statistics(numbers):
+    low, high = ends(numbers)
+    assert -math.inf < low <= numbers[-1]
+    assert numbers[0] <= high < math.inf
+    assert 0 < permutation_p_value(numbers) <= 1
+    more_seeds(numbers)
+    curve = list(enumerate(numbers))
+    assert numbers[0] <= area(curve, len(numbers) - 1) <= numbers[-1]
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=5, max_size=8))
+@settings(max_examples=100)
+def test_no_finite_numbers_overflow(numbers):
+    low, high = ends(numbers)
+    assert low <= high
+    assert 0 < permutation_p_value(numbers) <= 1
+    more_seeds(numbers)
+    curve = list(enumerate(numbers))
+    assert math.isfinite(area(curve, len(numbers) - 1))
+    assert math.isfinite(value_at([(0, min(numbers)), (7, max(numbers))], 3))
+
+
 @given(st.lists(NUMBERS, min_size=3, max_size=12))
 @settings(max_examples=30)
 def test_an_interval_is_never_narrower_than_students(numbers):
