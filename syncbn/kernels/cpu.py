@@ -181,19 +181,19 @@ def _reduce(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple
 
 
 @functools.lru_cache(maxsize=256)
-def _count_parts(height: int) -> int:
-    """Return the number of parts of at most CHAIN rows, without a rest if possible."""
-    least = math.ceil(height / CHAIN)
+def _count_parts(height: int, chain: int) -> int:
+    """Return the number of parts of at most `chain` rows, without a rest if possible."""
+    least = math.ceil(height / chain)
     return next((k for k in range(least, 2 * least) if height % k == 0), least)
 
 
-def _fold(columns: Tensor) -> tuple[Tensor, Tensor | None, int]:
+def _fold(columns: Tensor, chain: int) -> tuple[Tensor, Tensor | None, int]:
     """View (M, C) as (M / k, k·C); return the view, the remaining rows if any, and k.
 
-    torch adds columns sequentially in float32; k columns of M / k values each keep those sums short.
+    torch adds columns sequentially in float32; k columns of at most `chain` values each keep sums short.
     """
     height, channels = columns.shape
-    k = _count_parts(height)
+    k = _count_parts(height, chain)
     if k == 1:
         return columns, None, 1
     part, rest = divmod(height, k)
@@ -203,7 +203,7 @@ def _fold(columns: Tensor) -> tuple[Tensor, Tensor | None, int]:
 
 def _measure_columns(columns: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σx and Σx² from mean and variance of folded columns."""
-    folded, rest, k = _fold(columns)
+    folded, rest, k = _fold(columns, CHAIN)
     part = folded.shape[0]
     means, variances = torch.batch_norm_update_stats(folded, None, None, 0.0)
     both = torch.stack([means, variances.addcmul_(means, means)]).view(2, k, columns.shape[1])
@@ -219,7 +219,7 @@ def _measure_columns_exactly(columns: Tensor, mean: Tensor) -> tuple[Tensor, Ten
 
     Source: Chan, Golub & LeVeque 1983, for parts of equal count.
     """
-    folded, rest, k = _fold(columns)
+    folded, rest, k = _fold(columns, CHAIN)
     part, channels = folded.shape[0], columns.shape[1]
     means, variances = (
         statistic.to(torch.float64).view(k, channels)
@@ -231,14 +231,15 @@ def _measure_columns_exactly(columns: Tensor, mean: Tensor) -> tuple[Tensor, Ten
 
 def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σleft and Σleft·(right - centre)·scale of each channel, for columns."""
-    if len(left) <= GRADIENT_CHAIN:
+    (folded, rest, k), (folded_right, rest_right, _) = (_fold(each, GRADIENT_CHAIN) for each in (left, right))
+    if k == 1:
         return _reduce(left, right, centre, scale)
-    parts = [
-        _reduce(*pair, centre, scale)
-        for pair in zip(torch.split(left, GRADIENT_CHAIN), torch.split(right, GRADIENT_CHAIN), strict=True)
-    ]
-    total, product = (torch.stack(sums).sum(0, dtype=torch.float64) for sums in zip(*parts, strict=True))
-    return total, product
+    sums = torch.stack(_reduce(folded, folded_right, centre.repeat(k), scale.repeat(k)))  # (2, k·C)
+    total, product = sums.view(2, k, -1).sum(1, dtype=torch.float64).unbind()
+    if rest is None or rest_right is None:
+        return total, product
+    more = _reduce(rest, rest_right, centre, scale)
+    return total.add_(more[0]), product.add_(more[1])
 
 
 def normalise(x: Tensor, statistics: BatchStats, weight: Tensor | None, bias: Tensor | None) -> Tensor:
