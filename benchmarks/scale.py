@@ -28,7 +28,8 @@ import psutil
 
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.lifecycle import Advance, Limits, Observation, RayStatus, Submission, decide
-from service.domain.scheduling import Cluster, Policy, Resources, SchedulableJob, plan
+from service.domain.resources import Cluster, Resources
+from service.domain.scheduling import Policy, SchedulableJob, plan
 from service.local.stack import LocalStack
 from trainer.jobspec import JobSpec, Outcome
 

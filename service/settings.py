@@ -11,7 +11,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.domain.access import Owner
 from service.domain.lifecycle import Limits
-from service.domain.scheduling import Policy, Quota, Resources
+from service.domain.resources import Resources
+from service.domain.scheduling import Policy, Quota
 from service.domain.webhooks import IPNetwork, read_networks
 from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
 

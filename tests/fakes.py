@@ -9,7 +9,7 @@ from service.domain.comparisons import Comparison
 from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import Job, JobState
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Cluster, Node, Resources
+from service.domain.resources import Cluster, Node, Resources
 from service.domain.statistics import Curve
 from trainer.jobspec import AttemptTask
 

@@ -15,7 +15,7 @@ import httpx
 
 from service.domain.errors import UpstreamRejected, UpstreamUnavailable
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Cluster, Node, Resources
+from service.domain.resources import Cluster, Node, Resources
 from trainer.jobspec import JOB_VARIABLE
 
 ENTRYPOINT = "python -m trainer"

@@ -11,7 +11,7 @@ from service.adapters.run_storage import RunFiles
 from service.adapters.secret_files import JobSecrets
 from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import UpstreamUnavailable
-from service.domain.scheduling import Cluster
+from service.domain.resources import Cluster
 from trainer.jobspec import Allowlist, InvalidField, JobSpec, ModelSize, min_worker_bytes
 
 SMALL_BYTES = 1 << 30

@@ -25,7 +25,7 @@ from service.api.schemas.cluster import ClusterView, UsageList
 from service.cli.output import visible
 from service.domain.comparisons import describe
 from service.domain.recipes import Recipe
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from trainer.jobspec import JobSpec
 
 COLOURS = {

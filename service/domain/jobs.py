@@ -6,8 +6,9 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
+from service.domain.resources import Resources, max_resources, min_resources
 from service.domain.retries import Failures, JobFailureKind, Retries
-from service.domain.scheduling import Resources, SchedulableJob, max_resources, min_resources
+from service.domain.scheduling import SchedulableJob
 from trainer.jobspec import JobSpec, Progress, spec_warnings
 
 

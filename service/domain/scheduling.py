@@ -6,115 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from functools import cached_property
 
-from trainer.jobspec import JobSpec
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Amount of resources."""
-
-    cpus: float = 0
-    gpus: float = 0
-
-    def __add__(self, other: "Resources") -> "Resources":
-        return Resources(self.cpus + other.cpus, self.gpus + other.gpus)
-
-    def __sub__(self, other: "Resources") -> "Resources":
-        return Resources(self.cpus - other.cpus, self.gpus - other.gpus)
-
-    def __str__(self) -> str:
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
-
-    def fits(self, available: "Resources") -> bool:
-        """Return whether this amount is available."""
-        return self.cpus <= available.cpus and self.gpus <= available.gpus
-
-    def at_most(self, other: "Resources") -> "Resources":
-        """Return the minimum per resource."""
-        return Resources(min(self.cpus, other.cpus), min(self.gpus, other.gpus))
-
-    def at_least(self, other: "Resources") -> "Resources":
-        """Return the maximum per resource."""
-        return Resources(max(self.cpus, other.cpus), max(self.gpus, other.gpus))
-
-    def share_of(self, total: "Resources") -> float:
-        """Return the dominant share of `total`.
-
-        Source: Ghodsi et al. 2011, Dominant Resource Fairness.
-        """
-        return max(
-            self.cpus / total.cpus if total.cpus else 0.0, self.gpus / total.gpus if total.gpus else 0.0
-        )
-
-
-@dataclass(frozen=True)
-class Node:
-    """Resources of a node of the cluster."""
-
-    address: str
-    total: Resources
-    free: Resources
-    memory_bytes: int
-    """Memory that Ray gives to its tasks; 0 if it is not known."""
-    accelerator_type: str | None = None
-    """Type of its GPUs, as Ray names it."""
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """Resources of the cluster."""
-
-    total: Resources
-    free: Resources
-    """Free resources in whole workers: half a free CPU of a node counts as none."""
-    placed: frozenset[str] = frozenset()
-    """Submissions whose workers have their resources already."""
-    largest_node_bytes: int | None = None
-    """Memory of the largest node; None if it is not known."""
-    nodes: tuple[Node, ...] = ()
-    """Live nodes, by address."""
-    added: Resources = Resources()
-    """Resources of nodes that Ray's autoscaler would add, of any type."""
-
-    def of_type(self, accelerator_type: str) -> "Cluster":
-        """Return the cluster with the GPUs of one type alone."""
-        more = self.added.gpus
-        total, free = (gpus + more for gpus in self._gpus_by_type.get(accelerator_type, (0.0, 0.0)))
-        return replace(self, total=Resources(self.total.cpus, total), free=Resources(self.free.cpus, free))
-
-    def has_type(self, accelerator_type: str) -> bool:
-        """Return whether a node has GPUs of a type."""
-        return self._gpus_by_type.get(accelerator_type, (0.0, 0.0))[0] > 0
-
-    def is_of_type(self, job: "SchedulableJob", accelerator_type: str) -> bool:
-        """Return whether the GPUs of a job are known to be of a type.
-
-        A job without a type has those of the only type, if there is no other.
-        """
-        if job.accelerator_type is not None:
-            return job.accelerator_type == accelerator_type
-        return [kind for kind, (total, _) in self._gpus_by_type.items() if total] == [accelerator_type]
-
-    @cached_property
-    def _gpus_by_type(self) -> Mapping[str | None, tuple[float, float]]:
-        """Total and free GPUs by type, added up once for all jobs."""
-        found: dict[str | None, tuple[float, float]] = {}
-        for node in self.nodes:
-            total, free = found.get(node.accelerator_type, (0.0, 0.0))
-            found[node.accelerator_type] = total + node.total.gpus, free + node.free.gpus
-        return found
-
-    def grown_to(self, most: Resources) -> "Cluster":
-        """Return the cluster with the nodes that Ray's autoscaler would add.
-
-        They bring it to `most` in total. Ray adds nodes for submissions that wait, so these resources must be
-        counted before they exist.
-        """
-        total = self.total.at_least(most)
-        added = total - self.total
-        return replace(self, total=total, free=self.free + added, added=added)
+from service.domain.resources import NO_RESOURCES, Cluster, Resources
 
 
 @dataclass(frozen=True)
@@ -173,7 +66,7 @@ class Policy:
     """Time in the queue after which a job goes first, regardless of priorities."""
     quotas: Mapping[str, Quota] = field(default_factory=dict)
     default_quota: Quota = Quota()
-    autoscaled: Resources = Resources()
+    autoscaled: Resources = NO_RESOURCES
     """Resources that Ray's autoscaler may grow the cluster to."""
 
 
@@ -187,23 +80,6 @@ class Plan:
     """Reasons of the other jobs for waiting, by id."""
     preempted: dict[str, str] = field(default_factory=dict)
     """Ids of active jobs to preempt, and of the jobs that get their resources."""
-
-
-def min_resources(spec: JobSpec) -> Resources:
-    """Return the resources that a job needs to start.
-
-    These are one CPU per worker, and GPUs as requested.
-    """
-    return _resources(spec, spec.min_workers)
-
-
-def max_resources(spec: JobSpec) -> Resources:
-    """Return the maximum resources of a job while it runs."""
-    return _resources(spec, spec.max_workers)
-
-
-def _resources(spec: JobSpec, workers: int) -> Resources:
-    return Resources(cpus=workers, gpus=workers if spec.use_gpu else 0)
 
 
 def plan(
@@ -318,7 +194,7 @@ class _Usage:
     def __init__(self, active: Iterable[SchedulableJob], cluster: Cluster) -> None:
         self.cluster = cluster
         self.jobs: list[SchedulableJob] = []
-        self._ours, self._not_placed = Resources(), Resources()
+        self._ours, self._not_placed = NO_RESOURCES, NO_RESOURCES
         self._gpus: dict[str | None, float] = defaultdict(float)
         self._gpus_not_placed: dict[str | None, float] = defaultdict(float)
         """GPUs by the type that their jobs ask for."""
@@ -340,7 +216,7 @@ class _Usage:
 
     def held(self, owner: str) -> Resources:
         """Return the resources of an owner's jobs."""
-        return self._held.get(owner, Resources())
+        return self._held.get(owner, NO_RESOURCES)
 
     def count(self, owner: str) -> int:
         """Return the number of an owner's jobs."""
@@ -350,7 +226,7 @@ class _Usage:
         """Return the dominant share of an owner."""
         return self.held(owner).share_of(self.cluster.total)
 
-    def free(self, freed: Resources = Resources()) -> Resources:
+    def free(self, freed: Resources = NO_RESOURCES) -> Resources:
         """Return the free resources, with those that Ray frees in addition.
 
         They are the smaller of our count and Ray's, less pending submissions.
@@ -358,7 +234,9 @@ class _Usage:
         # Our count lacks other Ray jobs and drivers; Ray's lacks submissions whose workers have not started.
         return (self.cluster.total - self._ours).at_most(self.cluster.free + freed - self._not_placed)
 
-    def has_room(self, job: SchedulableJob, freed: Resources = Resources(), freed_of_type: float = 0) -> bool:
+    def has_room(
+        self, job: SchedulableJob, freed: Resources = NO_RESOURCES, freed_of_type: float = 0
+    ) -> bool:
         """Return whether a job fits the free resources, and the free GPUs of its type.
 
         What Ray frees is free in addition: resources, and the GPUs of the job's type among them.
@@ -432,13 +310,15 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
 
     def gpus_of_type(jobs: Iterable[SchedulableJob]) -> float:
         return sum(
-            one.max_resources.gpus for one in jobs if kind is not None and cluster.is_of_type(one, kind)
+            one.max_resources.gpus
+            for one in jobs
+            if kind is not None and cluster.gives_type(kind, one.accelerator_type)
         )
 
     stopping = [one.id for one in running if one.is_stopping]
     # By our count alone: Ray reports resources of jobs that have just ended as used for some seconds.
     holding = [one for one in running if not one.is_stopping]
-    held, total = sum((one.max_resources for one in holding), Resources()), cluster.total
+    held, total = sum((one.max_resources for one in holding), NO_RESOURCES), cluster.total
     if kind is not None:
         total, held = cluster.of_type(kind).total, Resources(held.cpus, gpus_of_type(holding))
     has_slot = len(running) - len(stopping) < policy.max_active
@@ -449,7 +329,7 @@ def _victims(job: SchedulableJob, usage: _Usage, policy: Policy) -> list[str]:
         left = [one for one in running if one.id not in gone]
         # At their maximum, as our count has them. If an elastic job holds less, the next plan takes more.
         ending = [one for one in running if one.id in gone and one.has_workers]
-        freed = sum((one.max_resources for one in ending), Resources())
+        freed = sum((one.max_resources for one in ending), NO_RESOURCES)
         has_room = _Usage(left, cluster).has_room(job, freed, gpus_of_type(ending))
         return len(left) < policy.max_active and has_room
 

@@ -186,9 +186,9 @@ def _differ_by_rounding(values: Sequence[float]) -> bool:
 
 
 def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
-    """Return `values` divided by a power of two, with magnitudes of at most 1, and its exponent.
+    """Return `values` divided by a power of two, and its exponent.
 
-    SciPy computes squares and cubes of the values, which would overflow, or become 0.
+    Magnitudes are then at most 1. SciPy computes squares and cubes, which would overflow, or become 0.
     """
     exponent = math.frexp(max(map(abs, values)))[1]
     return [math.ldexp(value, -exponent) for value in values], exponent

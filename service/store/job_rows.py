@@ -9,8 +9,9 @@ from typing import Any
 
 from service.domain.jobs import Event, Job, JobRecord, JobState, JobSummary, submission_id
 from service.domain.leases import shard_of
+from service.domain.resources import Resources
 from service.domain.retries import Failures, Retries, RetryGroup
-from service.domain.scheduling import Resources, SchedulableJob
+from service.domain.scheduling import SchedulableJob
 from service.store.tables import events, jobs
 from trainer.jobspec import JobSpec, Progress
 

@@ -9,7 +9,7 @@ from sqlalchemy import Select, Table, cast, func, null, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.domain.jobs import JobState
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from service.store.database import upsert
 from service.store.tables import UtcDateTime, jobs, usage, usage_days
 

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 
 from service.domain.lifecycle import RayStatus
 from service.domain.mlflow_views import run_url
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from tests.fakes import FakeRay
 from tests.service.engine.outcomes import SUCCEEDED
 from tests.service.running_api import TOKEN, RunningApi

@@ -15,7 +15,7 @@ from service.api.server import Server
 from service.domain.access import Caller, RateLimit, Token
 from service.domain.errors import Conflict
 from service.domain.lifecycle import RayStatus, Submission
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from service.settings import Settings
 from service.store.tokens import TokenStore
 from tests.fakes import FakeMlflow, FakeRay

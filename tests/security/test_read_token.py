@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from service.api import web
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from tests.contract.service import AcceptingWebhooks
 from tests.fakes import FakeRay
 from tests.security.test_mlflow import ATTACKS

@@ -11,7 +11,7 @@ from service.api.idempotency import KnownCaller
 from service.api.schemas.cluster import ClusterView, UsageList, UsageView
 from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import JobState
-from service.domain.scheduling import Cluster
+from service.domain.resources import Cluster
 from service.store.usage import Period
 
 router = APIRouter(prefix="/v1", tags=["cluster"], route_class=KnownCaller)

@@ -16,7 +16,7 @@ from service.api.schemas import SubmitComparison, SubmitJob, Validation
 from service.api.submission_checks import SubmissionChecks
 from service.domain.comparisons import check_size, choose_baseline, expand, warnings_of
 from service.domain.errors import UpstreamUnavailable
-from service.domain.scheduling import Resources, max_resources, min_resources
+from service.domain.resources import Resources, max_resources, min_resources
 from service.domain.submission import SubmitOptions
 from trainer.jobspec import JobSpec
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from pydantic import BaseModel, Field
 
 from service.domain.jobs import JobState
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 
 
 class ClusterView(BaseModel):

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from service.api.schemas.names import Examples, Name
 from service.domain.jobs import Job, JobState, JobSummary
 from service.domain.mlflow_views import run_url
+from service.domain.resources import Resources
 from service.domain.retries import JobFailureKind, Retries, RetryGroup
-from service.domain.scheduling import Resources
 from service.domain.submission import SubmitOptions
 from trainer.jobspec import FrozenModel, JobSpec, Progress
 

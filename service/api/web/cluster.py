@@ -10,7 +10,7 @@ from service.api.dependencies import Jobs, Ray, SchedulingPolicy
 from service.api.web.pages import PageRoute, Reader, page
 from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import JobState
-from service.domain.scheduling import Cluster
+from service.domain.resources import Cluster
 
 RAY_SECONDS = 3.0
 """Time for Ray's answer; the page is shown without resources after it."""

@@ -12,7 +12,7 @@ from service.adapters.run_storage import RunFiles
 from service.domain.errors import UpstreamUnavailable
 from service.domain.jobs import new_id
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Cluster, Node, Resources
+from service.domain.resources import Cluster, Node, Resources
 from tests.fakes import FakeRay
 from trainer.jobspec import (
     LOG_FILE,

@@ -6,7 +6,7 @@ from uuid import uuid4
 
 import pytest
 
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from tests.service.cli.commands import read
 from trainer.jobspec import JobSpec
 

@@ -7,17 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.domain import scheduling
-from service.domain.scheduling import (
-    Cluster,
-    Node,
-    Policy,
-    Quota,
-    Resources,
-    SchedulableJob,
-    max_resources,
-    min_resources,
-    plan,
-)
+from service.domain.resources import Cluster, Node, Resources, max_resources, min_resources
+from service.domain.scheduling import Policy, Quota, SchedulableJob, plan
 from trainer.jobspec import JobSpec
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

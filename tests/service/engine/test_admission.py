@@ -1,6 +1,6 @@
 from service.domain.leases import SCHEDULER
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from service.store.leases import LeaseStore
 from trainer.jobspec import OUTCOME_FILE, STOP_FILE, JobSpec, Outcome
 

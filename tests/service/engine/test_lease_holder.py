@@ -9,7 +9,8 @@ from service.adapters.run_storage import on_storage
 from service.domain.errors import UpstreamUnavailable
 from service.domain.leases import SHARDS
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Policy, Resources
+from service.domain.resources import Resources
+from service.domain.scheduling import Policy
 from service.engine.lease_holder import LeaseHolder
 from service.store.leases import LeaseStore
 from service.store.tables import leases

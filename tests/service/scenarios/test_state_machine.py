@@ -32,8 +32,8 @@ from hypothesis.stateful import (
 from service.domain.errors import Conflict, UpstreamRejected, UpstreamUnavailable
 from service.domain.jobs import JobState
 from service.domain.lifecycle import RayStatus
+from service.domain.resources import Cluster, Resources
 from service.domain.retries import Retries
-from service.domain.scheduling import Cluster, Resources
 from service.store.database import Database
 from service.store.leases import LeaseStore
 from tests.fakes import FakeMlflow, FakeRay

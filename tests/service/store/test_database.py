@@ -8,7 +8,7 @@ from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import DBAPIError
 
 from service.domain.errors import StorageFull, UpstreamUnavailable
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from service.store.comparisons import ComparisonStore
 from service.store.database import Database
 from service.store.job_rows import job_row

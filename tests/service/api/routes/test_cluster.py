@@ -3,7 +3,7 @@
 from datetime import datetime
 
 from service.domain.lifecycle import RayStatus
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from tests.service.api.routes.test_jobs import until
 from tests.service.api.routes.test_validation import end, submit
 

@@ -3,7 +3,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from service.domain.jobs import JobState, Transition
-from service.domain.scheduling import Resources
+from service.domain.resources import Resources
 from tests.service.api.web.conftest import SPEC
 from tests.service.examples import make_job
 
