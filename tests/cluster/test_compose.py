@@ -8,6 +8,8 @@ import time
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from deploy.cluster import read_env
+
 pytestmark = pytest.mark.cluster
 SERVICES = ("postgres", "mlflow", "checker", "api", "ray-worker", "ray-head")
 BODY = {
@@ -153,7 +155,7 @@ def test_containers_run_without_root_and_without_capabilities(compose):
 
 
 def test_secrets_are_not_where_jobs_run(compose):
-    secrets = dict(line.split("=", 1) for line in compose.env_file.read_text().splitlines())
+    secrets = read_env(compose.env_file)
     # The nodes hold Ray's token, and the key of the object store of profile s3.
     hidden = [
         value for name, value in secrets.items() if name not in ("RAY_AUTH_TOKEN", "S3_CHECKPOINTS_KEY")
