@@ -23,6 +23,11 @@ class OwnerQuota(FrozenModel):
     jobs: int | None = Field(None, ge=0)
     cpus: float | None = Field(None, ge=0)
     gpus: float | None = Field(None, ge=0)
+    priority: int | None = Field(None, ge=-100, le=100)
+
+    def quota(self) -> Quota:
+        """Return the quota."""
+        return Quota(self.jobs, self.cpus, self.gpus, self.priority)
 
 
 class Settings(BaseSettings):
@@ -130,6 +135,9 @@ class Settings(BaseSettings):
     quota_gpus: float | None = Field(
         None, ge=0, description="maximum number of GPUs of an owner's submitted jobs"
     )
+    quota_priority: int | None = Field(
+        None, ge=-100, le=100, description="maximum priority of an owner's submissions"
+    )
     quota_stored_bytes: int | None = Field(
         1_000_000_000,
         ge=0,
@@ -137,8 +145,8 @@ class Settings(BaseSettings):
     )
     owner_quotas: dict[Owner, OwnerQuota] = Field(
         {},
-        description='quotas of single owners, as JSON: `{"ann": {"jobs": 4, "gpus": 8}}`; missing fields '
-        "have no limit",
+        description='quotas of single owners, as JSON: `{"ann": {"gpus": 8, "priority": 10}}`; missing '
+        "fields have no limit",
     )
     rate_per_second: float = Field(50, gt=0, description="sustained requests per second and token")
     rate_burst: int = Field(200, ge=1, description="burst of requests per token")
@@ -301,10 +309,8 @@ class Settings(BaseSettings):
             max_active=self.max_active_jobs,
             backfill=timedelta(seconds=self.backfill_seconds),
             starvation=timedelta(seconds=self.starvation_seconds),
-            quotas={
-                owner: Quota(quota.jobs, quota.cpus, quota.gpus) for owner, quota in self.owner_quotas.items()
-            },
-            default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus),
+            quotas={owner: quota.quota() for owner, quota in self.owner_quotas.items()},
+            default_quota=Quota(self.quota_jobs, self.quota_cpus, self.quota_gpus, self.quota_priority),
             autoscaled=Resources(self.autoscaled_cpus, self.autoscaled_gpus),
         )
 

@@ -129,7 +129,7 @@ async def open_components(
             ),
             feed=JobFeed(jobs, tokens, settings.poll_seconds, settings.streams_per_token),
             metrics=metrics,
-            checks=SubmissionChecks(permissions, secrets, files, checker, ray),
+            checks=SubmissionChecks(permissions, secrets, files, checker, ray, settings.policy()),
             rates=RateLimit(settings.rate_per_second, settings.rate_burst),
             failures=RateLimit(FAILURES_PER_SECOND, MAX_FAILURES),
             policy=settings.policy,

@@ -1,6 +1,6 @@
 """Checks of a submission beyond its schema.
 
-Permissions, names, memory, secrets and disk space.
+Permissions, names, memory, secrets, priority and disk space.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from service.adapters.secret_files import JobSecrets
 from service.adapters.spec_checker import SpecChecker
 from service.domain.errors import UpstreamUnavailable
 from service.domain.resources import Cluster
+from service.domain.scheduling import Policy
+from service.domain.submission import SubmitOptions
 from trainer.jobspec import Allowlist, InvalidField, JobSpec, ModelSize, min_worker_bytes
 
 SMALL_BYTES = 1 << 30
@@ -27,21 +29,25 @@ class SubmissionChecks:
     files: RunFiles
     checker: SpecChecker
     ray: RayJobs
+    policy: Policy
 
     async def check(
-        self, owner: str, specs: Sequence[JobSpec], secrets: dict[str, str], *, to_store: bool = True
+        self, owner: str, specs: Sequence[JobSpec], options: SubmitOptions, *, to_store: bool = True
     ) -> dict[str, str]:
         """Check the specs of a submission, and return its secrets as full references.
 
         Raises InvalidField or NotAllowed for the first field that is wrong; StorageFull if jobs are to be
         stored and the storage is full. An upstream that does not answer passes.
         """
+        most = self.policy.quota_of(owner).priority
+        if most is not None and options.priority > most:
+            raise InvalidField("priority", options.priority, f"must be at most {most} for the owner {owner}")
         for spec in specs:
             self.permissions.check(spec)
         await self._check_memory(specs, await self.checker.check(specs))
         if to_store:
             await self.files.ensure_space()
-        return await self.secrets.resolve(owner, secrets)
+        return await self.secrets.resolve(owner, options.secrets)
 
     async def _check_memory(self, specs: Sequence[JobSpec], sizes: Sequence[ModelSize | None]) -> None:
         need, largest, size = max(

@@ -17,6 +17,8 @@ class Quota:
     jobs: int | None = None
     cpus: float | None = None
     gpus: float | None = None
+    priority: int | None = None
+    """Maximum priority of a submission."""
 
     def allows(self, jobs: int, held: Resources) -> bool:
         """Return whether a usage is within the quota."""
@@ -69,6 +71,10 @@ class Policy:
     autoscaled: Resources = NO_RESOURCES
     """Resources that Ray's autoscaler may grow the cluster to."""
 
+    def quota_of(self, owner: str) -> Quota:
+        """Return the quota of an owner."""
+        return self.quotas.get(owner, self.default_quota)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -115,7 +121,7 @@ def plan(
             found.reasons[job.id] = f"needs {needs}, but the whole cluster has {gpus:g}"
         elif not job.min_resources.fits(cluster.total):
             found.reasons[job.id] = f"needs {job.min_resources}, but the whole cluster has {cluster.total}"
-        elif not _quota(policy, job).allows(1, job.max_resources):
+        elif not policy.quota_of(job.owner).allows(1, job.max_resources):
             found.reasons[job.id] = f"may hold {job.max_resources}, more than the quota of {job.owner}"
         else:
             continue
@@ -271,7 +277,7 @@ def _next(order: _Order, usage: _Usage, policy: Policy, found: Plan) -> Schedula
 
     def has_quota(job: SchedulableJob) -> bool:
         owners = usage.held(job.owner) + job.max_resources
-        return _quota(policy, job).allows(usage.count(job.owner) + 1, owners)
+        return policy.quota_of(job.owner).allows(usage.count(job.owner) + 1, owners)
 
     for job in order.jobs(usage):
         # Quotas come before resources: a job without quota must not reserve resources for itself.
@@ -358,7 +364,3 @@ def _gpus_of_type(job: SchedulableJob, cluster: Cluster, policy: Policy) -> floa
     if job.accelerator_type is None or policy.autoscaled.gpus:
         return math.inf
     return cluster.of_type(job.accelerator_type).total.gpus
-
-
-def _quota(policy: Policy, job: SchedulableJob) -> Quota:
-    return policy.quotas.get(job.owner, policy.default_quota)

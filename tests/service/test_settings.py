@@ -11,10 +11,12 @@ from service.settings import Settings
 
 def test_quotas_can_be_set_per_owner(monkeypatch):
     monkeypatch.setenv("SYNCBN_QUOTA_JOBS", "2")
-    monkeypatch.setenv("SYNCBN_OWNER_QUOTAS", '{"ann": {"jobs": 4, "gpus": 8.0}, "bob": {}}')
+    monkeypatch.setenv("SYNCBN_QUOTA_PRIORITY", "0")
+    monkeypatch.setenv("SYNCBN_OWNER_QUOTAS", '{"ann": {"jobs": 4, "gpus": 8.0}, "bob": {"priority": 10}}')
     policy = Settings().policy()
-    assert policy.default_quota == Quota(jobs=2)
-    assert policy.quotas == {"ann": Quota(jobs=4, gpus=8), "bob": Quota()}
+    assert policy.quota_of("eve") == Quota(jobs=2, priority=0)
+    assert policy.quota_of("ann") == Quota(jobs=4, gpus=8)
+    assert policy.quota_of("bob") == Quota(priority=10)
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ async def submit_comparison(
     """Submit a comparison: one job per point of its matrix, in one transaction."""
     # In a thread: a comparison may expand to many specs, each of which is validated.
     points = await in_thread(expand, body.spec, body.matrix, body.variants)
-    secrets = await checks.check(caller.owner, [spec for _, spec in points], body.secrets)
+    secrets = await checks.check(caller.owner, [spec for _, spec in points], body)
     comparison = Comparison(
         id=new_id("comparison"),
         owner=caller.owner,

@@ -33,7 +33,7 @@ from service.domain.access import Caller, Owner
 from service.domain.comparisons import check_size
 from service.domain.errors import Conflict, VersionMismatch
 from service.domain.jobs import Job, JobState
-from service.domain.submission import Tag, clone, resume
+from service.domain.submission import Tag, clone, options_of, resume
 from service.store.jobs import Filter
 from trainer.jobspec import InvalidField, Norm
 
@@ -66,9 +66,13 @@ class _Derive:
 
     async def __call__(self, make: Callable[..., Job], job_id: str, body: ChangeJob, caller: Caller) -> Job:
         old = await self.job_store.get(job_id, caller.sees_only)
-        # Secrets are resolved again for the caller, who may be another owner than that of the old job.
         job = make(old, owner=caller.owner, name=body.name, overrides=body.overrides, secrets={})
-        return replace(job, secrets=await self.checks.check(caller.owner, [job.spec], old.secrets))
+        # Secrets and priority are those of the caller, who may be another owner than that of the old job.
+        most = self.checks.policy.quota_of(caller.owner).priority
+        priority = job.priority if most is None else min(job.priority, most)
+        options = options_of(replace(old, priority=priority))
+        secrets = await self.checks.check(caller.owner, [job.spec], options)
+        return replace(job, priority=priority, secrets=secrets)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ async def submit_job(body: SubmitJob, caller: Submitter, checks: Checks, add: Ad
     """Submit a job."""
     check_size(body.spec)
     # Before the first write: checks call other systems, which must not happen inside a transaction.
-    secrets = await checks.check(caller.owner, [body.spec], body.secrets)
+    secrets = await checks.check(caller.owner, [body.spec], body)
     return await add(body.job(owner=caller.owner, name=body.name, spec=body.spec, secrets=secrets))
 
 

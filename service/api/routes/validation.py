@@ -49,7 +49,7 @@ async def _validate(
     specs: Sequence[JobSpec],
 ) -> Validation:
     """Check names, and return the resources needed and whether the cluster has them."""
-    await checks.check(owner, specs, options.secrets, to_store=False)
+    await checks.check(owner, specs, options, to_store=False)
     least, most = (
         Resources(max(need.cpus for need in needs), max(need.gpus for need in needs))
         for needs in ([min_resources(spec) for spec in specs], [max_resources(spec) for spec in specs])

@@ -45,6 +45,7 @@ async def app(tmp_path, ray, mlflow, database_url):
         secrets_folder=tmp_path / "secrets",
         poll_seconds=0.02,
         check_seconds=0,
+        owner_quotas={"capped": {"priority": 10}},
     )
     app = make_app(settings, ray, mlflow)
     async with app.router.lifespan_context(app):

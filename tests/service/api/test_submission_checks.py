@@ -95,3 +95,24 @@ async def test_variables_that_configure_the_worker_are_rejected(as_owner, secret
 async def test_without_a_secrets_folder_there_are_no_secrets(client):
     refused = await client.post("/v1/jobs", json=BODY | {"secrets": {"HF_TOKEN": "hf-token"}})
     assert "there are none" in refused.json()["errors"][0]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs:validate", "/v1/comparisons"])
+async def test_a_priority_above_that_of_its_owner_is_refused(as_owner, client, path):
+    body = BODY if "jobs" in path else BODY | {"matrix": {"norm": ["none", "sync"]}}
+    capped = await as_owner("capped")
+    refused = await capped.post(path, json=body | {"priority": 11})
+    assert (refused.status_code, refused.json()["errors"]) == (
+        422,
+        [{"field": "priority", "value": 11, "message": "must be at most 10 for the owner capped"}],
+    )
+    assert (await client.get("/v1/jobs")).json()["jobs"] == []
+    for sender, priority in ((capped, 10), (client, 100)):
+        assert (await sender.post(path, json=body | {"priority": priority})).status_code in {200, 202}
+
+
+async def test_a_clone_has_at_most_the_priority_of_its_owner(as_owner, client):
+    old = (await client.post("/v1/jobs", json=BODY | {"priority": 90})).json()
+    for owner, priority in (("capped", 10), ("ann", 90)):
+        admin = await as_owner(owner, "submit", "admin")
+        assert (await admin.post(f"/v1/jobs/{old['id']}:clone", json={})).json()["priority"] == priority
