@@ -258,8 +258,8 @@ def unpack_backward(
         return cpu.combine_gradient(dy, values, statistics, weight, gradient_means)
     rounded = statistics.rounded
     assert rounded is not None
-    means = cuda.packing(values.device).unpack_backward(
-        vector, statistics.vector, rounded, statistics.eps, check
+    means, weight = cuda.packing(values.device).unpack_backward(
+        vector, statistics.vector, rounded, statistics.eps, check, weight
     )
     if values.numel() == 0:
         return torch.empty_like(values)

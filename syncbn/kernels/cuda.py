@@ -61,8 +61,10 @@ def normalise(x: Tensor, rounded: Tensor, eps: float, weight: Tensor | None, bia
 
     `rounded` are mean and inverse deviation, shape (2, C).
     """
-    dtype = accumulator(x)
-    weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
+    # The kernel takes both in the dtype of x, or both in that of the statistics.
+    if any(vector is not None and vector.dtype != x.dtype for vector in (weight, bias)):
+        dtype = accumulator(x)
+        weight, bias = (None if vector is None else vector.to(dtype) for vector in (weight, bias))
     mean, inverse = rounded.unbind()
     return torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
 
@@ -81,8 +83,8 @@ def combine_gradient(dy: Tensor, x: Tensor, rounded: Tensor, weight: Tensor | No
     """Return weight / √(variance + eps)·(dy - mean of dy - x̂·mean of dy·x̂).
 
     The kernel divides Σdy and Σdy·(x - mean) by a count; it gets their means, shape (2, C), and the count 1.
+    The weight has the accumulator dtype.
     """
-    weight = None if weight is None else weight.to(accumulator(x))
     mean, inverse = rounded.unbind()
     mean_dy, mean_product = means.unbind()
     one = _one(x.device)

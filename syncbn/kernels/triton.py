@@ -210,18 +210,24 @@ def pack_backward_kernel(
 def unpack_backward_kernel(
     vector,  # (HEAD + 2C) float64: sums over the ranks
     means,  # (2, C) accumulator dtype, written: Σdy / n and Σdy·(x - mean) / n
+    converted,  # (C) accumulator dtype, written: the weight
     moments,  # (HEAD + 2C) float64
+    weight,  # (C)
     progress,  # (2) int64, updated
     expected,
     call,
     channels,
     eps_high,
     eps_low,
+    CONVERT: tl.constexpr,
     CHECK: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the means of dy and dy·(x - mean) over all ranks, and compare the stamp."""
+    """Write the means of dy and dy·(x - mean) over all ranks, and compare the stamp.
+
+    Also converts the weight, which torch's kernel takes in the accumulator dtype alone.
+    """
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_channel = channel < channels
     eps = tl.full((), 0.0, tl.float64) + eps_high + eps_low
@@ -232,6 +238,9 @@ def unpack_backward_kernel(
     product = d * tl.sqrt(variance + eps)
     store_rounded(means + channel, s, is_channel)
     store_rounded(means + channels + channel, product, is_channel)
+    if CONVERT:
+        value = tl.load(weight + channel, is_channel, 0.0)
+        tl.store(converted + channel, value.to(converted.dtype.element_ty), is_channel)
     if CHECK and tl.program_id(0) == 0:
         note_kernel(tl.load(vector), progress, expected, call)
 
@@ -294,16 +303,19 @@ def pack_backward(
 
 
 def unpack_backward(
-    vector: Tensor, moments: Tensor, rounded: Tensor, eps: float, check: Check | None
-) -> Tensor:
+    vector: Tensor, moments: Tensor, rounded: Tensor, eps: float, check: Check | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """See `vectors.unpack_backward`."""
     channels = rounded.shape[1]
     means = torch.empty_like(rounded)
+    is_converted = weight is not None and weight.dtype != rounded.dtype
+    converted = rounded.new_empty(channels) if is_converted else weight
     _launch(
-        unpack_backward_kernel, _blocks(channels), vector, means, moments, *_check_arguments(check, vector),
-        channels, *_in_two(eps), CHECK=check is not None, HEAD=HEAD, BLOCK=BLOCK,
+        unpack_backward_kernel, _blocks(channels), vector, means, rounded if converted is None else converted,
+        moments, rounded if weight is None else weight, *_check_arguments(check, vector), channels,
+        *_in_two(eps), CONVERT=is_converted, CHECK=check is not None, HEAD=HEAD, BLOCK=BLOCK,
     )  # fmt: skip
-    return means
+    return means, converted
 
 
 def probe(device: torch.device) -> None:

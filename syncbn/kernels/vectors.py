@@ -143,18 +143,18 @@ def pack_backward(
 
 
 def unpack_backward(
-    vector: Tensor, moments: Tensor, rounded: Tensor, eps: float, check: Check | None
-) -> Tensor:
-    """Return the means of dy and of dy·(x - mean) over all ranks.
+    vector: Tensor, moments: Tensor, rounded: Tensor, eps: float, check: Check | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the means of dy and of dy·(x - mean) over all ranks, and the weight.
 
-    They have shape (2, C) and the accumulator dtype. The vector is overwritten; the other arguments are as
-    for `pack_backward`.
+    The means have shape (2, C); all have the accumulator dtype. The vector is overwritten; the other
+    arguments are as for `pack_backward`.
     """
     channels = rounded.shape[1]
     means = vector[HEAD:].view(2, channels).div_(moments[1].clamp(min=1))
     note(vector, check)
     means[1].mul_((moments[HEAD + channels : HEAD + 2 * channels] + eps).sqrt_())
-    return means.to(rounded.dtype)
+    return means.to(rounded.dtype), None if weight is None else weight.to(rounded.dtype)
 
 
 def note(vector: Tensor, check: Check | None) -> None:

@@ -69,6 +69,7 @@ def emulated_cuda(packing="triton", queued=False, enabled=True):
                     launch(kernel, *arguments, **constants)
 
             patches.enter_context(mock.patch.object(module, "_launch", launch_one))
+        patches.enter_context(mock.patch.object(vectors, "head", as_one_launch(vectors.head)))
         patches.enter_context(mock.patch.object(reduce, "_await", as_one_launch(reduce._await, "collective")))
         yield
 

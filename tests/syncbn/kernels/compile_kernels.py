@@ -65,12 +65,13 @@ def variants():
             | {"channels": "i32", **SCALARS},
             {"HAS_VALUES": True},
         )
-    for accumulator in ("*fp32", "*fp64"):
+    for accumulator, weight in (("*fp32", "*bf16"), ("*fp64", "*fp64")):
+        outputs = dict.fromkeys(("means", "converted"), accumulator)
         yield (
             kernels.unpack_backward_kernel,
-            {"vector": WIRE, "means": accumulator, "moments": WIRE, "progress": "*i64", "expected": "i64"}
-            | {"call": "i32", "channels": "i32", **SCALARS},
-            {"CHECK": True},
+            {"vector": WIRE, **outputs, "moments": WIRE, "weight": weight, "progress": "*i64"}
+            | {"expected": "i64", "call": "i32", "channels": "i32", **SCALARS},
+            {"CONVERT": weight != accumulator, "CHECK": True},
         )
 
 

@@ -160,7 +160,9 @@ def test_backward(kernels, channels, dtype, has_values):
     assert_same_bits(gradients[0], rounded_to(d, dtype))
     assert_same_bits(gradients[1], rounded_to(s, dtype))
     progress = torch.tensor([NEVER, 0])
-    means = kernels.unpack_backward(vector, moments, rounded, EPS, Check(progress, 5, 7))
+    weight = draw(channels, seed=4, dtype=dtype)
+    means, converted = kernels.unpack_backward(vector, moments, rounded, EPS, Check(progress, 5, 7), weight)
+    assert_same_bits(converted, weight.to(accumulator))
     assert_same_bits(means, torch.stack([s / n, d / n * root(variance + EPS)]).to(accumulator))
     assert progress.tolist() == [7, 7]  # its stamp is another one
 
@@ -181,7 +183,7 @@ def test_the_first_mispaired_call_and_the_newest_one_are_noted(kernels):
     rounded = torch.zeros(2, 1)
     for call, expected in ((1, 8), (2, 9), (3, 8), (4, 9)):
         vector = torch.tensor([8.0, 0.0, 0.0, 0.0], dtype=torch.float64)
-        kernels.unpack_backward(vector, moments, rounded, EPS, Check(progress, expected, call))
+        kernels.unpack_backward(vector, moments, rounded, EPS, Check(progress, expected, call), None)
     assert progress.tolist() == [2, 4]
 
 

@@ -67,7 +67,9 @@ def test_the_gradients_are_those_around_the_exact_mean(accumulator):
     torch.testing.assert_close(gradients, (exact, dy.sum(0)))
     assert vector[:HEAD].tolist() == [7, 0]
     progress = torch.tensor([NEVER, 0])
-    means = vectors.unpack_backward(vector, moments, rounded, EPS, Check(progress, 8, 3))
+    weight = torch.rand(3).to(torch.bfloat16)
+    means, converted = vectors.unpack_backward(vector, moments, rounded, EPS, Check(progress, 8, 3), weight)
+    torch.testing.assert_close(converted, weight.to(accumulator), rtol=0, atol=0)
     torch.testing.assert_close(
         means, (torch.stack([dy.sum(0), exact / inverse]) / 9).to(accumulator), rtol=1e-6, atol=1e-9
     )

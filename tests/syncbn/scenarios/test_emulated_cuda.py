@@ -180,6 +180,23 @@ def test_without_values_nothing_changes_and_one_value_is_refused_everywhere(pack
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize("layout", ["rows", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(dtype, layout, packing):
+    case = make_case([6, 3], rest=LAYOUTS[layout][0], dtype=dtype)
+    case.weight, case.bias = (vector.to(dtype).double() for vector in (case.weight, case.bias))
+    expected, bound = expect(case), BOUNDS[dtype][0]
+    results = run_on_ranks(train_all, 2, [((case, layout, packing), {"dtype": dtype})])
+    for rank, [(y, dx, weight_gradient, _, *_)] in enumerate(results):
+        assert (y.dtype, dx.dtype, weight_gradient.dtype) == (dtype, dtype, dtype)
+        assert relative_error(y, expected.outputs[rank]) <= bound
+        assert relative_error(dx, expected.gradients[rank]) <= bound
+    # Each rank rounds its share.
+    for index, gradient in ((2, expected.weight_gradient), (3, expected.bias_gradient)):
+        assert relative_error(sum(rank[0][index].double() for rank in results), gradient) <= 2 * bound
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
 def test_without_parameters_with_equal_weights_and_without_buffers(packing):
     case = make_case([4, 3], rest=(9, 11), dtype=torch.float32)
     case.weight, case.bias = torch.ones(5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
@@ -348,9 +365,9 @@ def test_the_variance_between_ranks_is_that_of_the_cpu(packing, dtype):
         assert ((share > 0.01) & (share < 0.9)).all()
 
 
-def count_launches(packing, queued, dtype):
+def count_launches(packing, queued, dtype, parameter_dtype):
     """Return the launches and the operators that read a value, of the second step."""
-    layer = SyncBatchNorm(5, dtype=torch.float64 if dtype == torch.float64 else None)
+    layer = SyncBatchNorm(5, dtype=parameter_dtype)
     layer.layer_name = "norm"
     x = torch.randn(4, 5, 6, 7).to(dtype).requires_grad_()
     dy = torch.randn(4, 5, 6, 7).to(dtype)
@@ -364,12 +381,16 @@ def count_launches(packing, queued, dtype):
     return [(counter.launches, counter.host_waits) for counter in (forward, backward)]
 
 
-@pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize(("packing", "limits"), [("triton", (5, 5)), ("vectors", (27, 22))])
-def test_a_layer_takes_few_launches_and_the_host_waits_for_none(packing, limits, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "parameter_dtype"),
+    [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in BOUNDS]
+    + [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+)
+@pytest.mark.parametrize(("packing", "limits"), [("triton", (5, 5)), ("vectors", (28, 24))])
+def test_a_layer_takes_few_launches_and_the_host_waits_for_none(packing, limits, dtype, parameter_dtype):
     if packing == "vectors" and dtype == torch.float64:
-        limits = (40, 22)  # the vectors of the ranks are merged one by one
-    for counts in run_on_ranks(count_launches, 2, packing, True, dtype):
+        limits = (39, 20)  # the vectors of the ranks are merged one by one
+    for counts in run_on_ranks(count_launches, 2, packing, True, dtype, parameter_dtype):
         for (launches, waits), limit in zip(counts, limits, strict=True):
             assert len(launches) <= limit, launches
             assert waits == []
