@@ -17,6 +17,8 @@ UP_SECONDS = 3_000
 DOWN_SECONDS = 300
 CALL_SECONDS = 60
 PROJECT = "syncbn-test"
+IMAGE_TAG = "test"
+"""Tag of the images of the tests, which leave those of `make up-cluster` alone."""
 
 
 class ComposeStack:
@@ -31,6 +33,7 @@ class ComposeStack:
         self.env_file.touch(0o600)
         self.env_file.write_text(
             f"SYNCBN_TOKEN={self.token}\nSYNCBN_PUBLISHED_PORT={port}\nSYNCBN_PUBLIC_URL={self.url}\n"
+            f"IMAGE_TAG={IMAGE_TAG}\n"
         )
         self.files = files
 

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from deploy.cluster import read_env
+from tests.cluster.compose import IMAGE_TAG
 
 pytestmark = pytest.mark.cluster
 SERVICES = ("postgres", "mlflow", "checker", "api", "ray-worker", "ray-head")
@@ -122,10 +123,10 @@ def test_a_container_beside_the_api_reaches_nothing_but_the_api(compose):
     network = next(
         n for n in compose.call("network", "ls", "--format={{.Name}}").split() if n.endswith("_edge")
     )
+    run = ("run", "--rm", f"--network={network}", f"syncbn-service:{IMAGE_TAG}")
     for service, ports in PORTS.items():
         for address in addresses(compose, service):
-            command = ["python", "-c", CONNECT, address, *map(str, ports)]
-            opened = compose.call("run", "--rm", f"--network={network}", "syncbn-service", *command)
+            opened = compose.call(*run, "python", "-c", CONNECT, address, *map(str, ports))
             assert opened == "", f"a container on the published network reaches {service}"
     code = """
 import urllib.error, urllib.request

@@ -69,7 +69,7 @@ def test_each_image_is_built_once_and_never_pulled(services):
     assert built == {"api": "service", "ray-head": "trainer"}
     for name, service in ours.items():
         target = "service" if name in {"api", "mlflow"} | BUCKETS else "trainer"
-        assert service["image"] == f"syncbn-{target}"
+        assert service["image"] == f"syncbn-{target}:${{IMAGE_TAG:-latest}}"
         assert name in built or service["pull_policy"] == "never"
 
 
