@@ -18,6 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "missing: venv (Debian: apt-get install python3-venv)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[trainer,service,dev]'
+	@# An optional part of jsonschema, for IRIs, brought by the tool of the SBOM: each process of Ray would import it, at
+	@# 0.8 of the 1.4 s that `import ray` then takes.
+	@$(BIN)/pip uninstall --quiet --yes rfc3987-syntax lark
 	@touch $@
 
 # Third-party files of the pages, which are never committed: npm packages pinned by a lock file.
