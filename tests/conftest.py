@@ -64,6 +64,24 @@ def anyio_backend():
     return "asyncio"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fast_service():
+    """Commits of SQLite without fsync, and short rests of the dispatcher, for whose ticks many tests wait."""
+    from sqlalchemy import event
+    from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
+    from sqlalchemy.engine import Engine
+
+    def skip_fsync(connection, _):
+        if isinstance(connection, AsyncAdapt_aiosqlite_connection):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("service.engine.dispatcher.REST_PER_TICK", 3)
+        patch.setattr("service.engine.dispatcher.MIN_REST_SECONDS", 0.02)
+        event.listen(Engine, "connect", skip_fsync)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory):
     """A real Ray and MLflow for the whole session, without the API."""

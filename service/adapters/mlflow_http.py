@@ -1,8 +1,10 @@
 """HTTP client of MLflow for forwarded requests."""
 
 import json
+import ssl
 from collections.abc import AsyncIterator, Iterable
 from enum import StrEnum
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
@@ -59,6 +61,7 @@ class MlflowHttp:
                 limits=httpx.Limits(max_connections=MAX_CONNECTIONS),
                 follow_redirects=False,
                 trust_env=False,
+                verify=_tls_context(),
                 cookies=CookieJar(
                     DefaultCookiePolicy(allowed_domains=[])
                 ),  # one caller's would go with another's
@@ -99,3 +102,8 @@ class MlflowHttp:
         """Close all connections."""
         for client in self._clients.values():
             await client.aclose()
+
+
+@cache  # loading the certificates takes some 20 ms
+def _tls_context() -> ssl.SSLContext:
+    return httpx.create_ssl_context(trust_env=False)

@@ -81,15 +81,25 @@ def listening_addresses(processes: list[psutil.Process]) -> set[str]:
     return addresses
 
 
-def submit_to_ray(connection: Connection, data_dir: Path, entrypoint: str) -> None:
+def start_stubborn_job(connection: Connection, data_dir: Path) -> None:
     token = (data_dir / "ray-token").read_text()
     answer = httpx.post(
         f"{connection.ray_address}/api/jobs/",
-        json={"entrypoint": entrypoint},
+        json={"entrypoint": STUBBORN_JOB},
         headers={"Authorization": f"Bearer {token}"},
         timeout=60,
     )
     assert answer.is_success, answer.text
+    wait_for_file(data_dir / "job-started")
+    (data_dir / "job-started").unlink()
+
+
+def assert_ended(everything: list[psutil.Process], data_dir: Path) -> None:
+    """Assert that a stack leaves neither a process nor a file of its connection within the limit."""
+    assert still_alive(everything, STOP_LIMIT_SECONDS) == []
+    assert working_in(data_dir) == []
+    assert not (data_dir / "connection.json").exists()
+    assert not short_folder(data_dir).exists()
 
 
 class MlflowRuns:
@@ -136,23 +146,23 @@ def runs():
     return MlflowRuns()
 
 
-def test_two_stacks_run_on_one_machine(tmp_path):
-    first_dir, second_dir = tmp_path / "first", tmp_path / "second"
-    first_dir.mkdir()
-    first_dir.chmod(0o755)  # as set by hand, or by an earlier version
-    with syncbn_up(first_dir) as first, syncbn_up(second_dir) as second:
-        one, two = wait_until_ready(first, first_dir), wait_until_ready(second, second_dir)
-        for connection, directory in ((one, first_dir), (two, second_dir)):
+def test_two_stacks_run_on_one_machine(data_dir, runs, tmp_path):
+    """The first ends by a kill of its command, the second by Ctrl-C twice."""
+    second_dir = tmp_path / "second"
+    data_dir.mkdir(parents=True, exist_ok=True)
+    data_dir.chmod(0o755)  # as set by hand, or by an earlier version
+    with syncbn_up(data_dir) as first, syncbn_up(second_dir) as second:
+        one, two = wait_until_ready(first, data_dir), wait_until_ready(second, second_dir)
+        for connection, directory in ((one, data_dir), (two, second_dir)):
             for folder in (directory, short_folder(directory)):  # the second stack has Ray's logs and sockets
                 assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             assert stat.S_IMODE((directory / "connection.json").stat().st_mode) == 0o600
             assert httpx.get(f"{connection.url}/readyz", timeout=30).is_success
             assert httpx.get(f"{connection.ray_address}/api/jobs/", timeout=30).status_code == 401
-            submit_to_ray(connection, directory, STUBBORN_JOB)
-            wait_for_file(directory / "job-started")
+            start_stubborn_job(connection, directory)
         assert one.token != two.token
         with pytest.raises(StackError, match="another stack runs on"):
-            LocalStack(first_dir).start()
+            LocalStack(data_dir).start()
 
         of_first, of_second = (
             everything_below(psutil.Process(first.pid)),
@@ -160,40 +170,35 @@ def test_two_stacks_run_on_one_machine(tmp_path):
         )
         assert listening_addresses(of_first + of_second) == {"127.0.0.1", "::ffff:127.0.0.1"}
 
-        first.terminate()
-        assert still_alive(of_first, STOP_LIMIT_SECONDS) == []
-        assert first.wait() == 0
+        runs.log(mlflow_below(first, data_dir), "first")
+        first.kill()
+        assert_ended(of_first, data_dir)
         assert second.poll() is None
         assert httpx.get(f"{two.url}/readyz", timeout=30).is_success
 
         os.killpg(second.pid, signal.SIGINT)  # Ctrl-C twice
         os.killpg(second.pid, signal.SIGINT)
-        assert still_alive(of_second, STOP_LIMIT_SECONDS) == []
+        assert_ended(of_second, second_dir)
         assert second.wait() == 0
-        for directory in (first_dir, second_dir):
-            assert not (directory / "connection.json").exists()
-            assert not short_folder(directory).exists()
 
 
-@pytest.mark.parametrize("victim", ["up", "api"])
-def test_no_process_outlives_the_command_or_the_api(data_dir, runs, victim):
+@pytest.mark.parametrize("victim", ["api", pytest.param("up", marks=pytest.mark.slow)])
+def test_no_process_outlives_the_api_or_a_terminated_command(data_dir, runs, victim):
     with syncbn_up(data_dir) as process:
         connection = wait_until_ready(process, data_dir)
         runs.check((connection.mlflow_url, connection.token))
         runs.log(mlflow_below(process, data_dir), victim)
-        submit_to_ray(connection, data_dir, STUBBORN_JOB)
-        wait_for_file(data_dir / "job-started")
-        (data_dir / "job-started").unlink()
+        start_stubborn_job(connection, data_dir)
         everything = everything_below(psutil.Process(process.pid))
-        (api,) = [below for below in everything if "serve" in below.cmdline()]
-        (api if victim == "api" else process).send_signal(signal.SIGKILL)
-        assert still_alive(everything, STOP_LIMIT_SECONDS) == []
-        assert working_in(data_dir) == []
-        assert not short_folder(data_dir).exists()
-        if victim == "api":
-            output = process.communicate()[0]
-            assert process.returncode == 1
-            assert "api was killed by signal 9" in output
+        if victim == "up":
+            process.terminate()
+        else:
+            (api,) = [below for below in everything if "serve" in below.cmdline()]
+            api.kill()
+        assert_ended(everything, data_dir)
+        output = process.communicate()[0]
+        assert process.returncode == (0 if victim == "up" else 1)
+        assert ("api was killed by signal 9" in output) == (victim == "api")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,14 @@ class PixelTransform:
     """Transform of the pixels of an image; `normalize` scales whole batches later."""
 
     def __init__(self, spec: ImageTransformSpec, *, training: bool) -> None:
-        # Imported here: it takes a second, and untransformed data does not need it.
+        self._spec, self._training = spec, training
+
+    @cached_property
+    def _transform(self) -> Any:
+        # At the first image: the import takes a second, and the feeder only passes this object on.
         from torchvision.transforms import v2
 
+        spec, training = self._spec, self._training
         steps: list[Any] = [v2.ToImage()]
         if spec.channels is not None:
             steps.append(v2.Grayscale() if spec.channels == 1 else v2.RGB())
@@ -40,7 +46,7 @@ class PixelTransform:
                 steps.append(v2.CenterCrop(spec.crop))
         if training:
             steps.extend(_augmentations(spec))
-        self._transform = v2.Compose(steps)
+        return v2.Compose(steps)
 
     def __call__(self, image: Any) -> Tensor:
         """Transform a PIL image or tensors (..., C, H, W), all in the same way.

@@ -82,7 +82,13 @@ def run(task: AttemptTask, *, ray_address: str | None = None) -> Outcome:
     cpus = max(os.cpu_count() or 1, spec.max_workers + readers) if is_local else None
     # Under the service, workers write to files; by hand, Ray prints their output.
     level = logging.INFO if is_local else logging.WARNING
-    ray.init(address=ray_address, num_cpus=cpus, log_to_driver=is_local, logging_level=level)
+    ray.init(
+        address=ray_address,
+        num_cpus=cpus,
+        include_dashboard=False if is_local else None,
+        log_to_driver=is_local,
+        logging_level=level,
+    )
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         if is_local and spec.use_gpu and gpus < spec.min_workers:
@@ -191,14 +197,14 @@ def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:
     """
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     spec = task.spec
     folder = attempt_folder(Path(task.context.folder), task.context.attempt)
     failures_folder = folder / FAILURES_FOLDER / str(number)
     failures_folder.mkdir(parents=True, exist_ok=True)
     workers: Any = spec.num_workers if isinstance(spec.num_workers, int) else tuple(spec.num_workers)
-    trainer = TorchTrainer(
+    trainer = _trainer_class()(
         _work,
         # The path and not the task: Ray shows this configuration to everyone with its token, and the task
         # contains another token.
@@ -237,6 +243,24 @@ def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:
             raise
         reason = f"no {spec.min_workers} workers were free within {RESOURCE_TIMEOUT_SECONDS:.0f} s"
         return Outcome(state="failed", reason=reason, cause="worker_lost")
+
+
+def _trainer_class() -> Any:
+    """Return TorchTrainer without processes that a job has no use for.
+
+    Each takes seconds to start. The manager of datasets has none, since the feeder streams data. The cleaner
+    of placement groups outlives the driver to remove what Ray removes with the driver's job in any case.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, unused)]
+
+    return Trainer
 
 
 def _wait_before_abort(marker: Path) -> Any:

@@ -60,6 +60,8 @@ def waiting(classes):
     open(f"waiting-{dist.get_rank()}", "w")
     time.sleep(300)
 """
+UNUSED_ACTORS = ("DatasetManager", "PlacementGroupCleaner")
+"""Actors of Ray Train that a job has no use for; each takes seconds to start."""
 VALUE = "a-secret-value"
 SPEC = {"data": {"name": "digits"}, "num_workers": 2, "steps": 4, "eval_every": 2, "log_model": False}
 
@@ -82,6 +84,7 @@ def start(folder, model, **context):
     environment = os.environ | {
         JOB_VARIABLE: str(RunFiles(folder).write_task(task)),
         "SYNCBN_TOKEN": "the-token-of-the-service",
+        "RAY_ADDRESS": "local",  # and not that of another test
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "ab" * 32,
     }
@@ -165,6 +168,9 @@ def test_a_killed_driver_leaves_an_outcome_and_no_process(tmp_path):
     process = start(tmp_path, "waiting")
     wait_for_file(tmp_path / "waiting-1", 120)
     everything = working_in(tmp_path)
+    titles = " ".join(process.cmdline()[0] for process in everything)
+    assert "ray::TrainController" in titles
+    assert not any(name in titles for name in UNUSED_ACTORS)
     (driver,) = [
         child for child in psutil.Process(process.pid).children() if child.cmdline()[1:3] == ["-m", "trainer"]
     ]

@@ -10,7 +10,6 @@ from service.domain.mlflow_views import LAYOUT
 from tests.service.api.conftest import ON_BOTH_DATABASES
 from trainer.jobspec import LOG_FILE, OUTCOME_FILE, STOP_FILE, Outcome, attempt_folder
 
-pytestmark = ON_BOTH_DATABASES
 SPEC = {"steps": 10, "num_workers": 2}
 
 
@@ -27,6 +26,7 @@ async def until(client, job, *states):
     return seen
 
 
+@ON_BOTH_DATABASES
 async def test_a_job_is_accepted_and_shown(client):
     answer = await client.post("/v1/jobs", json={"name": "mine", "spec": SPEC})
     job = answer.json()
@@ -40,6 +40,7 @@ async def test_a_job_is_accepted_and_shown(client):
     )
 
 
+@ON_BOTH_DATABASES
 async def test_the_timeline_of_a_job_records_its_end(client, app, ray):
     job = await submit(client)
     await until(client, job, "submitted")
@@ -114,6 +115,7 @@ async def test_logs_come_from_ray_until_log_files_exist(client, ray):
     assert refused.json()["errors"] == [{"field": "attempt", "value": 2, "message": "must be 1 to 1"}]
 
 
+@ON_BOTH_DATABASES
 async def test_cancelling(client, ray):
     ray.is_down = True
     job = await submit(client)
@@ -150,6 +152,7 @@ async def test_specs_that_the_operator_does_not_allow_are_rejected_and_not_store
     assert (await client.get("/v1/jobs")).json()["jobs"] == []
 
 
+@ON_BOTH_DATABASES
 async def test_lists_are_paginated(client):
     ids = [(await submit(client))["id"] for _ in range(5)]
     seen, token = [], None
@@ -225,6 +228,7 @@ async def test_a_body_that_is_not_a_json_object_is_rejected(client, body):
     assert answer.json()["errors"]
 
 
+@ON_BOTH_DATABASES
 async def test_text_that_utf_8_cannot_encode_is_rejected_with_422(client):
     for body in (
         '{"name": "\\ud800", "spec": {"steps": 1}}',
@@ -258,6 +262,7 @@ async def test_a_log_that_grows_while_it_is_read_is_complete(client, app):
     assert received == b"line\n" * 200_000
 
 
+@ON_BOTH_DATABASES
 async def test_unknown_objects_are_not_found(client):
     for path in (
         "/v1/jobs/job-0",
@@ -270,6 +275,7 @@ async def test_unknown_objects_are_not_found(client):
         assert (answer.status_code, answer.json()["title"]) == (404, "Not Found"), path
 
 
+@ON_BOTH_DATABASES
 async def test_a_running_job_is_paused_and_resumed(client, app, ray):
     job = await submit(client, preemptible=True)
     assert job["preemptible"]
@@ -314,6 +320,7 @@ async def test_a_running_job_is_paused_and_resumed(client, app, ray):
     ]
 
 
+@ON_BOTH_DATABASES
 async def test_a_paused_job_can_be_cancelled_and_an_ended_one_not_paused(client, ray, as_owner):
     ray.is_down = True  # it stays in the queue
     job = await submit(client)
