@@ -178,6 +178,10 @@ KILL_RAYLET = """
 import psutil
 [process.kill() for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"]
 """
+COUNT_RAYLETS = """
+import psutil
+print(sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"])))
+"""
 COUNT_DRIVERS = """
 import psutil
 lines = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]
@@ -235,9 +239,15 @@ def slow_down(job, chance):
 
 
 def drain(job, chance):
+    """Drain a node; its container starts as a new one after Ray's part of it has ended."""
     name, _ = job.worker(chance.randrange(2))
     address = job.compose.python(name, "import ray.util; print(ray.util.get_node_ip_address())")
     job.compose.python(job.compose.container("ray-head"), DRAIN, address)
+    deadline = time.monotonic() + 120
+    while job.compose.python(name, COUNT_RAYLETS) != "0":
+        assert time.monotonic() < deadline, f"the drained raylet of {name} has not ended"
+        time.sleep(1)
+    restart_after(job, name, 0)
 
 
 DRAIN = """
