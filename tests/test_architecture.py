@@ -35,6 +35,7 @@ def modules_after(statement):
         ("service.client.client", {"torch", "ray", "mlflow", "sqlalchemy"}),
         ("trainer.jobspec", {"torch", "ray", "mlflow", "numpy"}),
         ("trainer.__main__", {"torch", "ray", "mlflow"}),
+        ("trainer.worker", {"ray", "mlflow", "torch.distributed.fsdp"}),
         ("syncbn", {"ray", "mlflow", "pydantic"}),
     ],
 )

@@ -79,7 +79,8 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with open_components(settings, ray, mlflow) as components:
+        settings: Settings = app.state.settings
+        async with open_components(settings, *app.state.upstreams) as components:
             app.state.components = components
             await _ensure_tokens(components.tokens, settings, show_first_token)
             await components.replica.start()
@@ -103,7 +104,7 @@ def make_app(
         generate_unique_id_function=operation_id,
     )
     assets.assets()  # raises AssetsMissingError
-    app.state.settings = settings
+    app.state.settings, app.state.upstreams = settings, (ray, mlflow)
     app.max_body_size = MAX_BODY_BYTES
     problems.install(app)
     for router in (

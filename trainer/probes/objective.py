@@ -9,8 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from trainer.data import Batch
 from trainer.distributed import RankInfo
@@ -42,7 +40,7 @@ class Objective:
         """
         self._model, self._parts, self._batch_size = model, parts, batch_size
         self._worker, self._autocast, self._scale = worker, autocast, scale
-        self._is_sharded = isinstance(model, FSDPModule)
+        self._is_sharded = _is_sharded(model)
         self._reshard()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -113,8 +111,8 @@ class Objective:
         A pass without backward, also in evaluation, leaves those of outer modules unsharded.
         """
         for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+            if _is_sharded(module):
+                module.reshard()  # type: ignore[operator]
 
     def _differentiate(self, loss: Tensor) -> Tensor:
         if not self._is_sharded:
@@ -163,6 +161,11 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+def _is_sharded(module: nn.Module) -> bool:
+    # isinstance(module, FSDPModule) would import torch.distributed.fsdp, which takes most of a second.
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
+
+
 def _own(tensor: Tensor) -> Tensor:
     """Return this worker's part of a sharded tensor, and any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -34,9 +34,17 @@ async def database_url(request, tmp_path):
     return await copy_template(request.getfixturevalue("postgresql_url"))
 
 
+@pytest.fixture(scope="session")
+def application():
+    """Application without components, shared, since the first requests of a new one analyse its routes."""
+    return make_app(Settings())
+
+
 @pytest.fixture
-async def app(tmp_path, ray, mlflow, database_url):
-    settings = Settings(
+async def app(application, tmp_path, ray, mlflow, database_url):
+    """Application with components of the test."""
+    application.state.upstreams = ray, mlflow
+    application.state.settings = Settings(
         token=TOKEN,
         outcome_grace_seconds=0,
         public_url="http://syncbn.example/",
@@ -47,9 +55,8 @@ async def app(tmp_path, ray, mlflow, database_url):
         check_seconds=0,
         owner_quotas={"capped": {"priority": 10}},
     )
-    app = make_app(settings, ray, mlflow)
-    async with app.router.lifespan_context(app):
-        yield app
+    async with application.router.lifespan_context(application):
+        yield application
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ quotas = st.builds(Quota, st.none() | st.integers(0, 4), st.none() | st.integers
     st.integers(1, 6),
     st.dictionaries(owners, quotas),
 )
-@settings(max_examples=500)
+@settings(max_examples=200)
 def test_admission_exceeds_neither_resources_nor_quotas(waiting, active, cpus, free, max_active, by_owner):
     has = cluster(cpus, min(free, cpus))
     admitted = admit(waiting, active, has, max_active=max_active, quotas=by_owner)
@@ -252,7 +252,7 @@ def low(cpus, most=None, **changes):
     st.dictionaries(owners, quotas),
 )
 @example([job(4)], [low(2, 8)], 8, 8, 2, {})
-@settings(max_examples=1_000)
+@settings(max_examples=300)
 def test_preemption_frees_what_one_job_needs_and_no_more(waiting, active, cpus, used, max_active, by_owner):
     policy = Policy(max_active=max_active, quotas=by_owner)
     has = cluster(cpus, max(cpus - used, 0))

@@ -73,8 +73,9 @@ async def test_a_replica_whose_ticks_all_fail_is_reported_as_stuck(replica, monk
         await asyncio.sleep(1.0)
         assert replica.dispatcher.is_stuck() == is_stuck
         monkeypatch.undo()
-        await asyncio.sleep(0.3)
-        assert not replica.dispatcher.is_stuck()
+        async with asyncio.timeout(10):
+            while replica.dispatcher.is_stuck():
+                await asyncio.sleep(0.01)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

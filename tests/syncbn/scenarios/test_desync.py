@@ -120,9 +120,8 @@ def arrive(delays):
     layers = make_layers()
     dist.barrier()
     delay = delays[dist.get_rank()]
-    time.sleep(
-        2 * TIMEOUT_SECONDS + 2 if delay is None else delay
-    )  # stays, so that nobody is told by broken connections
+    # Who never arrives stays until the others have raised, so that nobody is told by broken connections.
+    time.sleep(max(filter(None, delays), default=0) + TIMEOUT_SECONDS + 2 if delay is None else delay)
     if delay is None:
         return None, 0.0
     started = time.monotonic()

@@ -36,7 +36,8 @@ async def test_a_comparison_is_one_job_per_point(client, mlflow):
     assert seen["jobs"][0]["comparison_id"] == comparison["id"]
 
 
-async def test_the_report_compares_metrics_from_mlflow(client, app, mlflow):
+async def test_the_report_compares_metrics_from_mlflow(client, app, ray, mlflow):
+    ray.is_down = True  # jobs change only by what follows
     comparison = (await client.post("/v1/comparisons", json=BODY)).json()
     jobs = app.state.components.jobs
     for job, steps in zip(comparison["jobs"], (1000, 1600, 1300, 100, 100, 100), strict=True):
@@ -150,7 +151,8 @@ RECIPE = {
 }
 
 
-async def test_the_verdict_uses_only_succeeded_runs(client, app, mlflow):
+async def test_the_verdict_uses_only_succeeded_runs(client, app, ray, mlflow):
+    ray.is_down = True
     comparison = (await client.post("/v1/comparisons", json=BODY | {"recipe": RECIPE})).json()
     address = f"/v1/comparisons/{comparison['id']}/verdict"
     assert (await client.get(address)).json()["judgement"] == "not enough data"

@@ -21,8 +21,9 @@ BODY = {
 
 
 @pytest.fixture
-async def comparison(client, app, mlflow):
+async def comparison(client, app, ray, mlflow):
     """A comparison whose runs have curves, times and percentiles."""
+    ray.is_down = True  # jobs change only by what follows
     made = (await client.post("/v1/comparisons", json=BODY)).json()
     jobs = app.state.components.jobs
     for job, steps in zip(made["jobs"], (1000, 1600, 1300, 100, 110, 120), strict=True):
@@ -130,7 +131,8 @@ async def test_a_page_without_mlflow_has_the_jobs_and_says_so(
     assert "report.html" not in answer.text
 
 
-async def test_the_page_of_many_variants_is_small_and_leads_to_its_jobs(browser, client, app, mlflow):
+async def test_the_page_of_many_variants_is_small_and_leads_to_its_jobs(browser, client, app, ray, mlflow):
+    ray.is_down = True
     rates = [0.001 * (number + 1) for number in range(40)]
     matrix = {"optimizer.lr": rates, "seed": [0, 1, 2]}
     body = BODY | {"matrix": matrix, "recipe": None}

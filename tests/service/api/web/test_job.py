@@ -91,7 +91,8 @@ async def test_an_open_job_cannot_be_resumed(browser, submit):
     assert "only jobs that are paused or have ended can be resumed" in answer.text
 
 
-async def test_curves_come_from_mlflow_and_the_page_does_without(browser, submit, app, mlflow):
+async def test_curves_come_from_mlflow_and_the_page_does_without(browser, submit, app, ray, mlflow):
+    ray.is_down = True  # it stays in the queue
     job_id = await submit()
     jobs = app.state.components.jobs
     while (
