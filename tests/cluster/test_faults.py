@@ -342,7 +342,7 @@ USER_FAULTS = [
     ("exhaust_memory", 24, "out_of_memory"),
     ("exhaust_memory", 25, "out_of_memory"),
     ("hang", 26, "hang"),
-    ("give_bad_data", 27, "data"),
+    ("corrupt_image", 27, "data"),
     ("diverge", 28, "diverged"),
     ("missing_data", 29, "data"),
     ("raise_error", 30, "user_code"),
@@ -350,21 +350,32 @@ USER_FAULTS = [
 ]
 
 
+FOLDERS = {"corrupt_image": "/storage/images", "missing_data": "/storage/nothing"}
+MAKE_IMAGES = f"""
+from pathlib import Path
+from PIL import Image
+root = Path("{FOLDERS["corrupt_image"]}")
+for folder in (root / "train/a", root / "train/b", root / "val/a", root / "val/b"):
+    folder.mkdir(parents=True)
+    for number in range(40):
+        Image.new("RGB", (8, 8), (6 * number, 0, 0)).save(folder / f"{{number}}.png")
+(root / "train/a/7.png").write_bytes(b"not an image")
+"""
+
+
 def spec_of(fault, seed):
     chance = random.Random(seed)
     arguments = {"fault": fault, "rank": chance.randrange(2), "at": chance.randint(5, 60)}
-    changes = {
-        "diverge": {"optimizer": {"lr": 1e30}, "model": {"name": "mlp", "hidden": [16]}, "norm": "none"},
-        "missing_data": {
-            "data": {"name": "imagefolder", "root": "/storage/nothing"},
-            "model": {"name": "cnn"},
-        },
-    }.get(fault, {"model": SPEC["model"] | {"arguments": arguments}})
+    changes = {"model": SPEC["model"] | {"arguments": arguments}}
+    if fault in FOLDERS:
+        changes = {"data": {"name": "imagefolder", "root": FOLDERS[fault]}, "model": {"name": "cnn"}}
     return SPEC | {"steps": 200, "collective_timeout_seconds": 10} | changes
 
 
 @pytest.mark.parametrize(("fault", "seed", "kind"), USER_FAULTS)
 def test_a_fault_of_the_user_is_classified(compose, client, table, fault, seed, kind):
+    if fault == "corrupt_image":
+        compose.python(compose.container("ray-head"), MAKE_IMAGES)
     job = FaultyJob(compose, client, f"{fault} {seed}", spec_of(fault, seed))
     ended = job.ended()
     table.rows.append(Row(fault, seed, ended.state, ended.attempt, [ended.failure_kind], None, None))

@@ -32,13 +32,13 @@ def hang():
     time.sleep(3_600)
 
 
-def give_bad_data():
-    raise FileNotFoundError(2, "No such file or directory", "/data/labels.csv")
+def diverge():
+    return float("nan")
 
 
 FAULTS = {
     function.__name__: function
-    for function in (raise_error, exit_process, crash, exhaust_memory, hang, give_bad_data)
+    for function in (raise_error, exit_process, crash, exhaust_memory, hang, diverge)
 }
 
 
@@ -50,12 +50,14 @@ class Faulty(nn.Sequential):
         self.fault, self.rank, self.at, self.batches = FAULTS.get(fault), rank, at, 0
 
     def forward(self, x):
+        factor = None
         if self.training:
             time.sleep(PAUSE_SECONDS)
             self.batches += 1
             if self.fault and dist.get_rank() == self.rank and self.batches == self.at:
-                self.fault()
-        return super().forward(x)
+                factor = self.fault()
+        result = super().forward(x)
+        return result if factor is None else result * factor
 
 
 def faulty(fault=None, rank=0, at=0):
