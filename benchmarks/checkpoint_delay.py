@@ -31,7 +31,7 @@ SHAPE, CLASSES, BATCH = (1, 28, 28), 10, 8
 
 
 def build_state(width: int) -> TrainState:
-    """Build a network and an optimiser with momentum buffers."""
+    """Build a network and an optimizer with momentum buffers."""
     spec = JobSpec(
         steps=1, norm="none", model=MlpSpec(hidden=[width, width]), optimizer={"momentum": 0.9, "lr": 1e-3}
     )
@@ -46,7 +46,7 @@ def build_state(width: int) -> TrainState:
 
 
 def step(state: TrainState) -> None:
-    """Make one optimiser step."""
+    """Make one optimizer step."""
     state.optimizer.zero_grad(set_to_none=True)
     inputs, labels = torch.rand(BATCH, *SHAPE), torch.randint(CLASSES, (BATCH,))
     F.cross_entropy(state.model(inputs), labels).backward()

@@ -55,7 +55,7 @@ def work(rank: int, store: str, blocks: int, steps: int) -> None:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor, labels: Tensor) -> None:
-    """Make one optimiser step."""
+    """Make one optimizer step."""
     optimizer.zero_grad(set_to_none=True)
     F.cross_entropy(model(inputs), labels).backward()
     optimizer.step()

@@ -42,7 +42,7 @@ NORMS = ("batch", "sync")
 
 @dataclass
 class Training:
-    """Model with its optimiser and one batch, which every step uses."""
+    """Model with its optimizer and one batch, which every step uses."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -56,7 +56,7 @@ class Training:
         loss.backward()
 
     def step(self) -> None:
-        """Make one optimiser step."""
+        """Make one optimizer step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.differentiate()
         self.optimizer.step()

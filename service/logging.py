@@ -7,7 +7,7 @@ from typing import Literal
 from pythonjsonlogger.json import JsonFormatter
 
 LogFormat = Literal["text", "json"]
-job_in_hand: ContextVar[str | None] = ContextVar("job_in_hand", default=None)
+current_job_id: ContextVar[str | None] = ContextVar("current_job_id", default=None)
 """Id of the job that the current task works on."""
 
 
@@ -27,7 +27,7 @@ def configure(form: LogFormat) -> None:
 
 
 def _add_job(record: logging.LogRecord) -> bool:
-    job_id = getattr(record, "job_id", None) or job_in_hand.get()
+    job_id = getattr(record, "job_id", None) or current_job_id.get()
     if job_id is not None:
         record.job_id = job_id
     return True

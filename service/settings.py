@@ -18,7 +18,7 @@ from trainer.jobspec import IMPORT_PATTERN, Allowlist, FrozenModel
 
 
 class OwnerQuota(FrozenModel):
-    """Limits of one owner's submitted jobs."""
+    """Limits of one owner's active jobs and submissions."""
 
     jobs: int | None = Field(None, ge=0)
     cpus: float | None = Field(None, ge=0)
@@ -128,12 +128,14 @@ class Settings(BaseSettings):
         ge=0,
         description="seconds in the queue after which a job goes first, regardless of priorities",
     )
-    quota_jobs: int | None = Field(None, ge=0, description="maximum number of submitted jobs per owner")
+    quota_jobs: int | None = Field(
+        None, ge=0, description="maximum number of active (submitted or running) jobs per owner"
+    )
     quota_cpus: float | None = Field(
-        None, ge=0, description="maximum number of CPUs of an owner's submitted jobs"
+        None, ge=0, description="maximum number of CPUs of an owner's active jobs"
     )
     quota_gpus: float | None = Field(
-        None, ge=0, description="maximum number of GPUs of an owner's submitted jobs"
+        None, ge=0, description="maximum number of GPUs of an owner's active jobs"
     )
     quota_priority: int | None = Field(
         None, ge=-100, le=100, description="maximum priority of an owner's submissions"
@@ -238,7 +240,7 @@ class Settings(BaseSettings):
 
     def permissions(self) -> Allowlist:
         """Imports, folders and addresses that specs may use."""
-        return Allowlist(imports=_parted(self.allowed_imports), roots=_parted(self.allowed_roots))
+        return Allowlist(imports=_split(self.allowed_imports), roots=_split(self.allowed_roots))
 
     def networks(self) -> tuple[IPNetwork, ...]:
         """Private networks that webhooks may reach."""
@@ -272,7 +274,7 @@ class Settings(BaseSettings):
     @field_validator("allowed_imports")
     @classmethod
     def _names_functions(cls, text: str | None) -> str | None:
-        for entry in _parted(text):
+        for entry in _split(text):
             if not re.fullmatch(IMPORT_PATTERN, entry):
                 raise ValueError(f"must be `package.module:function` or `package.module:*` (got {entry!r})")
         return text
@@ -321,5 +323,5 @@ class Settings(BaseSettings):
         return self.ray_auth_token_path.read_text().strip() if self.ray_auth_token_path else None
 
 
-def _parted(text: str | None) -> tuple[str, ...]:
+def _split(text: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())

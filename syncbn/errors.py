@@ -44,7 +44,7 @@ class DesyncError(SyncBatchNormError, RuntimeError):
         self.layer = layer
         """Name of the layer on this rank."""
         self.phase = phase
-        """"forward" or "backward"."""
+        """"forward", "forward in float64" or "backward"."""
         self.call_number = call_number
         """Sequence number of the collective on this rank: calls of this layer and phase so far, including
         this one.

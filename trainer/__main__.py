@@ -20,9 +20,9 @@ from trainer.failure_kinds import classify, classify_exit, message, printable
 from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
+    NOT_STARTED,
     OUTCOME_FILE,
     STORAGE_FAILED,
-    STORAGE_FAILURE,
     TASK_FILE,
     Allowlist,
     AttemptContext,
@@ -37,8 +37,9 @@ from trainer.jobspec import (
 from trainer.logs import indexed_logs, redirect_output
 from trainer.processes import Descendants, describe_status, die_with_parent
 
-NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED = 2, 3, 130
-"""Exit codes of a driver without an outcome."""
+NOT_UNDERSTOOD, INTERRUPTED = 2, 130
+WITHOUT_OUTCOME = (NOT_UNDERSTOOD, NOT_STARTED, STORAGE_FAILED, INTERRUPTED)
+"""Exit statuses of a driver that leaves no outcome."""
 
 
 def main() -> int:
@@ -91,7 +92,7 @@ def _run_supervised(task: AttemptTask) -> int:
     # Ray signals all processes of a job, including the driver, so signals are not forwarded.
     ended = supervise(descendants, driver, started_by, forward=False)
     file = _folder(task) / OUTCOME_FILE
-    is_failure = not ended.stopped and ended.status not in (NOT_UNDERSTOOD, NOT_STARTED, INTERRUPTED)
+    is_failure = not ended.stopped and ended.status not in WITHOUT_OUTCOME
     if is_failure and not file.exists():
         outcome = _outcome_of_driver(ended)
         with (_folder(task) / LOG_FILE).open("a") as log:
@@ -106,8 +107,6 @@ def _outcome_of_driver(ended: ProcessExit) -> Outcome:
     at = time.strftime("%H:%M:%S", time.gmtime(ended.seconds))
     memory = ": the node was out of memory" if ended.out_of_memory else ""
     cause = classify_exit(ended.status, out_of_memory=ended.out_of_memory)
-    if ended.status == STORAGE_FAILED:
-        return Outcome(state="failed", reason=STORAGE_FAILURE, cause="worker_lost")
     return Outcome(
         state="failed",
         reason=f"the driver {describe_status(ended.status)} at {at} UTC{memory}",

@@ -47,7 +47,7 @@ DEFAULT_SHAPE, DEFAULT_CLASSES = (3, 224, 224), 10
 def check(spec: JobSpec) -> ModelSize | None:
     """Return the size of a library model, or None for other models.
 
-    Raises ConfigurationError if a model, function, optimiser or dataset does not exist or does not accept its
+    Raises ConfigurationError if a model, function, optimizer or dataset does not exist or does not accept its
     arguments.
     """
     if isinstance(spec.data, TorchvisionDataSpec):

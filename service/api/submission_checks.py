@@ -69,7 +69,7 @@ def refuse_memory(spec: JobSpec, size: ModelSize | None, cluster: Cluster) -> No
     if most is None or need <= most:
         return
     must = (
-        f"must fit into the memory of a node, {most / 1e9:,.1f} GB at most; weights, gradients, optimiser "
+        f"must fit into the memory of a node, {most / 1e9:,.1f} GB at most; weights, gradients, optimizer "
         "state, "
         "one batch with what backward needs of it, and generated data take a worker at least "
         f"{need / 1e9:,.1f} GB"

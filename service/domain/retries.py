@@ -53,8 +53,13 @@ class Retries(FrozenModel):
 
     infrastructure: int = Field(5, ge=0, le=1_000, description="after a lost worker, driver, node or cluster")
     preempted: int = Field(100, ge=0, le=10_000, description="after a node was taken away with notice")
-    hang: int = Field(2, ge=0, le=1_000, description="after workers waited for each other in vain")
-    unknown: int = Field(1, ge=0, le=1_000, description="after a failure whose cause is not known")
+    hang: int = Field(2, ge=0, le=1_000, description="after workers timed out waiting for each other")
+    unknown: int = Field(
+        1,
+        ge=0,
+        le=1_000,
+        description="after a failure whose cause is not known, or of the export of a finished run",
+    )
 
     def allowed(self, group: RetryGroup) -> int:
         """Return the number of retries of a group."""

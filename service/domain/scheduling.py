@@ -12,7 +12,7 @@ from service.domain.resources import NO_RESOURCES, Cluster, Resources
 
 @dataclass(frozen=True)
 class Quota:
-    """Limits of an owner's submitted jobs; None means no limit."""
+    """Limits of an owner's active jobs and submissions; None means no limit."""
 
     jobs: int | None = None
     cpus: float | None = None

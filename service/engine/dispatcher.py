@@ -21,13 +21,13 @@ from service.engine.lease_holder import LeaseHolder
 from service.engine.reconciler import Reconciler
 from service.engine.run_finisher import RunFinisher
 from service.engine.task_pool import TaskPool
-from service.logging import job_in_hand
+from service.logging import current_job_id
 from service.store.jobs import JobStore
 
 logger = logging.getLogger(__name__)
 MAX_CONCURRENT_JOBS = 32
 STUCK_SECONDS = 180.0
-"""Time without a finished tick or task, or without a tick that did not fail by an internal error."""
+"""Time without a finished tick or task, or in which all ticks failed by internal errors."""
 ADMISSION, COMPARISONS = "admission", "comparisons"
 """Names of the tasks that do not belong to one job."""
 WAIT_SECONDS = 0.5
@@ -38,7 +38,7 @@ MIN_REST_SECONDS = 0.1
 MAX_WAKE_DELAY_SECONDS = 1.0
 """Maximum delay of a tick that a submission requests, unless the current tick takes longer."""
 REST_PER_TICK = 19
-"""Pause relative to the duration of a tick, so that ticks use at most a twentieth of the time."""
+"""Pause relative to the duration of a tick; `MAX_WAKE_DELAY_SECONDS` limits it."""
 
 
 class Dispatcher:
@@ -99,7 +99,7 @@ class Dispatcher:
 
     async def _reconcile(self, job: Job) -> None:
         if (lease := self._lease_holder.of_job(job.id)) is not None:
-            job_in_hand.set(job.id)
+            current_job_id.set(job.id)
             # A change may have freed resources, or needs a further step.
             if await self._reconciler.reconcile(job, lease):
                 self.wake()

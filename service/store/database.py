@@ -152,7 +152,7 @@ class Database:
 
     @asynccontextmanager
     async def _connect_to_write(self) -> AsyncIterator[AsyncConnection]:
-        """Connect, in turn."""
+        """Connect, one writer at a time."""
         async with AsyncExitStack() as stack:
             if self._writer is not None:
                 try:

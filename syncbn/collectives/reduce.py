@@ -1,4 +1,4 @@
-"""All calls of torch.distributed: sum or gather one vector over the ranks.
+"""Collectives of a pass: sum or gather one vector over the ranks.
 
 Each vector begins with a stamp (8 bytes): a hash of layer name, phase and sequence number. The stamps of
 ranks in the same call are equal, so their sum is W times the own stamp. Any other sum means that different

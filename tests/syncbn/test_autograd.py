@@ -265,7 +265,7 @@ def step_critic(critic, real, fake, share=1.0):
 
     Source: Gulrajani et al. 2017, "Improved Training of Wasserstein GANs", Algorithm 1.
     """
-    optimiser = torch.optim.Adam(critic.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.1)
     mixed = (0.3 * real + 0.7 * fake).requires_grad_()
     (gradient,) = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)
     penalty = (gradient.flatten(1).norm(dim=1) - 1).square().mean()
@@ -274,7 +274,7 @@ def step_critic(critic, real, fake, share=1.0):
     for parameter in critic.parameters():
         if dist.is_initialized():
             dist.all_reduce(parameter.grad)
-    optimiser.step()
+    optimizer.step()
     return critic.state_dict()
 
 

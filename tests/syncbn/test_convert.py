@@ -119,12 +119,12 @@ def test_hooks_attributes_and_references_stay():
     assert called == ["forward_pre"]
 
 
-def test_an_optimiser_made_before_conversion_still_trains_the_model():
+def test_an_optimizer_made_before_conversion_still_trains_the_model():
     model = nn.Sequential(nn.BatchNorm1d(3))
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     convert_sync_batchnorm(model)
     (model(torch.randn(4, 3)) * torch.arange(3)).pow(2).sum().backward()
-    optimiser.step()
+    optimizer.step()
     assert model[0].weight[2] < 1
 
 

@@ -334,11 +334,11 @@ def make_network(norm):
 
 
 def train_network(network, batches, loss_weight=1.0):
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.5, momentum=0.9)
     for x, target in batches:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (loss_weight * F.mse_loss(network(x), target)).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 # torch 2.13 renamed the option, and warns of the old name.

@@ -15,7 +15,6 @@ from trainer.jobspec import (
     LOG_FILE,
     OUTCOME_FILE,
     STORAGE_FAILED,
-    STORAGE_FAILURE,
     AttemptContext,
     AttemptTask,
     JobSpec,
@@ -119,11 +118,8 @@ def test_a_full_disk_is_a_failure_of_the_storage(tmp_path, full_for):
     )
     command, environment = [sys.executable, "-c", FULL_DISK, full_for], os.environ | {JOB_VARIABLE: str(task)}
     assert subprocess.run(command, cwd=tmp_path, env=environment, timeout=60).returncode == STORAGE_FAILED
-    file = attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE
-    assert file.exists() == (full_for == "a moment")
-    if file.exists():
-        outcome = Outcome.model_validate_json(file.read_text())
-        assert (outcome.cause, outcome.reason) == ("worker_lost", STORAGE_FAILURE)
+    # The service has the failure kind from the exit status; to write might hang.
+    assert not (attempt_folder(tmp_path / "job-1", 1) / OUTCOME_FILE).exists()
 
 
 def test_without_a_file_the_usage_is_printed(tmp_path):

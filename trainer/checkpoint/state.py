@@ -27,7 +27,7 @@ class TrainProgress:
     """Progress of a run, equal on every worker except for `seconds` (rank 0's clock)."""
 
     step: int = 0
-    """Completed optimiser steps, which is the number of the next batch."""
+    """Completed optimizer steps, which is the number of the next batch."""
     last_eval_step: int = -1
     seconds: float = 0.0
     """Training time over all attempts."""

@@ -1,7 +1,7 @@
 """Full state dictionaries of model and optimizer in host memory.
 
-`torch.distributed.checkpoint.state_dict` does the same for optimisers with tensors for every parameter. It
-cannot restore an optimiser without tensors (SGD without momentum), and casts scalar state to the dtype of the
+`torch.distributed.checkpoint.state_dict` does the same for optimizers with tensors for every parameter. It
+cannot restore an optimizer without tensors (SGD without momentum), and casts scalar state to the dtype of the
 parameter (ASGD, NAdam).
 """
 
@@ -26,7 +26,7 @@ def load_model_state(model: nn.Module, state: dict[str, Any]) -> None:
 
 
 def gather_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Any]:
-    """Copy an optimiser's state and options to host memory.
+    """Copy an optimizer's state and options to host memory.
 
     Without `keep`, the result is empty, and the call only takes part in the collectives of sharded state.
     """
@@ -44,7 +44,7 @@ def gather_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> d
 def load_optimizer_state(optimizer: torch.optim.Optimizer, content: dict[str, Any]) -> None:
     """Load the result of `gather_optimizer_state`.
 
-    The optimiser must have the same parameters in the same order.
+    The optimizer must have the same parameters in the same order.
     """
     optimizer.state.clear()
     parameters = _parameters(optimizer)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, attempt_folder
+from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, NOT_STARTED, STORAGE_FAILED, attempt_folder
 
 HEARTBEAT_INTERVAL_SECONDS = 1.0
 ORPHANS_SECONDS = 10.0
@@ -23,8 +23,9 @@ ORPHANS_SECONDS = 10.0
 END_TIMEOUT_SECONDS = 20.0
 """Time from the interrupt of a driver, because its attempt was closed, until it is killed."""
 MAX_HEARTBEAT_AGE_SECONDS = 40.0
-"""Time without a successful heartbeat after which a driver ends itself. It is less than the service's
-timeout, which is 60 by default.
+"""Time without a successful heartbeat after which a driver ends itself.
+
+It is less than the default of the service's SYNCBN_HEARTBEAT_TIMEOUT_SECONDS, 60.
 """
 HEARTBEAT_TIMEOUT_SECONDS = MAX_HEARTBEAT_AGE_SECONDS + 5.0 + ORPHANS_SECONDS
 """Time without a heartbeat after which the driver of an earlier attempt has ended itself.
@@ -91,7 +92,7 @@ class AttemptLock:
                 while not self._is_over.wait(HEARTBEAT_INTERVAL_SECONDS):
                     self._beat()  # still alive: the next attempt waits for the end of this one
                     if time.monotonic() > deadline:
-                        os._exit(3)
+                        os._exit(NOT_STARTED)
                 return
 
     def _beat(self) -> None:
@@ -106,13 +107,10 @@ class AttemptLock:
             return False
 
     def _watch(self) -> None:
-        """End the driver if its heartbeats fail, for example because the storage hangs.
-
-        This happens before the service considers the driver dead.
-        """
+        """End the driver if its heartbeats fail, for example because the storage hangs."""
         while not self._is_over.wait(HEARTBEAT_INTERVAL_SECONDS):
             if time.monotonic() - self._last_beat > MAX_HEARTBEAT_AGE_SECONDS:
-                os._exit(3)
+                os._exit(STORAGE_FAILED)
 
     def _wait_for_previous_drivers(self) -> None:
         """Wait until the drivers of earlier attempts have ended or timed out.

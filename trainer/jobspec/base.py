@@ -55,7 +55,7 @@ def _readable_again(arguments: Any) -> Any:
 
 
 Arguments = Annotated[dict[str, JsonValue], BeforeValidator(_readable_again)]
-"""Keyword arguments of a model builder or an optimiser."""
+"""Keyword arguments of a model builder or an optimizer."""
 
 
 def kind_of(value: Any, default: str | None = None) -> str | None:

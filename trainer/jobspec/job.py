@@ -95,7 +95,7 @@ class JobSpec(FrozenModel):
         description="parts into which a batch is divided, processed one after the other; under `batch` and "
         "`sync` the statistics are those of each part, not of the whole batch",
     )
-    steps: int = Field(ge=1, le=100_000_000, description="optimiser steps")
+    steps: int = Field(ge=1, le=100_000_000, description="optimizer steps")
     eval_every: int = Field(
         50, ge=1, le=100_000_000, description="steps between evaluations; the last step is always evaluated"
     )
@@ -128,7 +128,7 @@ class JobSpec(FrozenModel):
         False, description="discard activations inside the model's blocks and recompute them in backward"
     )
     parallel: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="fsdp: parameters and optimiser state are sharded (FSDP2)"
+        "ddp", description="fsdp: parameters and optimizer state are sharded (FSDP2)"
     )
     checkpoint: CheckpointSpec = CheckpointSpec()
     probes: ProbesSpec = ProbesSpec()

@@ -38,7 +38,7 @@ class ModelSize:
 def min_worker_bytes(spec: JobSpec, size: ModelSize | None = None) -> int:
     """Return a lower bound of the bytes that one worker needs on its node.
 
-    The bound is the sum of weights, optimiser state, inputs of one part of a batch, generated data, and the
+    The bound is the sum of weights, optimizer state, inputs of one part of a batch, generated data, and the
     larger of gradients and of numbers kept for backward: the former grow while the latter are freed. With a
     GPU, whose memory is unknown, only the weights count, which are built on the host. Unknown sizes count as
     zero: imported models, data and shapes that have to be read from files, and the numbers kept for backward

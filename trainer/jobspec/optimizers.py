@@ -66,7 +66,7 @@ class AdamWSpec(FrozenModel):
 
 
 class TorchOptimizerSpec(FrozenModel):
-    """Optimiser of torch.optim, by class name."""
+    """Optimizer of torch.optim, by class name."""
 
     name: Annotated[str, Field(pattern=r"^torch:[A-Za-z]+$", max_length=60)] = Field(
         description="`torch:RMSprop`, `torch:NAdam` …"
@@ -93,7 +93,7 @@ class TorchOptimizerSpec(FrozenModel):
                 f"must be among {', '.join(sorted(known))} for {info.data['name']} "
                 f"(got {', '.join(sorted(arguments.keys() - known))})"
             )
-        # The combinations below are rejected by torch only when the optimiser is built, after the job has
+        # The combinations below are rejected by torch only when the optimizer is built, after the job has
         # waited.
         if arguments.get("fused") and arguments.get("foreach"):
             raise ValueError("fused must be false together with foreach (got true)")
@@ -105,7 +105,7 @@ class TorchOptimizerSpec(FrozenModel):
 
     @property
     def can_be_sharded(self) -> bool:
-        """Whether torch supports the optimiser on sharded parameters; a test checks it."""
+        """Whether torch supports the optimizer on sharded parameters; a test checks it."""
         name, is_fused = self.name.removeprefix("torch:"), bool(self.arguments.get("fused"))
         return name != "Adafactor" and not (is_fused and name in ("Adagrad", "SGD"))
 

@@ -117,8 +117,10 @@ OUTBOX_FILE = "metrics.jsonl"
 """Outbox of MLflow writes in the job's folder, one JSON object per line; those with `step` and `metrics` are
 measurements.
 """
+NOT_STARTED = 3
+"""Exit status of a driver that must not run: another one has the attempt, or it is closed."""
 STORAGE_FAILED = 4
-"""Exit status of a driver that could not write to the storage, and so left no outcome."""
+"""Exit status of a driver that could not write to the storage; it leaves no outcome."""
 STORAGE_FAILURE = "the driver could not write to the storage"
 DRIVER_FILE = "driver"
 """Lock file of the attempt's driver; a second driver ends at once."""

@@ -24,7 +24,7 @@ def landscape(objective: Objective, gradient: Tensor, rate: float) -> dict[str, 
         gradient_change                      max of ‖∇L(w - h·g) - g‖₂
         gradient_change_ratio                gradient_change / ‖g‖₂
 
-    The direction is that of the plain gradient, for every optimiser. Cost: four forward and four backward
+    The direction is that of the plain gradient, for every optimizer. Cost: four forward and four backward
     passes.
     """
     losses, squares = [], []

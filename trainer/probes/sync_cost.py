@@ -39,7 +39,7 @@ class StepTimer:
 def sync_cost(channels: Sequence[int], step_seconds: float, worker: RankInfo) -> dict[str, float]:
     """Return the times of a step and of the collectives of synchronised statistics.
 
-    A synchronised layer issues one all_reduce of 8·(2C + 1) bytes forward and one backward. Here they are
+    A synchronised layer issues one all_reduce of 8·(2C + 2) bytes forward and one backward. Here they are
     issued one after another without computations in between; arithmetic and waits for slower workers are not
     included. Values are the maxima over workers, and equal on every worker.
 
@@ -51,7 +51,7 @@ def sync_cost(channels: Sequence[int], step_seconds: float, worker: RankInfo) ->
         worker: this worker.
     """
     vectors = [
-        torch.zeros(2 * count + 1, dtype=torch.float64, device=worker.device)
+        torch.zeros(2 * count + 2, dtype=torch.float64, device=worker.device)
         for count in channels
         for _ in ("forward", "backward")
     ]

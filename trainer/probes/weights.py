@@ -52,7 +52,7 @@ class CovariateShift:
         shift_cosine  G·G' / (‖G‖·‖G'‖)
 
     The layers below are the modules that the forward pass calls before it. The step is that of the plain
-    gradient, for every optimiser.
+    gradient, for every optimizer.
 
     Cost: one forward and one backward pass per layer except the first.
 

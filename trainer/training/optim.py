@@ -27,7 +27,7 @@ NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser.
+    """Build the optimizer.
 
     Unless `spec.decay_all`, weight decay excludes biases and the scale and shift of norms. Raises
     ConfigurationError if torch rejects the values of `spec.arguments`.
@@ -67,7 +67,7 @@ def build_optimizer(spec: OptimizerSpec, model: nn.Module) -> torch.optim.Optimi
 
 
 def build_schedule(spec: ScheduleSpec, optimizer: torch.optim.Optimizer, position: TrainProgress) -> LambdaLR:
-    """Build the learning rate schedule; call its `step` after each optimiser step.
+    """Build the learning rate schedule; call its `step` after each optimizer step.
 
     It runs from `position.schedule_start` to `position.schedule_end`, which may change in between.
     """

@@ -50,11 +50,11 @@ def make_network(kind):
 
 
 def train(network, x, target):
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.mse_loss(network(x), target).backward()
-        optimiser.step()
+        optimizer.step()
     return network.state_dict()
 
 
@@ -125,12 +125,12 @@ def make_sharded(mixed):
 def train_sharded(x, target, mixed):
     network = make_sharded(mixed)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         y = network(x.chunk(world_size)[rank])
         nn.functional.mse_loss(y.float(), target.chunk(world_size)[rank]).backward()
-        optimiser.step()
+        optimizer.step()
     state = network.state_dict()
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value)
@@ -145,11 +145,11 @@ def test_fully_sharded_training_equals_that_of_one_device(mixed):
     network = nn.Sequential(
         nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)
     )
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         nn.functional.mse_loss(network(x), target).backward()
-        optimiser.step()
+        optimizer.step()
     tolerance = 2e-2 if mixed else 1e-5
     for state in run_on_ranks(train_sharded, 2, x, target, mixed):
         torch.testing.assert_close(state, network.state_dict(), rtol=tolerance, atol=tolerance)

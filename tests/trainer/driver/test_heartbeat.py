@@ -16,7 +16,7 @@ from trainer.driver.heartbeat import (
     ORPHANS_SECONDS,
     AttemptLock,
 )
-from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, attempt_folder
+from trainer.jobspec import CLOSED_FILE, DRIVER_FILE, NOT_STARTED, STORAGE_FAILED, attempt_folder
 
 
 @pytest.fixture(autouse=True)
@@ -152,14 +152,14 @@ def test_a_driver_that_cannot_write_heartbeats_ends(tmp_path):
     try:
         assert process.stdout.readline() == "lives\n"
         file_of(tmp_path).unlink()
-        assert process.wait(10) == 3
+        assert process.wait(10) == STORAGE_FAILED
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
 
 
-@pytest.mark.parametrize(("manner", "code"), [("heeds", 130), ("stubborn", 3)])
+@pytest.mark.parametrize(("manner", "code"), [("heeds", 130), ("stubborn", NOT_STARTED)])
 def test_a_driver_ends_once_its_attempt_is_closed(tmp_path, manner, code):
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, tmp_path, manner], stdout=subprocess.PIPE, text=True, env=os.environ

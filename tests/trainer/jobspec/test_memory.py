@@ -94,7 +94,7 @@ def test_saved_activations_of_built_in_networks_match_the_estimate(name, activat
         ("SGD", {"momentum": 0.9}),
     ],
 )
-def test_the_optimiser_state_estimate_matches_torch(name, arguments):
+def test_the_optimizer_state_estimate_matches_torch(name, arguments):
     spec = JobSpec.model_validate(
         {"steps": 1, "optimizer": {"name": f"torch:{name}", "arguments": arguments}}
     )

@@ -1,6 +1,6 @@
 """Exact resume as a property: any interrupted spec ends with the bytes of an uninterrupted run.
 
-Each case is drawn from a seed. `make test` runs one per optimiser and a few on several workers, `make
+Each case is drawn from a seed. `make test` runs one per optimizer and a few on several workers, `make
 test-slow` many more.
 """
 

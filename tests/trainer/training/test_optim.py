@@ -30,7 +30,7 @@ def optimizer_spec(**content):
     return TypeAdapter(OptimizerSpec).validate_python(content)
 
 
-def test_the_table_of_optimisers_matches_torch():
+def test_the_table_of_optimizers_matches_torch():
     classes = {
         name: kind
         for name, kind in vars(torch.optim).items()
@@ -44,7 +44,7 @@ def test_the_table_of_optimisers_matches_torch():
 
 
 @pytest.mark.parametrize("name", sorted(TORCH_OPTIMIZERS))
-def test_each_optimiser_trains(name):
+def test_each_optimizer_trains(name):
     rate = 0.5 if name in ("Adadelta", "SGD", "ASGD") else 0.01
     spec = make_spec(
         optimizer={"name": f"torch:{name}", "lr": rate, "weight_decay": 1e-4}, steps=60, eval_every=60
@@ -65,7 +65,7 @@ def test_each_optimiser_trains(name):
         ({"name": "adamw", "betas": [0.9]}, "at least 2 items"),
     ],
 )
-def test_unknown_optimisers_are_rejected_before_the_run(content, message):
+def test_unknown_optimizers_are_rejected_before_the_run(content, message):
     with pytest.raises(ValidationError, match=message):
         optimizer_spec(**content)
 
@@ -135,7 +135,7 @@ def test_a_rate_increases_only_during_warm_up(content, step):
         assert then <= now + 1e-12
 
 
-@settings(deadline=None)  # builds a model and an optimiser
+@settings(deadline=None)  # builds a model and an optimizer
 @given(schedules, st.integers(0, STEPS - 1))
 def test_a_resumed_schedule_gives_the_same_rates(content, at):
     def rates_from(start):
