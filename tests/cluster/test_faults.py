@@ -239,10 +239,14 @@ def slow_down(job, chance):
 
 
 def drain(job, chance):
-    """Drain a node; its container starts as a new one after Ray's part of it has ended."""
     name, _ = job.worker(chance.randrange(2))
     address = job.compose.python(name, "import ray.util; print(ray.util.get_node_ip_address())")
     job.compose.python(job.compose.container("ray-head"), DRAIN, address)
+    return name
+
+
+def replace_drained(job, name):
+    """Start the container of a drained node as a new one, after Ray's part of it has ended."""
     deadline = time.monotonic() + 120
     while job.compose.python(name, COUNT_RAYLETS) != "0":
         assert time.monotonic() < deadline, f"the drained raylet of {name} has not ended"
@@ -289,6 +293,8 @@ class Case:
     attempts: int = 1
     kind: str | None = None
     """Failure kind that must be found; None if nothing may fail."""
+    repair: object = None
+    """What to do after the job has ended, with the result of `inject`."""
 
 
 CASES = [
@@ -305,7 +311,7 @@ CASES = [
     Case("node cut off for 30 s", 11, cut_off(30)),
     Case("node cut off for 120 s", 12, cut_off(120), kind="worker_lost"),
     Case("node at a fifth of a core for 30 s", 13, slow_down),
-    Case("node drained", 14, drain, kind="preempted"),
+    Case("node drained", 14, drain, kind="preempted", repair=replace_drained),
 ]
 
 
@@ -315,9 +321,11 @@ def test_a_job_ends_as_without_the_fault(compose, client, reference, table, case
     job = FaultyJob(compose, client, case.name)
     job.until_step(chance.randint(150, 400))
     began = time.monotonic()
-    case.inject(job, chance)
+    injected = case.inject(job, chance)
     seconds = job.until_it_trains_on(began)
     ended = job.ended()
+    if case.repair is not None:
+        case.repair(job, injected)
     kinds = job.kinds()
     exact = job.weights(ended) == reference
     table.rows.append(Row(case.name, case.seed, ended.state, ended.attempt, kinds, seconds, exact))
