@@ -47,7 +47,8 @@ HEAD_BASE_MB = 1_678  # as in docs/operations.md
 JOB_MB = 880
 """Private memory of a job's processes on the head.
 
-Ray's supervisor 74 MB, the driver with its launcher 410 MB, Ray Train's controller 397 MB.
+Ray's supervisor 74 MB, the driver with its launcher 410 MB, Ray Train's controller 397 MB: unique set size of
+a job of two workers on one node, torch 2.14.1 and Ray 2.60.
 """
 START_SECONDS = 25.0
 """From a submission to the first collective: 20 to 30 s."""
@@ -326,11 +327,11 @@ def limits(
 ) -> None:
     """Print the load at which each resource breaks, smallest first."""
     per_active = DAY / (options.mean_hours * 3_600 + START_SECONDS)
-    heads = (options.head_gigabytes - HEAD_BASE_MB / 1_000) * 1_000 / JOB_MB
+    heads = math.floor((options.head_gigabytes * 1_000 - HEAD_BASE_MB) / JOB_MB)
     rows = [
         ("active jobs, by default", 8 * per_active, "SYNCBN_MAX_ACTIVE_JOBS"),
         (
-            f"memory of one head, {options.head_gigabytes:g} GB: {heads:.0f} active jobs",
+            f"memory of one head, {options.head_gigabytes:g} GB: {heads} active jobs",
             heads * per_active,
             "memory of the head, then several clusters",
         ),

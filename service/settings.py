@@ -23,7 +23,7 @@ class OwnerQuota(FrozenModel):
     jobs: int | None = Field(None, ge=0)
     cpus: float | None = Field(None, ge=0)
     gpus: float | None = Field(None, ge=0)
-    priority: int | None = Field(None, ge=-100, le=100)
+    priority: int | None = Field(None, ge=0, le=100)
 
     def quota(self) -> Quota:
         """Return the quota."""
@@ -138,7 +138,7 @@ class Settings(BaseSettings):
         None, ge=0, description="maximum number of GPUs of an owner's active jobs"
     )
     quota_priority: int | None = Field(
-        None, ge=-100, le=100, description="maximum priority of an owner's submissions"
+        None, ge=0, le=100, description="maximum priority of submissions, also of owners with other quotas"
     )
     quota_stored_bytes: int | None = Field(
         1_000_000_000,

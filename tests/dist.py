@@ -58,6 +58,8 @@ class Reply:
     result: Any = None
     error: BaseException | None = None
     seconds: float = field(default_factory=time.monotonic)
+    has_group: bool = True
+    """Whether the rank was in the process group when it failed."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,36 @@ class Pool:
         arguments: tuple[Any, ...],
         timeout_seconds: float,
     ) -> list[Any]:
-        """See `run_on_ranks`."""
+        """See `run_on_ranks`.
+
+        Ranks that cannot form a process group are replaced once: it was seen that from some moment on, in
+        each call, every rank waited for the address of another one until the time limit.
+        """
+        replies = self._call(function, world_size, arguments, timeout_seconds)
+        if any(not reply.has_group for reply in replies.values()):
+            self.close()
+            replies = self._call(function, world_size, arguments, timeout_seconds)
+        return self._results(replies, world_size, timeout_seconds)
+
+    def _call(
+        self,
+        function: Callable[..., Any],
+        world_size: int,
+        arguments: tuple[Any, ...],
+        timeout_seconds: float,
+    ) -> dict[int, Reply]:
         try:
             self._start(world_size)
             request = pickle.dumps((function, arguments, world_size, self._new_store(), timeout_seconds))
             for rank in self._ranks[:world_size]:
                 rank.channel.send_bytes(request)
-            replies = self._collect(
-                world_size, time.monotonic() + timeout_seconds + self._outcome_grace_seconds
-            )
+            return self._collect(world_size, time.monotonic() + timeout_seconds + self._outcome_grace_seconds)
         except BaseException:
             self.close()  # ranks may be in the middle of a call
             raise
+
+    @staticmethod
+    def _results(replies: dict[int, Reply], world_size: int, timeout_seconds: float) -> list[Any]:
         failures = [reply for reply in replies.values() if reply.error is not None]
         if failures:
             # A rank died before the others noticed, even if its death is detected after their errors.
@@ -201,6 +221,7 @@ def _serve(number: int, channel: connection.Connection, environment: dict[str, s
 
 def _answer(number: int, request: bytes) -> bytes:
     _leave()  # all ranks are done with the group; an earlier exit could fail a slower rank
+    has_group = False
     try:
         function, arguments, world_size, store, timeout_seconds = pickle.loads(request)
         torch.manual_seed(0)
@@ -213,17 +234,18 @@ def _answer(number: int, request: bytes) -> bytes:
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout_seconds),
             )
+            has_group = True
             return pickle.dumps(Reply(result=function(*arguments)))
     except BaseException as error:
-        failure = _failure(number, error)
+        failure = _failure(number, error, has_group)
     _leave()  # immediately, so that ranks which wait for this one fail too
     return failure
 
 
-def _failure(number: int, error: BaseException) -> bytes:
+def _failure(number: int, error: BaseException, has_group: bool) -> bytes:
     note = f"on rank {number}:\n{traceback.format_exc()}"
     error.add_note(note)
-    reply = Reply(error=error)
+    reply = Reply(error=error, has_group=has_group)
     try:
         pickle.loads(pickle.dumps(reply))
     except Exception:  # at least the message of an error that cannot be pickled

@@ -1,11 +1,10 @@
 """Typed HTTP clients, blocking and asyncio."""
 
 import asyncio
-import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, closing
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Literal, Self, TypeVar
 
 import httpx
@@ -80,7 +79,7 @@ class Client(_Base):
     @cached_property
     def _http(self) -> httpx.Client:
         # trust_env: a proxy or .netrc of the environment would receive or replace the token.
-        return httpx.Client(base_url=self.url, headers=self._headers, trust_env=False, verify=_tls_context())
+        return httpx.Client(base_url=self.url, headers=self._headers, trust_env=False)
 
     def __enter__(self) -> Self:
         return self
@@ -153,9 +152,7 @@ class AsyncClient(_Base):
 
     @cached_property
     def _http(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self.url, headers=self._headers, trust_env=False, verify=_tls_context()
-        )
+        return httpx.AsyncClient(base_url=self.url, headers=self._headers, trust_env=False)
 
     async def __aenter__(self) -> Self:
         return self
@@ -221,11 +218,6 @@ class AsyncClient(_Base):
         while not _has_ended(comparison := await get(comparison_id), deadline, watch):  # noqa: ASYNC110
             await asyncio.sleep(POLL_INTERVAL_SECONDS)
         return comparison
-
-
-@cache  # loading the certificates takes some 20 ms
-def _tls_context() -> ssl.SSLContext:
-    return httpx.create_ssl_context(trust_env=False)
 
 
 def _has_ended(comparison: ComparisonView, deadline: float, watch: Callable[[ComparisonView], None]) -> bool:

@@ -72,8 +72,13 @@ class Policy:
     """Resources that Ray's autoscaler may grow the cluster to."""
 
     def quota_of(self, owner: str) -> Quota:
-        """Return the quota of an owner."""
-        return self.quotas.get(owner, self.default_quota)
+        """Return the quota of an owner.
+
+        The maximum priority is the default one where the owner has none: a limit for all must not miss those
+        with other quotas.
+        """
+        quota = self.quotas.get(owner, self.default_quota)
+        return quota if quota.priority is not None else replace(quota, priority=self.default_quota.priority)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,10 @@ class Interval:
 
 def spread(values: Sequence[float]) -> Spread | None:
     """Return median and range of `values`, or None without values."""
-    return Spread(median=median(values), low=min(values), high=max(values)) if values else None
+    if not values:
+        return None
+    scaled, exponent = _scaled(values)
+    return Spread(median=_unscaled(median(scaled), exponent), low=min(values), high=max(values))
 
 
 def finite_points(curve: Curve) -> list[tuple[int, float]]:
@@ -94,10 +97,10 @@ def value_at(curve: Curve, step: int) -> float | None:
     after = next((point for point in curve if point[0] >= step), None)
     if before is None or after is None:
         return None
-    if before[0] == after[0]:
+    if before[0] == after[0] or before[1] == after[1]:
         return before[1]
     share = (step - before[0]) / (after[0] - before[0])
-    return before[1] * (1 - share) + after[1] * share
+    return 2 * (before[1] / 2 + share * (after[1] / 2 - before[1] / 2))  # halves do not overflow
 
 
 def area(curve: Curve, last_step: int) -> float | None:
@@ -113,8 +116,11 @@ def area(curve: Curve, last_step: int) -> float | None:
     width = last_step - points[0][0]
     if width == 0:
         return None
-    # Divided first, so that a mean of large finite values is finite.
-    return math.fsum((b[0] - a[0]) / width * (a[1] / 2 + b[1] / 2) for a, b in pairwise(points))
+    scaled, exponent = _scaled([value for _, value in points])
+    # From the first value on, so that a constant curve has exactly its value on every grid.
+    rises = [value - scaled[0] for value in scaled]
+    sums = ((b[0] - a[0]) * (rises[i] + rises[i + 1]) / 2 for i, (a, b) in enumerate(pairwise(points)))
+    return _unscaled(scaled[0] + math.fsum(sums) / width, exponent)
 
 
 def best_of(curves: Iterable[Curve], direction: Direction) -> Spread | None:
@@ -168,9 +174,11 @@ def _end_of_interval(values: Sequence[float], sign: Literal[-1, 1], *, is_ratio:
         end = sign * math.inf
     else:
         n = len(values)
-        end = mean(values) + sign * _student_t(n) * stdev(values) / math.sqrt(n)
-        if n > MAX_SEEDS_WITHIN_T and not _differ_by_rounding(values):
-            end = sign * max(sign * end, sign * _bootstrap_interval(values)[0 if sign < 0 else 1])
+        scaled, exponent = _scaled(values)
+        end = mean(scaled) + sign * _student_t(n) * stdev(scaled) / math.sqrt(n)
+        if n > MAX_SEEDS_WITHIN_T and not _differ_by_rounding(scaled):
+            end = sign * max(sign * end, sign * _bootstrap_interval(scaled)[0 if sign < 0 else 1])
+        end = _unscaled(end, exponent)
     return _exp(end) if is_ratio else end
 
 
@@ -188,10 +196,17 @@ def _differ_by_rounding(values: Sequence[float]) -> bool:
 def _scaled(values: Sequence[float]) -> tuple[list[float], int]:
     """Return `values` divided by a power of two, and its exponent.
 
-    Magnitudes are then at most 1. SciPy computes squares and cubes, which would overflow, or become 0.
+    Finite magnitudes are then at most 1, whose squares and cubes neither overflow nor become 0.
     """
-    exponent = math.frexp(max(map(abs, values)))[1]
+    exponent = math.frexp(max((abs(value) for value in values if math.isfinite(value)), default=0.0))[1]
     return [math.ldexp(value, -exponent) for value in values], exponent
+
+
+def _unscaled(value: float, exponent: int) -> float:
+    try:
+        return math.ldexp(value, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _bootstrap_interval(values: Sequence[float]) -> Bounds:
@@ -202,16 +217,15 @@ def _bootstrap_interval(values: Sequence[float]) -> Bounds:
         return -high, -low
     n = len(values)
     tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * _student_t(n))
-    scaled, exponent = _scaled(sorted(values))
     low, high = bootstrap(
-        (scaled,),
+        (sorted(values),),
         _mean,
         confidence_level=1 - 2 * tail,
         n_resamples=RESAMPLES,
         method="BCa",
         rng=BOOTSTRAP_SEED,
     ).confidence_interval
-    return math.ldexp(low, exponent), math.ldexp(high, exponent)  # both are within the range of the values
+    return float(low), float(high)
 
 
 def _mean(values: Any, axis: int) -> Any:
@@ -255,6 +269,7 @@ def more_seeds(values: Sequence[float]) -> int | None:
     n = len(values)
     if n < 2 or not all(map(math.isfinite, values)):
         return max(MIN_SEEDS - n, 0) or None
+    values, _ = _scaled(values)
     effect, deviation = abs(mean(values)), stdev(values)
     for needed in range(max(n + 1, MIN_SEEDS), MAX_SEEDS + 1):
         t = _student_t(needed) + _student_t(needed, POWER)

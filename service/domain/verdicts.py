@@ -242,14 +242,15 @@ def _of_run(measure: Measure, run: Run, runs: Sequence[Run]) -> Interval | None:
     if measure.take == "final" and run.diverged:
         # A diverged run has no final value, but may have any other measure up to its divergence.
         return UNKNOWN
-    results: dict[str, float] = {
-        "final": values[-1],
-        "max": max(values),
-        "min": min(values),
-        "mean": mean(values),
-        "range": max(values) - min(values),
+    compute = {
+        "final": lambda: values[-1],
+        "max": lambda: max(values),
+        "min": lambda: min(values),
+        "mean": lambda: mean(values),
+        "range": lambda: max(values) - min(values),
     }
-    return Interval(results[measure.take], results[measure.take])
+    result = compute[measure.take]()
+    return Interval(result, result)
 
 
 def _curve(measure: Measure, run: Run) -> Curve:

@@ -308,6 +308,7 @@ def unpack_backward(
     """See `vectors.unpack_backward`."""
     channels = rounded.shape[1]
     means = torch.empty_like(rounded)
+    weight = None if weight is None else weight.contiguous()
     is_converted = weight is not None and weight.dtype != rounded.dtype
     converted = rounded.new_empty(channels) if is_converted else weight
     _launch(

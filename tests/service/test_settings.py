@@ -15,7 +15,7 @@ def test_quotas_can_be_set_per_owner(monkeypatch):
     monkeypatch.setenv("SYNCBN_OWNER_QUOTAS", '{"ann": {"jobs": 4, "gpus": 8.0}, "bob": {"priority": 10}}')
     policy = Settings().policy()
     assert policy.quota_of("eve") == Quota(jobs=2, priority=0)
-    assert policy.quota_of("ann") == Quota(jobs=4, gpus=8)
+    assert policy.quota_of("ann") == Quota(jobs=4, gpus=8, priority=0)
     assert policy.quota_of("bob") == Quota(priority=10)
 
 
@@ -24,6 +24,7 @@ def test_quotas_can_be_set_per_owner(monkeypatch):
     [
         ("owner_quotas", '{"ann": {"jobs": -1}}'),
         ("owner_quotas", '{"ann": {"disks": 1}}'),
+        ("owner_quotas", '{"ann": {"priority": -1}}'),  # below the default of submissions
         ("owner_quotas", '{"Two Words": {"jobs": 1}}'),
         ("webhook_networks", "10.0.0.0/8, somewhere"),
         ("webhook_networks", "10.0.0.1/8"),

@@ -246,10 +246,11 @@ def _fit(task: AttemptTask, number: int, given: dict[str, Any]) -> Outcome:
 
 
 def _trainer_class() -> Any:
-    """Return TorchTrainer without processes that a job has no use for.
+    """Return TorchTrainer without two actors that jobs do not use.
 
-    Each takes seconds to start. The manager of datasets has none, since the feeder streams data. The cleaner
-    of placement groups outlives the driver to remove what Ray removes with the driver's job in any case.
+    DatasetsCallback starts a DatasetManager, but the feeder streams data. PlacementGroupCleanerCallback
+    starts an actor that outlives the driver to remove its placement group, which Ray does at the end of the
+    driver's job.
     """
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks.datasets import DatasetsCallback

@@ -97,7 +97,9 @@ async def test_without_a_secrets_folder_there_are_no_secrets(client):
     assert "there are none" in refused.json()["errors"][0]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/jobs:validate", "/v1/comparisons"])
+@pytest.mark.parametrize(
+    "path", ["/v1/jobs", "/v1/jobs:validate", "/v1/comparisons", "/v1/comparisons:validate"]
+)
 async def test_a_priority_above_that_of_its_owner_is_refused(as_owner, client, path):
     body = BODY if "jobs" in path else BODY | {"matrix": {"norm": ["none", "sync"]}}
     capped = await as_owner("capped")

@@ -1,10 +1,11 @@
 import math
+import sys
 from itertools import product
 from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from service.domain.statistics import (
@@ -15,6 +16,7 @@ from service.domain.statistics import (
     mean_interval,
     more_seeds,
     permutation_p_value,
+    spread,
     steps_to_target,
     up_to,
     value_at,
@@ -118,6 +120,7 @@ def test_an_interval_is_independent_of_the_order_of_seeds(numbers, random):
         [1e16, 1e16, 1e16, 1e16, 1e16 + 2],
         [0.0, 1e-5, 0.0, 1e-5, 1e200],
         [1.1e308, 1.2e308, 1.3e308, 1.4e308, 1.7e308],
+        [-1e-310, 0.0, 0.0, 0.0, 1e-310],
     ],
 )
 def test_numbers_near_the_limits_of_floats_have_finite_statistics(numbers):
@@ -130,7 +133,13 @@ def test_numbers_near_the_limits_of_floats_have_finite_statistics(numbers):
     assert numbers[0] <= area(curve, len(numbers) - 1) <= numbers[-1]
 
 
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=5, max_size=8))
+LARGEST = sys.float_info.max
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=3, max_size=8))
+@example([LARGEST, LARGEST, -LARGEST, -LARGEST, -LARGEST])
+@example([LARGEST, -LARGEST, LARGEST])
+@example([LARGEST, LARGEST, LARGEST, LARGEST])
 @settings(max_examples=100)
 def test_no_finite_numbers_overflow(numbers):
     low, high = ends(numbers)
@@ -140,6 +149,15 @@ def test_no_finite_numbers_overflow(numbers):
     curve = list(enumerate(numbers))
     assert math.isfinite(area(curve, len(numbers) - 1))
     assert math.isfinite(value_at([(0, min(numbers)), (7, max(numbers))], 3))
+    middle = spread(numbers)
+    assert middle.low <= middle.median <= middle.high
+
+
+@given(NUMBERS, st.lists(st.integers(1, 1_000), min_size=2, max_size=9, unique=True))
+def test_a_constant_curve_has_its_value_on_every_grid(number, steps):
+    curve = [(step, number) for step in sorted(steps)]
+    assert value_at(curve, (curve[0][0] + curve[-1][0]) // 2) == number
+    assert area(curve, curve[-1][0]) == number
 
 
 @given(st.lists(NUMBERS, min_size=3, max_size=12))

@@ -65,14 +65,15 @@ async def test_a_replica_whose_ticks_all_fail_is_reported_as_stuck(replica, monk
     async def fail(lease):
         raise error
 
-    monkeypatch.setattr(replica.dispatcher._admission, "admit", fail)  # after the jobs were reconciled
+    failing = pytest.MonkeyPatch()
+    failing.setattr(replica.dispatcher._admission, "admit", fail)  # after the jobs were reconciled
     task = asyncio.create_task(replica.dispatcher.run())
     try:
         await asyncio.sleep(0.3)
         assert not replica.dispatcher.is_stuck()
         await asyncio.sleep(1.0)
         assert replica.dispatcher.is_stuck() == is_stuck
-        monkeypatch.undo()
+        failing.undo()
         async with asyncio.timeout(10):
             while replica.dispatcher.is_stuck():
                 await asyncio.sleep(0.01)

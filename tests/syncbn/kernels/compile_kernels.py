@@ -65,7 +65,12 @@ def variants():
             | {"channels": "i32", **SCALARS},
             {"HAS_VALUES": True},
         )
-    for accumulator, weight in (("*fp32", "*bf16"), ("*fp64", "*fp64")):
+    for accumulator, weight in (
+        ("*fp32", "*fp32"),
+        ("*fp32", "*bf16"),
+        ("*fp32", "*fp16"),
+        ("*fp64", "*fp64"),
+    ):
         outputs = dict.fromkeys(("means", "converted"), accumulator)
         yield (
             kernels.unpack_backward_kernel,

@@ -195,7 +195,7 @@ def test_the_kernels_compile_for_a_gpu(capability):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 14
+    assert len(lines) == 16
     for line in lines:
         name, *flags, barriers, size = line.split()
         assert int(size) > 1000, name

@@ -63,7 +63,9 @@ def test_artifacts_wait_for_a_dead_server_regardless_of_attempts(tmp_path, monke
     )
     with MlflowUploader(outbox.path, "http://127.0.0.1:1", "some-run") as tracking:
         tracking.seconds_to_finish = 0
+        deadline = time.monotonic() + 30
         while len(attempts) <= MAX_UPLOAD_ATTEMPTS:
+            assert time.monotonic() < deadline, f"the upload ended after {len(attempts)} attempts"
             time.sleep(0.01)
     assert tracking.unsent_bytes == len(whole(tmp_path))
 
