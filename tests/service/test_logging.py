@@ -18,10 +18,10 @@ def as_before():
 def test_json_lines_have_the_current_job(capsys):
     service_log.configure("json")
     logger = logging.getLogger("service.engine.dispatcher")
-    service_log.job_in_hand.set("job-1")
+    service_log.current_job_id.set("job-1")
     logger.warning("it waits: %s", "Ray is away")
     logger.info("another", extra={"job_id": "job-2"})
-    service_log.job_in_hand.set(None)
+    service_log.current_job_id.set(None)
     try:
         raise ValueError("ours")
     except ValueError:

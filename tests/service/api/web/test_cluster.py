@@ -31,7 +31,8 @@ async def test_the_queue_has_the_reason_why_each_job_waits(browser, browse, ray,
     assert "large one" not in (await bob.get("/cluster")).text
 
 
-async def test_usage_is_shown_by_owner_and_to_others_only_their_own(browser, browse, app, submit):
+async def test_usage_is_shown_by_owner_and_to_others_only_their_own(browser, browse, app, ray, submit):
+    ray.is_down = True  # jobs change only by what follows
     job_id = await submit("trained")
     jobs = app.state.components.jobs
     for state in (JobState.SUBMITTED, JobState.RUNNING, JobState.SUCCEEDED):
