@@ -65,8 +65,8 @@ def anyio_backend():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fast_service():
-    """Commits of SQLite without fsync, and short rests of the dispatcher, for whose ticks many tests wait."""
+def sqlite_without_fsync():
+    """Commits of SQLite without fsync."""
     from sqlalchemy import event
     from sqlalchemy.dialects.sqlite.aiosqlite import AsyncAdapt_aiosqlite_connection
     from sqlalchemy.engine import Engine
@@ -75,11 +75,7 @@ def fast_service():
         if isinstance(connection, AsyncAdapt_aiosqlite_connection):
             connection.execute("PRAGMA synchronous=OFF")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.engine.dispatcher.REST_PER_TICK", 3)
-        patch.setattr("service.engine.dispatcher.MIN_REST_SECONDS", 0.02)
-        event.listen(Engine, "connect", skip_fsync)
-        yield
+    event.listen(Engine, "connect", skip_fsync)
 
 
 @pytest.fixture(scope="session")
