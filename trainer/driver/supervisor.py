@@ -27,7 +27,7 @@ from trainer.processes import Descendants, die_with_parent
 EXITS_VARIABLE = "SYNCBN_EXITS"
 """Environment variable with the folder of exit records."""
 DEFAULT_PREFIX = "SYNCBN_DEFAULT_"
-"""Prefix of environment variables with the values of others, where a node has none of its own."""
+"""Prefix of environment variables that hold defaults: values for variables that a node has not set."""
 POLL_SECONDS = 1.0
 WINDOW_POLLS = 10
 """Number of polls for which an out-of-memory kill counts: a large process takes some seconds to end."""

@@ -120,7 +120,7 @@ def arrive(delays):
     layers = make_layers()
     dist.barrier()
     delay = delays[dist.get_rank()]
-    # Who never arrives stays until the others have raised, so that nobody is told by broken connections.
+    # An absent rank stays until the others have raised; otherwise broken connections would end their waits.
     time.sleep(max(filter(None, delays), default=0) + TIMEOUT_SECONDS + 2 if delay is None else delay)
     if delay is None:
         return None, 0.0
