@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import NormalDist, mean, median, stdev
+from statistics import NormalDist, mean, median, median_high, median_low, stdev
 from typing import Any, Literal
 
 from trainer.jobspec import Direction, best_value, is_reached
@@ -58,8 +58,10 @@ def spread(values: Sequence[float]) -> Spread | None:
     """Return median and range of `values`, or None without values."""
     if not values:
         return None
-    scaled, exponent = _scaled(values)
-    return Spread(median=_unscaled(median(scaled), exponent), low=min(values), high=max(values))
+    middle = median(values)
+    if not math.isfinite(middle):  # the sum of the two middle values overflows, or they are infinite
+        middle = median_low(values) / 2 + median_high(values) / 2
+    return Spread(median=middle, low=min(values), high=max(values))
 
 
 def finite_points(curve: Curve) -> list[tuple[int, float]]:

@@ -140,6 +140,8 @@ LARGEST = sys.float_info.max
 @example([LARGEST, LARGEST, -LARGEST, -LARGEST, -LARGEST])
 @example([LARGEST, -LARGEST, LARGEST])
 @example([LARGEST, LARGEST, LARGEST, LARGEST])
+@example([7e156, 9e-158, 9e-158])
+@example([5e-324, 5e-324, 1e-323, LARGEST])
 @settings(max_examples=100)
 def test_no_finite_numbers_overflow(numbers):
     low, high = ends(numbers)
