@@ -14,6 +14,7 @@ from threading import Thread
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+import aiosqlite
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Column, Connection, Row, Select, Table, event, func, make_url, select, update
@@ -201,7 +202,8 @@ class Database:
     def _join_threads(self) -> None:
         deadline = time.monotonic() + CLOSE_SECONDS
         for thread in list(self._threads):
-            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                thread.join(max(deadline - time.monotonic(), 0))
 
 
 async def advisory_lock(connection: AsyncConnection, lock: int) -> None:
@@ -278,9 +280,18 @@ def _open(url: str, timeout_seconds: float, threads: "WeakSet[Thread]") -> Async
         pool_timeout=timeout_seconds,
     )
 
+    def create(*arguments: Any, **options: Any) -> aiosqlite.Connection:
+        connection = aiosqlite.connect(*arguments, **options)
+        connection._thread.daemon = True  # as SQLAlchemy sets it
+        threads.add(connection._thread)  # before it is opened, which may be cancelled
+        return connection
+
+    @event.listens_for(engine.sync_engine, "do_connect")
+    def use_create(_dialect: Any, _record: Any, _arguments: Any, options: dict[str, Any]) -> None:
+        options["async_creator_fn"] = create
+
     @event.listens_for(engine.sync_engine, "connect")
     def configure(connection: Any, _: Any) -> None:
-        threads.add(connection.driver_connection._thread)
         # Python's driver would otherwise begin a transaction only before some statements, and so not make
         # migrations whole.
         connection.isolation_level = None

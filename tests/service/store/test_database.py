@@ -1,4 +1,7 @@
 import asyncio
+import sqlite3
+import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -109,6 +112,27 @@ async def test_a_cancelled_statement_has_ended_when_the_database_is_closed(tmp_p
         await reading
     await database.close()
     assert not any(thread.is_alive() for thread in database._threads)
+
+
+async def test_a_cancelled_opening_has_ended_when_the_database_is_closed(tmp_path, monkeypatch):
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/test.db", 10)
+    connect = sqlite3.connect
+
+    def connect_slowly(*arguments, **options):
+        time.sleep(0.5)
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect_slowly)
+    before = set(threading.enumerate())
+    checking = asyncio.create_task(database.check())
+    await asyncio.sleep(0.1)
+    opening = [thread for thread in set(threading.enumerate()) - before if "connection" in thread.name]
+    checking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await checking
+    await database.close()
+    assert opening
+    assert not any(thread.is_alive() for thread in opening)
 
 
 async def test_an_unreachable_database_is_unavailable():
