@@ -154,7 +154,7 @@ def failed(tmp_path_factory):
     import pandas as pd
 
     random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("failed")
-    for part, rows in (("train", 64), ("test", 16)):
+    for part, rows in (("train", 512), ("test", 16)):
         (folder / part).mkdir()
         labels = random.integers(0, 3, rows)
         inputs = list((random.normal(size=(rows, 4)) + labels[:, None]).astype(np.float32))

@@ -21,6 +21,7 @@ import ray.data
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.data._internal.execution.resource_manager import ResourceManager
 from ray.exceptions import GetTimeoutError, RayTaskError
 
 from trainer.data.cache import digest
@@ -42,6 +43,8 @@ READ_ROWS = 64
 """Number of rows that are decoded and sent to the feeder together."""
 MIN_TIMEOUT_SECONDS = 300
 """Minimum timeout: rows are counted, and a first window is decoded, before the first batch."""
+LIMITS_INTERVAL_SECONDS = 0.05
+"""Interval at which Ray Data reads the resources of the cluster; by default 1 s."""
 CURSORS = 2
 """Number of concurrent streams of training batches: one for training, one for evaluations with precise
 statistics.
@@ -158,6 +161,8 @@ class _Feeder:
         self._cursors: OrderedDict[int, BatchCursor] = OrderedDict()
         self._skipped = SkippedImages()
         logging.getLogger("ray.data").setLevel(logging.WARNING)
+        # Each pass over the data begins with limits of 0, and a busy loop until Ray Data reads them again.
+        ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = LIMITS_INTERVAL_SECONDS
         context = ray.data.DataContext.get_current()
         # The order of rows must not depend on which task ends first.
         context.execution_options.preserve_order = True

@@ -2,6 +2,7 @@ import contextlib
 import re
 import secrets
 import threading
+import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -79,6 +80,19 @@ def test_samples_do_not_depend_on_workers_or_resumption(kind, tmp_path):
     labels = torch.cat([labels for _, labels in whole])
     assert labels[:21].bincount().tolist() == labels[21:42].bincount().tolist()
     assert labels[:21].tolist() != labels[21:42].tolist()
+
+
+def test_a_pass_over_little_data_takes_little_time(tmp_path):
+    """Ray Data waits for a second at the beginning of each pass, unless its interval is set."""
+    spec = make_spec(make_stream("images", tmp_path), global_batch_size=21)
+    with feeding(spec) as feeder:
+        passes = open_all(spec, 1, feeder=feeder)[0].train(0)
+        seconds = []
+        for _ in range(6):
+            began = time.monotonic()
+            next(passes)
+            seconds.append(time.monotonic() - began)
+    assert min(seconds[1:]) < 0.8, seconds
 
 
 def test_data_is_read_from_any_address(tmp_path):
