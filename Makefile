@@ -74,9 +74,9 @@ test-gpu: setup
 
 # Exhaustive versions of tests that `make test` runs in part: exact resume over many drawn specs, long walks of the
 # state machine, every server of a stack killed, every converted model and example, every format of streamed data, a
-# user's whole story in Chromium.
+# user's whole story in Chromium. Property tests draw new examples, where `make test` always draws the same.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow $(TEST_OPTIONS)
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile=explore $(TEST_OPTIONS)
 
 # The API against its document: all phases of schemathesis, longer than in `make test`.
 test-contract: setup

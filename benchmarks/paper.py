@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from importlib.resources import files
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -31,7 +30,7 @@ import torch.multiprocessing as multiprocessing
 from service.api.schemas import VerdictView
 from service.cli.report_tables import FINDING_HEADINGS, finding_cells
 from service.domain.comparisons import Variant, expand, without_seed
-from service.domain.recipes import Recipe, read_recipe
+from service.domain.recipes import RECIPES, Recipe, read_recipe
 from service.domain.verdicts import Run, judge
 from trainer.data import open_dataset
 from trainer.distributed import RankInfo
@@ -39,7 +38,7 @@ from trainer.errors import Diverged
 from trainer.jobspec import JobSpec
 from trainer.training.loop import train
 
-RECIPES = {path.stem: path for path in sorted((Path(str(files("trainer"))) / "recipes").glob("*.yaml"))}
+PATHS = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 QUICKEST_RECIPE = "world-size-invariance"
 JOIN_SECONDS = 300
 
@@ -214,19 +213,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "recipes", nargs="*", default=[QUICKEST_RECIPE], metavar="RECIPE", help=f"all, {', '.join(RECIPES)}"
+        "recipes", nargs="*", default=[QUICKEST_RECIPE], metavar="RECIPE", help=f"all, {', '.join(PATHS)}"
     )
     parser.add_argument("--preset", default="quick", choices=["quick", "paper", "demo"])
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the recipe's own")
     parser.add_argument("--markdown", type=Path, help="file that is written as well")
     options = parser.parse_args()
-    names = list(RECIPES) if options.recipes == ["all"] else options.recipes
-    if unknown := [name for name in names if name not in RECIPES]:
-        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
+    names = list(PATHS) if options.recipes == ["all"] else options.recipes
+    if unknown := [name for name in names if name not in PATHS]:
+        parser.error(f"no recipe {', '.join(unknown)}; there are {', '.join(PATHS)}")
     written = []
     with Teams() as teams:
         for name in names:
-            written.append(measure(read_recipe(RECIPES[name]), options.preset, options.seeds, teams))
+            written.append(measure(read_recipe(PATHS[name]), options.preset, options.seeds, teams))
             print(written[-1], flush=True)
             if options.markdown:
                 options.markdown.write_text("\n".join(written))

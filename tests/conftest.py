@@ -18,8 +18,9 @@ from tests.e2e.service import SPEC, Service
 from tests.mlflow_server import serving_mlflow
 
 # Time limits are those of pytest: on a busy machine an example takes any number of milliseconds.
-settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("busy")
+settings.register_profile("explore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("same", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("same")
 
 SHARED = ("e2e", "ray")
 """Markers of tests that run in one process: they share a stack, or start one."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainer.errors import RunError
 from trainer.jobspec import FailureKind
+from trainer.processes import OUTSIDE_SIGNALS
 
 MAX_MESSAGE_CHARS = 2_000
 
@@ -104,12 +105,7 @@ RULES = (
 """Rules in the order in which they are tried."""
 
 SIGNALS: dict[int, FailureKind] = {
-    # Sent by others: node shutdown, operator, Ray.
-    signal.SIGKILL: "worker_lost",
-    signal.SIGTERM: "worker_lost",
-    signal.SIGINT: "worker_lost",
-    signal.SIGHUP: "worker_lost",
-    signal.SIGPWR: "worker_lost",
+    **dict.fromkeys(OUTSIDE_SIGNALS, "worker_lost"),
     # Raised in the process itself.
     signal.SIGSEGV: "user_code",
     signal.SIGBUS: "user_code",

@@ -14,6 +14,8 @@ from contextlib import suppress
 import psutil
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+OUTSIDE_SIGNALS = (*STOP_SIGNALS, signal.SIGKILL, signal.SIGPWR)
+"""Signals sent by others: Ray, an operator, a node that shuts down."""
 GRACE_SECONDS = 1.0
 """Time from SIGTERM to SIGKILL for descendants."""
 GIVE_UP_SECONDS = 5.0

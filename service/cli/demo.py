@@ -2,7 +2,6 @@
 
 import os
 import time
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
@@ -13,11 +12,11 @@ from service.cli.progress import JobBars
 from service.cli.report_tables import report_lines
 from service.client import Client
 from service.domain.mlflow_views import home_url
-from service.domain.recipes import read_recipe
+from service.domain.recipes import RECIPES, read_recipe
 from service.local.stack import LocalStack, StackError, first_signal_interrupts
 from trainer.atomic import atomic_write
 
-RECIPE = Path(str(files("trainer"))) / "recipes" / "fig1-activations.yaml"
+RECIPE = RECIPES / "fig1-activations.yaml"
 MIN_CPUS = 2
 """Cores that Ray is given at least, since the jobs of the demo have two workers."""
 TIMEOUT_SECONDS = 1_800

@@ -1,7 +1,6 @@
 """Decisions about jobs: the next action for a job, from what was observed of it."""
 
 import re
-import signal
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -9,10 +8,9 @@ from enum import StrEnum
 from service.domain.jobs import Job, JobState, Transition
 from service.domain.retries import RETRY_GROUPS, JobFailureKind, RetryGroup, pause
 from trainer.jobspec import STORAGE_FAILED, STORAGE_FAILURE, Outcome
-from trainer.processes import describe_status
+from trainer.processes import OUTSIDE_SIGNALS, describe_status
 
 EXIT_CODE = re.compile(r"^Job entrypoint command failed with exit code (-?\d+)")
-OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class RayStatus(StrEnum):

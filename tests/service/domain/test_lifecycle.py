@@ -132,6 +132,12 @@ TAIL = (
         ),
         (
             "FAILED",
+            f"Job entrypoint command failed with exit code -30{TAIL}",
+            RetryGroup.INFRASTRUCTURE,
+            "the driver was killed by signal 30 (Power failure) and left no outcome",
+        ),
+        (
+            "FAILED",
             f"Job entrypoint command failed with exit code -11{TAIL}",
             RetryGroup.UNKNOWN,
             "the driver was killed by signal 11 (Segmentation fault) and left no outcome",
