@@ -95,8 +95,8 @@ class SyncBatchNormFunction(Function):
         ctx.save_for_backward(x, mask, weight)
         ctx.set_materialize_grads(False)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        # The passes return views, and autograd does not allow in-place changes of an output that is a view.
-        return y.data, statistics
+        # Autograd does not allow in-place changes of an output that is a view.
+        return y.data if y._is_view() else y, statistics
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,8 @@ def _measure_sums(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     columns = x.dim() == 2
     total, squares = _measure_columns(x) if columns else _measure_rows(x)
     # If no mean is more than one deviation from zero, Σx² - Σx·mean subtracts at most half of Σx².
-    if torch.addcmul(squares, total, total, value=-2 / count).min().item() >= 0:
+    lowest: Any = torch.addcmul(squares, total, total, value=-2 / count).min().tolist()
+    if lowest >= 0:
         return total, squares
     mean, m2 = (_measure_columns_exactly if columns else _measure_rows_around)(x, total / count)
     if (far := far_channels(mean, m2 / count, 0.0)) is not None:

@@ -99,8 +99,8 @@ class BatchStats:
 
         None unless the variance between ranks is tracked.
         """
-        rest = self.vector[HEAD + self.moments.numel() :]
-        return rest if rest.numel() else None
+        size = HEAD + self.moments.numel()
+        return self.vector[size:] if self.vector.numel() > size else None
 
     @property
     def is_new(self) -> Tensor:
@@ -191,9 +191,15 @@ class RunningStats:
             mean, variance = statistics.mean, statistics.variance
             if self.mean.dtype == torch.float32 and not isinstance(count, Tensor):
                 mean, variance = statistics.as_float32
-            unbiased = variance * (count / at_least_one(count - 1))
-            for running, statistic in ((self.mean, mean), (self.variance, unbiased)):
-                running.lerp_(statistic.to(running.dtype), weight)  # (C,)
+            elif (rounded := statistics.rounded) is not None and rounded.dtype == self.mean.dtype:
+                mean = rounded[0]
+            degrees = count - 1
+            if has_values is not True:
+                degrees = at_least_one(degrees)
+            unbiased = variance * (count / degrees)
+            new = [mean.to(self.mean.dtype), unbiased.to(self.variance.dtype)]
+            weights: Any = [weight, weight] if isinstance(weight, Tensor) else weight
+            torch._foreach_lerp_([self.mean, self.variance], new, weights)  # (C,) each
 
 
 def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:
@@ -202,7 +208,8 @@ def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:
     Returns None if there are none.
     """
     excess = torch.addcmul(variance, mean, mean, value=-1 / FAR**2)
-    if excess.min().item() >= -eps:
+    lowest: Any = excess.min().tolist()  # which dispatches less than item()
+    if lowest >= -eps:
         return None
     # A NaN propagates through min() to here; its channel compares false and is not selected.
     far = (excess < -eps).nonzero().flatten()

@@ -386,12 +386,12 @@ def count_launches(packing, queued, dtype, parameter_dtype):
     [(dtype, torch.promote_types(dtype, torch.float32)) for dtype in BOUNDS]
     + [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
 )
-@pytest.mark.parametrize(("packing", "limits"), [("triton", (5, 5)), ("vectors", (28, 23))])
+@pytest.mark.parametrize(("packing", "limits"), [("triton", (5, 5)), ("vectors", (24, 21))])
 def test_a_layer_takes_few_launches_and_the_host_waits_for_none(packing, limits, dtype, parameter_dtype):
     if packing == "vectors" and dtype == torch.float64:
-        limits = (39, 20)  # the vectors of the ranks are merged one by one
+        limits = (37, 18)  # the vectors of the ranks are merged one by one
     if packing == "vectors" and parameter_dtype in (torch.bfloat16, torch.float16):
-        limits = (28, 24)  # the weight is converted
+        limits = (25, 22)  # the mean and the weight are converted
     for counts in run_on_ranks(count_launches, 2, packing, True, dtype, parameter_dtype):
         for (launches, waits), limit in zip(counts, limits, strict=True):
             assert len(launches) <= limit, launches
