@@ -50,5 +50,5 @@ def test_no_request_breaks_the_contract(tmp_path):
 @pytest.mark.timeout(3_600 if LONG else 300)
 def test_no_sequence_of_linked_requests_breaks_the_contract(tmp_path):
     with running_service(tmp_path) as url:
-        output = call_api(url, "--phases", "examples,stateful", "--max-time", "300" if LONG else "25")
+        output = call_api(url, "--phases", "examples,stateful", "--max-time", "300" if LONG else "18")
     assert int(re.search(r"API Links: +(\d+) covered", output)[1]) > 20

@@ -58,11 +58,11 @@ def test_an_invalid_spec_is_rejected_and_nothing_is_stored(service):
 
 @pytest.fixture(scope="module")
 def jobs(service):
-    """An endless and a short job that each fill the cluster, and one that waits for both."""
+    """An endless and a short job that fill the cluster together, and one that waits for both."""
     with service.client() as client:
         endless = client.submit_job("to be cancelled", ENDLESS)
         ending = client.submit_job("through a crash", SPEC | {"steps": 1500, "eval_every": 500})
-        waiting = client.submit_job("queued behind them", SPEC | {"steps": 5, "num_workers": 4})
+        waiting = client.submit_job("queued behind them", SPEC | {"steps": 5, "num_workers": 3})
     return endless, ending, waiting
 
 
@@ -95,7 +95,7 @@ def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service
             ("running", "cancellation requested"),
             ("cancelled", "cancelled on request"),
         ]
-    # The workers have ended too: a job that needs the whole cluster can run.
+    # The workers have ended too: a job that does not fit next to them can run.
     assert service.until(waiting.id, "succeeded").attempt == 1
 
 

@@ -444,7 +444,7 @@ def template(tmp_path_factory):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("walks", "least_steps"), [(25, 2_000), pytest.param(125, 10_000, marks=pytest.mark.slow)]
+    ("walks", "least_steps"), [(15, 1_200), pytest.param(125, 10_000, marks=pytest.mark.slow)]
 )
 def test_nothing_is_lost_and_nothing_runs_twice(template, walks, least_steps):
     """Walks of up to 100 steps, followed by recovery."""
