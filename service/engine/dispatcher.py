@@ -113,7 +113,8 @@ class Dispatcher:
         of_jobs = {name: e for name, e in errors.items() if name != ADMISSION and isinstance(e, Exception)}
         for name, error in of_jobs.items():
             known = isinstance(error, UpstreamUnavailable)
-            logger.warning("%s: %s", name, error, exc_info=None if known else error, extra={"job_id": name})
+            extra = {} if name == COMPARISONS else {"job_id": name}
+            logger.warning("%s: %s", name, error, exc_info=None if known else error, extra=extra)
         for name, other in errors.items():
             if name not in of_jobs:
                 raise other

@@ -236,7 +236,8 @@ def _reduce_columns(left: Tensor, right: Tensor, centre: Tensor, scale: Tensor) 
     (folded, rest, k), (folded_right, rest_right, _) = (_fold(each, GRADIENT_CHAIN) for each in (left, right))
     if k == 1:
         return _reduce(left, right, centre, scale)
-    sums = torch.stack(_reduce(folded, folded_right, centre.repeat(k), scale.repeat(k)))  # (2, k·C)
+    vectors = torch.cat([centre] * k), torch.cat([scale] * k)  # faster than repeat()
+    sums = torch.stack(_reduce(folded, folded_right, *vectors))  # (2, k·C)
     total, product = sums.view(2, k, -1).sum(1, dtype=torch.float64).unbind()
     if rest is None or rest_right is None:
         return total, product
