@@ -62,6 +62,7 @@ def holder_of(database_url, lease):
     return asyncio.run(ask())
 
 
+@pytest.mark.timeout(600)
 def test_a_replica_frozen_past_its_lease_changes_nothing_afterwards(replicas, database_url):
     with replicas["one"].client() as client:
         job_id = client.submit_job("through a frozen replica", SPEC | {"steps": STEPS, "eval_every": 500}).id
@@ -74,7 +75,8 @@ def test_a_replica_frozen_past_its_lease_changes_nothing_afterwards(replicas, da
     while (now := holder_of(database_url, lease)) in (None, frozen):
         assert time.monotonic() < deadline, now
         time.sleep(0.1)
-    ended = awake.until(job_id, "succeeded")
+    # Metrics go through the replica that submitted the job, and the uploader waits 180 s for it.
+    ended = awake.until(job_id, "succeeded", seconds=300)
     os.kill(replicas[frozen].process.pid, signal.SIGCONT)
     deadline = time.monotonic() + 15
     while holder_of(database_url, lease) != frozen:  # it takes leases again and reconciles jobs
