@@ -7,6 +7,9 @@ WEB := service/api/web
 NPM_FOLDER := build/npm
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
+# As the workers of jobs have it (trainer/worker_settings.py): fewer page faults.
+export MALLOC_MMAP_THRESHOLD_ ?= 33554432
+export MALLOC_TRIM_THRESHOLD_ ?= 134217728
 
 .PHONY: setup assets demo up up-cluster down-cluster test test-cluster test-gpu test-contract test-slow openapi docs docs-links screenshots compatibility lint lint-image audit sbom bench
 

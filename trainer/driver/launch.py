@@ -19,7 +19,6 @@ from trainer.driver.supervisor import EXITS_VARIABLE
 from trainer.errors import ConfigurationError, DataError
 from trainer.failure_kinds import classify, message, printable
 from trainer.failures import Death, explain, find_exits, has_processes, note_process, read
-from trainer.gpu import worker_variables
 from trainer.jobspec import (
     SAVING_FILE,
     STOP_FILE,
@@ -34,6 +33,7 @@ from trainer.jobspec import (
 )
 from trainer.logs import redirect_output
 from trainer.tracking.progress_file import read_step
+from trainer.worker_settings import worker_variables
 
 FAILURES_FOLDER = "failures"
 RESTARTED = ("worker_lost", "preempted", "hang")

@@ -15,7 +15,6 @@ from trainer.checkpoint.state import TrainProgress, TrainState, seed_everything
 from trainer.data import Batch, Dataset
 from trainer.distributed import RankInfo
 from trainer.errors import Diverged, Preempted
-from trainer.gpu import configure
 from trainer.jobspec import TRAIN_SECONDS, JobSpec
 from trainer.models import build_model
 from trainer.probes import Probes
@@ -31,6 +30,7 @@ from trainer.training.parallel import (
     warm_up_ddp_buckets,
 )
 from trainer.training.step_sync import NoNotices, PreemptionNotice, Requests, StepResult, StepSync
+from trainer.worker_settings import configure
 
 CHECKPOINT_INTERVAL_SECONDS = 60.0
 PREEMPTION_POLL_INTERVAL_SECONDS = 2.0
@@ -191,7 +191,7 @@ class _Loop:
         self._requests, self._is_late = synced.requests, synced.requests.stop
 
     def _evaluate(self) -> bool:
-        """Evaluate, and return whether the model is the best one so far, which is to be saved."""
+        """Evaluate, and return whether the model is the best so far, which is to be saved."""
         position = self.position
         with self._autocast:
             metrics = dict(self._evaluator.evaluate(position.step))

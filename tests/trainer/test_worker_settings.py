@@ -1,13 +1,11 @@
-"""Settings of CUDA and NCCL."""
-
-import os
+"""Settings of memory allocation, CUDA and NCCL."""
 
 import pytest
 import torch
 
 from tests.trainer.factories import make_spec
 from trainer.driver.supervisor import with_defaults
-from trainer.gpu import VARIABLES, configure, worker_variables
+from trainer.worker_settings import CPU_VARIABLES, GPU_VARIABLES, configure, worker_variables
 
 
 @pytest.fixture
@@ -19,14 +17,16 @@ def kernels():
     torch.use_deterministic_algorithms(False)
 
 
-def test_workers_get_the_variables_that_their_node_lacks(monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    assert worker_variables(make_spec()) == {}
-    for name, value in worker_variables(make_spec(use_gpu=True)).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")  # of the node
-    assert with_defaults(os.environ).items() >= (VARIABLES | {"NCCL_DEBUG": "INFO"}).items()
+@pytest.mark.parametrize(
+    ("use_gpu", "variables", "of_node"),
+    [
+        (True, GPU_VARIABLES, {"NCCL_DEBUG": "INFO"}),
+        (False, CPU_VARIABLES, {"MALLOC_TRIM_THRESHOLD_": "131072"}),
+    ],
+)
+def test_workers_get_the_variables_that_their_node_lacks(use_gpu, variables, of_node):
+    defaults = worker_variables(make_spec(use_gpu=use_gpu))
+    assert with_defaults(defaults | of_node).items() >= (variables | of_node).items()
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -1,12 +1,18 @@
-"""Settings of CUDA and NCCL for the workers of a job.
+"""Settings of memory allocation, CUDA and NCCL for the workers of a job.
 
-None of them has run on a GPU yet; the reasons are from the documentation of torch and NCCL.
+Those of CUDA and NCCL have not run on a GPU yet; their reasons are from the documentation of torch and NCCL.
 """
 
 from trainer.driver.supervisor import DEFAULT_PREFIX
 from trainer.jobspec import JobSpec
 
-VARIABLES = {
+CPU_VARIABLES = {
+    # glibc keeps freed tensors of up to 32 MB for the next step. Otherwise it returns them to the system, and
+    # each page of 4 KB costs a fault when it is used again. `benchmarks/allocation.py` measures it.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
+GPU_VARIABLES = {
     # Batches of other sizes (the last one, evaluation) otherwise split the memory into pieces.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # cuBLAS needs a fixed workspace to add in the same order in each call.
@@ -16,12 +22,13 @@ VARIABLES = {
     # A lost rank aborts the communicator in all others, which end with an error and not as a hang.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
-"""Variables that must be set before a worker starts; a node's own values take precedence."""
+"""Variables that must be set before a worker starts; as for CPUs, a node's own values take precedence."""
 
 
 def worker_variables(spec: JobSpec) -> dict[str, str]:
     """Return the variables for a job's workers, as defaults of their nodes."""
-    return {f"{DEFAULT_PREFIX}{name}": value for name, value in VARIABLES.items()} if spec.use_gpu else {}
+    variables = GPU_VARIABLES if spec.use_gpu else CPU_VARIABLES
+    return {f"{DEFAULT_PREFIX}{name}": value for name, value in variables.items()}
 
 
 def configure(spec: JobSpec) -> None:
