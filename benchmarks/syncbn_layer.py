@@ -19,6 +19,7 @@ Printed are medians and quartiles in milliseconds, and ratios of the medians wit
     own time of a small layer, sync - (interleaved - local), at most 0.2 ms
     dispatched operators of forward and backward, fewer than 60
 
+Ranks have the allocation settings of a job's workers, unless --glibc-defaults is given.
 torch.nn.SyncBatchNorm has no CPU kernels and is not among them; `syncbn_launches.py` compares launches.
 
     python benchmarks/syncbn_layer.py             # about two minutes
@@ -44,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm, passes
 from syncbn.collectives import reduce
+from trainer.worker_settings import CPU_VARIABLES
 
 Shape = tuple[int, ...]
 Step = Callable[[], None]
@@ -244,9 +246,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--compiled", action="store_true", help="with the compiled local layer (needs g++)")
+    parser.add_argument(
+        "--glibc-defaults", action="store_true", help="without the allocation settings of workers"
+    )
     parser.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.update({} if options.glibc_defaults else CPU_VARIABLES)
     print(
         f"torch {torch.__version__}, {os.cpu_count()} cores, 2 ranks with one thread each, "
         f"gloo over loopback, {options.repeats} repeats interleaved; milliseconds, median [quartiles]"
