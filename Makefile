@@ -7,9 +7,6 @@ WEB := service/api/web
 NPM_FOLDER := build/npm
 # Several processes share few cores: one thread each.
 export OMP_NUM_THREADS ?= 1
-# As the workers of jobs have it (trainer/worker_settings.py): fewer page faults.
-export MALLOC_MMAP_THRESHOLD_ ?= 33554432
-export MALLOC_TRIM_THRESHOLD_ ?= 134217728
 
 .PHONY: setup assets demo up up-cluster down-cluster test test-cluster test-gpu test-contract test-slow openapi docs docs-links screenshots compatibility lint lint-image audit sbom bench
 
@@ -52,6 +49,9 @@ up: setup
 
 # The tests that need neither a GPU nor minutes each: those on stacks in one process, the others in another. Two
 # stacks at a time are slower on two cores.
+# As the workers of jobs have it (trainer/worker_settings.py): fewer page faults.
+test: export MALLOC_MMAP_THRESHOLD_ = 33554432
+test: export MALLOC_TRIM_THRESHOLD_ = 134217728
 test: setup
 	$(BIN)/python -m pytest -m "not gpu and not cluster and not slow" --durations=20 \
 		-n 2 --dist loadfile --no-loadscope-reorder $(TEST_OPTIONS)

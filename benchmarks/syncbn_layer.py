@@ -262,10 +262,15 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit status 1 if a goal is missed")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.update({} if options.glibc_defaults else CPU_VARIABLES)
+    for name, value in CPU_VARIABLES.items():
+        if options.glibc_defaults:
+            os.environ.pop(name, None)
+        else:
+            os.environ.setdefault(name, value)
     print(
         f"torch {torch.__version__}, {os.cpu_count()} cores, 2 ranks with one thread each, "
-        f"gloo over loopback, {options.repeats} repeats interleaved; milliseconds, median [quartiles]"
+        f"gloo over loopback, {'defaults of glibc' if options.glibc_defaults else 'settings of workers'}, "
+        f"{options.repeats} repeats interleaved; milliseconds, median [quartiles]"
     )
     names = ["local", "interleaved", "sync", "alone", "detectron2", "fairscale"]
     columns = "  ".join(f"{name:21}" for name in names + ["compiled"] * options.compiled)

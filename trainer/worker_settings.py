@@ -7,8 +7,9 @@ from trainer.driver.supervisor import DEFAULT_PREFIX
 from trainer.jobspec import JobSpec
 
 CPU_VARIABLES = {
-    # glibc keeps freed tensors of up to 32 MB for the next step. Otherwise it returns them to the system, and
-    # each page of 4 KB costs a fault when it is used again. `benchmarks/allocation.py` measures it.
+    # glibc keeps freed tensors of up to 32 MB, 128 MB at the end of its heap, for the next step. Otherwise it
+    # returns them to the system, and each page of 4 KB costs a fault when it is used again.
+    # `benchmarks/allocation.py` measures it.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
 }

@@ -198,8 +198,11 @@ class RunningStats:
                 degrees = at_least_one(degrees)
             unbiased = variance * (count / degrees)
             new = [mean.to(self.mean.dtype), unbiased.to(self.variance.dtype)]
-            weights: Any = [weight, weight] if isinstance(weight, Tensor) else weight
-            torch._foreach_lerp_([self.mean, self.variance], new, weights)  # (C,) each
+            if isinstance(weight, Tensor):  # the compiler fuses these
+                self.mean.lerp_(new[0], weight)
+                self.variance.lerp_(new[1], weight)
+            else:
+                torch._foreach_lerp_([self.mean, self.variance], new, weight)
 
 
 def far_channels(mean: Tensor, variance: Tensor, eps: float) -> Tensor | None:

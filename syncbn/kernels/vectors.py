@@ -161,6 +161,7 @@ def note(vector: Tensor, check: Check | None) -> None:
     """Compare a summed stamp on the device, and note the call as complete."""
     if check is not None:
         is_mispaired = torch.ne(vector[0], check.expected, out=check.progress.new_empty(()))
+        # The number of the call if it is mispaired, else NEVER.
         number = torch.rsub(is_mispaired, NEVER, alpha=NEVER - check.call)
         torch.minimum(check.progress[0], number, out=check.progress[0])
         check.progress[1].fill_(check.call)

@@ -62,7 +62,7 @@ def jobs(service):
     with service.client() as client:
         endless = client.submit_job("to be cancelled", ENDLESS)
         ending = client.submit_job("through a crash", SPEC | {"steps": 1500, "eval_every": 500})
-        waiting = client.submit_job("queued behind them", SPEC | {"steps": 5, "num_workers": 3})
+        waiting = client.submit_job("queued behind them", SPEC | {"steps": 5, "num_workers": 4})
     return endless, ending, waiting
 
 
@@ -95,7 +95,7 @@ def test_a_running_job_is_cancelled_within_15_seconds_and_leaves_nothing(service
             ("running", "cancellation requested"),
             ("cancelled", "cancelled on request"),
         ]
-    # The workers have ended too: a job that does not fit next to them can run.
+    # The workers have ended too: a job that needs the whole cluster can run.
     assert service.until(waiting.id, "succeeded").attempt == 1
 
 

@@ -29,7 +29,6 @@ KEY = f"Authorization: Bearer {TOKEN}\r\n"
 fuzz = settings(
     max_examples=150,
     deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.trainer.factories import make_spec
-from trainer.driver.supervisor import with_defaults
+from trainer.driver.supervisor import DEFAULT_PREFIX, with_defaults
 from trainer.worker_settings import CPU_VARIABLES, GPU_VARIABLES, configure, worker_variables
 
 
@@ -26,6 +26,7 @@ def kernels():
 )
 def test_workers_get_the_variables_that_their_node_lacks(use_gpu, variables, of_node):
     defaults = worker_variables(make_spec(use_gpu=use_gpu))
+    assert defaults == {f"{DEFAULT_PREFIX}{name}": value for name, value in variables.items()}
     assert with_defaults(defaults | of_node).items() >= (variables | of_node).items()
 
 

@@ -74,7 +74,7 @@ def train(
     loop = _Loop(
         spec, worker, logger, dataset, checkpoints, notices or NoNotices(), position or TrainProgress()
     )
-    while not loop.is_done():
+    while not loop.finish_step():
         loop.train_step()
     remove_activation_checkpointing(loop.model)
     return Result(loop.model, loop.position.metrics, loop.position.step, loop.end)
@@ -138,19 +138,21 @@ class _Loop:
             return "finished"
         return "deadline" if self._is_late else "stopped early"
 
-    def is_done(self) -> bool:
+    def finish_step(self) -> bool:
         """Evaluate and save if it is time to; return whether the run has ended.
+
+        All workers call it once per step, and before the first one.
 
         Raises Diverged and Preempted as `train` does.
         """
         spec, step = self._spec, self.position.step
+        stop_reason = self._stop_reason()
         is_best = False
         is_last = step >= spec.steps or self._is_late
         if (step % spec.eval_every == 0 or is_last) and self.position.last_eval_step < step:
             is_best = self._evaluate()
         self._logger.update(step)
         is_done = is_last or should_stop(spec.early_stop, self.position)
-        stop_reason = self._stop_reason()
         if self._checkpoints is not None:
             every = spec.checkpoint.every
             is_due = self._requests.save or is_best or (every is not None and step % every == 0)
@@ -218,8 +220,7 @@ class _Loop:
             is_last_part = number == len(parts)
             with no_sync(self._parallel, unless=is_last_part):
                 with self._autocast:
-                    outputs = self._parallel(part.inputs)
-                    loss = F.cross_entropy(outputs, part.labels, reduction="sum")  # ()
+                    loss = F.cross_entropy(self._parallel(part.inputs), part.labels, reduction="sum")  # ()
                 loss_sum += loss.detach()  # float64
                 if is_last_part:
                     self._step_sync.begin(loss_sum, self._new_requests() if worker.rank == 0 else Requests())
@@ -241,7 +242,10 @@ class _Loop:
         )
 
     def _stop_reason(self) -> str | None:
-        """Return why the run is to stop before its end, or None."""
+        """Return why the run is to stop before its end, or None.
+
+        A barrier of all workers if the newest step asked for a query of Ray.
+        """
         if self._requests.interrupt:
             return "stopped on request of the service"
         if self._requests.check_preemption:

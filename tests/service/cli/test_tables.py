@@ -43,7 +43,7 @@ def test_progress_bars_show_why_a_job_waits_or_failed():
 
 
 @given(st.text(max_size=60), st.text(max_size=60))
-@settings(max_examples=100, derandomize=True)
+@settings(max_examples=100)
 def test_text_of_users_cannot_send_terminal_escapes(name, reason):
     job = make_job(name=name, reason=reason, state=JobState.FAILED)
     for content in (

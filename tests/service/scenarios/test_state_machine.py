@@ -453,7 +453,6 @@ def test_nothing_is_lost_and_nothing_runs_twice(template, walks, least_steps):
         max_examples=walks,
         stateful_step_count=100,
         deadline=None,
-        derandomize=True,
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(Machine, settings=rules)

@@ -1,6 +1,7 @@
 import contextlib
 import re
 import secrets
+import statistics
 import threading
 import time
 from functools import partial
@@ -92,7 +93,7 @@ def test_a_pass_over_little_data_takes_little_time(tmp_path):
             began = time.monotonic()
             next(passes)
             seconds.append(time.monotonic() - began)
-    assert min(seconds[1:]) < 0.8, seconds
+    assert statistics.median(seconds[1:]) < 0.8, seconds
 
 
 def test_data_is_read_from_any_address(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 from service.adapters.job_log import AttemptLog, LogOffset
 from service.adapters.run_storage import RunFiles
 from tests.processes import still_alive, wait_for_file, working_in
+from trainer.driver.supervisor import DEFAULT_PREFIX
 from trainer.jobspec import (
     JOB_VARIABLE,
     LOG_FILE,
@@ -25,6 +26,7 @@ from trainer.jobspec import (
     Outcome,
     attempt_folder,
 )
+from trainer.worker_settings import CPU_VARIABLES
 
 pytestmark = pytest.mark.ray
 
@@ -144,10 +146,12 @@ def test_the_log_has_no_messages_of_ray(busy):
     assert [line.text for line in busy.lines if line.level in ("warning", "error")] == []
 
 
-def test_each_worker_sees_the_jobs_secret_and_no_credential_of_the_service(busy):
+def test_each_worker_sees_the_jobs_secret_its_settings_and_no_credential_of_the_service(busy):
     for rank in (0, 1):
         environment = json.loads((busy.folder / f"environment-{rank}").read_text())
         assert environment["A_SECRET"] == VALUE
+        assert environment.items() >= CPU_VARIABLES.items()
+        assert f"{DEFAULT_PREFIX}{next(iter(CPU_VARIABLES))}" in environment
         assert not {"SYNCBN_TOKEN", "SYNCBN_JOB", "RAY_AUTH_TOKEN"} & environment.keys()
     written = [path for path in (busy.folder / "job-1").rglob("*") if path.is_file()]
     assert len(written) > 3
