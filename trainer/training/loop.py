@@ -213,7 +213,7 @@ class _Loop:
         return is_best
 
     def _backward(self, parts: list[Batch]) -> StepResult:
-        """Add up the gradients of a step's parts; return the loss and the requests of all workers."""
+        """Add up the gradients of a step's parts, and return the step's collective."""
         worker = self._worker
         loss_sum = torch.zeros((), dtype=torch.float64, device=worker.device)
         for number, part in enumerate(parts, start=1):
