@@ -48,8 +48,7 @@ up: setup
 	$(BIN)/syncbn up
 
 # The tests that need neither a GPU nor minutes each: those on stacks in one process, the others in another. Two
-# stacks at a time are slower on two cores.
-# As the workers of jobs have it (trainer/worker_settings.py): fewer page faults.
+# stacks at a time are slower on two cores. Memory is allocated as in workers (trainer/worker_settings.py).
 test: export MALLOC_MMAP_THRESHOLD_ = 33554432
 test: export MALLOC_TRIM_THRESHOLD_ = 134217728
 test: setup

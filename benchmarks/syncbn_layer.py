@@ -37,14 +37,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the counter of operators is part of the tests
+
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from syncbn import SyncBatchNorm, passes
 from syncbn.collectives import reduce
+from tests.syncbn.launch_counter import count_operators
 from trainer.worker_settings import CPU_VARIABLES
 
 Shape = tuple[int, ...]
@@ -147,16 +149,6 @@ class Fairscale(nn.BatchNorm2d):
         return FairscaleFunction.apply(x, self.weight, self.bias, self)
 
 
-class OperatorCounter(TorchDispatchMode):
-    """Counts dispatched operators."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        self.count += 1
-        return function(*arguments, **(options or {}))
-
-
 def make_steps(case: Case, with_compiled: bool) -> dict[str, Step]:
     shape, memory_format = case.shape, FORMATS[case.memory_format]
     x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
@@ -186,17 +178,6 @@ def make_steps(case: Case, with_compiled: bool) -> dict[str, Step]:
     return steps
 
 
-def count_operators(case: Case) -> int:
-    """Return the number of operators that both passes dispatch, without those that add up gradients."""
-    layer = SyncBatchNorm(case.shape[1])
-    x, dy = (torch.randn(case.shape).contiguous(memory_format=FORMATS[case.memory_format]) for _ in range(2))
-    x.requires_grad_()
-    layer(x)
-    with OperatorCounter() as counter:
-        torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
-    return counter.count
-
-
 def leave_out(vector: Tensor, call: object) -> None:
     """Exchange nothing."""
 
@@ -222,7 +203,7 @@ def work(rank: int, store: Path, results: Any, options: argparse.Namespace) -> N
     for case in CASES:
         steps = make_steps(case, options.compiled)
         times = measure(steps, options.repeats)
-        operators = count_operators(case)
+        operators = count_operators(case.shape, FORMATS[case.memory_format])
         if rank == 0:
             results.put((case, times, operators))
     dist.destroy_process_group()

@@ -23,7 +23,7 @@ GPU_VARIABLES = {
     # A lost rank aborts the communicator in all others, which end with an error and not as a hang.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
 }
-"""Variables that must be set before a worker starts; as for CPUs, a node's own values take precedence."""
+"""Variables that must be set before a worker starts. Of both, a node's own values take precedence."""
 
 
 def worker_variables(spec: JobSpec) -> dict[str, str]:

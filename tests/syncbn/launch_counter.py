@@ -7,6 +7,8 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from syncbn import SyncBatchNorm
+
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 HOST_WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "allclose"}
 READS = ("tolist", "cpu", "numpy", "item")
@@ -81,3 +83,17 @@ def as_one_launch(function, name=None):
             return function(*arguments, **options)
 
     return call
+
+
+def count_operators(shape, memory_format):
+    """Return the number of operators that a second step of the layer dispatches, forward and backward.
+
+    Those of the caller, which adds up gradients, are not counted.
+    """
+    layer = SyncBatchNorm(shape[1])
+    x, dy = (torch.randn(shape).contiguous(memory_format=memory_format) for _ in range(2))
+    x.requires_grad_()
+    layer(x)
+    with LaunchCounter() as counter:
+        torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
+    return counter.dispatched

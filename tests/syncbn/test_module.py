@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn import GroupError, InputError, SyncBatchNorm
 from tests.dist import run_on_ranks
 from tests.syncbn.collective_recorder import record_collectives
-from tests.syncbn.launch_counter import LaunchCounter
+from tests.syncbn.launch_counter import count_operators
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 OPTIONS = [
@@ -373,17 +373,6 @@ def test_data_parallel_training_equals_training_on_one_device(counts):
     train_network(network, batches)
     for state in run_on_ranks(train_network_in_parallel, len(counts), counts, batches):
         torch.testing.assert_close(state, network.state_dict(), rtol=1e-10, atol=1e-10)
-
-
-def count_operators(shape, memory_format):
-    """Return the number of operators that a second step dispatches, forward and backward."""
-    layer = SyncBatchNorm(shape[1])
-    x, dy = (torch.randn(shape).to(memory_format=memory_format) for _ in range(2))
-    x.requires_grad_()
-    layer(x).backward(dy)
-    with LaunchCounter() as counter:
-        torch.autograd.grad(layer(x), [x, layer.weight, layer.bias], dy)
-    return counter.dispatched
 
 
 @pytest.mark.dist

@@ -127,8 +127,8 @@ class _Loop:
         now = time.monotonic()
         self._began, self._saved_at, self._polled_at = now - position.seconds, now, now
         self._saved = position.step
-        self._is_late = spec.max_train_seconds is not None and position.seconds >= spec.max_train_seconds
-        self._requests = Requests()
+        is_late = spec.max_train_seconds is not None and position.seconds >= spec.max_train_seconds
+        self._requests = Requests(stop=is_late)
         """Requests of the newest step, equal on every worker."""
 
     @property
@@ -136,7 +136,7 @@ class _Loop:
         """How the run has ended."""
         if self.position.step >= self._spec.steps:
             return "finished"
-        return "deadline" if self._is_late else "stopped early"
+        return "deadline" if self._requests.stop else "stopped early"
 
     def finish_step(self) -> bool:
         """Evaluate and save if it is time to; return whether the run has ended.
@@ -148,7 +148,7 @@ class _Loop:
         spec, step = self._spec, self.position.step
         stop_reason = self._stop_reason()
         is_best = False
-        is_last = step >= spec.steps or self._is_late
+        is_last = step >= spec.steps or self._requests.stop
         if (step % spec.eval_every == 0 or is_last) and self.position.last_eval_step < step:
             is_best = self._evaluate()
         self._logger.update(step)
@@ -190,7 +190,7 @@ class _Loop:
         self.position.step = step + 1
         self.position.loss_sum += synced.loss_sum
         self.position.samples += self._spec.global_batch_size
-        self._requests, self._is_late = synced.requests, synced.requests.stop
+        self._requests = synced.requests
 
     def _evaluate(self) -> bool:
         """Evaluate, and return whether the model is the best so far, which is to be saved."""
